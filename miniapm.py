@@ -1,0 +1,3508 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["bottle>=0.13", "waitress>=3.0"]
+# ///
+"""MiniAPM: a self-hosted error tracker in one file.
+
+`python miniapm.py` takes error reports over HTTP, groups them by fingerprint in one SQLite
+database, and serves the dashboard in which a person reads and triages them. The file reads from
+top to bottom: nothing refers to a name that is defined further down.
+
+Contents:
+    1. Limits
+    2. Errors
+    3. Settings
+    4. Occurrences
+    5. Backtraces
+    7. Schema
+    8. Store
+    10. Pages
+    11. HTTP
+    12. Commands
+
+The way of a report: environ -> read_body -> parse_occurrence -> Occurrence -> Store.record ->
+one transaction -> 202. The way of a page: query string -> ErrorFilter -> Store.errors ->
+list of ErrorGroup -> template -> HTML. Times inside are integer milliseconds UTC since 1970
+(suffix `_ms`); in JSON they are ISO 8601 strings that end in Z.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import hmac
+import http
+import ipaddress
+import json
+import logging
+import math
+import os
+import queue
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, NoReturn, TextIO
+
+import bottle  # type: ignore[import-untyped]
+
+__version__ = "0.1.0"
+__all__ = ["App", "Config", "MiniAPMError", "Store", "main"]
+
+# --- 1. Limits ------------------------------------------------------------------------------------
+
+_KIBIBYTE = 1024
+_MEBIBYTE = 1024 * _KIBIBYTE
+
+MAX_BODY_BYTES = 10 * _MEBIBYTE  # the default of the setting max_body_bytes
+MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it is cut off
+MAX_HEADER_BYTES = 16 * _KIBIBYTE
+MAX_FORM_BYTES = 256 * _KIBIBYTE
+MAX_JSON_DEPTH_LEVELS = 64
+MAX_BATCH_ERRORS = 10_000
+
+# What is longer is cut with a visible mark, never refused.
+MAX_CLASS_CHARS = 500
+MAX_MESSAGE_CHARS = 10_000
+MAX_FINGERPRINT_CHARS = 1_000  # as shown; grouping goes by all of it
+MAX_ID_CHARS = 200
+MAX_LINE_CHARS = 10_000
+MAX_BACKTRACE_LINES = 500
+MAX_BACKTRACE_CHARS = 512 * _KIBIBYTE
+MAX_CONTEXT_LINES = 50  # on each side of the failing line
+MAX_PARAMS_CHARS = 64 * _KIBIBYTE
+MAX_EXTRA_CHARS = 64 * _KIBIBYTE
+MAX_KEY_CHARS = 200
+
+MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
+MAX_WAITING_REPORTS = 1_000
+MAX_WAIT_S = 5.0  # what a report waits for the writer before it is answered 503
+MAX_LOCK_WAIT_S = 4.0  # what the writer waits for another process's lock
+MAX_DRAIN_S = 10.0
+MAX_CONNECTIONS = 500
+MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
+MAX_SEARCH_CHARS = 200
+MAX_SEARCH_TERMS = 8
+MAX_SESSION_S = 30 * 24 * 3600
+MAX_LOGIN_DELAY_S = 60.0
+MAX_LOGIN_ADDRESSES = 1_000
+
+PAGE_ERRORS = 50  # rows on one page of the list
+SWEEP_STEP_ROWS = 500  # what retention removes in one transaction
+SWEEP_INTERVAL_S = 60.0
+SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
+
+# --- 2. Errors ------------------------------------------------------------------------------------
+
+
+class MiniAPMError(Exception):
+    """Anything this module refuses to do; `status` is how HTTP says it."""
+
+    status = 500
+
+    def __init__(
+        self, message: str, *, field: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+
+class BadRequest(MiniAPMError):
+    """The request is not what the API takes; `field` names the culprit: errors[3].message."""
+
+    status = 400
+
+
+class Unauthorized(MiniAPMError):
+    """The key, the password or the session is missing or wrong."""
+
+    status = 401
+
+
+class Forbidden(MiniAPMError):
+    """The request comes from a place that may not make it."""
+
+    status = 403
+
+
+class NotFound(MiniAPMError):
+    """No such error, occurrence, project or page."""
+
+    status = 404
+
+
+class TooLarge(MiniAPMError):
+    """The body is larger than the limit."""
+
+    status = 413
+
+
+class UnsupportedType(MiniAPMError):
+    """The body's Content-Type is not one the API takes."""
+
+    status = 415
+
+
+class TooManyAttempts(MiniAPMError):
+    """The password was wrong too often; try again after `retry_after_s` seconds."""
+
+    status = 429
+
+
+class Unavailable(MiniAPMError):
+    """The store can't take this now; try again after `retry_after_s` seconds."""
+
+    status = 503
+
+
+class BadSetting(MiniAPMError):
+    """A flag or variable has a value that the setting does not take."""
+
+
+# --- 3. Settings ----------------------------------------------------------------------------------
+
+
+def _whole_number(least: int, most: int) -> tuple[Callable[[str], int], str]:
+    def read(text: str) -> int:
+        number = int(text, 10)
+        if not least <= number <= most:
+            raise ValueError(text)
+        return number
+
+    return read, f"a whole number from {least} to {most}"
+
+
+def _read_text(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(text)
+    return text
+
+
+def _read_api_key(text: str) -> str:
+    # No quote, $ or backslash: the key goes into lines that are pasted into a shell.
+    if not re.fullmatch(rf"[^\s\"'`$\\]{{1,{MAX_KEY_CHARS}}}", text) or not text.isprintable():
+        raise ValueError(text)
+    return text
+
+
+def _read_hosts(text: str) -> tuple[str, ...]:
+    hosts = tuple(name.strip().lower() for name in text.split(",") if name.strip())
+    if not all(re.fullmatch(r"[\w.-]+|\[?[0-9a-f:.]+\]?", name) for name in hosts):
+        raise ValueError(text)
+    return tuple(name.strip("[]") for name in hosts)
+
+
+def _setting(default: Any, reader: tuple[Callable[[str], Any], str], help: str) -> Any:
+    """Declare a setting: its default, how its text is read, what it takes, what it is for."""
+    read, takes = reader
+    return field(default=default, metadata={"read": read, "takes": takes, "help": help})
+
+
+_TEXT = (_read_text, "printable text")
+
+
+def is_loopback_name(name: str) -> bool:
+    """Tell whether a host name or address means this machine."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return False
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings; each field is also a flag (`--max-body-bytes`) and a variable.
+
+    Sizes are in bytes, retention in days, `port` 0 lets the system choose.
+
+    >>> Config(port=8080).port
+    8080
+    """
+
+    host: str = _setting("127.0.0.1", _TEXT, "address to listen on")
+    port: int = _setting(3000, _whole_number(0, 65_535), "port to listen on; 0 takes a free one")
+    db: str = _setting("miniapm.db", _TEXT, "path of the database")
+    api_key: str | None = _setting(
+        None,
+        (
+            _read_api_key,
+            f"up to {MAX_KEY_CHARS} characters without spaces, quotes, $ and backslash",
+        ),
+        "key of the default project, in place of the generated one",
+    )
+    password: str | None = _setting(
+        None, _TEXT, "password of the dashboard; prefer the variable, flags are seen by others"
+    )
+    allowed_hosts: tuple[str, ...] = _setting(
+        (),
+        (_read_hosts, "host names without ports, separated by commas"),
+        "names beyond localhost under which the dashboard may be opened",
+    )
+    max_body_bytes: int = _setting(
+        MAX_BODY_BYTES,
+        _whole_number(1_000, 512 * _MEBIBYTE),
+        "largest request body that is taken",
+    )
+    retention_days: int = _setting(
+        30, _whole_number(1, 36_500), "days after which an occurrence is removed"
+    )
+    max_occurrences: int = _setting(
+        1_000, _whole_number(1, 1_000_000), "newest occurrences that are kept of one error"
+    )
+
+    @property
+    def is_local(self) -> bool:
+        """True when only programs on this machine can connect."""
+        return is_loopback_name(self.host)
+
+
+def flag_of(name: str) -> str:
+    """Return a setting's flag: max_body_bytes -> --max-body-bytes."""
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    """Return a setting's environment variable: max_body_bytes -> MINI_APM_MAX_BODY_BYTES."""
+    return "MINI_APM_" + name.upper()
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
+    """Add the flags of the settings called `names` (all when empty) to a parser."""
+    for setting in dataclasses.fields(Config):
+        if names and setting.name not in names:
+            continue
+        default = "none" if setting.default in (None, ()) else setting.default
+        parser.add_argument(
+            flag_of(setting.name),
+            metavar="VALUE",
+            help=f"{setting.metadata['help']} [{variable_of(setting.name)}; default: {default}]",
+        )
+
+
+def load_config(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Config:
+    """Read all settings: a flag beats a variable beats the default; BadSetting names the flag.
+
+    An empty variable counts as absent.
+    """
+    values: dict[str, Any] = {}
+    for setting in dataclasses.fields(Config):
+        flag, variable = flags.get(setting.name), environ.get(variable_of(setting.name))
+        text = flag if flag is not None else variable or None
+        if text is None:
+            continue
+        try:
+            if not text:
+                raise ValueError(text)
+            values[setting.name] = setting.metadata["read"](text)
+        except ValueError:
+            came = "" if flag is not None else f" (from {variable_of(setting.name)})"
+            shown = "" if setting.name in ("api_key", "password") else f", not {text!r}"
+            takes = setting.metadata["takes"]
+            raise BadSetting(f"{flag_of(setting.name)} takes {takes}{shown}{came}") from None
+    return Config(**values)
+
+
+# --- 4. Occurrences -------------------------------------------------------------------------------
+
+Json = dict[str, Any]
+FILTERED = "[FILTERED]"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceContext:
+    """The source around the line that failed; the lines carry no newline."""
+
+    file: str
+    lineno: int
+    context_line: str
+    pre_context: tuple[str, ...] = ()
+    post_context: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrence:
+    """One report: cleaned, scrubbed, within all limits.
+
+    `fingerprint` is for display; `grouping_key`, the SHA-256 of what the client sent, decides.
+    `disbelieved_timestamp` is what the client claimed when that lay in the future.
+    """
+
+    exception_class: str
+    message: str
+    backtrace: tuple[str, ...]
+    fingerprint: str
+    grouping_key: bytes
+    occurred_ms: int
+    request_id: str | None = None
+    user_id: str | None = None
+    params: Json | None = None
+    source_context: SourceContext | None = None
+    extra: Json = field(default_factory=dict)
+    disbelieved_timestamp: str | None = None
+
+
+def _display_table() -> dict[int, str]:
+    """Map what a page, a terminal or SQLite could trip over to characters that are shown."""
+    table = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+    table[0x7F] = "\u2421"
+    unsafe = [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    table.update(dict.fromkeys([*unsafe, *range(0xD800, 0xE000)], "\ufffd"))
+    return table
+
+
+_DISPLAY = _display_table()
+_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_SECRET_WORDS = (
+    r"passw|passphrase|pwd|secret|token|api[_.\- ]?key|authorization|cookie|session|csrf|xsrf"
+    r"|private[_.\- ]?key|credential"
+)
+_SECRET_NAME = re.compile(rf"{_SECRET_WORDS}|^(?:auth|pass|sid|jwt)$", re.IGNORECASE)
+_SECRET_HINT = re.compile(rf"{_SECRET_WORDS}|bearer|://|proj_", re.IGNORECASE)
+# Every repetition before a mandatory part is bounded: matching stays linear on hostile text.
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----.*?"
+    r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY-----|\Z)",
+    re.DOTALL,
+)
+_NAME_WITH_SECRET = rf"[\w.\[\]%-]{{0,40}}(?:{_SECRET_WORDS})[\w.\[\]%-]{{0,40}}"
+_SECRETS_IN_TEXT = (
+    (re.compile(r"(://[^\s/@:?#]*):[^\s/?#]+@"), rf"\1:{FILTERED}@"),
+    (re.compile(r"\b(bearer\s{1,3})[\w.~+/=-]{6,}", re.IGNORECASE), rf"\1{FILTERED}"),
+    (re.compile(r"\bproj_[0-9a-f]{16,}"), FILTERED),
+    (
+        re.compile(r"\b(authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?\w+\s)[^\s\"']+", re.IGNORECASE),
+        rf"\1{FILTERED}",
+    ),
+    # a=1&token=x, as in a URL; not the keyword argument token=token
+    (
+        re.compile(
+            rf"((?:^|[?&;\s])({_NAME_WITH_SECRET})=)(?!\2\b|[\"'\s])[^\s&;#]+", re.IGNORECASE
+        ),
+        rf"\1{FILTERED}",
+    ),
+    # password = "x", "token": "x", 'secret' => 'x', as in source, JSON and reprs
+    (
+        re.compile(
+            rf"(\b{_NAME_WITH_SECRET}[\"']?\s{{0,3}}(?:=>|[:=]{{1,3}})\s{{0,3}})([\"'])"
+            r"(?:\\.|(?!\2)[^\\\n])+\2",
+            re.IGNORECASE,
+        ),
+        rf"\1\2{FILTERED}\2",
+    ),
+)
+
+
+def scrub_text(text: str) -> str:
+    """Return the text with the secrets in it replaced; the number of lines stays the same."""
+    if not _SECRET_HINT.search(text):
+        return text
+    text = _PRIVATE_KEY.sub(lambda found: FILTERED + "\n" * found[0].count("\n"), text)
+    for pattern, replacement in _SECRETS_IN_TEXT:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def clip(text: str, limit: int) -> str:
+    """Cut a text to `limit` characters and say how many are missing."""
+    return text if len(text) <= limit else f"{text[:limit]}… [{len(text) - limit:,} more cut]"
+
+
+def clean(text: str, limit: int) -> str:
+    """Return the text without secrets, at most `limit` characters, safe to store and to show."""
+    if len(text) > limit:
+        # Scrub beyond the cut: half a secret would no longer be recognised.
+        kept = scrub_text(text[: 2 * limit])[:limit]
+        text = f"{kept}… [{len(text) - limit:,} more cut]"
+    else:
+        text = scrub_text(text)
+    if "\r" in text:
+        text = text.replace("\r\n", "\n")
+    return text.translate(_DISPLAY) if _UNSAFE.search(text) else text
+
+
+class _Scrubber:
+    """Copies a JSON value: secrets replaced, strings cleaned, `budget` characters in all."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+
+    def copy(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return self._copy_object(value)
+        if isinstance(value, list):
+            return self._copy_array(value)
+        if isinstance(value, str):
+            value = clean(value, self.budget)
+        self.budget -= len(str(value)) + 2
+        return value
+
+    def _copy_object(self, value: Json) -> Json:
+        result: Json = {}
+        for position, (key, item) in enumerate(value.items()):
+            if self.budget <= 0:
+                result["…"] = f"[{len(value) - position:,} more cut]"
+                break
+            name = clean(key, MAX_KEY_CHARS)
+            self.budget = max(0, self.budget - len(name) - 4)
+            # None, booleans and empty values tell a reader much and a thief nothing.
+            secret = bool(item) and item is not True and _SECRET_NAME.search(key)
+            result[name] = FILTERED if secret else self.copy(item)
+        return result
+
+    def _copy_array(self, value: list[Any]) -> list[Any]:
+        result: list[Any] = []
+        for position, item in enumerate(value):
+            if self.budget <= 0:
+                result.append(f"… [{len(value) - position:,} more cut]")
+                break
+            result.append(self.copy(item))
+        return result
+
+
+def scrub(value: Json, limit: int) -> Json:
+    """Return a copy of a JSON object without secrets and of about `limit` characters at most."""
+    copied: Json = _Scrubber(limit).copy(value)
+    return copied
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the number {clip(digits, 20)} is out of range")
+    return number
+
+
+def decode_json(raw: bytes) -> Any:
+    """Return the value of strict UTF-8 JSON (RFC 8259); BadRequest says what is wrong."""
+    try:
+        text = raw.decode("utf-8")
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body must be UTF-8; byte {error.start} is not") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deep") from None
+    except ValueError as error:
+        raise BadRequest(f"the body must be JSON: {clip(str(error), 200)}") from None
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        nested = [node for node in level if isinstance(node, (dict, list))]
+        if not nested:
+            return False
+        level = [
+            child
+            for node in nested
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return True
+
+
+class _Fields:
+    """The fields of one JSON object, read by type; a refusal names the field's whole path."""
+
+    def __init__(self, data: Any, at: str) -> None:
+        self.at = at
+        if not isinstance(data, dict):
+            raise BadRequest(f"{at or 'the body'} must be an object", field=at or None)
+        self.data: Json = data
+
+    def refuse(self, name: str, expected: str) -> BadRequest:
+        path = f"{self.at}.{name}" if self.at else name
+        return BadRequest(f"{path} must be {expected}", field=path)
+
+    def text(self, name: str, expected: str, *, empty: bool = False) -> str:
+        value = self.data.get(name)
+        if not isinstance(value, str) or not (empty or value.strip()):
+            raise self.refuse(name, expected)
+        return value
+
+    def identifier(self, name: str) -> str | None:
+        value = self.data.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        if value is not None and not isinstance(value, str):
+            raise self.refuse(name, "a string")
+        return None if value is None else clean(value, MAX_ID_CHARS)
+
+    def lines(self, name: str, *, required: bool) -> list[str]:
+        value = self.data.get(name)
+        if value is None and not required:
+            return []
+        if not isinstance(value, list):
+            raise self.refuse(name, "an array of strings")
+        for position, line in enumerate(value):
+            if not isinstance(line, str):
+                raise self.refuse(f"{name}[{position}]", "a string")
+        return value
+
+    def mapping(self, name: str) -> Json | None:
+        value = self.data.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise self.refuse(name, "an object")
+        return value
+
+
+def _bounded_lines(lines: list[str]) -> tuple[str, ...]:
+    """Clean a backtrace; where it is too long the middle goes, for both ends may be the newest."""
+    if len(lines) > MAX_BACKTRACE_LINES:
+        half = MAX_BACKTRACE_LINES // 2
+        missing = f"… [{len(lines) - 2 * half:,} more lines cut]"
+        lines = [*lines[:half], missing, *lines[-half:]]
+    limit = MAX_LINE_CHARS
+    if sum(map(len, lines)) > MAX_BACKTRACE_CHARS:
+        limit = min(limit, MAX_BACKTRACE_CHARS // len(lines))
+    return tuple(clean(line, limit) for line in lines)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def parse_timestamp(text: str) -> int:
+    """Return the UTC milliseconds of an ISO 8601 time (naive means UTC); ValueError if it is none.
+
+    Digits of a second beyond the sixth are dropped.
+    """
+    moment = datetime.fromisoformat(text.strip().upper())
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    if moment.year == 1:  # an offset could lead to before the first year, which has no text
+        raise ValueError(text)
+    return (moment - _EPOCH) // timedelta(milliseconds=1)
+
+
+def _occurred_ms(fields: _Fields, received_ms: int) -> tuple[int, str | None]:
+    value = fields.data.get("timestamp")
+    if value is None:
+        return received_ms, None
+    expected = "an ISO 8601 time such as 2024-01-01T12:00:00Z"
+    if not isinstance(value, str):
+        raise fields.refuse("timestamp", expected)
+    try:
+        claimed_ms = parse_timestamp(value)
+    except ValueError:
+        raise fields.refuse("timestamp", expected) from None
+    if claimed_ms > received_ms + MAX_FUTURE_MS:
+        return received_ms, clean(value, MAX_ID_CHARS)
+    return claimed_ms, None
+
+
+_CONTEXT_FIELDS = {"file", "lineno", "context_line", "pre_context", "post_context"}
+
+
+def _parse_source_context(data: Json, at: str) -> SourceContext:
+    fields = _Fields(data, at)
+    file = fields.text("file", "a string, the file's path")
+    lineno = data.get("lineno")
+    if not isinstance(lineno, int) or isinstance(lineno, bool) or not 0 <= lineno < 2**31:
+        raise fields.refuse("lineno", "a whole number, the line's number")
+    line = fields.text("context_line", "a string, the line that failed", empty=True)
+    before = fields.lines("pre_context", required=False)[-MAX_CONTEXT_LINES:]
+    after = fields.lines("post_context", required=False)[:MAX_CONTEXT_LINES]
+    # Scrubbed as one text: a private key in the source spans lines.
+    lines = [text.rstrip("\r\n").replace("\n", " ") for text in (*before, line, *after)]
+    lines = [clip(text, MAX_LINE_CHARS) for text in lines]
+    lines = clean("\n".join(lines), 2 * MAX_CONTEXT_LINES * MAX_LINE_CHARS).split("\n")
+    return SourceContext(
+        file=clean(file, MAX_LINE_CHARS),
+        lineno=lineno,
+        context_line=lines[len(before)],
+        pre_context=tuple(lines[: len(before)]),
+        post_context=tuple(lines[len(before) + 1 :]),
+    )
+
+
+_FIELDS = {
+    *("exception_class", "message", "backtrace", "fingerprint", "request_id", "user_id"),
+    *("params", "timestamp", "source_context"),
+}
+
+
+def parse_occurrence(data: Any, received_ms: int, at: str = "") -> Occurrence:
+    """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
+
+    `data` is the JSON value, `received_ms` the time of receipt, `at` the report's own path in
+    the body (errors[3]). Unknown fields are kept in `extra`.
+    """
+    fields = _Fields(data, at)
+    if _is_deeper(data, MAX_JSON_DEPTH_LEVELS):
+        where = at or "the body"
+        raise BadRequest(f"{where} is nested over {MAX_JSON_DEPTH_LEVELS} deep", field=at or None)
+    exception_class = fields.text("exception_class", "a string that is not empty")
+    message = fields.text("message", "a string", empty=True)
+    backtrace = fields.lines("backtrace", required=True)
+    fingerprint = fields.text("fingerprint", "a string that is not empty")
+    context, params = fields.mapping("source_context"), fields.mapping("params")
+    extra = {name: value for name, value in data.items() if name not in _FIELDS}
+    more_context = {k: v for k, v in (context or {}).items() if k not in _CONTEXT_FIELDS}
+    if more_context:
+        extra["source_context"] = more_context
+    occurred_ms, disbelieved = _occurred_ms(fields, received_ms)
+    context_at = f"{at}.source_context" if at else "source_context"
+    return Occurrence(
+        exception_class=clean(exception_class, MAX_CLASS_CHARS),
+        message=clean(message, MAX_MESSAGE_CHARS),
+        backtrace=_bounded_lines(backtrace),
+        fingerprint=clean(fingerprint, MAX_FINGERPRINT_CHARS),
+        grouping_key=hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).digest(),
+        occurred_ms=occurred_ms,
+        request_id=fields.identifier("request_id"),
+        user_id=fields.identifier("user_id"),
+        params=None if params is None else scrub(params, MAX_PARAMS_CHARS),
+        source_context=None if context is None else _parse_source_context(context, context_at),
+        extra=scrub(extra, MAX_EXTRA_CHARS),
+        disbelieved_timestamp=disbelieved,
+    )
+
+
+def iso_time(time_ms: int) -> str:
+    """Return milliseconds as ISO 8601 UTC: 2024-01-01T12:00:00.000Z."""
+    moment = _EPOCH + timedelta(milliseconds=time_ms)
+    return moment.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+
+
+def to_payload(occurrence: Occurrence) -> Json:
+    """Return an occurrence as the JSON object that the API takes, unknown fields included."""
+    payload: Json = {
+        "exception_class": occurrence.exception_class,
+        "message": occurrence.message,
+        "backtrace": list(occurrence.backtrace),
+        "fingerprint": occurrence.fingerprint,
+        "request_id": occurrence.request_id,
+        "user_id": occurrence.user_id,
+        "params": occurrence.params,
+        "timestamp": iso_time(occurrence.occurred_ms),
+    }
+    extra = dict(occurrence.extra)
+    if occurrence.source_context is not None:
+        more = extra.pop("source_context", {})
+        payload["source_context"] = dataclasses.asdict(occurrence.source_context) | more
+    return {name: value for name, value in payload.items() if value is not None} | extra
+
+
+def dump_occurrence(occurrence: Occurrence) -> str:
+    """Return an occurrence as the JSON text that is stored, without its grouping key."""
+    values = dataclasses.asdict(occurrence)
+    del values["grouping_key"]
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+
+
+def load_occurrence(text: str, grouping_key: bytes) -> Occurrence:
+    """Return the occurrence that dump_occurrence wrote."""
+    values = json.loads(text)
+    if (context := values["source_context"]) is not None:
+        for name in ("pre_context", "post_context"):
+            context[name] = tuple(context[name])
+        values["source_context"] = SourceContext(**context)
+    values["backtrace"] = tuple(values["backtrace"])
+    return Occurrence(**values, grouping_key=grouping_key)
+
+
+# --- 5. Backtraces --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One line of a backtrace; `file` is None where the line has none of the known forms.
+
+    `is_own` tells the application's frames from those of libraries; `code` is the source that
+    Python prints below a frame.
+    """
+
+    text: str
+    file: str | None = None
+    lineno: int | None = None
+    function: str | None = None
+    code: str | None = None
+    language: str | None = None
+    is_own: bool = False
+
+
+# Where package managers and runtimes keep code that is not the application's.
+_LIBRARY = re.compile(
+    r"/(?:site|dist)-packages/|/lib/python3[^/]*/|/Python3\d*/Lib/|^<frozen "  # Python
+    r"|/gems/|/rubygems/|/lib/ruby/|/vendor/bundle/|^<internal:"  # Ruby
+    r"|(?:^|/)node_modules/|^node:|^internal/|^native$|^<anonymous>$|-extension://"  # JavaScript
+)
+_PYTHON_FRAME = re.compile(r'[\s|+]*File "([^"]*)", line (\d{1,9})(?:, in (.*))?$')
+_LOCATION = re.compile(r"(.+?):(\d{1,9})(?::\d{1,9})?$")
+_RUBY_FILE = re.compile(r"\.(?:rb|ru|rake|erb|haml|slim|gemspec)$")
+
+
+def _is_own(file: str) -> bool:
+    return not _LIBRARY.search(file.replace("\\", "/"))
+
+
+def _python_frame(line: str) -> Frame | None:
+    found = _PYTHON_FRAME.match(line)
+    if not found:
+        return None
+    file, lineno, function = found.groups()
+    return Frame(line, file, int(lineno), function, language="python", is_own=_is_own(file))
+
+
+def _ruby_frame(line: str) -> Frame | None:
+    """Read app/models/user.rb:42:in `save' (quotes differ from Ruby to Ruby, `in` may lack)."""
+    place, separator, function = line.strip().removeprefix("from ").partition(":in ")
+    found = _LOCATION.match(place)
+    if not found or not (separator or _RUBY_FILE.search(found[1])):
+        return None
+    file, own = found[1], _is_own(found[1])
+    function = function.strip("`'\"")
+    return Frame(line, file, int(found[2]), function or None, language="ruby", is_own=own)
+
+
+def _javascript_frame(line: str) -> Frame | None:
+    """Read `at f (file:1:2)`, `at file:1:2` (V8) and f@file:1:2 (Firefox, Safari)."""
+    text = line.strip()
+    if text.startswith("at "):
+        function, _, place = text[3:].removeprefix("async ").rpartition(" (")
+        place = place.removesuffix(")") if function else place
+    else:
+        function, separator, place = text.partition("@")
+        if not separator:
+            return None
+    found = _LOCATION.match(place)
+    if not found or not re.search(r"[/.:<]", found[1]):
+        return None
+    file, own = found[1], _is_own(found[1])
+    return Frame(line, file, int(found[2]), function or None, language="javascript", is_own=own)
+
+
+def _frame(line: str) -> Frame:
+    for read in (_python_frame, _javascript_frame, _ruby_frame):
+        if found := read(line):
+            return found
+    return Frame(line)
+
+
+def _is_code_of(frame: Frame, line: str) -> bool:
+    """Tell whether a line is the source, or its markers, that Python prints below a frame."""
+    indent = len(frame.text) - len(frame.text.lstrip(" |+"))
+    return frame.language == "python" and line.startswith(frame.text[:indent] + "  ")
+
+
+def parse_backtrace(lines: Iterable[str]) -> tuple[Frame, ...]:
+    """Return the frames of a backtrace in the order reported; what is no frame stays as text.
+
+    Takes the forms of Ruby, Python (entries that hold several lines included) and JavaScript.
+    """
+    frames: list[Frame] = []
+    for line in "\n".join(text.removesuffix("\n") for text in lines).split("\n"):
+        if frames and _is_code_of(frames[-1], line):
+            if frames[-1].code is None:
+                frames[-1] = dataclasses.replace(frames[-1], code=line.strip(" |"))
+        elif line.strip(" |"):
+            frames.append(_frame(line))
+    return tuple(frames)
+
+
+def top_frame(frames: Sequence[Frame]) -> Frame | None:
+    """Return the application's innermost frame, else the innermost of all, else None."""
+    located = [frame for frame in frames if frame.file]
+    if located and located[0].language == "python":  # the only one that prints the newest last
+        located.reverse()
+    return next((frame for frame in located if frame.is_own), located[0] if located else None)
+
+
+def locate(occurrence: Occurrence) -> str:
+    """Return where an occurrence happened, `app/models/user.rb:42 in save`, or an empty text."""
+    frame = top_frame(parse_backtrace(occurrence.backtrace))
+    if frame is not None:
+        function = f" in {frame.function}" if frame.function else ""
+        return clip(f"{frame.file}:{frame.lineno}{function}", MAX_CLASS_CHARS)
+    if (context := occurrence.source_context) is not None:
+        return clip(f"{context.file}:{context.lineno}", MAX_CLASS_CHARS)
+    return ""
+
+
+# --- 7. Schema ------------------------------------------------------------------------------------
+
+APPLICATION_ID = 0x4D41504D  # "MAPM" in the file's header: tells our database from others
+
+# One tuple of statements a version; PRAGMA user_version counts those that have run.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE settings (name TEXT PRIMARY KEY, value) WITHOUT ROWID",
+        "INSERT INTO settings (name, value) VALUES ('secret', randomblob(32))",
+        """CREATE TABLE projects (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE,
+            created_ms INTEGER NOT NULL)""",
+        """CREATE TABLE api_keys (
+            id INTEGER PRIMARY KEY, project_id INTEGER NOT NULL REFERENCES projects (id),
+            key TEXT NOT NULL UNIQUE, created_ms INTEGER NOT NULL, revoked_ms INTEGER)""",
+        # AUTOINCREMENT: the link to a deleted error never leads to another one.
+        """CREATE TABLE errors (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            project_id INTEGER NOT NULL REFERENCES projects (id),
+            grouping_key BLOB,
+            fingerprint TEXT NOT NULL,
+            exception_class TEXT NOT NULL,
+            message TEXT NOT NULL,
+            location TEXT NOT NULL,
+            first_seen_ms INTEGER NOT NULL,
+            last_seen_ms INTEGER NOT NULL,
+            occurrence_count INTEGER NOT NULL,
+            stored_count INTEGER NOT NULL,
+            user_count INTEGER NOT NULL DEFAULT 0,
+            status TEXT NOT NULL DEFAULT 'open'
+                CHECK (status IN ('open', 'resolved', 'ignored', 'deleted')),
+            status_ms INTEGER NOT NULL,
+            regressed_ms INTEGER,
+            UNIQUE (project_id, grouping_key))""",
+        "CREATE INDEX errors_by_status_last_seen ON errors (status, last_seen_ms)",
+        "CREATE INDEX errors_by_status_first_seen ON errors (status, first_seen_ms)",
+        "CREATE INDEX errors_by_status_count ON errors (status, occurrence_count)",
+        "CREATE INDEX errors_by_last_seen ON errors (last_seen_ms)",
+        """CREATE TABLE occurrences (
+            id INTEGER PRIMARY KEY, error_id INTEGER NOT NULL REFERENCES errors (id),
+            received_ms INTEGER NOT NULL, body TEXT NOT NULL)""",
+        "CREATE INDEX occurrences_by_error ON occurrences (error_id)",
+        """CREATE TABLE buckets (
+            error_id INTEGER NOT NULL, hour INTEGER NOT NULL, count INTEGER NOT NULL,
+            PRIMARY KEY (error_id, hour)) WITHOUT ROWID""",
+        """CREATE TABLE error_users (
+            error_id INTEGER NOT NULL, user_id TEXT NOT NULL,
+            PRIMARY KEY (error_id, user_id)) WITHOUT ROWID""",
+    ),
+)
+
+RECORD_AGAIN = """
+    UPDATE errors SET
+        exception_class = :exception_class, message = :message, location = :location,
+        first_seen_ms = MIN(first_seen_ms, :occurred_ms),
+        last_seen_ms = MAX(last_seen_ms, :occurred_ms),
+        occurrence_count = occurrence_count + 1,
+        stored_count = stored_count + 1,
+        regressed_ms = CASE status WHEN 'resolved' THEN :received_ms ELSE regressed_ms END,
+        status_ms = CASE status WHEN 'resolved' THEN :received_ms ELSE status_ms END,
+        status = CASE status WHEN 'resolved' THEN 'open' ELSE status END
+    WHERE project_id = :project_id AND grouping_key = :grouping_key
+    RETURNING id"""
+# Not one upsert: each conflict would use up an id of errors.
+RECORD_FIRST = """
+    INSERT INTO errors (project_id, grouping_key, fingerprint, exception_class, message, location,
+        first_seen_ms, last_seen_ms, occurrence_count, stored_count, status_ms)
+    VALUES (:project_id, :grouping_key, :fingerprint, :exception_class, :message, :location,
+        :occurred_ms, :occurred_ms, 1, 1, :received_ms)
+    RETURNING id"""
+RECORD_OCCURRENCE = """
+    INSERT INTO occurrences (error_id, received_ms, body)
+    VALUES (:error_id, :received_ms, :body)"""
+RECORD_BUCKET = """
+    INSERT INTO buckets (error_id, hour, count) VALUES (:error_id, :hour, 1)
+    ON CONFLICT (error_id, hour) DO UPDATE SET count = count + 1"""
+RECORD_USER = "INSERT OR IGNORE INTO error_users (error_id, user_id) VALUES (:error_id, :user_id)"
+COUNT_USER = "UPDATE errors SET user_count = user_count + 1 WHERE id = :error_id"
+
+_ERROR_COLUMNS = """id, project_id,
+    (SELECT name FROM projects WHERE projects.id = project_id) AS project,
+    fingerprint, exception_class, message, location, first_seen_ms, last_seen_ms,
+    occurrence_count, stored_count, user_count, status, status_ms, regressed_ms"""
+SELECT_ERROR = f"SELECT {_ERROR_COLUMNS} FROM errors WHERE id = :id AND status <> 'deleted'"
+SELECT_OCCURRENCE = """
+    SELECT occurrences.id, error_id, received_ms, body, grouping_key,
+        (SELECT MIN(id) FROM occurrences WHERE error_id = :error_id) AS first_id,
+        (SELECT MAX(id) FROM occurrences WHERE error_id = :error_id AND id < :id) AS older_id,
+        (SELECT MIN(id) FROM occurrences WHERE error_id = :error_id AND id > :id) AS newer_id,
+        (SELECT MAX(id) FROM occurrences WHERE error_id = :error_id) AS newest_id
+    FROM occurrences JOIN errors ON errors.id = error_id
+    WHERE occurrences.id = :id AND error_id = :error_id"""
+SELECT_NEWEST_ID = "SELECT MAX(id) FROM occurrences WHERE error_id = :error_id"
+SELECT_BUCKETS = """
+    SELECT error_id, hour, count FROM json_each(:ids) JOIN buckets ON error_id = json_each.value
+    WHERE hour >= :since_hour"""
+SET_STATUS = """
+    UPDATE errors SET status = :status, status_ms = :now_ms,
+        regressed_ms = CASE :status WHEN 'resolved' THEN NULL ELSE regressed_ms END
+    WHERE id IN (SELECT value FROM json_each(:ids)) AND status NOT IN ('deleted', :status)"""
+DELETE_ERRORS = """
+    UPDATE errors SET status = 'deleted', grouping_key = NULL
+    WHERE id IN (SELECT value FROM json_each(:ids)) AND status <> 'deleted'"""
+
+SELECT_PROJECTS = """
+    SELECT projects.id, name, projects.created_ms, json_group_array(key) FILTER
+        (WHERE key IS NOT NULL AND revoked_ms IS NULL) AS keys
+    FROM projects LEFT JOIN api_keys ON project_id = projects.id
+    GROUP BY projects.id ORDER BY projects.id"""
+INSERT_PROJECT = "INSERT OR IGNORE INTO projects (name, created_ms) VALUES (:name, :now_ms)"
+INSERT_KEY = """
+    INSERT INTO api_keys (project_id, key, created_ms)
+    SELECT id, :key, :now_ms FROM projects WHERE name = :name
+    ON CONFLICT (key) DO UPDATE SET revoked_ms = NULL"""
+REVOKE_KEYS = """
+    UPDATE api_keys SET revoked_ms = :now_ms WHERE revoked_ms IS NULL AND
+        (key = :name OR project_id = (SELECT id FROM projects WHERE name = :name))"""
+SELECT_KEYS = "SELECT project_id, key FROM api_keys WHERE revoked_ms IS NULL"
+SELECT_KEY_OWNER = """
+    SELECT name FROM api_keys JOIN projects ON projects.id = project_id WHERE key = :key"""
+
+SELECT_SETTING = "SELECT value FROM settings WHERE name = :name"
+SET_SETTING = "INSERT OR REPLACE INTO settings (name, value) VALUES (:name, :value)"
+
+SELECT_EXPIRED = """
+    SELECT id, error_id FROM
+        (SELECT id, error_id, received_ms FROM occurrences ORDER BY id LIMIT :step)
+    WHERE received_ms < :cutoff_ms"""
+SELECT_CROWDED = """
+    SELECT id FROM errors WHERE stored_count > :most AND status <> 'deleted' LIMIT :step"""
+SELECT_OLDEST = """
+    SELECT id, error_id FROM occurrences WHERE error_id = :error_id ORDER BY id LIMIT :step"""
+DELETE_OCCURRENCE = "DELETE FROM occurrences WHERE id = ?"
+DISCOUNT_STORED = "UPDATE errors SET stored_count = stored_count - ? WHERE id = ?"
+DELETE_EMPTY = """
+    UPDATE errors SET status = 'deleted', grouping_key = NULL WHERE id IN
+        (SELECT id FROM errors WHERE stored_count = 0 AND status IN ('open', 'resolved')
+        LIMIT :step)"""
+SELECT_DELETED = "SELECT id FROM errors WHERE status = 'deleted' LIMIT :step"
+DELETE_BUCKETS = """
+    DELETE FROM buckets WHERE error_id = :error_id AND hour IN
+        (SELECT hour FROM buckets WHERE error_id = :error_id LIMIT :step)"""
+DELETE_USERS = """
+    DELETE FROM error_users WHERE error_id = :error_id AND user_id IN
+        (SELECT user_id FROM error_users WHERE error_id = :error_id LIMIT :step)"""
+DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
+
+# --- 8. Store -------------------------------------------------------------------------------------
+
+STATUSES = ("open", "resolved", "ignored")
+SORTS = {
+    "last_seen": "last_seen_ms",
+    "first_seen": "first_seen_ms",
+    "count": "occurrence_count",
+}
+HOUR_MS = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """Owner of errors; `keys` are those that are accepted now."""
+
+    id: int
+    name: str
+    created_ms: int
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorGroup:
+    """All occurrences with one fingerprint in one project.
+
+    `occurrence_count` counts all that were ever reported, `stored_count` those still kept;
+    class, message and location are the newest occurrence's.
+    """
+
+    id: int
+    project_id: int
+    project: str
+    fingerprint: str
+    exception_class: str
+    message: str
+    location: str
+    first_seen_ms: int
+    last_seen_ms: int
+    occurrence_count: int
+    stored_count: int
+    user_count: int
+    status: str
+    status_ms: int
+    regressed_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOccurrence:
+    """An occurrence with its place among the kept ones of its error, in order of receipt."""
+
+    id: int
+    error_id: int
+    received_ms: int
+    occurrence: Occurrence
+    first_id: int
+    older_id: int | None
+    newer_id: int | None
+    newest_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorFilter:
+    """Which errors a list shows; `after` and `before` are cursors from an ErrorPage."""
+
+    status: str = "open"  # or "all"
+    search: str = ""
+    project_id: int | None = None
+    sort: str = "last_seen"
+    after: tuple[int, int] | None = None
+    before: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorPage:
+    """One page of a list, the number of matches by status, and the cursors of its neighbours."""
+
+    errors: tuple[ErrorGroup, ...]
+    counts: Mapping[str, int]
+    previous: tuple[int, int] | None
+    next: tuple[int, int] | None
+
+
+def _like(term: str) -> str:
+    escaped = re.sub(r"([\\%_])", r"\\\1", term)
+    return f"%{escaped}%"
+
+
+def _matching(wanted: ErrorFilter) -> tuple[list[str], Json]:
+    """Return the conditions that hold whatever the status, and the values they name."""
+    conditions, values = ["status <> 'deleted'"], Json()
+    if wanted.project_id is not None:
+        conditions.append("project_id = :project_id")
+        values["project_id"] = wanted.project_id
+    for position, term in enumerate(wanted.search.split()[:MAX_SEARCH_TERMS]):
+        columns = ("exception_class", "message", "fingerprint")
+        tests = (f"{column} LIKE :term{position} ESCAPE '\\'" for column in columns)
+        conditions.append(f"({' OR '.join(tests)})")
+        values[f"term{position}"] = _like(term)
+    return conditions, values
+
+
+def list_statement(wanted: ErrorFilter) -> tuple[str, Json]:
+    """Compose the SQL of one page of the list, one row longer than the page."""
+    conditions, values = _matching(wanted)
+    column, order, comparison = SORTS[wanted.sort], "DESC", "<"
+    if wanted.status != "all":
+        conditions.append("status = :status")
+        values["status"] = wanted.status
+    if wanted.before:
+        order, comparison = "ASC", ">"
+    if cursor := wanted.after or wanted.before:
+        conditions.append(f"({column}, id) {comparison} (:cursor_value, :cursor_id)")
+        values["cursor_value"], values["cursor_id"] = cursor
+    where = " AND ".join(conditions)
+    ordering = f"ORDER BY {column} {order}, id {order} LIMIT {PAGE_ERRORS + 1}"
+    return f"SELECT {_ERROR_COLUMNS} FROM errors WHERE {where} {ordering}", values
+
+
+def _refusal_of(error: sqlite3.Error) -> MiniAPMError:
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return Unavailable("the database is locked by another process", retry_after_s=2)
+    return MiniAPMError(f"the database refused: {error}")
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    db = sqlite3.connect(
+        path, timeout=MAX_LOCK_WAIT_S, isolation_level=None, check_same_thread=False
+    )
+    db.row_factory = sqlite3.Row
+    return db
+
+
+def _create_private(path: str) -> None:
+    """Create the database's file with mode 0600, unless there is one."""
+    try:
+        # Opening an existing one would be wrong: closing it drops SQLite's locks.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise MiniAPMError(f"can't create {path}: {error.strerror}") from None
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _migrate(db: sqlite3.Connection, path: str) -> None:
+    """Bring the schema to the newest version in one transaction; refuse what is not ours."""
+    is_new = db.execute("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0]
+    if is_new:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # has no effect once there are tables
+    elif _pragma(db, "application_id") != APPLICATION_ID:
+        raise MiniAPMError(f"{path} is a database of another program; it was not changed")
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute("BEGIN IMMEDIATE")
+    version = _pragma(db, "user_version")
+    if version > len(MIGRATIONS):
+        raise MiniAPMError(f"{path} was written by a newer version of MiniAPM; it was not changed")
+    for statements in MIGRATIONS[version:]:
+        for statement in statements:
+            db.execute(statement)
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    db.execute("COMMIT")
+
+
+def open_database(path: str) -> sqlite3.Connection:
+    """Open a database for writing, made or migrated as needed; MiniAPMError says why not."""
+    _create_private(path)
+    db = _connect(path)
+    try:
+        _migrate(db, path)
+    except sqlite3.Error as error:
+        db.close()
+        raise MiniAPMError(f"can't use the database {path}: {error}") from None
+    except MiniAPMError:
+        db.close()
+        raise
+    return db
+
+
+@contextlib.contextmanager
+def _savepoint(db: sqlite3.Connection) -> Iterator[None]:
+    """Undo what the block wrote when it fails, and nothing else of the transaction."""
+    db.execute("SAVEPOINT part")
+    try:
+        yield
+    except BaseException:
+        if db.in_transaction:  # a full disk has rolled back everything already
+            db.execute("ROLLBACK TO part")
+            db.execute("RELEASE part")
+        raise
+    db.execute("RELEASE part")
+
+
+Work = Callable[[sqlite3.Connection], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    work: Work
+    reports: int
+    future: Future[Any] = field(default_factory=Future)
+
+
+class Writer:
+    """The one thread that writes: whatever waits is committed as one group.
+
+    A job that fails is undone alone; when the commit fails, every job of the group has failed.
+    """
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._jobs: collections.deque[_Job] = collections.deque()
+        self._changed = threading.Condition()
+        self._waiting_reports = 0
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="miniapm-writer", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Work, reports: int = 0) -> Any:
+        """Return what `work(connection)` returned once it is on disk; raise what it raised.
+
+        Unavailable when too many reports wait, when the job's turn does not come within
+        MAX_WAIT_S, and when the database is locked: then nothing was written.
+        """
+        job = _Job(work, reports)
+        with self._changed:
+            if self._is_closed:
+                raise Unavailable("the store is closed", retry_after_s=5)
+            waiting = self._waiting_reports
+            if reports and waiting and waiting + reports > MAX_WAITING_REPORTS:
+                raise Unavailable("too many reports are waiting", retry_after_s=1)
+            self._waiting_reports += reports
+            self._jobs.append(job)
+            self._changed.notify()
+        try:
+            return job.future.result(MAX_WAIT_S)
+        except TimeoutError:
+            if job.future.cancel():
+                raise Unavailable("the database is busy", retry_after_s=2) from None
+            return job.future.result()
+
+    def close(self) -> None:
+        """Finish what waits, then close the connection."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while jobs := self._take():
+            self._commit([job for job in jobs if job.future.set_running_or_notify_cancel()])
+        self._db.close()
+
+    def _take(self) -> list[_Job]:
+        with self._changed:
+            while not self._jobs and not self._is_closed:
+                self._changed.wait()
+            jobs = list(self._jobs)
+            self._jobs.clear()
+            self._waiting_reports = 0
+            return jobs
+
+    def _commit(self, jobs: list[_Job]) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            outcomes = [self._attempt(job.work) for job in jobs]
+            self._db.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - the thread outlives what a disk or job does
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            refusal = _refusal_of(error) if isinstance(error, sqlite3.Error) else error
+            for job in jobs:
+                job.future.set_exception(refusal)
+            return
+        for job, (result, failure) in zip(jobs, outcomes, strict=True):
+            if failure is None:
+                job.future.set_result(result)
+            else:
+                job.future.set_exception(failure)
+
+    def _attempt(self, work: Work) -> tuple[Any, Exception | None]:
+        try:
+            with _savepoint(self._db):
+                return work(self._db), None
+        except Exception as error:  # one job's failure must not take its neighbours down
+            if not self._db.in_transaction:
+                raise
+            return None, _refusal_of(error) if isinstance(error, sqlite3.Error) else error
+
+
+def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
+    values = {"name": "default", "key": key, "now_ms": now_ms}
+    owner = db.execute(SELECT_KEY_OWNER, values).fetchone()
+    if owner is not None and owner[0] != "default":
+        raise BadSetting(f"{flag_of('api_key')} is already a key of the project {owner[0]!r}")
+    db.execute(INSERT_PROJECT, values)
+    db.execute(REVOKE_KEYS, values)
+    db.execute(INSERT_KEY, values)
+
+
+def _record_one(db: sqlite3.Connection, values: Json) -> None:
+    known = db.execute(RECORD_AGAIN, values).fetchone()
+    values["error_id"] = (known or db.execute(RECORD_FIRST, values).fetchone())["id"]
+    db.execute(RECORD_OCCURRENCE, values)
+    db.execute(RECORD_BUCKET, values)
+    if values["user_id"] is not None and db.execute(RECORD_USER, values).rowcount:
+        db.execute(COUNT_USER, values)
+
+
+class Store:
+    """Everything that is kept, in one SQLite database.
+
+    `path` names the database, which is made with mode 0600 if there is none; `now` returns
+    seconds since 1970. Several threads and processes may use one database at once. Readers
+    never wait for the writer. Raises MiniAPMError when the database can't be used.
+
+    >>> store = Store("errors.db")
+    >>> project = store.ensure_default_project()
+    """
+
+    def __init__(self, path: str, now: Callable[[], float] = time.time) -> None:
+        self.path = os.path.abspath(path)
+        self.now = now
+        self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        self._writer = Writer(open_database(self.path))
+        self.write = self._writer.run
+        self.has_surplus = threading.Event()  # there may be something for Retention to remove
+        self._reports_since_surplus = 0
+
+    def now_ms(self) -> int:
+        """Return the time that `now` gives, in milliseconds."""
+        return int(self.now() * 1000)
+
+    def close(self) -> None:
+        """Finish what is being written and close every connection."""
+        self._writer.close()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._idle.get_nowait().close()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection that sees one consistent state."""
+        try:
+            try:
+                db = self._idle.get_nowait()
+            except queue.Empty:
+                db = _connect(self.path)
+                db.execute("PRAGMA query_only = ON")
+            db.execute("BEGIN")
+            try:
+                yield db
+            finally:
+                db.execute("ROLLBACK")
+                self._idle.put(db)
+        except sqlite3.Error as error:
+            raise _refusal_of(error) from error
+
+    # Reports
+
+    def record(
+        self, project_id: int, occurrences: Sequence[Occurrence]
+    ) -> list[MiniAPMError | None]:
+        """Commit occurrences to disk in one transaction; return the refusal or None for each.
+
+        Raises Unavailable or MiniAPMError when none was stored.
+        """
+        rows = [
+            {
+                "project_id": project_id,
+                "grouping_key": one.grouping_key,
+                "fingerprint": one.fingerprint,
+                "exception_class": one.exception_class,
+                "message": one.message,
+                "location": locate(one),
+                "occurred_ms": one.occurred_ms,
+                "hour": one.occurred_ms // HOUR_MS,
+                "user_id": one.user_id,
+                "body": dump_occurrence(one),
+            }
+            for one in occurrences
+        ]
+        outcomes: list[MiniAPMError | None] = self.write(
+            functools.partial(self._record_all, rows), len(rows)
+        )
+        return outcomes
+
+    def _record_all(self, rows: list[Json], db: sqlite3.Connection) -> list[MiniAPMError | None]:
+        received_ms = self.now_ms()
+        outcomes: list[MiniAPMError | None] = []
+        for row in rows:
+            try:
+                with _savepoint(db):
+                    _record_one(db, row | {"received_ms": received_ms})
+                outcomes.append(None)
+            except sqlite3.Error as error:
+                if not db.in_transaction:
+                    raise
+                outcomes.append(_refusal_of(error))
+        self._reports_since_surplus += len(rows)
+        if self._reports_since_surplus >= SWEEP_AFTER_REPORTS:
+            self._reports_since_surplus = 0
+            self.has_surplus.set()
+        return outcomes
+
+    # Triage
+
+    def errors(self, wanted: ErrorFilter) -> ErrorPage:
+        """Return one page of errors; costs the same on every page and for every history."""
+        statement, values = list_statement(wanted)
+        conditions, count_values = _matching(wanted)
+        with self.reading() as db:
+            errors = [ErrorGroup(**row) for row in db.execute(statement, values)]
+            counts = dict(
+                db.execute(
+                    "SELECT status, COUNT(*) FROM errors"
+                    f" WHERE {' AND '.join(conditions)} GROUP BY status",
+                    count_values,
+                ).fetchall()
+            )
+        has_more = len(errors) > PAGE_ERRORS
+        errors = errors[:PAGE_ERRORS]
+        if wanted.before:
+            errors.reverse()
+        column = SORTS[wanted.sort]
+        ends = [(getattr(error, column), error.id) for error in errors]
+        has_previous = has_more if wanted.before else wanted.after is not None
+        has_next = True if wanted.before else has_more
+        return ErrorPage(
+            errors=tuple(errors),
+            counts={status: counts.get(status, 0) for status in STATUSES}
+            | {"all": sum(counts.values())},
+            previous=ends[0] if ends and has_previous else None,
+            next=ends[-1] if ends and has_next else None,
+        )
+
+    def error(self, error_id: int) -> ErrorGroup:
+        """Return one error; NotFound if there is none."""
+        with self.reading() as db:
+            row = db.execute(SELECT_ERROR, {"id": error_id}).fetchone()
+        if row is None:
+            raise NotFound(f"there is no error {error_id}")
+        return ErrorGroup(**row)
+
+    def occurrence(
+        self, error_id: int, occurrence_id: int | None = None
+    ) -> StoredOccurrence | None:
+        """Return an occurrence of an error, by default the newest; None if it is not kept."""
+        with self.reading() as db:
+            ids = {"error_id": error_id, "id": occurrence_id}
+            if occurrence_id is None:
+                ids["id"] = db.execute(SELECT_NEWEST_ID, ids).fetchone()[0]
+            row = db.execute(SELECT_OCCURRENCE, ids).fetchone()
+        if row is None:
+            return None
+        values = dict(row)
+        occurrence = load_occurrence(values.pop("body"), values.pop("grouping_key"))
+        return StoredOccurrence(**values, occurrence=occurrence)
+
+    def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
+        """Return how often each error occurred in each hour since 1970, zeros left out."""
+        values = {"ids": json.dumps(list(error_ids)), "since_hour": since_hour}
+        found: dict[int, dict[int, int]] = {error_id: {} for error_id in error_ids}
+        with self.reading() as db:
+            for error_id, hour, count in db.execute(SELECT_BUCKETS, values):
+                found[error_id][hour] = count
+        return found
+
+    def set_status(self, error_ids: Sequence[int], status: str) -> int:
+        """Make errors open, resolved or ignored; return how many changed."""
+        values = {"ids": json.dumps(list(error_ids)), "status": status, "now_ms": self.now_ms()}
+        changed: int = self.write(lambda db: db.execute(SET_STATUS, values).rowcount)
+        return changed
+
+    def delete(self, error_ids: Sequence[int]) -> int:
+        """Delete errors, at once for every reader; Retention removes their rows afterwards."""
+        values = {"ids": json.dumps(list(error_ids))}
+        changed: int = self.write(lambda db: db.execute(DELETE_ERRORS, values).rowcount)
+        self.has_surplus.set()
+        return changed
+
+    # Projects
+
+    def projects(self) -> tuple[Project, ...]:
+        """Return all projects, the oldest first."""
+        with self.reading() as db:
+            rows = [dict(row) for row in db.execute(SELECT_PROJECTS)]
+        return tuple(Project(**row | {"keys": tuple(json.loads(row["keys"]))}) for row in rows)
+
+    def project_of_key(self, key: str) -> int | None:
+        """Return the id of the project a key belongs to, compared in constant time."""
+        presented, owner = key.encode("utf-8", "surrogatepass"), None
+        with self.reading() as db:
+            for project_id, known in db.execute(SELECT_KEYS):
+                if hmac.compare_digest(presented, known.encode()):
+                    owner = project_id
+        return owner
+
+    def create_key(self, name: str) -> str:
+        """Add a new key to the project called `name`, made if there is none; return the key."""
+        if not name.strip() or not name.isprintable() or len(name) > MAX_KEY_CHARS:
+            raise BadRequest(f"a project's name is 1 to {MAX_KEY_CHARS} printable characters")
+        key = f"proj_{secrets.token_hex(16)}"
+        values = {"name": name, "key": key, "now_ms": self.now_ms()}
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(INSERT_PROJECT, values)
+            db.execute(INSERT_KEY, values)
+
+        self.write(work)
+        return key
+
+    def revoke(self, name: str) -> int:
+        """Revoke all keys of a project, or the one key given; NotFound if there is none."""
+        values = {"name": name, "now_ms": self.now_ms()}
+        revoked: int = self.write(lambda db: db.execute(REVOKE_KEYS, values).rowcount)
+        if not revoked:
+            raise NotFound(f"no project or key called {name!r} has a key to revoke")
+        return revoked
+
+    def ensure_default_project(self, key: str | None = None) -> Project:
+        """Return the project `default`, made with a key if there is none; `key` replaces its keys.
+
+        Raises BadSetting when the key belongs to another project.
+        """
+        existing = next((p for p in self.projects() if p.name == "default"), None)
+        if key is not None:
+            self.write(functools.partial(_replace_keys, key, self.now_ms()))
+        elif existing is None:
+            self.create_key("default")
+        else:
+            return existing
+        return next(p for p in self.projects() if p.name == "default")
+
+    # Upkeep
+
+    def check_writable(self) -> None:
+        """Write and commit something; raise MiniAPMError when that fails."""
+        self.set_setting("checked_ms", self.now_ms())
+
+    def setting(self, name: str) -> Any:
+        """Return what the database remembers under a name, None if nothing.
+
+        `secret` holds 32 random bytes that stay the same for the life of the database.
+        """
+        with self.reading() as db:
+            row = db.execute(SELECT_SETTING, {"name": name}).fetchone()
+        return None if row is None else row[0]
+
+    def set_setting(self, name: str, value: str | int) -> None:
+        """Remember a value under a name."""
+        self.write(lambda db: db.execute(SET_SETTING, {"name": name, "value": value}).rowcount)
+
+
+def _remove_occurrences(db: sqlite3.Connection, rows: Sequence[sqlite3.Row]) -> int:
+    db.executemany(DELETE_OCCURRENCE, [(row["id"],) for row in rows])
+    removed = collections.Counter(row["error_id"] for row in rows)
+    db.executemany(DISCOUNT_STORED, [(count, error_id) for error_id, count in removed.items()])
+    return len(rows)
+
+
+def _remove_error(error_id: int, db: sqlite3.Connection) -> int:
+    """Remove one step of a deleted error's rows, the error itself last; 0 when it is gone."""
+    values = {"error_id": error_id, "step": SWEEP_STEP_ROWS}
+    if removed := _remove_occurrences(db, db.execute(SELECT_OLDEST, values).fetchall()):
+        return removed
+    for statement in (DELETE_BUCKETS, DELETE_USERS):
+        if removed := db.execute(statement, values).rowcount:
+            return removed
+    db.execute(DELETE_ERROR, values)
+    return 0
+
+
+class Retention:
+    """Removes what is too old or too much, in steps of one short transaction each.
+
+    `retention_days` counts from receipt; of each error the newest `max_occurrences` are kept.
+    Counts, first and last seen and the trend of an error stay; an error with nothing left goes,
+    unless it is ignored.
+    """
+
+    def __init__(self, store: Store, retention_days: int, max_occurrences: int) -> None:
+        self._store = store
+        self._retention_ms = retention_days * 24 * HOUR_MS
+        self._max_occurrences = max_occurrences
+        self._is_stopped = False
+        self._thread = threading.Thread(target=self._run, name="miniapm-retention", daemon=True)
+
+    def start(self) -> None:
+        """Sweep in a thread of its own, now and whenever there may be something to remove."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the step that is running."""
+        self._is_stopped = True
+        self._store.has_surplus.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_stopped:
+            self._store.has_surplus.clear()
+            try:
+                self.sweep()
+            except MiniAPMError as error:
+                print(f"miniapm: retention will try again: {error}", file=sys.stderr)
+            self._store.has_surplus.wait(SWEEP_INTERVAL_S)
+
+    def sweep(self) -> None:
+        """Remove all that is to be removed now and give the space back to the disk."""
+        self._repeat(self._remove_expired)
+        with self._store.reading() as db:
+            values = {"most": self._max_occurrences, "step": SWEEP_STEP_ROWS}
+            crowded = db.execute(SELECT_CROWDED, values).fetchall()
+        for row in crowded:
+            self._repeat(functools.partial(self._remove_surplus, row["id"]))
+        self._repeat(lambda db: db.execute(DELETE_EMPTY, {"step": SWEEP_STEP_ROWS}).rowcount)
+        with self._store.reading() as db:
+            deleted = db.execute(SELECT_DELETED, {"step": SWEEP_STEP_ROWS}).fetchall()
+        for row in deleted:
+            self._repeat(functools.partial(_remove_error, row["id"]))
+        self._repeat(self._release_pages)
+        if SWEEP_STEP_ROWS in (len(crowded), len(deleted)):
+            self._store.has_surplus.set()
+
+    def _repeat(self, step: Work) -> None:
+        while not self._is_stopped and self._store.write(step):
+            pass
+
+    def _remove_expired(self, db: sqlite3.Connection) -> int:
+        cutoff_ms = self._store.now_ms() - self._retention_ms
+        values = {"cutoff_ms": cutoff_ms, "step": SWEEP_STEP_ROWS}
+        return _remove_occurrences(db, db.execute(SELECT_EXPIRED, values).fetchall())
+
+    def _remove_surplus(self, error_id: int, db: sqlite3.Connection) -> int:
+        stored = db.execute("SELECT stored_count FROM errors WHERE id = ?", (error_id,)).fetchone()
+        step = min(SWEEP_STEP_ROWS, stored[0] - self._max_occurrences if stored else 0)
+        if step <= 0:
+            return 0
+        values = {"error_id": error_id, "step": step}
+        return _remove_occurrences(db, db.execute(SELECT_OLDEST, values).fetchall())
+
+    def _release_pages(self, db: sqlite3.Connection) -> int:
+        free = _pragma(db, "freelist_count")
+        for _ in range(min(free, SWEEP_STEP_ROWS)):
+            db.execute("PRAGMA incremental_vacuum(1)")  # however large N is, execute frees one
+        return max(0, free - SWEEP_STEP_ROWS)
+
+
+# --- 10. Pages ------------------------------------------------------------------------------------
+
+SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24)}  # a trend's bars, hours in a bar
+MAX_TREND_HOURS = 31 * 24
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A time as pages show it: relative, exact on hover, machine-readable in the tag."""
+
+    ago: str
+    exact: str
+    iso: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One bar of a trend, in the units of the chart's view box."""
+
+    x: int
+    y: float
+    height: float
+    label: str
+
+
+def moment(time_ms: int, now_ms: int) -> Moment:
+    """Return a time for display."""
+    seconds = (now_ms - time_ms) // 1000
+    ago = "just now" if seconds < 45 else ""
+    for size, unit in ((60, "min"), (3600, "h"), (86_400, "d"), (31_557_600, "y")):
+        if seconds >= 45 and (unit == "min" or seconds >= size):
+            ago = f"{max(1, seconds // size):,} {unit} ago"
+    iso = iso_time(time_ms)
+    return Moment(ago, f"{iso[:10]} {iso[11:19]} UTC", iso)
+
+
+def trend(buckets: Mapping[int, int], span: str, now_ms: int) -> list[tuple[int, int]]:
+    """Return (start of the bar in ms, count) for each bar of a span, the newest last."""
+    bars, hours = SPANS[span]
+    end = (now_ms // HOUR_MS // hours + 1) * hours
+    starts = range(end - bars * hours, end, hours)
+    return [
+        (start * HOUR_MS, sum(buckets.get(hour, 0) for hour in range(start, start + hours)))
+        for start in starts
+    ]
+
+
+def trend_bars(series: Sequence[tuple[int, int]]) -> list[Bar]:
+    """Return the bars of a chart 10 units wide a bar and 100 high."""
+    most = max(count for _, count in series) or 1
+    return [
+        Bar(
+            x=position * 10,
+            y=round(100 - height, 1),
+            height=height,
+            label=f"{iso_time(start_ms)[:16].replace('T', ' ')} UTC: {count:,}",
+        )
+        for position, (start_ms, count) in enumerate(series)
+        if (height := round(max(4.0, 100 * count / most), 1) if count else 1.0)
+    ]
+
+
+def sparkline(series: Sequence[tuple[int, int]]) -> str:
+    """Return the points of a line 92 wide and 24 high."""
+    most = max(count for _, count in series) or 1
+    return " ".join(
+        f"{position * 4},{22 - round(20 * count / most, 1)}"
+        for position, (_, count) in enumerate(series)
+    )
+
+
+def _cursor_text(cursor: tuple[int, int] | None) -> str | None:
+    return f"{cursor[0]}.{cursor[1]}" if cursor else None
+
+
+def _parse_cursor(name: str, text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    found = re.fullmatch(r"(-?[0-9]{1,16})\.([0-9]{1,16})", text)
+    if not found:
+        raise BadRequest(f"{name} must be a cursor of the list", field=name)
+    return int(found[1]), int(found[2])
+
+
+def _one_of(query: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
+    value = query.get(name) or choices[0]
+    if value not in choices:
+        raise BadRequest(f"{name} must be one of {', '.join(choices)}", field=name)
+    return value
+
+
+def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
+    """Return the filter a query string asks for; BadRequest names the parameter that is wrong.
+
+    status: open, resolved, ignored, all; q: words that class, message or fingerprint contain;
+    project: an id; sort: last_seen, first_seen, count; after, before: cursors.
+    """
+    project = query.get("project", "")
+    if project and not re.fullmatch(r"[0-9]{1,16}", project):
+        raise BadRequest("project must be the id of a project", field="project")
+    return ErrorFilter(
+        status=_one_of(query, "status", (*STATUSES, "all")),
+        search=clip(query.get("q", "").strip(), MAX_SEARCH_CHARS).translate(_DISPLAY),
+        project_id=int(project) if project else None,
+        sort=_one_of(query, "sort", tuple(SORTS)),
+        after=_parse_cursor("after", query.get("after", "")),
+        before=_parse_cursor("before", query.get("before", "")),
+    )
+
+
+def filter_query(wanted: ErrorFilter, **changes: Any) -> str:
+    """Return the query string of a filter with changes, on its first page unless they say else."""
+    wanted = dataclasses.replace(wanted, **{"after": None, "before": None} | changes)
+    pairs = {
+        "status": "" if wanted.status == "open" else wanted.status,
+        "q": wanted.search,
+        "project": wanted.project_id,
+        "sort": "" if wanted.sort == "last_seen" else wanted.sort,
+        "after": _cursor_text(wanted.after),
+        "before": _cursor_text(wanted.before),
+    }
+    query = urllib.parse.urlencode({name: value for name, value in pairs.items() if value})
+    return f"?{query}" if query else ""
+
+
+def parse_span(query: Mapping[str, str]) -> str:
+    """Return the span of the trend a query string asks for; BadRequest if there is no such."""
+    return _one_of(query, "trend", tuple(SPANS))
+
+
+def is_new(error: ErrorGroup, now_ms: int) -> bool:
+    """Tell whether an open error was first seen within the last day."""
+    return error.status == "open" and now_ms - error.first_seen_ms < 24 * HOUR_MS
+
+
+def is_regressed(error: ErrorGroup) -> bool:
+    """Tell whether an error was resolved and has come back."""
+    return error.status == "open" and error.regressed_ms is not None
+
+
+def fold_frames(frames: Iterable[Frame]) -> list[list[Frame]]:
+    """Group a backtrace for display: runs of library frames together, all else alone."""
+    groups: list[list[Frame]] = []
+    for frame in frames:
+        is_library = bool(frame.file) and not frame.is_own
+        last = groups[-1][-1] if groups else None
+        if is_library and last is not None and last.file and not last.is_own:
+            groups[-1].append(frame)
+        else:
+            groups.append([frame])
+    return groups
+
+
+def numbered_source(context: SourceContext) -> list[tuple[int, str, bool]]:
+    """Return (line number, line, is it the failing one) for each line of a source context."""
+    first = context.lineno - len(context.pre_context)
+    lines = (*context.pre_context, context.context_line, *context.post_context)
+    return [(first + i, line, first + i == context.lineno) for i, line in enumerate(lines)]
+
+
+def readable(value: Any) -> str:
+    """Return a JSON value as a person reads it: text as it is, all else as indented JSON."""
+    return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def tables(occurrence: Occurrence) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the (title, rows) of what an occurrence carries beside its backtrace."""
+    request = [
+        (name, value)
+        for name, value in (
+            ("User id", occurrence.user_id),
+            ("Request id", occurrence.request_id),
+        )
+        if value is not None
+    ]
+    titled = [
+        ("Request", request),
+        ("Params", [(key, readable(value)) for key, value in (occurrence.params or {}).items()]),
+        ("More fields", [(key, readable(value)) for key, value in occurrence.extra.items()]),
+    ]
+    return [(title, rows) for title, rows in titled if rows]
+
+
+def snippets(url: str, key: str) -> list[tuple[str, str]]:
+    """Return (name, text) of ways to send a first report that work when pasted as they are."""
+    curl = f"""\
+curl -i {url}/ingest/errors \\
+  -H "Authorization: Bearer {key}" \\
+  -H "Content-Type: application/json" \\
+  -d '{{"exception_class": "RuntimeError", "message": "Hello from curl",
+       "backtrace": ["app/hello.rb:1:in `hello`"], "fingerprint": "hello-curl"}}'"""
+    python = f"""\
+import json, traceback, urllib.request
+
+def report_error(exception, context=None):
+    top = traceback.extract_tb(exception.__traceback__)[-1]
+    report = {{
+        "exception_class": type(exception).__name__,
+        "message": str(exception),
+        "backtrace": traceback.format_exception(exception),
+        "fingerprint": f"{{type(exception).__name__}}:{{top.filename}}:{{top.name}}",
+        "params": context or {{}},
+    }}
+    urllib.request.urlopen(urllib.request.Request(
+        {json.dumps(url)} + "/ingest/errors",
+        data=json.dumps(report).encode(),
+        headers={{"Authorization": {json.dumps("Bearer " + key)},
+                 "Content-Type": "application/json"}}))
+
+try:
+    1 / 0
+except Exception as exception:
+    report_error(exception, {{"hello": "from Python"}})"""
+    javascript = f"""\
+async function reportError(error, context = {{}}) {{
+  await fetch({json.dumps(url + "/ingest/errors")}, {{
+    method: "POST",
+    headers: {{"Authorization": {json.dumps("Bearer " + key)},
+              "Content-Type": "application/json"}},
+    body: JSON.stringify({{
+      exception_class: error.name,
+      message: error.message,
+      backtrace: error.stack?.split("\\n") ?? [],
+      fingerprint: `${{error.name}}:${{error.stack?.split("\\n")[1] ?? error.message}}`,
+      params: context,
+    }}),
+  }});
+}}
+
+reportError(new TypeError("Hello from JavaScript"), {{hello: "from JavaScript"}});"""
+    return [("curl", curl), ("Python", python), ("JavaScript", javascript)]
+
+
+def error_json(error: ErrorGroup, root: str) -> Json:
+    """Return an error as the JSON pages give it; times are ISO 8601, `url` is a path."""
+    return {
+        "id": error.id,
+        "url": f"{root}/errors/{error.id}",
+        "project": {"id": error.project_id, "name": error.project},
+        "exception_class": error.exception_class,
+        "message": error.message,
+        "location": error.location,
+        "fingerprint": error.fingerprint,
+        "status": error.status,
+        "regressed_at": iso_time(error.regressed_ms) if error.regressed_ms is not None else None,
+        "first_seen": iso_time(error.first_seen_ms),
+        "last_seen": iso_time(error.last_seen_ms),
+        "occurrences": error.occurrence_count,
+        "occurrences_kept": error.stored_count,
+        "users": error.user_count,
+    }
+
+
+def trend_json(series: Sequence[tuple[int, int]]) -> list[Json]:
+    """Return a trend as JSON: the start of each bar and its count."""
+    return [{"start": iso_time(start_ms), "count": count} for start_ms, count in series]
+
+
+def occurrence_json(stored: StoredOccurrence | None, root: str) -> Json | None:
+    """Return a kept occurrence as JSON: `report` is what the API took, scrubbed."""
+    if stored is None:
+        return None
+    path = f"{root}/errors/{stored.error_id}/occurrences"
+    return {
+        "id": stored.id,
+        "url": f"{path}/{stored.id}",
+        "received_at": iso_time(stored.received_ms),
+        "disbelieved_timestamp": stored.occurrence.disbelieved_timestamp,
+        "older_url": f"{path}/{stored.older_id}" if stored.older_id else None,
+        "newer_url": f"{path}/{stored.newer_id}" if stored.newer_id else None,
+        "report": to_payload(stored.occurrence),
+    }
+
+
+def list_json(
+    page: ErrorPage,
+    wanted: ErrorFilter,
+    buckets: Mapping[int, Mapping[int, int]],
+    now_ms: int,
+    root: str,
+) -> Json:
+    """Return one page of the list as JSON; `trend` holds 24 hourly counts, the newest last."""
+
+    def neighbour(**cursor: tuple[int, int] | None) -> str | None:
+        has_one = any(cursor.values())
+        return f"{root}/errors.json{filter_query(wanted, **cursor)}" if has_one else None
+
+    return {
+        "errors": [
+            error_json(error, root)
+            | {"trend": [count for _, count in trend(buckets[error.id], "24h", now_ms)]}
+            for error in page.errors
+        ],
+        "counts": dict(page.counts),
+        "previous_url": neighbour(before=page.previous),
+        "next_url": neighbour(after=page.next),
+    }
+
+
+def detail_json(
+    error: ErrorGroup,
+    stored: StoredOccurrence | None,
+    buckets: Mapping[int, int],
+    now_ms: int,
+    root: str,
+) -> Json:
+    """Return an error, its trend in every span and an occurrence as JSON."""
+    return {
+        "error": error_json(error, root),
+        "trend": {span: trend_json(trend(buckets, span, now_ms)) for span in SPANS},
+        "occurrence": occurrence_json(stored, root),
+    }
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """Return a Markdown code block that the text can't end, whatever it holds."""
+    longest = max(map(len, re.findall(r"`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}\n"
+
+
+def _code(text: str) -> str:
+    """Return a Markdown code span that the text can't end."""
+    text = " ".join(text.split()) or " "
+    ticks = "`" * (max(map(len, re.findall(r"`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def markdown(error: ErrorGroup, stored: StoredOccurrence | None) -> str:
+    """Return a report for a ticket or a coding assistant; all that was reported is in code."""
+    facts = [
+        ("Where", _code(error.location) if error.location else "unknown"),
+        ("Project", _code(error.project)),
+        ("Status", error.status + (" (regressed)" if is_regressed(error) else "")),
+        ("Occurrences", f"{error.occurrence_count:,} ({error.user_count:,} users)"),
+        ("First seen", iso_time(error.first_seen_ms)),
+        ("Last seen", iso_time(error.last_seen_ms)),
+        ("Fingerprint", _code(error.fingerprint)),
+    ]
+    parts = [
+        f"# {_code(clip(error.exception_class, 120))}\n\n{_fenced(error.message)}",
+        "".join(f"- **{name}:** {value}\n" for name, value in facts),
+    ]
+    if stored is not None:
+        occurrence = stored.occurrence
+        if occurrence.source_context is not None:
+            lines = numbered_source(occurrence.source_context)
+            text = "\n".join(f"{'>' if hit else ' '} {n:>5}  {line}" for n, line, hit in lines)
+            name = _code(occurrence.source_context.file)
+            parts.append(f"## Source: {name}\n\n{_fenced(text)}")
+        if occurrence.backtrace:
+            text = "\n".join(line.rstrip("\n") for line in occurrence.backtrace)
+            parts.append(f"## Backtrace\n\n{_fenced(text)}")
+        parts += [
+            f"## {title}\n\n{_fenced(json.dumps(dict(rows), indent=2, ensure_ascii=False), 'json')}"
+            for title, rows in tables(occurrence)
+        ]
+    return "\n".join(parts)
+
+
+_TEMPLATE_SOURCES = {
+    "layout": """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{title}} · MiniAPM</title>
+<link rel="icon" href="{{root}}/assets/{{assets['icon']}}">
+<link rel="stylesheet" href="{{root}}/assets/{{assets['style']}}">
+<script src="{{root}}/assets/{{assets['script']}}" defer></script>
+</head>
+<body>
+<header class="bar">
+<a class="brand" href="{{root}}/errors"><img src="{{root}}/assets/{{assets['icon']}}" alt=""
+ width="22" height="22">MiniAPM</a>
+% if show_nav:
+<nav aria-label="Main"><a href="{{root}}/errors">Errors</a><a href="{{root}}/setup">Setup</a></nav>
+% end
+% if show_logout:
+<form method="post" action="{{root}}/logout"><button class="plain">Log out</button></form>
+% end
+</header>
+<main>
+{{!base}}
+</main>
+<footer>MiniAPM {{version}}</footer>
+</body>
+</html>
+""",
+    "errors": """\
+% rebase("layout", title="Errors")
+<div class="head"><h1>Errors</h1>
+<nav class="tabs" aria-label="Status">
+% for tab in tabs:
+<a href="{{root}}/errors{{tab['query']}}"
+ {{'aria-current=page' if tab['is_current'] else ''}}>{{tab['name']}} <b>{{tab['count']}}</b></a>
+% end
+</nav></div>
+<form class="filters" method="get" action="{{root}}/errors" role="search">
+% if wanted.status != "open":
+<input type="hidden" name="status" value="{{wanted.status}}">
+% end
+<input type="search" name="q" value="{{wanted.search}}" maxlength="200" aria-label="Search"
+ placeholder="Search class, message, fingerprint">
+% if len(projects) > 1:
+<select name="project" aria-label="Project"><option value="">All projects</option>
+% for project in projects:
+<option value="{{project.id}}" {{'selected' if project.id == wanted.project_id else ''}}>
+{{project.name}}</option>
+% end
+</select>
+% end
+<select name="sort" aria-label="Sort by">
+% for value, name in (("last_seen", "Last seen"), ("first_seen", "First seen"), ("count", "Count")):
+<option value="{{value}}" {{'selected' if value == wanted.sort else ''}}>{{name}}</option>
+% end
+</select>
+<button>Apply</button>
+</form>
+<div id="live">
+% if not rows:
+<p class="empty">
+% if wanted.search or wanted.project_id:
+Nothing matches. <a href="{{root}}/errors{{all_query}}">Look in every status</a>
+ or <a href="{{root}}/errors">start over</a>.
+% elif wanted.status == "open":
+No open errors. Everything reported so far is resolved or ignored.
+% else:
+Nothing here.
+% end
+</p>
+% else:
+<form method="post" action="{{root}}/errors">
+<input type="hidden" name="return" value="{{here}}">
+<div class="tools">
+<label class="pick-all" hidden><input type="checkbox" id="pick-all"> Select all</label>
+<span class="hint">With selected:</span>
+<button name="action" value="resolve">Resolve</button>
+<button name="action" value="ignore">Ignore</button>
+<button name="action" value="reopen">Reopen</button>
+<details class="confirm"><summary>Delete…</summary>
+<button class="danger" name="action" value="delete">Delete selected for good</button></details>
+</div>
+<table class="errors">
+<thead><tr><th><span class="hidden">Select</span></th><th>Error</th><th>Last 24 h</th>
+<th class="number">Count</th><th class="number">Users</th><th class="number">Last seen</th></tr>
+</thead>
+<tbody>
+% for row in rows:
+% error = row['error']
+<tr>
+<td class="pick"><input type="checkbox" name="id" value="{{error.id}}"
+ aria-label="Select error {{error.id}}"></td>
+<td class="what"><a class="class" href="{{root}}/errors/{{error.id}}">{{error.exception_class}}</a>
+% if row['is_regressed']:
+<span class="badge regressed">regressed</span>
+% elif row['is_new']:
+<span class="badge new">new</span>
+% end
+% if error.status != wanted.status and error.status != "open":
+<span class="badge {{error.status}}">{{error.status}}</span>
+% end
+<span class="message">{{row['message']}}</span>
+<span class="where"><code>{{error.location}}</code>
+% if len(projects) > 1:
+<span class="project">{{error.project}}</span>
+% end
+</span></td>
+<td class="trend"><svg viewBox="0 0 92 24" role="img" preserveAspectRatio="none"><title>
+{{row['day_count']}} in the last 24 hours</title><polyline points="{{row['points']}}"/></svg></td>
+<td class="number count" data-label="times">{{row['count']}}</td>
+<td class="number users" data-label="users">{{row['users']}}</td>
+<td class="number seen"><time datetime="{{row['seen'].iso}}" title="{{row['seen'].exact}}">{{row['seen'].ago}}</time>
+</td>
+</tr>
+% end
+</tbody>
+</table>
+</form>
+% end
+% if previous_query or next_query:
+<nav class="pager" aria-label="Pages">
+% if previous_query:
+<a rel="prev" href="{{root}}/errors{{previous_query}}">← Previous</a>
+% end
+% if next_query:
+<a rel="next" href="{{root}}/errors{{next_query}}">Next →</a>
+% end
+</nav>
+% end
+</div>
+""",
+    "frames": """\
+<ol class="frames">
+% for group in frames:
+% if group[0].file and not group[0].is_own:
+<li><details><summary>{{len(group)}} library frame{{'' if len(group) == 1 else 's'}}
+<code>{{group[-1].file}}</code></summary>
+% else:
+<li>
+% end
+% for frame in group:
+% if frame.file:
+<div class="frame {{'own' if frame.is_own else 'library'}}">
+<code>{{frame.file}}<b>:{{frame.lineno}}</b></code>
+% if frame.function:
+<span>in <code>{{frame.function}}</code></span>
+% end
+% if frame.code:
+<pre>{{frame.code}}</pre>
+% end
+</div>
+% else:
+<div class="frame text"><pre>{{frame.text}}</pre></div>
+% end
+% end
+% if group[0].file and not group[0].is_own:
+</details>
+% end
+</li>
+% end
+</ol>
+""",
+    "error": """\
+% rebase("layout", title=error.exception_class)
+<p class="crumbs"><a href="{{root}}/errors">Errors</a> / {{error.id}}</p>
+<section class="card summary">
+<div class="badges"><span class="badge {{error.status}}">{{error.status}}</span>
+% if is_regressed:
+<span class="badge regressed" title="{{regressed.exact}}">regressed {{regressed.ago}}</span>
+% elif is_new:
+<span class="badge new">new</span>
+% end
+</div>
+<h1>{{error.exception_class}}</h1>
+<pre class="message">{{error.message}}</pre>
+% if error.location:
+<p class="where"><code>{{error.location}}</code></p>
+% end
+<form class="tools" method="post" action="{{root}}/errors/{{error.id}}">
+% if error.status != "resolved":
+<button class="primary" name="action" value="resolve">Resolve</button>
+% end
+% if error.status != "open":
+<button name="action" value="reopen">Reopen</button>
+% end
+% if error.status != "ignored":
+<button name="action" value="ignore">Ignore</button>
+% end
+<details class="confirm"><summary>Delete…</summary>
+<button class="danger" name="action" value="delete">Delete this error for good</button></details>
+<span class="links"><a href="{{root}}/errors/{{error.id}}.md">Markdown</a>
+<a href="{{root}}/errors/{{error.id}}.json">JSON</a></span>
+</form>
+<dl class="facts">
+% for name, value, title in facts:
+<div><dt>{{name}}</dt><dd title="{{title}}">{{value}}</dd></div>
+% end
+</dl>
+<p class="fingerprint"><span>Fingerprint</span> <code>{{error.fingerprint}}</code></p>
+</section>
+<section class="card" id="trend">
+<div class="head"><h2>Trend</h2><nav class="tabs" aria-label="Span">
+% for name in spans:
+<a href="{{here}}?trend={{name}}#trend" {{'aria-current=page' if name == span else ''}}>{{name}}</a>
+% end
+</nav></div>
+<svg class="chart" viewBox="0 0 {{len(bars) * 10}} 100" preserveAspectRatio="none" role="img"
+ aria-label="{{span_total}} occurrences in {{span}}">
+% for bar in bars:
+<g><title>{{bar.label}}</title><rect class="hit" x="{{bar.x}}" y="0" width="10" height="100"/>
+<rect x="{{bar.x + 1}}" y="{{bar.y}}" width="8" height="{{bar.height}}"/></g>
+% end
+</svg>
+<p class="axis"><span>{{bars[0].label.rpartition(':')[0]}}</span>
+<span>{{span_total}} in {{span}}, at most {{span_peak}} a bar</span><span>now</span></p>
+</section>
+% if stored is None:
+<section class="card"><p class="empty">No occurrence of this error is kept any more;
+ its counts are.</p></section>
+% else:
+% one = stored.occurrence
+<section class="card" id="occurrence">
+<div class="head"><h2>Occurrence {{stored.id}}</h2>
+<nav class="steps" aria-label="Occurrences">
+% for name, target in steps:
+% if target is None:
+<span>{{name}}</span>
+% else:
+<a href="{{root}}/errors/{{error.id}}/occurrences/{{target}}#occurrence">{{name}}</a>
+% end
+% end
+</nav></div>
+<p class="when">
+Occurred <time datetime="{{occurred.iso}}" title="{{occurred.ago}}">{{occurred.exact}}</time>,
+received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.exact}}</time> ·
+<a href="{{root}}/errors/{{error.id}}/occurrences/{{stored.id}}">link to this occurrence</a></p>
+% if one.disbelieved_timestamp is not None:
+<p class="notice">The report gave the time {{one.disbelieved_timestamp}}, over an hour ahead of
+ this server's clock. The time of receipt is used instead.</p>
+% end
+% if one.message != error.message or one.exception_class != error.exception_class:
+<p class="other"><b>{{one.exception_class}}</b></p><pre class="message">{{one.message}}</pre>
+% end
+% if source:
+<h3>Source <code>{{one.source_context.file}}:{{one.source_context.lineno}}</code></h3>
+<div class="source" tabindex="0"><table>
+% for number, line, is_failing in source:
+<tr{{' class=failing' if is_failing else ''}}><th>{{number}}</th><td>{{line}}</td></tr>
+% end
+</table></div>
+% end
+<h3>Backtrace</h3>
+% if frames:
+% include("frames", frames=frames)
+% else:
+<p class="empty">The report has no backtrace.</p>
+% end
+% for title, rows in tables:
+<h3>{{title}}</h3>
+<table class="values">
+% for name, value in rows:
+<tr><th>{{name}}</th><td><pre>{{value}}</pre></td></tr>
+% end
+</table>
+% end
+<details class="raw"><summary>Raw JSON</summary><pre>{{raw}}</pre></details>
+</section>
+% end
+""",
+    "snippets": """\
+% for name, text in snippets:
+<details class="snippet" {{'open' if name == 'curl' else ''}}><summary>{{name}}</summary>
+<div><button class="copy" type="button" hidden>Copy</button><pre>{{text}}</pre></div></details>
+% end
+""",
+    "setup": """\
+% rebase("layout", title="Setup")
+<div class="head"><h1>{{heading}}</h1></div>
+% if is_welcome:
+<p class="lead">Nothing has been reported yet. Send a first report with one of these; it appears
+ here at once.</p>
+% else:
+<p class="lead">Reports go to <code>{{url}}/ingest/errors</code>, several at once to
+<code>{{url}}/ingest/errors/batch</code>, with a project's key.</p>
+% end
+% for project, ways in projects:
+<section class="card">
+<h2>{{project.name}}</h2>
+% for key in project.keys:
+<p class="key"><span>API key</span> <code>{{key}}</code></p>
+% end
+% if ways:
+% include("snippets", snippets=ways)
+% else:
+<p>This project has no key, so its reports are refused. To make one:</p>
+<pre>python miniapm.py keys create {{project.name}}</pre>
+% end
+</section>
+% end
+% if not is_welcome:
+<p class="lead">Another project: <code>python miniapm.py keys create NAME</code></p>
+% end
+""",
+    "login": """\
+% rebase("layout", title="Log in")
+<form class="card login" method="post" action="{{root}}/login">
+<h1>Log in</h1>
+% if problem:
+<p class="notice" role="alert">{{problem}}</p>
+% end
+<input type="hidden" name="next" value="{{next}}">
+<label for="password">Password</label>
+<input id="password" type="password" name="password" autocomplete="current-password" required
+ autofocus>
+<button class="primary">Log in</button>
+</form>
+""",
+    "message": """\
+% rebase("layout", title=heading)
+<section class="card message-page"><h1>{{heading}}</h1><p>{{text}}</p>
+<p><a href="{{root}}/errors">Back to the errors</a></p></section>
+""",
+}
+
+
+def _compile_templates() -> dict[str, bottle.SimpleTemplate]:
+    templates = {name: bottle.SimpleTemplate(text) for name, text in _TEMPLATE_SOURCES.items()}
+    for template in templates.values():
+        template.cache = templates  # where include() and rebase() look for a name first
+    return templates
+
+
+_TEMPLATES = _compile_templates()
+
+STYLE = """\
+:root { color-scheme: light dark; --bg: #f6f6f4; --card: #fff; --text: #1d2126; --muted: #5c6570;
+  --line: #dfe0dc; --soft: #efefec; --accent: #a83a1c; --on-accent: #fff; --mark: #fbe3da;
+  --open: #a83a1c; --resolved: #1d6f42; --ignored: #5c6570; --new: #2456a6; --back: #8a5300; }
+@media (prefers-color-scheme: dark) { :root { --bg: #131518; --card: #1b1e23; --text: #e6e8eb;
+  --muted: #9aa4af; --line: #30353c; --soft: #24282e; --accent: #ff9472; --on-accent: #1b1009;
+  --mark: #4a2418; --open: #ff9472; --resolved: #6fcf97; --ignored: #9aa4af; --new: #86b4ff;
+  --back: #f0b45a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+code { overflow-wrap: anywhere; }
+a { color: var(--accent); text-underline-offset: 2px; }
+h1 { font-size: 22px; line-height: 1.3; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 17px; margin: 0; overflow-wrap: anywhere; }
+h3 { font-size: 14px; margin: 24px 0 8px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.hidden { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
+[hidden] { display: none !important; }
+.bar { display: flex; align-items: center; gap: 24px; padding: 10px 24px;
+  background: var(--card); border-bottom: 1px solid var(--line); }
+.bar nav { display: flex; gap: 18px; flex: 1; }
+.bar nav a { color: var(--text); text-decoration: none; }
+.bar nav a:hover { text-decoration: underline; }
+.brand { display: flex; align-items: center; gap: 8px; color: var(--text); font-weight: 650;
+  text-decoration: none; }
+main { max-width: 1160px; margin: 0 auto; padding: 24px; }
+footer { max-width: 1160px; margin: 0 auto; padding: 0 24px 32px; color: var(--muted);
+  font-size: 13px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 20px; margin: 0 0 16px; }
+.head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 20px; margin-bottom: 12px; }
+.tabs { display: flex; flex-wrap: wrap; gap: 4px; }
+.tabs a { padding: 4px 10px; border-radius: 7px; color: var(--muted); text-decoration: none; }
+.tabs a b { font-weight: 500; font-size: 13px; opacity: .85; }
+.tabs a:hover { background: var(--soft); }
+.tabs a[aria-current] { background: var(--soft); color: var(--text); font-weight: 600; }
+.filters { display: flex; gap: 8px; margin-bottom: 12px; }
+.filters input[type=search] { flex: 1; min-width: 0; }
+input, select, button, summary { font: inherit; }
+input[type=search], input[type=password], select { color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: 7px; padding: 6px 10px; max-width: 100%; }
+button { padding: 6px 12px; color: inherit; background: var(--card); cursor: pointer;
+  border: 1px solid var(--line); border-radius: 7px; }
+button:hover { background: var(--soft); }
+button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button.danger { color: var(--open); border-color: var(--open); }
+button.plain { border: 0; background: none; color: var(--muted); padding: 4px; }
+.tools { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 0 0 12px; }
+.tools .hint, .pick-all { color: var(--muted); font-size: 14px; }
+.pick-all { margin-right: 8px; }
+.confirm summary { list-style: none; cursor: pointer; padding: 6px 12px; color: var(--muted); }
+.confirm summary::-webkit-details-marker { display: none; }
+.confirm[open] { display: flex; flex-wrap: wrap; align-items: center; }
+.links { display: flex; gap: 14px; margin-left: auto; font-size: 14px; }
+.badge { display: inline-block; padding: 0 8px; border: 1px solid; border-radius: 99px;
+  font-size: 12px; line-height: 19px; vertical-align: 2px; white-space: nowrap; }
+.badge.open { color: var(--open); } .badge.resolved { color: var(--resolved); }
+.badge.ignored { color: var(--ignored); } .badge.new { color: var(--new); }
+.badge.regressed { color: var(--back); }
+.errors { width: 100%; border-collapse: separate; border-spacing: 0; background: var(--card);
+  border: 1px solid var(--line); border-radius: 10px; table-layout: fixed; }
+.errors th { text-align: left; font-weight: 500; font-size: 13px; color: var(--muted);
+  padding: 8px 10px; }
+.errors td { padding: 11px 10px; border-top: 1px solid var(--line); vertical-align: top; }
+.errors tbody tr:hover { background: var(--soft); }
+.errors th:nth-child(1) { width: 40px; } .errors th:nth-child(3) { width: 112px; }
+.errors th:nth-child(4), .errors th:nth-child(5) { width: 84px; }
+.errors th:nth-child(6) { width: 104px; }
+.errors th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.pick { padding-left: 14px !important; }
+.what .class { font-weight: 600; color: var(--text); text-decoration: none;
+  overflow-wrap: anywhere; }
+.what .class:hover { text-decoration: underline; }
+.what .message, .what .where { display: block; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.what .where, .project, .seen { color: var(--muted); }
+.what .where code { font-size: 12px; }
+.project { margin-left: 8px; font-size: 13px; }
+.trend svg { width: 92px; height: 24px; display: block; }
+polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+.errors td.number { white-space: nowrap; } .errors td.seen { font-size: 14px; }
+.empty { color: var(--muted); padding: 28px 0; text-align: center; margin: 0; }
+.pager { display: flex; justify-content: center; gap: 24px; padding: 16px; }
+.crumbs { margin: 0 0 10px; color: var(--muted); font-size: 14px; }
+.badges { margin-bottom: 6px; }
+pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; }
+.summary .where { margin: 8px 0 16px; color: var(--muted); }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px;
+  margin: 16px 0; }
+.facts dt, .fingerprint span, .key span { color: var(--muted); font-size: 13px; }
+.facts dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.fingerprint { margin: 0; max-height: 6em; overflow: auto; }
+.chart { width: 100%; height: 110px; display: block; border-bottom: 1px solid var(--line); }
+.chart rect { fill: var(--accent); } .chart .hit { fill: transparent; }
+.chart g:hover .hit { fill: var(--soft); }
+.axis { display: flex; justify-content: space-between; gap: 12px; color: var(--muted);
+  font-size: 13px; margin: 6px 0 0; }
+.steps { display: flex; gap: 14px; font-size: 14px; flex-wrap: wrap; }
+.steps span { color: var(--muted); opacity: .7; }
+.when { color: var(--muted); font-size: 14px; margin: 0; }
+.notice { border-left: 3px solid var(--back); background: var(--soft); padding: 8px 12px;
+  margin: 12px 0; }
+.source { border: 1px solid var(--line); border-radius: 8px; overflow-x: auto; }
+.source table { border-collapse: collapse; width: 100%; }
+.source td, .source th { font: 13px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  white-space: pre; padding: 0 12px; }
+.source th { width: 1px; text-align: right; color: var(--muted); user-select: none; }
+.source .failing { background: var(--mark); } .source .failing th { color: var(--open); }
+.frames { list-style: none; margin: 0; padding: 0; border: 1px solid var(--line);
+  border-radius: 8px; overflow: hidden; }
+.frames li { border-top: 1px solid var(--line); } .frames li:first-child { border-top: 0; }
+.frame { padding: 7px 12px; } .frame > code { font-weight: 600; } .frame > code b { font: inherit; }
+.frame span { color: var(--muted); font-size: 14px; } .frame pre { margin-top: 2px; padding-left: 12px; }
+.frame.own { border-left: 3px solid var(--accent); }
+.frame.library, .frame.text { border-left: 3px solid transparent; color: var(--muted); }
+.frame.library > code { font-weight: 400; } .frame.text pre { padding: 0; margin: 0; }
+.frames summary, .raw summary, .snippet summary { cursor: pointer; padding: 6px 12px;
+  color: var(--muted); font-size: 14px; }
+.frames summary code { font-size: 12px; }
+.values { width: 100%; border-collapse: collapse; table-layout: fixed; }
+.values th, .values td { text-align: left; vertical-align: top; padding: 6px 12px 6px 0;
+  border-top: 1px solid var(--line); }
+.values th { width: 200px; font-weight: 500; color: var(--muted); overflow-wrap: anywhere; }
+.raw { margin-top: 20px; } .raw summary, .snippet summary { padding-left: 0; }
+.raw pre, .snippet pre, section > pre { background: var(--soft); border-radius: 8px;
+  padding: 12px; }
+.lead { margin: 0 0 16px; } .key { margin: 6px 0; }
+.snippet div { position: relative; } .snippet pre { white-space: pre; overflow-x: auto; }
+.copy { position: absolute; top: 6px; right: 6px; font-size: 13px; padding: 2px 10px; }
+.login { max-width: 360px; margin: 8vh auto; display: grid; gap: 12px; }
+.login .notice { margin: 0; } .message-page { text-align: center; padding: 48px 20px; }
+@media (max-width: 720px) {
+  .bar { padding: 10px 16px; gap: 16px; } main { padding: 16px; } footer { padding: 0 16px 24px; }
+  .filters { flex-wrap: wrap; } .filters input[type=search] { flex-basis: 100%; }
+  .filters select { flex: 1; min-width: 0; }
+  .card { padding: 14px; }
+  .errors thead { display: none; }
+  .errors, .errors tbody { display: block; }
+  .errors tr { display: grid; grid-template-columns: 32px auto auto auto 1fr; gap: 2px 12px;
+    padding: 10px 12px; border-top: 1px solid var(--line); align-items: center; }
+  .errors tr:first-child { border-top: 0; }
+  .errors td { padding: 0; border: 0; font-size: 13px; }
+  .errors td.pick { padding: 0 !important; grid-row: 1 / span 2; align-self: start; }
+  .errors td.what { grid-column: 2 / -1; font-size: 15px; min-width: 0; }
+  .errors td.trend { grid-column: 2; } .trend svg { width: 64px; }
+  td[data-label]::after { content: " " attr(data-label); color: var(--muted); }
+  .links { margin-left: 0; } .values th { width: 38%; }
+  .pick input, #pick-all { width: 18px; height: 18px; }
+}
+"""
+
+SCRIPT = """\
+"use strict";
+// Nothing here is needed: it only saves clicks and reloads.
+for (const button of document.querySelectorAll(".copy")) {
+  if (!navigator.clipboard) break;
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(button.nextElementSibling.textContent);
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+}
+
+const boxes = () => [...document.querySelectorAll("input[name=id]")];
+const live = document.getElementById("live");
+const offerPickAll = () => {
+  const all = document.getElementById("pick-all");
+  if (!all) return;
+  all.parentElement.hidden = false;
+  all.addEventListener("change", () => boxes().forEach((box) => { box.checked = all.checked; }));
+};
+offerPickAll();
+
+// The list stays current while nobody is selecting or choosing in it.
+if (live) {
+  setInterval(async () => {
+    const inUse = boxes().some((box) => box.checked) || live.querySelector("details[open]")
+      || live.contains(document.activeElement);
+    if (document.hidden || inUse) return;
+    try {
+      const answer = await fetch(location.href, {headers: {"Accept": "text/html"}});
+      if (!answer.ok || answer.redirected) return;
+      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      for (const part of ["#live", ".head"]) {
+        const fresh = page.querySelector(part);
+        if (fresh) document.querySelector(part).replaceChildren(...fresh.childNodes);
+      }
+      offerPickAll();
+    } catch { /* the server is away: the next round tries again */ }
+  }, 5000);
+}
+"""
+
+ICON = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="8"
+ fill="#a83a1c"/><path d="M5 18h5l3-9 5 15 3-9 1.5 3H27" fill="none" stroke="#fff"
+ stroke-width="2.5" stroke-linecap="round" stroke-linejoin="round"/></svg>
+"""
+
+
+def _asset(text: str, suffix: str) -> str:
+    return f"miniapm-{hashlib.sha256(text.encode()).hexdigest()[:12]}.{suffix}"
+
+
+ASSET_NAMES = {
+    "style": _asset(STYLE, "css"),
+    "script": _asset(SCRIPT, "js"),
+    "icon": _asset(ICON, "svg"),
+}
+ASSETS = {
+    ASSET_NAMES["style"]: ("text/css; charset=utf-8", STYLE),
+    ASSET_NAMES["script"]: ("text/javascript; charset=utf-8", SCRIPT),
+    ASSET_NAMES["icon"]: ("image/svg+xml", ICON),
+}
+
+
+def render(template: str, root: str, **values: Any) -> str:
+    """Return a page as HTML; `root` is the prefix under which the App is mounted."""
+    shared = {"root": root, "assets": ASSET_NAMES, "version": __version__}
+    defaults = {"show_nav": True, "show_logout": False}
+    return str(_TEMPLATES[template].render(defaults | shared | values))
+
+
+def list_values(
+    page: ErrorPage,
+    wanted: ErrorFilter,
+    buckets: Mapping[int, Mapping[int, int]],
+    now_ms: int,
+) -> Json:
+    """Return what the template "errors" shows, but for the projects."""
+    rows = []
+    for error in page.errors:
+        series = trend(buckets[error.id], "24h", now_ms)
+        rows.append(
+            {
+                "error": error,
+                "message": clip(" ".join(error.message.split()), 300),
+                "is_new": is_new(error, now_ms),
+                "is_regressed": is_regressed(error),
+                "count": f"{error.occurrence_count:,}",
+                "users": f"{error.user_count:,}",
+                "seen": moment(error.last_seen_ms, now_ms),
+                "points": sparkline(series),
+                "day_count": sum(count for _, count in series),
+            }
+        )
+    tabs = [
+        {
+            "name": status.capitalize(),
+            "count": f"{page.counts[status]:,}",
+            "query": filter_query(wanted, status=status),
+            "is_current": status == wanted.status,
+        }
+        for status in (*STATUSES, "all")
+    ]
+    return {
+        "rows": rows,
+        "tabs": tabs,
+        "wanted": wanted,
+        "here": filter_query(wanted, after=wanted.after, before=wanted.before),
+        "all_query": filter_query(wanted, status="all"),
+        "previous_query": filter_query(wanted, before=page.previous) if page.previous else "",
+        "next_query": filter_query(wanted, after=page.next) if page.next else "",
+    }
+
+
+def error_values(
+    error: ErrorGroup,
+    stored: StoredOccurrence | None,
+    buckets: Mapping[int, int],
+    span: str,
+    now_ms: int,
+) -> Json:
+    """Return what the template "error" shows, but for its own address."""
+    series = trend(buckets, span, now_ms)
+    first, last = moment(error.first_seen_ms, now_ms), moment(error.last_seen_ms, now_ms)
+    since = moment(error.status_ms, now_ms)
+    values = {
+        "error": error,
+        "stored": stored,
+        "is_new": is_new(error, now_ms),
+        "is_regressed": is_regressed(error),
+        "regressed": moment(error.regressed_ms or 0, now_ms),
+        "facts": [
+            ("First seen", first.ago, first.exact),
+            ("Last seen", last.ago, last.exact),
+            ("Occurrences", f"{error.occurrence_count:,}", "all that were ever reported"),
+            ("Kept", f"{error.stored_count:,}", "occurrences that can be looked at"),
+            ("Users", f"{error.user_count:,}", "distinct user ids"),
+            ("Project", error.project, ""),
+            (f"{error.status.capitalize()} since", since.ago, since.exact),
+        ],
+        "spans": tuple(SPANS),
+        "span": span,
+        "bars": trend_bars(series),
+        "span_total": f"{sum(count for _, count in series):,}",
+        "span_peak": f"{max(count for _, count in series):,}",
+    }
+    return values if stored is None else values | _occurrence_values(stored, now_ms)
+
+
+def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
+    one = stored.occurrence
+    return {
+        "steps": [
+            ("First", stored.first_id if stored.older_id else None),
+            ("Older", stored.older_id),
+            ("Newer", stored.newer_id),
+            ("Last", stored.newest_id if stored.newer_id else None),
+        ],
+        "occurred": moment(one.occurred_ms, now_ms),
+        "received": moment(stored.received_ms, now_ms),
+        "source": numbered_source(one.source_context) if one.source_context else [],
+        "frames": fold_frames(parse_backtrace(one.backtrace)),
+        "tables": tables(one),
+        "raw": json.dumps(to_payload(one), indent=2, ensure_ascii=False),
+    }
+
+
+# --- 11. HTTP -------------------------------------------------------------------------------------
+
+EVERY_HEADERS = [("X-Content-Type-Options", "nosniff")]
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self';"
+    " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+PAGE_HEADERS = [
+    ("Content-Security-Policy", CONTENT_SECURITY_POLICY),
+    ("X-Frame-Options", "DENY"),
+    # Not no-referrer: browsers would then send "Origin: null" with our own forms.
+    ("Referrer-Policy", "same-origin"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+]
+CORS_HEADERS = [
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Allow-Methods", "POST, OPTIONS"),
+    ("Access-Control-Allow-Headers", "Authorization, Content-Type"),
+    ("Access-Control-Expose-Headers", "Retry-After"),
+    ("Access-Control-Max-Age", "86400"),
+]
+SESSION_COOKIE = "miniapm_session"
+ACTIONS = {"resolve": "resolved", "ignore": "ignored", "reopen": "open"}
+
+Environ = dict[str, Any]
+
+
+def header_text(environ: Environ, name: str) -> str:
+    """Return a header as text: UTF-8 where it is that, else the Latin-1 of RFC 9110."""
+    value: str = environ.get(name, "")
+    try:
+        return value.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return value
+
+
+def read_body(environ: Environ, limit: int) -> bytes:
+    """Return the request's body; TooLarge when it has more than `limit` bytes."""
+    refusal = TooLarge(f"the body is larger than {limit:,} bytes")
+    declared = environ.get("CONTENT_LENGTH") or ""
+    if declared and not re.fullmatch(r"[0-9]{1,18}", declared):
+        raise BadRequest("Content-Length must be a whole number")
+    if declared and int(declared) > limit:
+        raise refusal
+    remaining = int(declared) if declared else 0
+    if not declared and environ.get("wsgi.input_terminated"):  # chunked, not by waitress
+        remaining = limit + 1
+    parts = []
+    while remaining > 0 and (part := environ["wsgi.input"].read(min(remaining, _MEBIBYTE))):
+        parts.append(part)
+        remaining -= len(part)
+    body = b"".join(parts)
+    if len(body) > limit:
+        raise refusal
+    return body
+
+
+def read_form(environ: Environ) -> dict[str, list[str]]:
+    """Return the fields of a submitted form."""
+    try:
+        text = read_body(environ, MAX_FORM_BYTES).decode("utf-8", "replace")
+        return urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=10_000)
+    except ValueError:
+        raise BadRequest("the form has too many fields") from None
+
+
+def read_query(environ: Environ) -> dict[str, str]:
+    """Return the parameters of the query string, the last of each name."""
+    try:
+        pairs = urllib.parse.parse_qsl(environ.get("QUERY_STRING", ""), max_num_fields=100)
+    except ValueError:
+        raise BadRequest("the query string has too many parameters") from None
+    return dict(pairs)
+
+
+def bearer_key(environ: Environ) -> str:
+    """Return the key of an Authorization header (RFC 6750); Unauthorized if there is none."""
+    scheme, _, key = header_text(environ, "HTTP_AUTHORIZATION").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise Unauthorized("the header Authorization must be: Bearer <api_key>")
+    return key.strip()
+
+
+def require_json(environ: Environ) -> None:
+    """Refuse a body whose Content-Type is not application/json or application/…+json."""
+    kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
+        raise UnsupportedType("the Content-Type must be application/json")
+
+
+def batch_entries(data: Any) -> list[Any]:
+    """Return the entries of a batch, not looked at yet; BadRequest if it is no batch."""
+    entries = data.get("errors") if isinstance(data, dict) else None
+    if not isinstance(entries, list):
+        raise BadRequest('the body must be {"errors": [...]}', field="errors")
+    if len(entries) > MAX_BATCH_ERRORS:
+        raise TooLarge(f"errors has more than {MAX_BATCH_ERRORS:,} entries", field="errors")
+    return entries
+
+
+def refusal_json(refusal: MiniAPMError) -> Json:
+    """Return a refusal as the API says it; `field` is there when one field is the culprit."""
+    said = {"error": str(refusal)}
+    return said if refusal.field is None else {"field": refusal.field} | said
+
+
+def record_batch(store: Store, project_id: int, entries: Sequence[Any]) -> tuple[int, list[Json]]:
+    """Store the good entries in one transaction; return their number and the refusals by index.
+
+    Raises Unavailable when the store can't take any of them now.
+    """
+    refusals: dict[int, MiniAPMError] = {}
+    good: dict[int, Occurrence] = {}
+    for index, entry in enumerate(entries):
+        try:
+            good[index] = parse_occurrence(entry, store.now_ms(), f"errors[{index}]")
+        except BadRequest as refusal:
+            refusals[index] = refusal
+    try:
+        outcomes = store.record(project_id, list(good.values())) if good else []
+    except Unavailable:
+        raise
+    except MiniAPMError as refusal:
+        outcomes = [refusal] * len(good)
+    for index, outcome in zip(good, outcomes, strict=True):
+        if outcome is not None:
+            refusals[index] = outcome
+    rejected = [{"index": index} | refusal_json(refusals[index]) for index in sorted(refusals)]
+    return len(entries) - len(rejected), rejected
+
+
+def check_host(environ: Environ, config: Config) -> None:
+    """Refuse a Host header we don't go by: a foreign name that resolves to us is an attack."""
+    host = environ.get("HTTP_HOST", "").lower()
+    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(?::[0-9]{1,5})?", host, re.ASCII)
+    name = found[1].strip("[]").removesuffix(".") if found else ""
+    if not (is_loopback_name(name) or name in (*config.allowed_hosts, config.host.lower())):
+        raise Forbidden(
+            "this Host is not allowed; if it is right, start with"
+            f" {flag_of('allowed_hosts')} or {variable_of('allowed_hosts')}"
+        )
+
+
+def check_same_origin(environ: Environ) -> None:
+    """Refuse a change that another site's page asks for; programs send neither header."""
+    site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+    own = environ.get("HTTP_HOST", "").lower()
+    # same-site is not enough: every port of localhost is the same site.
+    if site not in (None, "same-origin", "none") or (
+        origin is not None and origin.lower().partition("://")[2] != own
+    ):
+        raise Forbidden("changes are taken from this dashboard's own pages only")
+
+
+class PasswordGate:
+    """Knows one password: checks it, slowly after failures, and issues and checks sessions.
+
+    A session is its expiry, signed with a key that depends on the password: it outlives a
+    restart and ends with a change of the password. `secret` is the database's own.
+    """
+
+    def __init__(self, password: str, secret: bytes, now: Callable[[], float]) -> None:
+        self._secret, self._now = secret, now
+        self._hash = self._scrypt(password)
+        self._key = hmac.digest(secret, self._hash, "sha256")
+        self._lock = threading.Lock()
+        self._failures: dict[str, tuple[int, float]] = {}  # address -> (how many, wait until)
+
+    def _scrypt(self, password: str) -> bytes:
+        # RFC 7914; 16 MiB and some 50 ms a guess
+        data = password.encode("utf-8", "surrogatepass")
+        return hashlib.scrypt(data, salt=self._secret, n=2**14, r=8, p=1)
+
+    def check(self, password: str, address: str) -> None:
+        """Raise Unauthorized for a wrong password, TooManyAttempts for one that comes too soon."""
+        with self._lock:
+            count, wait_until = self._failures.pop(address, (0, 0.0))
+            if (wait_s := math.ceil(wait_until - self._now())) > 0:
+                self._failures[address] = (count, wait_until)
+                raise TooManyAttempts(f"Try again in {wait_s} s.", retry_after_s=wait_s)
+            if hmac.compare_digest(self._scrypt(password), self._hash):
+                return
+            delay_s = min(MAX_LOGIN_DELAY_S, 2.0 ** (count - 2)) if count >= 2 else 0.0
+            if len(self._failures) >= MAX_LOGIN_ADDRESSES:
+                del self._failures[next(iter(self._failures))]
+            self._failures[address] = (count + 1, self._now() + delay_s)
+            raise Unauthorized("That is not the password.")
+
+    def issue(self) -> str:
+        """Return the cookie value of a new session."""
+        expires = str(int(self._now()) + MAX_SESSION_S)
+        return f"{expires}.{self._sign(expires)}"
+
+    def accepts(self, cookie: str) -> bool:
+        """Tell whether a cookie value is a session of ours that has not ended."""
+        expires, _, signature = cookie.partition(".")
+        if not hmac.compare_digest(self._sign(expires).encode(), signature.encode()):
+            return False
+        return int(expires) > self._now()
+
+    def _sign(self, text: str) -> str:
+        return hmac.new(self._key, text.encode(), "sha256").hexdigest()
+
+
+def is_public(path: str) -> bool:
+    """Tell whether a path is open without a session."""
+    return path == "/login" or path.startswith("/assets/")
+
+
+def is_ingest(path: str) -> bool:
+    """Tell whether a path takes reports, from pages of any origin."""
+    return path == "/ingest" or path.startswith("/ingest/")
+
+
+def is_machine_path(path: str) -> bool:
+    """Tell whether a path is for programs: open to every Host, each request by its own right."""
+    return path == "/health" or is_ingest(path)
+
+
+def local_path(text: str) -> str:
+    """Return a path of the dashboard to go to after login, /errors for anything else."""
+    return text if re.fullmatch(r"/(?:errors|setup)[\w./?=&%+-]*", text, re.ASCII) else "/errors"
+
+
+def root_of(environ: Environ) -> str:
+    """Return the prefix under which the App is mounted, as it stands in links."""
+    return urllib.parse.quote(environ.get("SCRIPT_NAME", "").rstrip("/"))
+
+
+def retry_header(refusal: MiniAPMError) -> dict[str, str]:
+    """Return the header Retry-After where the refusal names a time."""
+    return {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
+
+
+def act(store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]]) -> str:
+    """Do the action that a form names to errors; return its name."""
+    action = form.get("action", [""])[0]
+    if action == "delete":
+        store.delete(error_ids)
+    elif action in ACTIONS:
+        store.set_status(error_ids, ACTIONS[action])
+    else:
+        raise BadRequest(f"action must be one of {', '.join(ACTIONS)}, delete", field="action")
+    return action
+
+
+def with_session(answer: bottle.HTTPResponse, value: str, maxage_s: int) -> bottle.HTTPResponse:
+    """Return the answer with the session's cookie set."""
+    environ = bottle.request.environ
+    answer.set_cookie(
+        SESSION_COOKIE,
+        value,
+        path=root_of(environ) or "/",
+        maxage=maxage_s,
+        httponly=True,
+        samesite="lax",
+        secure=environ["wsgi.url_scheme"] == "https",
+    )
+    return answer
+
+
+def redirect(path: str) -> bottle.HTTPResponse:
+    """Answer 303 to a path of our own."""
+    return bottle.HTTPResponse("", 303, {"Location": root_of(bottle.request.environ) + path})
+
+
+def answer_json(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> bottle.HTTPResponse:
+    """Answer with a JSON value."""
+    more = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    text = json.dumps(value, ensure_ascii=False)
+    return bottle.HTTPResponse(text, status, more | dict(headers or {}))
+
+
+class Ingest:
+    """The handlers for programs: reports and health."""
+
+    def __init__(self, store: Store, max_body_bytes: int) -> None:
+        self._store = store
+        self._max_body_bytes = max_body_bytes
+        self._started_s = time.monotonic()
+
+    def _receive(self) -> tuple[int, Any]:
+        """Return the id of the project that reports, and the body's JSON value."""
+        environ = bottle.request.environ
+        project_id = self._store.project_of_key(bearer_key(environ))
+        if project_id is None:
+            raise Unauthorized("the API key is unknown or revoked")
+        require_json(environ)
+        return project_id, decode_json(read_body(environ, self._max_body_bytes))
+
+    def error(self) -> bottle.HTTPResponse:
+        """Take one report: 202 once it is on disk."""
+        project_id, data = self._receive()
+        occurrence = parse_occurrence(data, self._store.now_ms())
+        (refusal,) = self._store.record(project_id, [occurrence])
+        if refusal is not None:
+            raise refusal
+        return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
+
+    def batch(self) -> bottle.HTTPResponse:
+        """Take several reports: 202 when any was good, with a list of those that were not."""
+        project_id, data = self._receive()
+        accepted, rejected = record_batch(self._store, project_id, batch_entries(data))
+        if not rejected:
+            return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
+        said = {"accepted": accepted, "rejected": rejected}
+        return answer_json(said, 202 if accepted else 500)
+
+    def preflight(self) -> bottle.HTTPResponse:
+        """Let web pages of any origin report; the App adds the headers that say so."""
+        return bottle.HTTPResponse("", 204)
+
+    def health(self) -> bottle.HTTPResponse:
+        """Say whether the database can be written, by writing it."""
+        said = {"status": "ok", "db_ok": True}
+        try:
+            self._store.check_writable()
+        except MiniAPMError:
+            said = {"status": "unhealthy", "db_ok": False}
+        uptime = {"uptime_seconds": int(time.monotonic() - self._started_s)}
+        return answer_json(said | uptime, 200 if said["db_ok"] else 503)
+
+
+class Dashboard:
+    """The handlers for people, and their JSON and Markdown forms."""
+
+    def __init__(self, store: Store, gate: PasswordGate | None) -> None:
+        self._store = store
+        self._gate = gate
+
+    def has_session(self) -> bool:
+        """Tell whether the request may see pages: always when there is no password."""
+        cookie = bottle.request.get_cookie(SESSION_COOKIE) or ""
+        return self._gate is None or self._gate.accepts(cookie)
+
+    def html(
+        self,
+        template: str,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        **values: Any,
+    ) -> bottle.HTTPResponse:
+        """Answer with a page."""
+        show_nav = self.has_session()
+        shown = {"show_nav": show_nav, "show_logout": show_nav and self._gate is not None}
+        text = render(template, root_of(bottle.request.environ), **shown, **values)
+        more = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
+        return bottle.HTTPResponse(text, status, more | dict(headers or {}))
+
+    def home(self) -> bottle.HTTPResponse:
+        """Lead to the list."""
+        return redirect("/errors")
+
+    def _listed(self) -> tuple[ErrorFilter, ErrorPage, dict[int, dict[int, int]], int]:
+        wanted, now_ms = parse_filter(read_query(bottle.request.environ)), self._store.now_ms()
+        page = self._store.errors(wanted)
+        ids = [error.id for error in page.errors]
+        return wanted, page, self._store.buckets(ids, now_ms // HOUR_MS - 24), now_ms
+
+    def errors(self) -> bottle.HTTPResponse:
+        """Show one page of the list, or how to send the first report."""
+        wanted, page, buckets, now_ms = self._listed()
+        if not page.counts["all"] and wanted == ErrorFilter():
+            return self._setup("Waiting for the first error", is_welcome=True)
+        values = list_values(page, wanted, buckets, now_ms)
+        return self.html("errors", projects=self._store.projects(), **values)
+
+    def errors_json(self) -> bottle.HTTPResponse:
+        """Give one page of the list as JSON."""
+        wanted, page, buckets, now_ms = self._listed()
+        return answer_json(
+            list_json(page, wanted, buckets, now_ms, root_of(bottle.request.environ))
+        )
+
+    def _found(self, error_id: int) -> tuple[ErrorGroup, dict[int, int], int]:
+        now_ms = self._store.now_ms()
+        error = self._store.error(error_id)
+        since_hour = now_ms // HOUR_MS - MAX_TREND_HOURS
+        return error, self._store.buckets([error_id], since_hour)[error_id], now_ms
+
+    def error(self, error_id: int, occurrence_id: int | None = None) -> bottle.HTTPResponse:
+        """Show an error with its newest occurrence, or the one asked for."""
+        environ = bottle.request.environ
+        span = parse_span(read_query(environ))
+        error, buckets, now_ms = self._found(error_id)
+        stored = self._store.occurrence(error_id, occurrence_id)
+        if stored is None and occurrence_id is not None:
+            raise NotFound(f"error {error_id} has no occurrence {occurrence_id} (any more)")
+        values = error_values(error, stored, buckets, span, now_ms)
+        return self.html("error", here=root_of(environ) + environ["PATH_INFO"], **values)
+
+    def error_json(self, error_id: int) -> bottle.HTTPResponse:
+        """Give an error, its trends and its newest occurrence as JSON."""
+        error, buckets, now_ms = self._found(error_id)
+        stored = self._store.occurrence(error_id)
+        root = root_of(bottle.request.environ)
+        return answer_json(detail_json(error, stored, buckets, now_ms, root))
+
+    def error_markdown(self, error_id: int) -> bottle.HTTPResponse:
+        """Give an error and its newest occurrence as Markdown."""
+        text = markdown(self._store.error(error_id), self._store.occurrence(error_id))
+        headers = {"Content-Type": "text/markdown; charset=utf-8", "Cache-Control": "no-store"}
+        return bottle.HTTPResponse(text, 200, headers)
+
+    def triage_many(self) -> bottle.HTTPResponse:
+        """Do one action to the errors that are selected in the list."""
+        form = read_form(bottle.request.environ)
+        ids = [int(text) for text in form.get("id", []) if re.fullmatch(r"[0-9]{1,18}", text)]
+        act(self._store, ids, form)
+        back = parse_filter(dict(urllib.parse.parse_qsl(form.get("return", [""])[0].lstrip("?"))))
+        return redirect("/errors" + filter_query(back, after=back.after, before=back.before))
+
+    def triage_one(self, error_id: int) -> bottle.HTTPResponse:
+        """Do one action to one error."""
+        form = read_form(bottle.request.environ)
+        self._store.error(error_id)
+        action = act(self._store, [error_id], form)
+        return redirect("/errors" if action == "delete" else f"/errors/{error_id}")
+
+    def setup(self) -> bottle.HTTPResponse:
+        """Show every project's keys and how to report with them."""
+        return self._setup("Send reports here", is_welcome=False)
+
+    def _setup(self, heading: str, *, is_welcome: bool) -> bottle.HTTPResponse:
+        environ = bottle.request.environ
+        url = f"{environ['wsgi.url_scheme']}://{environ['HTTP_HOST']}{root_of(environ)}"
+        projects = [
+            (project, snippets(url, project.keys[0]) if project.keys else [])
+            for project in self._store.projects()
+        ]
+        return self.html(
+            "setup", heading=heading, is_welcome=is_welcome, url=url, projects=projects
+        )
+
+    def login(self) -> bottle.HTTPResponse:
+        """Show the login form."""
+        target = local_path(read_query(bottle.request.environ).get("next", ""))
+        return redirect(target) if self.has_session() else self._login_form(target)
+
+    def _login_form(self, target: str, problem: MiniAPMError | None = None) -> bottle.HTTPResponse:
+        status = problem.status if problem else 200
+        headers = retry_header(problem) if problem else {}
+        return self.html("login", status, headers, problem=str(problem or ""), next=target)
+
+    def log_in(self) -> bottle.HTTPResponse:
+        """Check the password and start a session."""
+        environ, form = bottle.request.environ, read_form(bottle.request.environ)
+        target = local_path(form.get("next", [""])[0])
+        if self._gate is None:
+            return redirect(target)
+        try:
+            self._gate.check(form.get("password", [""])[0], environ.get("REMOTE_ADDR", ""))
+        except (Unauthorized, TooManyAttempts) as problem:
+            return self._login_form(target, problem)
+        return with_session(redirect(target), self._gate.issue(), MAX_SESSION_S)
+
+    def log_out(self) -> bottle.HTTPResponse:
+        """Take the session's cookie back."""
+        return with_session(redirect("/login"), "", 0)
+
+    def asset(self, name: str) -> bottle.HTTPResponse:
+        """Give the style sheet, the script or the icon; the name changes with the content."""
+        if name not in ASSETS:
+            raise NotFound("there is no such file")
+        kind, text = ASSETS[name]
+        headers = {"Content-Type": kind, "Cache-Control": "public, max-age=31536000, immutable"}
+        return bottle.HTTPResponse(text, 200, headers)
+
+
+class App:
+    """The tracker as a WSGI application (PEP 3333): ingest, dashboard, health.
+
+    Works at the root of a server and, by SCRIPT_NAME, under a prefix of another application.
+    Reads host, password, allowed_hosts and max_body_bytes of the settings.
+
+    >>> app = App(Store("errors.db"), Config())
+    """
+
+    def __init__(self, store: Store, config: Config) -> None:
+        self._config = config
+        gate = None
+        if config.password is not None:
+            gate = PasswordGate(config.password, store.setting("secret"), store.now)
+        self._ingest = Ingest(store, config.max_body_bytes)
+        self._dashboard = Dashboard(store, gate)
+        self._bottle = bottle.Bottle()
+        self._bottle.default_error_handler = self._unhandled
+        for path, method, handler in self.routes():
+            self._bottle.route(path, method, functools.partial(self._answer, handler))
+
+    def routes(self) -> tuple[tuple[str, str, Callable[..., bottle.HTTPResponse]], ...]:
+        """Return the URL map."""
+        take, show = self._ingest, self._dashboard
+        error = "/errors/<error_id:re:[0-9]{1,18}>"
+        return (
+            ("/ingest/errors", "POST", take.error),
+            ("/ingest/errors", "OPTIONS", take.preflight),
+            ("/ingest/errors/batch", "POST", take.batch),
+            ("/ingest/errors/batch", "OPTIONS", take.preflight),
+            ("/health", "GET", take.health),
+            ("/", "GET", show.home),
+            ("/errors", "GET", show.errors),
+            ("/errors", "POST", show.triage_many),
+            ("/errors.json", "GET", show.errors_json),
+            (error, "GET", show.error),
+            (error, "POST", show.triage_one),
+            (error + ".json", "GET", show.error_json),
+            (error + ".md", "GET", show.error_markdown),
+            (error + "/occurrences/<occurrence_id:re:[0-9]{1,18}>", "GET", show.error),
+            ("/setup", "GET", show.setup),
+            ("/login", "GET", show.login),
+            ("/login", "POST", show.log_in),
+            ("/logout", "POST", show.log_out),
+            ("/assets/<name>", "GET", show.asset),
+        )
+
+    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer one request; every answer carries the security headers."""
+        more = CORS_HEADERS if is_ingest(environ["PATH_INFO"]) else PAGE_HEADERS
+
+        def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            return start_response(status, [*headers, *EVERY_HEADERS, *more], *rest)
+
+        answer: Iterable[bytes] = self._bottle(environ, start)
+        return answer
+
+    def _answer(
+        self, handler: Callable[..., bottle.HTTPResponse], **arguments: str
+    ) -> bottle.HTTPResponse:
+        try:
+            self._admit(bottle.request.environ)
+            numbers = {name: int(v) for name, v in arguments.items() if name.endswith("_id")}
+            return handler(**arguments | numbers)
+        except MiniAPMError as refusal:
+            return self._refuse(refusal)
+
+    def _admit(self, environ: Environ) -> None:
+        path = environ["PATH_INFO"]
+        if is_machine_path(path):
+            return
+        check_host(environ, self._config)
+        if environ["REQUEST_METHOD"] == "POST":
+            check_same_origin(environ)
+        if not is_public(path) and not self._dashboard.has_session():
+            raise Unauthorized("log in first")
+
+    def _refuse(self, refusal: MiniAPMError) -> bottle.HTTPResponse:
+        """Say a refusal in the form the path calls for: the one place that maps it to HTTP."""
+        request = bottle.request
+        path, headers = request.environ["PATH_INFO"], retry_header(refusal)
+        if is_machine_path(path) or path.endswith(".json"):
+            if refusal.status == Unauthorized.status:
+                headers["WWW-Authenticate"] = "Bearer"
+            return answer_json(refusal_json(refusal), refusal.status, headers)
+        if isinstance(refusal, Unauthorized) and request.method in ("GET", "HEAD"):
+            query = f"?{request.query_string}" if request.query_string else ""
+            return redirect(f"/login?{urllib.parse.urlencode({'next': path + query})}")
+        heading, text = http.HTTPStatus(refusal.status).phrase, str(refusal)
+        return self._dashboard.html("message", refusal.status, headers, heading=heading, text=text)
+
+    def _unhandled(self, error: bottle.HTTPError) -> Any:
+        """Say what Bottle refuses (404, 405) and what no handler foresaw (500)."""
+        status = error.status_code
+        text = "something went wrong here; the server's log says more"
+        refusal = MiniAPMError(text if status == 500 else http.HTTPStatus(status).description)
+        refusal.status = status
+        answer = self._refuse(refusal)
+        bottle.response.content_type = answer.content_type
+        return answer.body
+
+
+# --- 12. Commands ---------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadSetting(message)
+
+
+def say(text: str, out: TextIO | None = None) -> None:
+    """Print at once, even into a pipe."""
+    print(text, file=out or sys.stdout, flush=True)
+
+
+class ServingLock:
+    """Makes one process at a time the server of a database; ends with the process.
+
+    SQLite's own lock on a file of its own, for that is portable; the main database names who
+    holds it. Raises MiniAPMError when another server does.
+    """
+
+    def __init__(self, store: Store, url: str) -> None:
+        path = store.path + ".lock"
+        _create_private(path)
+        self._db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            self._db.execute("PRAGMA journal_mode = MEMORY")  # else a journal lies beside it
+            self._db.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError:
+            self._db.close()
+            owner = store.setting("served_by") or "another process"
+            raise MiniAPMError(f"{store.path} is served already, by {owner}") from None
+        store.set_setting("served_by", f"process {os.getpid()} at {url}")
+
+    def release(self) -> None:
+        """Let another process serve."""
+        self._db.close()
+
+
+def listen(config: Config) -> socket.socket:
+    """Return a socket bound as the settings say; MiniAPMError says why it can't be."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # elsewhere it would share a port that is in use
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise MiniAPMError(
+                f"port {config.port} is in use; choose another one with --port"
+            ) from None
+        raise MiniAPMError(
+            f"can't listen on {config.host} port {config.port}: {error.strerror or error}"
+        ) from None
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the address at which a browser on this machine reaches a listening socket."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _channel_class(max_body_bytes: int) -> Any:
+    """Return waitress's channel, but one that reads a body which is too large to its end.
+
+    Cut off in the middle of sending, most clients never see the 413; so what is beyond the
+    limit is dropped as it arrives, and one byte more than allowed tells the App.
+    """
+    import waitress.buffers  # type: ignore[import-untyped]
+    import waitress.channel  # type: ignore[import-untyped]
+    import waitress.parser  # type: ignore[import-untyped]
+
+    class Buffer(waitress.buffers.OverflowableBuffer):  # type: ignore[misc]
+        def append(self, data: bytes) -> None:
+            super().append(data[: max(0, max_body_bytes + 1 - self.__len__())])
+
+    class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+        def parse_header(self, header: bytes) -> None:
+            super().parse_header(header)
+            if self.body_rcv is not None:
+                self.body_rcv.buf = Buffer(self.adj.inbuf_overflow)
+
+    class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+        parser_class = Parser
+
+    return Channel
+
+
+class Server:
+    """Serves an App with waitress until `stop` is called, then answers what it has received.
+
+    Beside waitress's documented settings it relies on: `wasyncore.loop`, `active_channels`,
+    `handle_accept` and `task_dispatcher` of the server; `requests`, `request`,
+    `total_outbufs_len` and `handle_close` of a channel; `body_rcv.buf` of a request's parser.
+    """
+
+    def __init__(self, app: App, listener: socket.socket, max_body_bytes: int) -> None:
+        # Here and not above: a program that only embeds the App needs no server.
+        import waitress.wasyncore  # type: ignore[import-untyped]
+
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+        self._map: dict[int, Any] = {}
+        self._loop = functools.partial(
+            waitress.wasyncore.loop, use_poll=True, map=self._map, count=1
+        )
+        self._server = waitress.create_server(
+            app,
+            map=self._map,
+            sockets=[listener],
+            ident=None,
+            threads=8,
+            connection_limit=MAX_CONNECTIONS,
+            channel_timeout=MAX_IDLE_S,
+            cleanup_interval=5,
+            max_request_header_size=MAX_HEADER_BYTES,
+            max_request_body_size=MAX_SWALLOWED_BYTES,
+            clear_untrusted_proxy_headers=True,
+        )
+        self._server.channel_class = _channel_class(max_body_bytes)
+        self.is_stopping = False
+
+    def run(self) -> None:
+        """Serve until `stop` is called, then drain."""
+        while not self.is_stopping:
+            self._loop(timeout=1.0)
+        self._drain()
+
+    def stop(self) -> None:
+        """Make run() return; may be called from a signal handler or another thread."""
+        self.is_stopping = True
+        self._server.pull_trigger()
+
+    def _drain(self) -> None:
+        """Answer every request that has arrived, for MAX_DRAIN_S at most."""
+        end_s = time.monotonic() + MAX_DRAIN_S
+        grace_s = time.monotonic() + 1.0  # for a request whose last bytes are on their way
+        for _ in range(MAX_CONNECTIONS):  # take those that wait to be accepted
+            known = len(self._server.active_channels)
+            self._server.handle_accept()
+            if len(self._server.active_channels) == known:
+                break
+        self._server.accepting = False
+        self._server.socket.close()
+        del self._map[self._server._fileno]
+        self._loop(timeout=0.0)
+        while self._server.active_channels and time.monotonic() < end_s:
+            for channel in list(self._server.active_channels.values()):
+                is_partial = channel.request is not None and time.monotonic() < grace_s
+                if not (channel.requests or channel.total_outbufs_len or is_partial):
+                    channel.handle_close()
+            self._loop(timeout=0.05)
+        self._server.task_dispatcher.shutdown(timeout=max(0.1, end_s - time.monotonic()))
+
+
+def serve(config: Config) -> int:
+    """Run the tracker until a signal ends it; return the exit status."""
+    if not config.is_local and config.password is None:
+        raise MiniAPMError(
+            f"{flag_of('host')} {config.host} lets other machines in:"
+            f" set a password first, with {variable_of('password')}"
+        )
+    with contextlib.ExitStack() as cleanup:
+        listener = cleanup.enter_context(listen(config))
+        url = url_of(listener)
+        store = Store(config.db)
+        cleanup.callback(store.close)
+        cleanup.callback(ServingLock(store, url).release)
+        project = store.ensure_default_project(config.api_key)
+        retention = Retention(store, config.retention_days, config.max_occurrences)
+        cleanup.callback(retention.stop)
+        server = Server(App(store, config), listener, config.max_body_bytes)
+
+        def stop(number: int, frame: object) -> None:
+            if server.is_stopping:
+                os._exit(128 + number)  # a second signal: what was answered 202 is on disk
+            server.stop()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        retention.start()
+        say(welcome(url, store.path, project))
+        server.run()
+    return 0
+
+
+def welcome(url: str, path: str, project: Project) -> str:
+    """Return what a start prints."""
+    lines = [f"MiniAPM {__version__}", "", f"  Dashboard  {url}/", f"  Database   {path}"]
+    if not project.keys:
+        return "\n".join(
+            [*lines, "  API key    none; make one: python miniapm.py keys create default"]
+        )
+    curl = dict(snippets(url, project.keys[0]))["curl"]
+    first = "Report a first error by pasting this into another terminal:"
+    return "\n".join([*lines, f"  API key    {project.keys[0]}", "", first, "", curl, ""])
+
+
+def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
+    """Read the settings and serve."""
+    parser = _Parser(
+        prog=name,
+        description="Serve the tracker: ingest and dashboard.",
+        epilog="Other commands: keys (list, create and revoke API keys); keys --help says more."
+        " A flag beats its variable, a variable beats the default.",
+    )
+    parser.add_argument("--version", action="version", version=f"MiniAPM {__version__}")
+    add_flags(parser)
+    return serve(load_config(vars(parser.parse_args(arguments)), environ))
+
+
+def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
+    """List, create or revoke keys; takes effect at once in a server that runs."""
+    parser = _Parser(prog=name, description="List the projects and their API keys.")
+    add_flags(parser, ("db",))
+    commands = parser.add_subparsers(dest="action", metavar="COMMAND", parser_class=_Parser)
+    create = commands.add_parser("create", help="make a project, or one more key for it")
+    create.add_argument("name", metavar="NAME", help="the project's name")
+    revoke = commands.add_parser("revoke", help="refuse a project's keys from now on")
+    revoke.add_argument("name", metavar="NAME", help="the project's name, or one key")
+    given = parser.parse_args(arguments)
+    config = load_config({"db": given.db}, environ)
+    if given.action != "create" and not os.path.exists(config.db):
+        raise MiniAPMError(f"there is no database {config.db}; name it with {flag_of('db')}")
+    with contextlib.closing(Store(config.db)) as store:
+        if given.action == "create":
+            say(store.create_key(given.name))
+        elif given.action == "revoke":
+            count = store.revoke(given.name)
+            say(f"{count} key{'' if count == 1 else 's'} of {given.name} revoked")
+        else:
+            say(keys_table(store.projects()))
+    return 0
+
+
+def keys_table(projects: Sequence[Project]) -> str:
+    """Return the projects and their keys in columns."""
+    rows = [(one.name, key) for one in projects for key in one.keys or ["(no key)"]]
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {key}" for name, key in rows) or "no projects yet"
+
+
+COMMANDS = {"serve": run_serve, "keys": run_keys}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, sys.argv by default; return the exit status.
+
+    0: done; 1: refused; 2: a flag, variable or command is wrong.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, name = "serve", "miniapm.py"
+    if arguments and arguments[0] in COMMANDS:
+        command = arguments.pop(0)
+        name = f"miniapm.py {command}"
+    try:
+        return COMMANDS[command](arguments, os.environ, name)
+    except BadSetting as error:
+        say(f"{name}: {error}", sys.stderr)
+        return 2
+    except MiniAPMError as error:
+        say(f"{name}: {error}", sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
