@@ -586,12 +586,12 @@ def parse_timestamp(text: str) -> int:
 
     Digits of a second beyond the sixth are dropped.
     """
-    moment = datetime.fromisoformat(text.strip().upper())
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    if moment.year == 1:  # an offset could lead to before the first year, which has no text
+    parsed = datetime.fromisoformat(text.strip().upper())
+    if parsed.tzinfo is None:
+        parsed = parsed.replace(tzinfo=UTC)
+    if parsed.year == 1:  # an offset could lead to before the first year, which has no text
         raise ValueError(text)
-    return (moment - _EPOCH) // timedelta(milliseconds=1)
+    return (parsed - _EPOCH) // timedelta(milliseconds=1)
 
 
 def _occurred_ms(fields: _Fields, received_ms: int) -> tuple[int, str | None]:
@@ -680,8 +680,8 @@ def parse_occurrence(data: Any, received_ms: int, at: str = "") -> Occurrence:
 
 def iso_time(time_ms: int) -> str:
     """Return milliseconds as ISO 8601 UTC: 2024-01-01T12:00:00.000Z."""
-    moment = _EPOCH + timedelta(milliseconds=time_ms)
-    return moment.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+    exact = _EPOCH + timedelta(milliseconds=time_ms)
+    return exact.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
 
 
 def to_payload(occurrence: Occurrence) -> Json:
@@ -1158,15 +1158,13 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
 def open_database(path: str) -> sqlite3.Connection:
     """Open a database for writing, made or migrated as needed; MiniAPMError says why not."""
     _create_private(path)
-    db = _connect(path)
-    try:
-        _migrate(db, path)
-    except sqlite3.Error as error:
-        db.close()
-        raise MiniAPMError(f"can't use the database {path}: {error}") from None
-    except MiniAPMError:
-        db.close()
-        raise
+    with contextlib.ExitStack() as undo:
+        try:
+            db = undo.enter_context(contextlib.closing(_connect(path)))
+            _migrate(db, path)
+        except sqlite3.Error as error:
+            raise MiniAPMError(f"can't use the database {path}: {error}") from None
+        undo.pop_all()
     return db
 
 
@@ -1823,54 +1821,61 @@ def tables(occurrence: Occurrence) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(title, rows) for title, rows in titled if rows]
 
 
-def snippets(url: str, key: str) -> list[tuple[str, str]]:
-    """Return (name, text) of ways to send a first report that work when pasted as they are."""
-    curl = f"""\
-curl -i {url}/ingest/errors \\
-  -H "Authorization: Bearer {key}" \\
+_SNIPPETS = {
+    "curl": """\
+curl -i @URL@/ingest/errors \\
+  -H "Authorization: Bearer @KEY@" \\
   -H "Content-Type: application/json" \\
-  -d '{{"exception_class": "RuntimeError", "message": "Hello from curl",
-       "backtrace": ["app/hello.rb:1:in `hello`"], "fingerprint": "hello-curl"}}'"""
-    python = f"""\
+  -d '{"exception_class": "RuntimeError", "message": "Hello from curl",
+       "backtrace": ["app/hello.rb:1:in `hello`"], "fingerprint": "hello-curl"}'""",
+    "Python": """\
 import json, traceback, urllib.request
 
 def report_error(exception, context=None):
     top = traceback.extract_tb(exception.__traceback__)[-1]
-    report = {{
+    report = {
         "exception_class": type(exception).__name__,
         "message": str(exception),
         "backtrace": traceback.format_exception(exception),
-        "fingerprint": f"{{type(exception).__name__}}:{{top.filename}}:{{top.name}}",
-        "params": context or {{}},
-    }}
+        "fingerprint": f"{type(exception).__name__}:{top.filename}:{top.name}",
+        "params": context or {},
+    }
     urllib.request.urlopen(urllib.request.Request(
-        {json.dumps(url)} + "/ingest/errors",
+        "@URL@/ingest/errors",
         data=json.dumps(report).encode(),
-        headers={{"Authorization": {json.dumps("Bearer " + key)},
-                 "Content-Type": "application/json"}}))
+        headers={"Authorization": "Bearer @KEY@", "Content-Type": "application/json"}))
 
 try:
     1 / 0
 except Exception as exception:
-    report_error(exception, {{"hello": "from Python"}})"""
-    javascript = f"""\
-async function reportError(error, context = {{}}) {{
-  await fetch({json.dumps(url + "/ingest/errors")}, {{
+    report_error(exception, {"hello": "from Python"})""",
+    "JavaScript": """\
+async function reportError(error, context = {}) {
+  await fetch("@URL@/ingest/errors", {
     method: "POST",
-    headers: {{"Authorization": {json.dumps("Bearer " + key)},
-              "Content-Type": "application/json"}},
-    body: JSON.stringify({{
+    headers: {"Authorization": "Bearer @KEY@", "Content-Type": "application/json"},
+    body: JSON.stringify({
       exception_class: error.name,
       message: error.message,
       backtrace: error.stack?.split("\\n") ?? [],
-      fingerprint: `${{error.name}}:${{error.stack?.split("\\n")[1] ?? error.message}}`,
+      fingerprint: `${error.name}:${error.stack?.split("\\n")[1] ?? error.message}`,
       params: context,
-    }}),
-  }});
-}}
+    }),
+  });
+}
 
-reportError(new TypeError("Hello from JavaScript"), {{hello: "from JavaScript"}});"""
-    return [("curl", curl), ("Python", python), ("JavaScript", javascript)]
+reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
+}
+
+
+def snippets(url: str, key: str) -> list[tuple[str, str]]:
+    """Return (name, text) of ways to send a first report that work when pasted as they are.
+
+    Neither `url` nor `key` may hold quotes, $ or backslashes, which settings and Host exclude.
+    """
+    return [
+        (name, text.replace("@URL@", url).replace("@KEY@", key)) for name, text in _SNIPPETS.items()
+    ]
 
 
 def error_json(error: ErrorGroup, root: str) -> Json:
@@ -2315,6 +2320,7 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 <p class="notice" role="alert">{{problem}}</p>
 % end
 <input type="hidden" name="next" value="{{next}}">
+<input name="username" value="miniapm" autocomplete="username" hidden>
 <label for="password">Password</label>
 <input id="password" type="password" name="password" autocomplete="current-password" required
  autofocus>
@@ -2565,6 +2571,21 @@ def render(template: str, root: str, **values: Any) -> str:
     return str(_TEMPLATES[template].render(defaults | shared | values))
 
 
+def _row_values(error: ErrorGroup, buckets: Mapping[int, int], now_ms: int) -> Json:
+    series = trend(buckets, "24h", now_ms)
+    return {
+        "error": error,
+        "message": clip(" ".join(error.message.split()), 300),
+        "is_new": is_new(error, now_ms),
+        "is_regressed": is_regressed(error),
+        "count": f"{error.occurrence_count:,}",
+        "users": f"{error.user_count:,}",
+        "seen": moment(error.last_seen_ms, now_ms),
+        "points": sparkline(series),
+        "day_count": sum(count for _, count in series),
+    }
+
+
 def list_values(
     page: ErrorPage,
     wanted: ErrorFilter,
@@ -2572,22 +2593,6 @@ def list_values(
     now_ms: int,
 ) -> Json:
     """Return what the template "errors" shows, but for the projects."""
-    rows = []
-    for error in page.errors:
-        series = trend(buckets[error.id], "24h", now_ms)
-        rows.append(
-            {
-                "error": error,
-                "message": clip(" ".join(error.message.split()), 300),
-                "is_new": is_new(error, now_ms),
-                "is_regressed": is_regressed(error),
-                "count": f"{error.occurrence_count:,}",
-                "users": f"{error.user_count:,}",
-                "seen": moment(error.last_seen_ms, now_ms),
-                "points": sparkline(series),
-                "day_count": sum(count for _, count in series),
-            }
-        )
     tabs = [
         {
             "name": status.capitalize(),
@@ -2598,13 +2603,31 @@ def list_values(
         for status in (*STATUSES, "all")
     ]
     return {
-        "rows": rows,
+        "rows": [_row_values(error, buckets[error.id], now_ms) for error in page.errors],
         "tabs": tabs,
         "wanted": wanted,
         "here": filter_query(wanted, after=wanted.after, before=wanted.before),
         "all_query": filter_query(wanted, status="all"),
         "previous_query": filter_query(wanted, before=page.previous) if page.previous else "",
         "next_query": filter_query(wanted, after=page.next) if page.next else "",
+    }
+
+
+def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
+    one = stored.occurrence
+    return {
+        "steps": [
+            ("First", stored.first_id if stored.older_id else None),
+            ("Older", stored.older_id),
+            ("Newer", stored.newer_id),
+            ("Last", stored.newest_id if stored.newer_id else None),
+        ],
+        "occurred": moment(one.occurred_ms, now_ms),
+        "received": moment(stored.received_ms, now_ms),
+        "source": numbered_source(one.source_context) if one.source_context else [],
+        "frames": fold_frames(parse_backtrace(one.backtrace)),
+        "tables": tables(one),
+        "raw": json.dumps(to_payload(one), indent=2, ensure_ascii=False),
     }
 
 
@@ -2641,24 +2664,6 @@ def error_values(
         "span_peak": f"{max(count for _, count in series):,}",
     }
     return values if stored is None else values | _occurrence_values(stored, now_ms)
-
-
-def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
-    one = stored.occurrence
-    return {
-        "steps": [
-            ("First", stored.first_id if stored.older_id else None),
-            ("Older", stored.older_id),
-            ("Newer", stored.newer_id),
-            ("Last", stored.newest_id if stored.newer_id else None),
-        ],
-        "occurred": moment(one.occurred_ms, now_ms),
-        "received": moment(stored.received_ms, now_ms),
-        "source": numbered_source(one.source_context) if one.source_context else [],
-        "frames": fold_frames(parse_backtrace(one.backtrace)),
-        "tables": tables(one),
-        "raw": json.dumps(to_payload(one), indent=2, ensure_ascii=False),
-    }
 
 
 # --- 11. HTTP -------------------------------------------------------------------------------------
@@ -3394,6 +3399,18 @@ class Server:
         self._server.task_dispatcher.shutdown(timeout=max(0.1, end_s - time.monotonic()))
 
 
+def welcome(url: str, path: str, project: Project) -> str:
+    """Return what a start prints."""
+    lines = [f"MiniAPM {__version__}", "", f"  Dashboard  {url}/", f"  Database   {path}"]
+    if not project.keys:
+        return "\n".join(
+            [*lines, "  API key    none; make one: python miniapm.py keys create default"]
+        )
+    curl = dict(snippets(url, project.keys[0]))["curl"]
+    first = "Report a first error by pasting this into another terminal:"
+    return "\n".join([*lines, f"  API key    {project.keys[0]}", "", first, "", curl, ""])
+
+
 def serve(config: Config) -> int:
     """Run the tracker until a signal ends it; return the exit status."""
     if not config.is_local and config.password is None:
@@ -3425,18 +3442,6 @@ def serve(config: Config) -> int:
     return 0
 
 
-def welcome(url: str, path: str, project: Project) -> str:
-    """Return what a start prints."""
-    lines = [f"MiniAPM {__version__}", "", f"  Dashboard  {url}/", f"  Database   {path}"]
-    if not project.keys:
-        return "\n".join(
-            [*lines, "  API key    none; make one: python miniapm.py keys create default"]
-        )
-    curl = dict(snippets(url, project.keys[0]))["curl"]
-    first = "Report a first error by pasting this into another terminal:"
-    return "\n".join([*lines, f"  API key    {project.keys[0]}", "", first, "", curl, ""])
-
-
 def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """Read the settings and serve."""
     parser = _Parser(
@@ -3448,6 +3453,13 @@ def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
     parser.add_argument("--version", action="version", version=f"MiniAPM {__version__}")
     add_flags(parser)
     return serve(load_config(vars(parser.parse_args(arguments)), environ))
+
+
+def keys_table(projects: Sequence[Project]) -> str:
+    """Return the projects and their keys in columns."""
+    rows = [(one.name, key) for one in projects for key in one.keys or ["(no key)"]]
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {key}" for name, key in rows) or "no projects yet"
 
 
 def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
@@ -3472,13 +3484,6 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
         else:
             say(keys_table(store.projects()))
     return 0
-
-
-def keys_table(projects: Sequence[Project]) -> str:
-    """Return the projects and their keys in columns."""
-    rows = [(one.name, key) for one in projects for key in one.keys or ["(no key)"]]
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {key}" for name, key in rows) or "no projects yet"
 
 
 COMMANDS = {"serve": run_serve, "keys": run_keys}

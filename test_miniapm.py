@@ -1,0 +1,3083 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["bottle>=0.13", "waitress>=3.0", "pytest", "hypothesis", "requests", "playwright"]
+# ///
+"""Tests of MiniAPM, in the order of the file they test.
+
+Some need a tool beside Python (a browser, node, curl). Where one is missing they are skipped,
+but fail when MINI_APM_TEST_ALL is set.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import html.parser
+import http.client
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+import wsgiref.util
+import wsgiref.validate
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from requests.structures import CaseInsensitiveDict
+
+import miniapm
+from miniapm import App, Config, ErrorFilter, Store
+
+HERE = Path(__file__).resolve().parent
+SOURCE = (HERE / "miniapm.py").read_text(encoding="utf-8")
+README = (HERE / "README.md").read_text(encoding="utf-8")
+NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
+NOW_MS = int(NOW_S * 1000)
+KEY = "proj_" + "0123456789abcdef" * 2
+
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("default")
+
+
+def need(tool: str) -> str:
+    """Return the path of a program; without it skip the test, or fail where all must run."""
+    if found := shutil.which(tool):
+        return found
+    if os.environ.get("MINI_APM_TEST_ALL"):
+        pytest.fail(f"{tool} is not installed")
+    pytest.skip(f"{tool} is not installed")
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Return the first true value of a condition."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)
+    return value
+
+
+class Clock:
+    """A clock that tests set."""
+
+    def __init__(self) -> None:
+        self.seconds = NOW_S
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    """Return a report as a client sends it; a change to ... leaves a field out."""
+    fields: dict[str, Any] = {
+        "exception_class": "RuntimeError",
+        "message": "Something went wrong",
+        "backtrace": ["app/models/user.rb:42:in `save`"],
+        "fingerprint": "user_save_runtime_error",
+    }
+    return {name: value for name, value in (fields | changes).items() if value is not ...}
+
+
+def parse(**changes: Any) -> miniapm.Occurrence:
+    return miniapm.parse_occurrence(report(**changes), NOW_MS)
+
+
+@dataclasses.dataclass
+class Answer:
+    status: int
+    headers: CaseInsensitiveDict[str]
+    body: bytes
+    cookies: list[str]
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8")
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Client:
+    """Calls an App in process, checked by wsgiref.validate, at the root or under a prefix."""
+
+    def __init__(self, app: Any, prefix: str) -> None:
+        self.app = wsgiref.validate.validator(app)
+        self.prefix = prefix
+        self.cookie = ""
+        self.log = ""  # what the last request wrote to wsgi.errors
+
+    def request(
+        self, method: str, path: str, body: bytes = b"", address: str = "127.0.0.1", **headers: str
+    ) -> Answer:
+        path, _, query = path.partition("?")
+        log = io.StringIO()
+        environ: dict[str, Any] = {
+            "REQUEST_METHOD": method,
+            "SCRIPT_NAME": self.prefix,
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "HTTP_HOST": "127.0.0.1:3000",
+            "REMOTE_ADDR": address,
+            "CONTENT_LENGTH": str(len(body)),
+            "wsgi.input": io.BytesIO(body),
+            "wsgi.errors": log,
+        }
+        if self.cookie:
+            environ["HTTP_COOKIE"] = self.cookie
+        for name, value in headers.items():
+            environ[name if name.startswith(("CONTENT_", "wsgi")) else f"HTTP_{name}"] = value
+        environ = {name: value for name, value in environ.items() if value is not None}
+        wsgiref.util.setup_testing_defaults(environ)
+        said: list[Any] = []
+
+        def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+            said[:] = [int(status[:3]), headers]
+            return said.append
+
+        parts = self.app(environ, start_response)
+        try:
+            content = b"".join(parts)
+        finally:
+            parts.close()
+        self.log = log.getvalue()
+        cookies = [value for name, value in said[1] if name == "Set-Cookie"]
+        return Answer(said[0], CaseInsensitiveDict(said[1]), content, cookies)
+
+    def get(self, path: str, **headers: str) -> Answer:
+        return self.request("GET", path, **headers)
+
+    def post_json(self, path: str, value: Any, key: str = KEY, **headers: str) -> Answer:
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        given = {"AUTHORIZATION": f"Bearer {key}", "CONTENT_TYPE": "application/json"}
+        return self.request("POST", path, body, **given | headers)
+
+    def post_form(self, path: str, address: str = "127.0.0.1", **fields: Any) -> Answer:
+        body = urllib.parse.urlencode(fields, doseq=True).encode()
+        kind = "application/x-www-form-urlencoded"
+        return self.request("POST", path, body, address, CONTENT_TYPE=kind)
+
+    def report(self, **changes: Any) -> None:
+        answer = self.post_json("/ingest/errors", report(**changes))
+        assert (answer.status, answer.body) == (202, b"")
+
+    def errors(self, query: str = "?status=all") -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.get("/errors.json" + query).json()["errors"]
+        return found
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    with contextlib.closing(Store(str(tmp_path / "test.db"), clock)) as opened:
+        opened.ensure_default_project(KEY)
+        yield opened
+
+
+@pytest.fixture(params=["", "/tracker"], ids=["root", "mounted"])
+def client(store: Store, request: pytest.FixtureRequest) -> Client:
+    return Client(App(store, Config()), request.param)
+
+
+@pytest.fixture(params=["", "/tracker"], ids=["root", "mounted"])
+def guarded(store: Store, request: pytest.FixtureRequest) -> Client:
+    return Client(App(store, Config(password="open sesame")), request.param)
+
+
+def record(store: Store, **changes: Any) -> None:
+    occurrence = miniapm.parse_occurrence(report(**changes), store.now_ms())
+    assert store.record(1, [occurrence]) == [None]
+
+
+def only_error(store: Store, status: str = "all") -> miniapm.ErrorGroup:
+    (error,) = store.errors(ErrorFilter(status=status)).errors
+    return error
+
+
+def rows(store: Store, sql: str) -> list[Any]:
+    with store.reading() as db:
+        return [tuple(row) for row in db.execute(sql)]
+
+
+class Server:
+    """`python miniapm.py` as a process of its own, on a free port."""
+
+    def __init__(self, folder: Path, *arguments: str, **environ: str) -> None:
+        self.db = folder / "miniapm.db"
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "miniapm.py"), "--port", "0", *arguments],
+            cwd=folder,
+            env=clean_environ() | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.banner = ""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.banner += line
+            if line.startswith("  API key") and "none" in line or "hello-curl" in line:
+                break
+        else:
+            raise AssertionError(self.process.stderr and self.process.stderr.read())
+        self.url = re.search(r"Dashboard +(http://\S+)/", self.banner)[1]  # type: ignore[index]
+        found = re.search(r"API key +(\S+)", self.banner)
+        self.key = found[1] if found else ""
+        self.port = int(self.url.rpartition(":")[2])
+
+    def post(self, value: Any, path: str = "/ingest/errors", **options: Any) -> requests.Response:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return requests.post(self.url + path, json=value, headers=headers, timeout=20, **options)
+
+    def report(self, **changes: Any) -> None:
+        assert self.post(report(**changes)).status_code == 202
+
+    def errors(self) -> list[dict[str, Any]]:
+        answer = requests.get(self.url + "/errors.json?status=all", timeout=10)
+        found: list[dict[str, Any]] = answer.json()["errors"]
+        return found
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(15)
+        finally:
+            self.process.kill()
+            for pipe in (self.process.stdout, self.process.stderr):
+                assert pipe
+                pipe.close()
+
+
+def clean_environ() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MINI_APM_")}
+    return kept | {"PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    running: list[Server] = []
+
+    def starter(*arguments: str, **environ: str) -> Server:
+        running.append(Server(tmp_path, *arguments, **environ))
+        return running[-1]
+
+    yield starter
+    for server in running:
+        if server.process.returncode is None:
+            server.stop()
+
+
+def run(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(HERE / "miniapm.py"), *arguments],
+        cwd=cwd,
+        env=clean_environ() | environ,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+# --- 0. The file ----------------------------------------------------------------------------------
+
+
+def test_file_reads_from_top_to_bottom_without_a_reference_that_points_down() -> None:
+    tree = ast.parse(SOURCE)
+    defined: dict[str, int] = {}
+    for node in tree.body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+        for name in names:
+            defined.setdefault(name, node.lineno)
+    assert len(defined) > 100
+    down = []
+    for node in tree.body:
+        names = [inner for inner in ast.walk(node) if isinstance(inner, ast.Name)]
+        local = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        local |= {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
+        down += [
+            f"line {name.lineno}: {name.id}"
+            for name in names
+            if defined.get(name.id, 0) > node.lineno and name.id not in local
+        ]
+    assert down == []
+
+
+def test_file_contents_list_its_banners_in_order() -> None:
+    banners = re.findall(r"^# --- (\d+\. \w+) -+$", SOURCE, re.MULTILINE)
+    contents = re.search(r"^Contents:\n((?:    .+\n)+)", SOURCE, re.MULTILINE)
+    assert contents
+    assert [line.strip() for line in contents[1].splitlines()] == banners
+    numbers = [int(banner.partition(".")[0]) for banner in banners]
+    assert numbers == sorted(set(numbers))
+
+
+def test_file_keeps_to_its_own_measures() -> None:
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= (250 if isinstance(node, ast.ClassDef) else 40), node.name
+
+
+def test_top_level_holds_four_visible_files() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=HERE, capture_output=True, text=True, check=False
+    ).stdout.split()
+    visible = {name.partition("/")[0] for name in tracked if not name.startswith(".")}
+    assert visible in ({"miniapm.py", "test_miniapm.py", "README.md", "LICENSE"}, set())
+
+
+def test_templates_leave_one_value_unescaped() -> None:
+    assert SOURCE.count("{{!") == 1
+
+
+def test_import_starts_no_thread_and_no_server() -> None:
+    code = (
+        "import sys, threading, miniapm;"
+        "print(threading.active_count(), 'waitress' in sys.modules, __import__('os').listdir('.'))"
+    )
+    environ = clean_environ() | {"PYTHONPATH": str(HERE)}
+    folder = HERE / ".ci"
+    before = sorted(os.listdir(folder))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environ, capture_output=True, check=True
+    )
+    assert done.stdout.decode().split(maxsplit=2)[:2] == ["1", "False"]
+    assert sorted(os.listdir(folder)) == before
+
+
+# --- 3. Settings ----------------------------------------------------------------------------------
+
+SETTINGS = [field.name for field in dataclasses.fields(Config)]
+
+
+def test_settings_are_the_documented_ones() -> None:
+    assert SETTINGS == [
+        *("host", "port", "db", "api_key", "password", "allowed_hosts", "max_body_bytes"),
+        *("retention_days", "max_occurrences"),
+    ]
+    assert Config() == Config(
+        host="127.0.0.1", port=3000, db="miniapm.db", retention_days=30, max_occurrences=1000
+    )
+
+
+def test_setting_flag_beats_variable_beats_default() -> None:
+    variable = {"MINI_APM_PORT": "4001"}
+    assert miniapm.load_config({"port": "4000"}, variable).port == 4000
+    assert miniapm.load_config({"port": None}, variable).port == 4001
+    assert miniapm.load_config({}, {}).port == 3000
+    assert miniapm.load_config({}, {"MINI_APM_PORT": ""}).port == 3000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("host", "::1", "::1"),
+        ("port", "0", 0),
+        ("db", "a b.db", "a b.db"),
+        ("api_key", "clé", "clé"),
+        ("password", "open sesame", "open sesame"),
+        ("allowed_hosts", "A.example, b.example", ("a.example", "b.example")),
+        ("max_body_bytes", "2000", 2000),
+        ("retention_days", "7", 7),
+        ("max_occurrences", "5", 5),
+    ],
+)
+def test_setting_is_read_from_flag_and_variable(name: str, text: str, value: Any) -> None:
+    assert getattr(miniapm.load_config({name: text}, {}), name) == value
+    variable = {miniapm.variable_of(name): text}
+    assert getattr(miniapm.load_config({}, variable), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *[("port", text) for text in ("", "x", "-1", "65536", "3.5")],
+        *[("api_key", text) for text in ("", "a b", "a'b", "$x", "a\n", "x" * 201)],
+        *[("allowed_hosts", text) for text in ("a b", "http://x", "x:80/")],
+        *[("max_body_bytes", text) for text in ("10MB", "0")],
+        *[("retention_days", text) for text in ("0", "-3")],
+        *[("max_occurrences", text) for text in ("0", "many")],
+        *[("db", text) for text in ("", "a\0b")],
+        ("password", ""),
+        ("host", ""),
+    ],
+)
+def test_bad_setting_is_refused_by_its_flag(name: str, text: str) -> None:
+    with pytest.raises(miniapm.BadSetting) as caught:
+        miniapm.load_config({name: text}, {})
+    assert str(caught.value).startswith(miniapm.flag_of(name) + " takes ")
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_secret_setting_is_not_repeated() -> None:
+    with pytest.raises(miniapm.BadSetting) as caught:
+        miniapm.load_config({}, {"MINI_APM_API_KEY": "hunter 2"})
+    assert "hunter" not in str(caught.value)
+    assert "MINI_APM_API_KEY" in str(caught.value)
+
+
+def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
+    defaults = {"api_key": "generated", "password": "none", "allowed_hosts": "none"}
+    for setting in dataclasses.fields(Config):
+        default = defaults.get(setting.name, f"`{setting.default}`")
+        flag, variable = miniapm.flag_of(setting.name), miniapm.variable_of(setting.name)
+        assert f"| `{flag}` | `{variable}` | {default} |" in README
+
+
+@pytest.mark.parametrize(
+    ("host", "is_local"),
+    [
+        *[(host, True) for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost")],
+        *[(host, False) for host in ("0.0.0.0", "::", "192.168.1.5", "example.com", "")],
+    ],
+)
+def test_config_knows_which_hosts_are_local(host: str, is_local: bool) -> None:
+    assert Config(host=host).is_local is is_local
+
+
+# --- 4. Occurrences -------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+def test_occurrence_keeps_the_contract_s_example() -> None:
+    one = miniapm.parse_occurrence(
+        {
+            "exception_class": "RuntimeError",
+            "message": "Something went wrong",
+            "backtrace": [
+                "app/models/user.rb:42:in `save`",
+                "app/controllers/users_controller.rb:15:in `create`",
+            ],
+            "fingerprint": "user_save_runtime_error",
+            "request_id": "abc-123-def",
+            "user_id": "123",
+            "params": {"id": "999"},
+            "timestamp": "2024-01-01T12:00:00Z",
+        },
+        NOW_MS,
+    )
+    assert one.exception_class == "RuntimeError"
+    assert one.message == "Something went wrong"
+    assert one.backtrace[1] == "app/controllers/users_controller.rb:15:in `create`"
+    assert one.fingerprint == "user_save_runtime_error"
+    assert (one.request_id, one.user_id, one.params) == ("abc-123-def", "123", {"id": "999"})
+    assert one.occurred_ms == 1_704_110_400_000
+    assert one.extra == {}
+
+
+CONTEXT = {
+    "file": "app/models/user.rb",
+    "lineno": 42,
+    "pre_context": ["  def save", "    validate!"],
+    "context_line": "    raise 'Invalid' unless valid?",
+    "post_context": ["  end", ""],
+}
+
+
+def test_occurrence_keeps_source_context() -> None:
+    context = parse(source_context=CONTEXT).source_context
+    assert context == miniapm.SourceContext(
+        "app/models/user.rb",
+        42,
+        "    raise 'Invalid' unless valid?",
+        ("  def save", "    validate!"),
+        ("  end", ""),
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("exception_class", value) for value in (..., None, "", " ", 3, [], {})],
+        *[("message", value) for value in (..., None, 3, ["x"])],
+        *[("backtrace", value) for value in (..., None, "line", {})],
+        *[("fingerprint", value) for value in (..., None, "", 3)],
+        *[("request_id", value) for value in (True, [], {})],
+        *[("user_id", value) for value in (False, [], {})],
+        *[("params", value) for value in ("x", [], 3, False)],
+        *[("source_context", value) for value in ("x", [], 3)],
+        *[
+            ("timestamp", value)
+            for value in ("", "yesterday", 1704110400, [], "2024-13-01", "0001-01-01T00:00+14:00")
+        ],
+    ],
+)
+def test_occurrence_refuses_a_field_by_name(field: str, value: Any) -> None:
+    with pytest.raises(miniapm.BadRequest) as caught:
+        parse(**{field: value})
+    assert caught.value.field == field
+    assert f"{field} must be " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"file": None}, "source_context.file"),
+        ({"file": 3}, "source_context.file"),
+        ({"lineno": None}, "source_context.lineno"),
+        ({"lineno": "42"}, "source_context.lineno"),
+        ({"lineno": True}, "source_context.lineno"),
+        ({"lineno": -1}, "source_context.lineno"),
+        ({"lineno": 4.5}, "source_context.lineno"),
+        ({"context_line": None}, "source_context.context_line"),
+        ({"pre_context": "x"}, "source_context.pre_context"),
+        ({"post_context": [3]}, "source_context.post_context[0]"),
+    ],
+)
+def test_occurrence_refuses_a_source_context_field_by_path(change: Any, field: str) -> None:
+    with pytest.raises(miniapm.BadRequest) as caught:
+        parse(source_context=CONTEXT | change)
+    assert caught.value.field == field
+
+
+def test_occurrence_refuses_a_backtrace_line_by_its_index() -> None:
+    with pytest.raises(miniapm.BadRequest) as caught:
+        miniapm.parse_occurrence(report(backtrace=["a", 3]), NOW_MS, "errors[7]")
+    assert caught.value.field == "errors[7].backtrace[1]"
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", []])
+def test_occurrence_refuses_what_is_no_object(value: Any) -> None:
+    with pytest.raises(miniapm.BadRequest):
+        miniapm.parse_occurrence(value, NOW_MS)
+
+
+def test_occurrence_takes_an_empty_message_and_backtrace() -> None:
+    one = parse(message="", backtrace=[])
+    assert (one.message, one.backtrace) == ("", ())
+
+
+def test_occurrence_takes_null_for_every_optional_field() -> None:
+    names = ("request_id", "user_id", "params", "timestamp", "source_context")
+    assert parse(**dict.fromkeys(names)) == parse()
+
+
+def test_occurrence_keeps_numeric_ids_as_strings() -> None:
+    one = parse(user_id=123, request_id=4.5)
+    assert (one.user_id, one.request_id) == ("123", "4.5")
+
+
+def test_occurrence_keeps_unknown_fields() -> None:
+    one = parse(release="1.2", tags={"a": [1]}, source_context=CONTEXT | {"language": "ruby"})
+    assert one.extra == {
+        "release": "1.2",
+        "tags": {"a": [1]},
+        "source_context": {"language": "ruby"},
+    }
+    assert miniapm.to_payload(one)["source_context"]["language"] == "ruby"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2024-01-01T12:00:00Z", 1_704_110_400_000),
+        ("2024-01-01T12:00:00", 1_704_110_400_000),
+        ("2024-01-01 12:00:00z", 1_704_110_400_000),
+        ("2024-01-01T14:00:00+02:00", 1_704_110_400_000),
+        ("2024-01-01T05:30:00-06:30", 1_704_110_400_000),
+        ("2024-01-01T12:00:00.5Z", 1_704_110_400_500),
+        ("2024-01-01T12:00:00.123456789Z", 1_704_110_400_123),
+        ("2024-01-01T12:00:00,25Z", 1_704_110_400_250),
+        ("20240101T120000Z", 1_704_110_400_000),
+        ("2024-01-01", 1_704_067_200_000),
+        ("1969-12-31T23:59:59.999Z", -1),
+    ],
+)
+def test_timestamp_becomes_utc_milliseconds(text: str, expected: int) -> None:
+    assert parse(timestamp=text).occurred_ms == expected
+
+
+def test_timestamp_over_an_hour_ahead_gives_way_to_the_time_of_receipt() -> None:
+    one = parse(timestamp=miniapm.iso_time(NOW_MS + 3_600_001))
+    assert one.occurred_ms == NOW_MS
+    assert one.disbelieved_timestamp == miniapm.iso_time(NOW_MS + 3_600_001)
+
+
+def test_timestamp_an_hour_ahead_is_kept() -> None:
+    one = parse(timestamp=miniapm.iso_time(NOW_MS + 3_600_000))
+    assert (one.occurred_ms, one.disbelieved_timestamp) == (NOW_MS + 3_600_000, None)
+
+
+@given(st.integers(miniapm.parse_timestamp("0002-01-01"), NOW_MS))
+def test_timestamp_round_trips(time_ms: int) -> None:
+    assert miniapm.parse_timestamp(miniapm.iso_time(time_ms)) == time_ms
+
+
+def test_long_values_are_cut_with_a_mark() -> None:
+    one = parse(
+        exception_class="C" * 600,
+        message="m" * 10_001,
+        fingerprint="f" * 1_100,
+        backtrace=["l" * 10_002],
+        user_id="u" * 300,
+    )
+    assert one.exception_class == "C" * 500 + "… [100 more cut]"
+    assert one.message == "m" * 10_000 + "… [1 more cut]"
+    assert one.fingerprint == "f" * 1_000 + "… [100 more cut]"
+    assert one.backtrace == ("l" * 10_000 + "… [2 more cut]",)
+    assert one.user_id == "u" * 200 + "… [100 more cut]"
+
+
+def test_long_backtrace_keeps_both_ends() -> None:
+    lines = [f"a.rb:{number}:in `x'" for number in range(1_000)]
+    kept = parse(backtrace=lines).backtrace
+    assert kept[:250] == tuple(lines[:250])
+    assert kept[250] == "… [500 more lines cut]"
+    assert kept[251:] == tuple(lines[-250:])
+
+
+def test_backtrace_of_many_long_lines_is_bounded_as_a_whole() -> None:
+    kept = parse(backtrace=["x" * 10_000] * 500).backtrace
+    assert len(kept) == 500
+    assert sum(map(len, kept)) < miniapm.MAX_BACKTRACE_CHARS + 500 * 30
+
+
+def test_large_params_are_cut_with_a_mark() -> None:
+    wide = parse(params={f"k{n}": "v" * 100 for n in range(2_000)}).params
+    assert wide is not None
+    assert re.fullmatch(r"\[[\d,]+ more cut\]", wide["…"])
+    deep = parse(params={"list": ["v" * 100] * 2_000, "text": "x" * 100_000}).params
+    assert deep is not None
+    assert deep["list"][-1].endswith("more cut]")
+    for params in (wide, deep):
+        assert len(json.dumps(params)) < 2 * miniapm.MAX_PARAMS_CHARS
+
+
+@given(st.dictionaries(st.text(), JSON))
+def test_scrubbed_objects_are_bounded(value: Any) -> None:
+    assert len(json.dumps(miniapm.scrub(value, 100), ensure_ascii=False)) < 1_000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("password", "PASSWORD", "user_password", "passwd", "secret", "client_secret", "token"),
+        *("api_key", "apiKey", "X-Api-Key", "Authorization", "Cookie", "Set-Cookie", "session"),
+        *("sessionid", "csrf_token", "csrfmiddlewaretoken", "private_key", "privateKey"),
+        *("credential", "credentials", "accessToken", "secret_key_base", "pass", "auth"),
+    ],
+)
+def test_secret_names_are_filtered_wherever_they_stand(name: str) -> None:
+    one = parse(
+        params={"a": [{name: "hunter2"}], name: {"deep": "hunter2"}},
+        more={"b": {name: ["hunter2"]}},
+        source_context=CONTEXT | {"vars": {name: "hunter2"}},
+    )
+    assert "hunter2" not in repr(one)
+    assert one.params == {"a": [{name: "[FILTERED]"}], name: "[FILTERED]"}
+
+
+def test_names_that_only_look_secret_keep_what_tells_nothing() -> None:
+    params = {"password": None, "token": "", "session": False, "passenger": "Ann", "page": 3}
+    assert parse(params=params).params == params
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET /x?token=hunter2&page=1",
+        "https://h.example/x?a=1&api_key=hunter2#top",
+        "password=hunter2",
+        "host=db password=hunter2 user=app",
+        "postgres://app:hunter2@db.example:5432/app",
+        "redis://:hunter2@cache/0",
+        "ftp://u:a@hunter2@h/",
+        "Authorization: Bearer hunter2hunter2",
+        "Authorization: Basic hunter2hunter2=",
+        "sent bearer hunter2.abc-def",
+        '{"password": "hunter2", "a": 1}',
+        "{'db_password': 'hunter2'}",
+        "{:secret=>'hunter2'}",
+        'API_KEY = "hunter2"',
+        "-----BEGIN RSA PRIVATE KEY-----\nhunter2\n-----END RSA PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----\nhunter2 and no end",
+        "proj_" + "0123456789abcdef" * 2 + " is hunter2",
+    ],
+)
+def test_secrets_in_text_are_filtered_in_every_field(text: str) -> None:
+    secret = KEY if "proj_" in text else "hunter2"
+    one = parse(
+        message=text,
+        backtrace=[text],
+        fingerprint=text,
+        params={"a": text},
+        extra=[text],
+        user_id=text,
+        request_id=text,
+        source_context=CONTEXT | {"context_line": text.replace("\n", " ")},
+    )
+    assert secret not in miniapm.dump_occurrence(one)
+    assert "[FILTERED]" in one.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "login(user, token=token)",
+        "undefined method `session' for nil",
+        "unexpected token: punctuation",
+        "KeyError: 'password'",
+        "if password == expected_password:",
+        "see https://example.com/a:b/@c",
+        "bearer of bad news",
+    ],
+)
+def test_text_without_a_secret_is_left_alone(text: str) -> None:
+    assert miniapm.scrub_text(text) == text
+
+
+def test_private_key_is_filtered_from_source_lines_and_line_numbers_stay() -> None:
+    context = parse(
+        source_context=CONTEXT
+        | {
+            "pre_context": ["KEY = '''-----BEGIN PRIVATE KEY-----", "hunter2"],
+            "context_line": "-----END PRIVATE KEY-----'''",
+        }
+    ).source_context
+    assert context is not None
+    assert context.pre_context == ("KEY = '''[FILTERED]", "")
+    assert (context.context_line, context.post_context) == ("'''", ("  end", ""))
+
+
+def test_a_secret_at_the_cut_is_filtered() -> None:
+    one = parse(message="x" * 9_970 + " postgres://app:hunter2hunter2@db.example/app and more")
+    assert "hunter" not in one.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("password" * 1_300, "a." * 5_000, "://" * 3_300, "token='" * 1_400, "at " + "( " * 5_000),
+        *('x="password:' * 900, "-----BEGIN PRIVATE KEY-----" * 300, "authorization: " * 600),
+        *("a:1" * 3_000, " ?token" * 1_400, "&" * 10_000, "bearer " + "a" * 9_990),
+        *("'\\" * 5_000 + "token='", "::::" * 2_500, 'File "' * 1_600),
+    ],
+)
+def test_hostile_text_costs_linear_time(text: str) -> None:
+    """Double the text and the work must about double; a quadratic pattern takes minutes."""
+    for _ in range(20):
+        miniapm.clean(text, 10_000)
+        miniapm.parse_backtrace([text])
+
+
+@given(st.text(st.characters()))
+def test_clean_text_can_be_stored_and_shown(text: str) -> None:
+    cleaned = miniapm.clean(text, 100)
+    cleaned.encode("utf-8")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", cleaned)
+    assert len(cleaned) < 100 + 30
+
+
+def test_control_characters_stay_visible() -> None:
+    assert miniapm.clean("a\0b\x1b[31mc\ud800\u202ed\r\n\te", 99) == "a␀b␛[31mc��d\n\te"
+
+
+@given(st.binary())
+def test_any_bytes_decode_or_are_refused(raw: bytes) -> None:
+    with contextlib.suppress(miniapm.BadRequest):
+        miniapm.decode_json(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(b"", b"{", b"\xff", b"NaN", b"[Infinity]", b"-Infinity", b"1e999", b"[-1e999]"),
+        *(b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), b"[" * 100_000, b"9" * 5_000),
+    ],
+)
+def test_what_is_not_strict_json_is_refused(raw: bytes) -> None:
+    with pytest.raises(miniapm.BadRequest):
+        miniapm.decode_json(raw)
+
+
+@given(JSON | st.builds(lambda extra: report(**extra), st.dictionaries(st.text(), JSON)))
+def test_any_json_gives_an_occurrence_or_a_refusal(value: Any) -> None:
+    try:
+        one = miniapm.parse_occurrence(value, NOW_MS)
+    except miniapm.BadRequest:
+        return
+    text = miniapm.dump_occurrence(one)
+    text.encode("utf-8")
+    assert miniapm.load_occurrence(text, one.grouping_key) == one
+
+
+@pytest.mark.parametrize("name", sorted(miniapm._FIELDS))
+@given(value=JSON)
+def test_any_value_of_a_field_gives_an_occurrence_or_a_refusal(name: str, value: Any) -> None:
+    with contextlib.suppress(miniapm.BadRequest):
+        miniapm.parse_occurrence(report(**{name: value}), NOW_MS)
+
+
+def nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+def test_nesting_is_refused_over_64_levels() -> None:
+    assert parse(params={"a": nested(62)})
+    with pytest.raises(miniapm.BadRequest, match="nested over 64 deep"):
+        parse(params={"a": nested(63)})
+
+
+# --- 5. Backtraces --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "is_own"),
+    [
+        ("app/models/user.rb:42:in `save`", ("app/models/user.rb", 42, "save"), True),
+        ("app/a.rb:1:in 'User#save'", ("app/a.rb", 1, "User#save"), True),
+        ("from config.ru:5", ("config.ru", 5, None), True),
+        ("C:/app/x.rb:5:in `y'", ("C:/app/x.rb", 5, "y"), True),
+        ("/u/gems/rack-3/lib/rack.rb:7:in `call'", ("/u/gems/rack-3/lib/rack.rb", 7, "call"), 0),
+        ("<internal:kernel>:90:in `tap'", ("<internal:kernel>", 90, "tap"), False),
+        ('  File "app/x.py", line 3, in f', ("app/x.py", 3, "f"), True),
+        ('  File "app/x.py", line 3', ("app/x.py", 3, None), True),
+        ('  | File "app/x.py", line 3, in f', ("app/x.py", 3, "f"), True),
+        (
+            '  File "/v/lib/python3.11/json/a.py", line 3, in f',
+            ("/v/lib/python3.11/json/a.py", 3, "f"),
+            0,
+        ),
+        ('  File "/v/site-packages/a.py", line 3, in f', ("/v/site-packages/a.py", 3, "f"), False),
+        ('  File "<frozen runpy>", line 3, in f', ("<frozen runpy>", 3, "f"), False),
+        (r'File "C:\v\site-packages\a.py", line 3, in f', (r"C:\v\site-packages\a.py", 3, "f"), 0),
+        ("    at foo (/app/b.js:3:5)", ("/app/b.js", 3, "foo"), True),
+        ("    at async Cart.pay (file:///a/b.mjs:3:5)", ("file:///a/b.mjs", 3, "Cart.pay"), True),
+        ("    at new Foo (/app/(x)/y.js:1:2)", ("/app/(x)/y.js", 1, "new Foo"), True),
+        ("at /app/x.js:10:3", ("/app/x.js", 10, None), True),
+        ("    at f (/a/node_modules/x/y.js:1:2)", ("/a/node_modules/x/y.js", 1, "f"), False),
+        ("    at f (node:internal/x:1:2)", ("node:internal/x", 1, "f"), False),
+        ("f@http://h:3000/a.js:3:5", ("http://h:3000/a.js", 3, "f"), True),
+        ("@http://h/@x/a.js:3:5", ("http://h/@x/a.js", 3, None), True),
+    ],
+)
+def test_frame_is_read(line: str, place: Any, is_own: bool) -> None:
+    (frame,) = miniapm.parse_backtrace([line])
+    assert (frame.file, frame.lineno, frame.function) == place
+    assert frame.is_own == is_own
+    assert frame.text == line
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["RuntimeError: boom:12", "Error: a@b:1:2", "at async Promise.all (index 0)", "x", "# a:1"],
+)
+def test_line_that_is_no_frame_stays_as_it_is(line: str) -> None:
+    assert miniapm.parse_backtrace([line]) == (miniapm.Frame(line),)
+
+
+def failing(text: str) -> Any:
+    return json.loads(text)
+
+
+def raised(*, chained: bool) -> BaseException:
+    try:
+        try:
+            failing("{bad")
+        except ValueError as error:
+            if chained:
+                raise KeyError("outer") from error
+            raise
+    except (ValueError, KeyError) as error:
+        return error
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["as format_exception", "as lines"])
+def test_python_traceback_is_read_with_its_code(split: bool) -> None:
+    lines = traceback.format_exception(raised(chained=False))
+    frames = miniapm.parse_backtrace("".join(lines).split("\n") if split else lines)
+    own = [frame for frame in frames if frame.is_own]
+    assert [frame.function for frame in own] == ["raised", "failing"]
+    assert [frame.code for frame in own] == ['failing("{bad")', "return json.loads(text)"]
+    assert not any("^" in frame.text for frame in frames)
+    assert frames[-1].text.startswith("json.decoder.JSONDecodeError: ")
+
+
+def test_top_frame_of_python_is_the_last_own_one() -> None:
+    top = miniapm.top_frame(miniapm.parse_backtrace(traceback.format_exception(raised(chained=0))))
+    assert top is not None
+    assert top.function == "failing"
+
+
+def test_top_frame_of_a_chain_is_in_the_exception_itself() -> None:
+    lines = traceback.format_exception(raised(chained=True))
+    top = miniapm.top_frame(miniapm.parse_backtrace(lines))
+    assert top is not None
+    assert top.function == "raised"
+
+
+def test_top_frame_of_ruby_is_the_first_own_one() -> None:
+    lines = ["/g/gems/x/a.rb:1:in `a'", "app/b.rb:2:in `b'", "app/c.rb:3:in `c'"]
+    assert miniapm.locate(parse(backtrace=lines)) == "app/b.rb:2 in b"
+
+
+def test_top_frame_is_a_library_one_where_there_is_no_other() -> None:
+    assert miniapm.locate(parse(backtrace=["/g/gems/x/a.rb:1:in `a'"])) == "/g/gems/x/a.rb:1 in a"
+
+
+def test_location_without_frames_is_the_source_context_s() -> None:
+    assert miniapm.locate(parse(backtrace=["?"], source_context=CONTEXT)) == "app/models/user.rb:42"
+    assert miniapm.locate(parse(backtrace=["?"])) == ""
+
+
+@given(st.lists(st.text()))
+def test_any_lines_are_parsed(lines: list[str]) -> None:
+    for frame in miniapm.parse_backtrace(lines):
+        assert frame.file is None or frame.lineno is not None
+
+
+# --- 7. Schema ------------------------------------------------------------------------------------
+
+
+def statements() -> list[tuple[str, str]]:
+    named = [(name, getattr(miniapm, name)) for name in dir(miniapm) if name.isupper()]
+    static = [
+        (name, value)
+        for name, value in named
+        if isinstance(value, str) and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE) ", value)
+    ]
+    filters = [
+        ErrorFilter(status, search, project_id, sort, after, before)
+        for status in ("open", "all")
+        for search in ("", "a b")
+        for project_id in (None, 1)
+        for sort in miniapm.SORTS
+        for after, before in ((None, None), ((1, 1), None), (None, (1, 1)))
+    ]
+    lists = [(str(wanted), miniapm.list_statement(wanted)[0]) for wanted in filters]
+    assert len(static) > 25
+    return static + lists
+
+
+def test_no_statement_scans_occurrences_but_the_one_that_takes_the_oldest(store: Store) -> None:
+    with store.reading() as db:
+        for name, sql in statements():
+            values = collections.defaultdict(lambda: 1) if ":" in sql else (1,) * sql.count("?")
+            plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+            scans = [line for line in plan if re.match(r"SCAN (occurrences|buckets|error_u)", line)]
+            assert scans == [] or name == "SELECT_EXPIRED", (name, plan)
+
+
+def test_list_takes_its_order_from_an_index(store: Store) -> None:
+    with store.reading() as db:
+        for sort in miniapm.SORTS:
+            sql, values = miniapm.list_statement(ErrorFilter(sort=sort, after=(5, 5)))
+            plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+            assert "USING INDEX errors_by_status" in plan[0]
+            assert not any("TEMP B-TREE" in line for line in plan)
+
+
+# --- 8. Store -------------------------------------------------------------------------------------
+
+
+def test_store_makes_a_private_database(store: Store) -> None:
+    record(store)
+    for suffix in ("", "-wal", "-shm"):
+        assert stat.S_IMODE(os.stat(store.path + suffix).st_mode) == 0o600
+    assert rows(store, "PRAGMA journal_mode") == [("wal",)]
+
+
+def test_store_syncs_every_commit(store: Store) -> None:
+    assert store.write(lambda db: db.execute("PRAGMA synchronous").fetchone()[0]) == 2  # FULL
+
+
+def test_store_opens_its_own_database_again(store: Store) -> None:
+    record(store)
+    with contextlib.closing(Store(store.path)) as again:
+        assert only_error(again).occurrence_count == 1
+
+
+def test_store_refuses_a_database_of_another_program(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE mine (x)")
+    before = path.read_bytes()
+    with pytest.raises(miniapm.MiniAPMError, match="another program"):
+        Store(str(path))
+    assert path.read_bytes() == before
+
+
+def test_store_refuses_a_newer_database(store: Store) -> None:
+    store.write(lambda db: db.execute("PRAGMA user_version = 999"))
+    with pytest.raises(miniapm.MiniAPMError, match="newer version"):
+        Store(store.path)
+
+
+def test_store_refuses_what_is_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "letter.txt"
+    path.write_text("Dear database, " * 100)
+    with pytest.raises(miniapm.MiniAPMError, match="not a database"):
+        Store(str(path))
+    assert path.read_text() == "Dear database, " * 100
+
+
+def test_store_refuses_a_path_without_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(miniapm.MiniAPMError, match="can't create"):
+        Store(str(tmp_path / "none" / "test.db"))
+
+
+def test_store_migrates_in_one_transaction(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = (*miniapm.MIGRATIONS, ("CREATE TABLE half (x)", "no SQL"))
+    monkeypatch.setattr(miniapm, "MIGRATIONS", broken)
+    with pytest.raises(miniapm.MiniAPMError, match="syntax error"):
+        Store(store.path)
+    assert rows(store, "SELECT COUNT(*) FROM sqlite_master WHERE name = 'half'") == [(0,)]
+
+
+def test_same_fingerprint_is_one_error(store: Store, clock: Clock) -> None:
+    record(store, message="first", user_id="1")
+    clock.seconds += 60
+    record(store, message="second", exception_class="Other", user_id="2", backtrace=["b.rb:1"])
+    error = only_error(store)
+    assert (error.exception_class, error.message, error.location) == ("Other", "second", "b.rb:1")
+    assert (error.occurrence_count, error.stored_count, error.user_count) == (2, 2, 2)
+    assert (error.first_seen_ms, error.last_seen_ms) == (NOW_MS, NOW_MS + 60_000)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("a", "A"), ("a", "a "), ("\ud800", "\ud801"), ("a\0b", "a\0c"), ("x" * 5_000, "x" * 5_001)],
+)
+def test_fingerprints_are_compared_exactly(store: Store, one: str, other: str) -> None:
+    for fingerprint in (one, other, one):
+        record(store, fingerprint=fingerprint)
+    errors = store.errors(ErrorFilter()).errors
+    assert sorted(error.occurrence_count for error in errors) == [1, 2]
+
+
+def test_projects_never_share_an_error(store: Store) -> None:
+    store.create_key("other")
+    one = parse()
+    assert store.record(1, [one]) == store.record(2, [one]) == [None]
+    assert [error.project for error in store.errors(ErrorFilter()).errors] == ["other", "default"]
+
+
+def test_first_and_last_seen_go_by_the_time_of_occurrence(store: Store) -> None:
+    for text in ("2025-01-01", "2026-01-01", "2024-01-01"):
+        record(store, timestamp=text, message=text)
+    error = only_error(store)
+    assert miniapm.iso_time(error.first_seen_ms)[:10] == "2024-01-01"
+    assert miniapm.iso_time(error.last_seen_ms)[:10] == "2026-01-01"
+    assert error.message == "2024-01-01"  # the newest by receipt
+
+
+def test_users_are_counted_once(store: Store) -> None:
+    for user in ("1", "2", 1, None, "2"):
+        record(store, user_id=user)
+    assert only_error(store).user_count == 2
+
+
+def test_buckets_count_by_hour_of_occurrence(store: Store) -> None:
+    for text in ("2026-01-01T10:59:59Z", "2026-01-01T10:00:00Z", "2026-01-01T11:00:00Z"):
+        record(store, timestamp=text)
+    hour = miniapm.parse_timestamp("2026-01-01T10:00:00Z") // 3_600_000
+    assert store.buckets([1], hour) == {1: {hour: 2, hour + 1: 1}}
+    assert store.buckets([1], hour + 1) == {1: {hour + 1: 1}}
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.sampled_from("abc"), st.integers(0, 10**12), st.sampled_from("uvw")),
+            min_size=1,
+            max_size=5,
+        ),
+        max_size=6,
+    )
+)
+def test_counters_add_up_to_what_was_accepted(tmp_path: Path, batches: Any) -> None:
+    path = tmp_path / f"{hashlib.sha256(repr(batches).encode()).hexdigest()}.db"
+    with contextlib.closing(Store(str(path))) as store:
+        store.ensure_default_project()
+        for batch in batches:
+            made = [
+                parse(fingerprint=name, timestamp=miniapm.iso_time(when), user_id=user)
+                for name, when, user in batch
+            ]
+            assert store.record(1, made) == [None] * len(made)
+        sent = [entry for batch in batches for entry in batch]
+        errors = store.errors(ErrorFilter()).errors
+        assert sum(error.occurrence_count for error in errors) == len(sent)
+        for error in errors:
+            mine = [entry for entry in sent if entry[0] == error.fingerprint]
+            assert error.stored_count == error.occurrence_count == len(mine)
+            assert error.first_seen_ms == min(when for _, when, _ in mine)
+            assert error.last_seen_ms == max(when for _, when, _ in mine)
+            assert error.user_count == len({user for _, _, user in mine})
+            assert sum(store.buckets([error.id], 0)[error.id].values()) == len(mine)
+    path.unlink()
+
+
+def test_resolved_error_reopens_and_is_marked_regressed(store: Store, clock: Clock) -> None:
+    record(store)
+    assert store.set_status([1], "resolved") == 1
+    assert only_error(store).status == "resolved"
+    clock.seconds += 5
+    record(store, timestamp="2020-01-01")  # a later report, whatever time it claims
+    error = only_error(store)
+    assert (error.status, error.regressed_ms) == ("open", NOW_MS + 5_000)
+    store.set_status([1], "resolved")
+    assert only_error(store).regressed_ms is None
+
+
+def test_error_that_a_person_reopens_has_not_regressed(store: Store) -> None:
+    record(store)
+    store.set_status([1], "resolved")
+    store.set_status([1], "open")
+    assert only_error(store).regressed_ms is None
+
+
+def test_ignored_error_counts_on_and_stays_ignored(store: Store) -> None:
+    record(store)
+    store.set_status([1], "ignored")
+    record(store)
+    error = only_error(store)
+    assert (error.status, error.occurrence_count, error.regressed_ms) == ("ignored", 2, None)
+    assert store.errors(ErrorFilter()).errors == ()
+
+
+def test_deleted_error_is_gone_at_once_and_its_fingerprint_starts_anew(store: Store) -> None:
+    record(store)
+    assert store.delete([1]) == 1
+    assert store.errors(ErrorFilter(status="all")).errors == ()
+    with pytest.raises(miniapm.NotFound):
+        store.error(1)
+    record(store)
+    error = only_error(store)
+    assert (error.id, error.occurrence_count) == (2, 1)
+
+
+def test_store_finds_the_neighbours_of_an_occurrence(store: Store) -> None:
+    for name in ("a", "b", "a", "b", "a"):
+        record(store, fingerprint=name)
+    newest, middle = store.occurrence(1), store.occurrence(1, 3)
+    assert newest is not None
+    assert middle is not None
+    assert (newest.id, newest.older_id, newest.newer_id) == (5, 3, None)
+    assert (middle.first_id, middle.older_id, middle.newer_id, middle.newest_id) == (1, 1, 5, 5)
+    assert store.occurrence(1, 2) is None  # the other error's
+    assert store.occurrence(9) is None
+
+
+@pytest.mark.parametrize("sort", sorted(miniapm.SORTS))
+@pytest.mark.parametrize("status", ["open", "all"])
+def test_list_pages_forward_and_back_over_every_error(store: Store, sort: str, status: str) -> None:
+    made = [
+        parse(fingerprint=f"f{n}", timestamp=miniapm.iso_time(NOW_MS - n // 3 * 60_000))
+        for n in range(miniapm.PAGE_ERRORS * 2 + 7)
+    ]
+    store.record(1, made)
+    wanted = ErrorFilter(sort=sort, status=status)
+    pages = [store.errors(wanted)]
+    while pages[-1].next:
+        pages.append(store.errors(dataclasses.replace(wanted, after=pages[-1].next)))
+    ids = [error.id for page in pages for error in page.errors]
+    assert len(pages) == 3
+    assert sorted(ids) == list(range(1, len(made) + 1))
+    column = miniapm.SORTS[sort]
+    keys = [(getattr(error, column), error.id) for page in pages for error in page.errors]
+    assert keys == sorted(keys, reverse=True)
+    assert pages[0].previous is None
+    for page, earlier in zip(pages[:0:-1], pages[-2::-1], strict=True):
+        back = store.errors(dataclasses.replace(wanted, before=page.previous))
+        assert back.errors == earlier.errors
+        assert back.next == earlier.next
+    assert back.previous is None
+
+
+def test_search_finds_class_message_and_fingerprint(store: Store) -> None:
+    record(store, fingerprint="one", exception_class="Timeout::Error", message="took 100% of it")
+    record(store, fingerprint="two", message="quick_brown fox")
+
+    def search(text: str) -> list[int]:
+        return [error.id for error in store.errors(ErrorFilter(search=text)).errors]
+
+    assert search("timeout") == search("100% took") == search("ONE") == [1]
+    assert search("brown fox") == search("k_b") == search("two") == [2]
+    assert search("kXb") == search("%_%") == search("fox timeout") == []
+
+
+def test_counts_follow_search_and_project(store: Store) -> None:
+    store.create_key("other")
+    record(store, fingerprint="a", message="apple")
+    record(store, fingerprint="b", message="apple")
+    record(store, fingerprint="c", message="pear")
+    store.record(2, [parse(message="apple")])
+    store.set_status([2], "resolved")
+    page = store.errors(ErrorFilter(search="apple", project_id=1))
+    assert page.counts == {"open": 1, "resolved": 1, "ignored": 0, "all": 2}
+
+
+def hold_writer(store: Store) -> tuple[threading.Event, threading.Thread]:
+    """Keep the writer in a job until the event is set."""
+    entered, release = threading.Event(), threading.Event()
+
+    def work(db: sqlite3.Connection) -> None:
+        entered.set()
+        release.wait(20)
+
+    thread = threading.Thread(target=store.write, args=(work,))
+    thread.start()
+    entered.wait(5)
+    return release, thread
+
+
+def waiting_jobs(store: Store, count: int) -> bool:
+    return len(store._writer._jobs) == count
+
+
+def test_writer_commits_what_waits_as_one_group(store: Store) -> None:
+    release, thread = hold_writer(store)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        futures = [pool.submit(record, store, fingerprint=str(n)) for n in range(5)]
+        wait_until(lambda: waiting_jobs(store, 5))
+        release.set()
+        concurrent.futures.wait(futures)
+    thread.join()
+    assert all(future.exception() is None for future in futures)
+    assert rows(store, "SELECT COUNT(*) FROM errors") == [(5,)]
+
+
+POISON = """
+    CREATE TRIGGER poison BEFORE INSERT ON occurrences WHEN NEW.body LIKE '%poison%'
+    BEGIN SELECT RAISE({}, 'poisoned'); END"""
+
+
+def test_poisoned_report_does_not_take_its_neighbours_down(store: Store) -> None:
+    store.write(lambda db: db.execute(POISON.format("ABORT")))
+    release, thread = hold_writer(store)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = [parse(message=text, fingerprint=text) for text in ("a", "poison", "b")]
+        futures = [pool.submit(store.record, 1, [one]) for one in made]
+        wait_until(lambda: waiting_jobs(store, 3))
+        release.set()
+        (first,), (second,), (third,) = (future.result() for future in futures)
+    thread.join()
+    assert first is None
+    assert third is None
+    assert "poisoned" in str(second)
+    assert rows(store, "SELECT fingerprint FROM errors ORDER BY 1") == [("a",), ("b",)]
+
+
+def test_poisoned_report_does_not_take_its_batch_down(store: Store) -> None:
+    store.write(lambda db: db.execute(POISON.format("ABORT")))
+    made = [parse(message=text, fingerprint=text) for text in ("a", "poison", "b")]
+    outcomes = store.record(1, made)
+    assert [outcome is None for outcome in outcomes] == [True, False, True]
+    assert rows(store, "SELECT SUM(count) FROM buckets") == [(2,)]
+
+
+def test_group_that_the_disk_refuses_fails_whole_and_the_next_succeeds(store: Store) -> None:
+    store.write(lambda db: db.execute(POISON.format("ROLLBACK")))
+    release, thread = hold_writer(store)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = [parse(message=text, fingerprint=text) for text in ("a", "poison")]
+        futures = [pool.submit(store.record, 1, [one]) for one in made]
+        wait_until(lambda: waiting_jobs(store, 2))
+        release.set()
+        failures = [future.exception() for future in futures]
+    thread.join()
+    assert all(isinstance(failure, miniapm.MiniAPMError) for failure in failures)
+    record(store, fingerprint="next")
+    assert only_error(store).fingerprint == "next"
+
+
+def test_reports_beyond_the_queue_s_bound_are_refused(store: Store) -> None:
+    release, thread = hold_writer(store)
+    many = [parse(fingerprint=str(n)) for n in range(600)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(store.record, 1, many)
+        wait_until(lambda: waiting_jobs(store, 1))
+        with pytest.raises(miniapm.Unavailable) as caught:
+            store.record(1, many)
+        assert caught.value.retry_after_s
+        release.set()
+        assert waiting.result() == [None] * 600
+    thread.join()
+
+
+def test_report_whose_turn_does_not_come_is_refused_and_not_stored(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, thread = hold_writer(store)
+    monkeypatch.setattr(miniapm, "MAX_WAIT_S", 0.05)
+    with pytest.raises(miniapm.Unavailable, match="busy"):
+        store.record(1, [parse()])
+    release.set()
+    thread.join()
+    store.write(lambda db: None)
+    assert store.errors(ErrorFilter()).errors == ()
+
+
+@pytest.fixture
+def impatient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A store that waits for another process's lock for a moment only."""
+    monkeypatch.setattr(miniapm, "MAX_LOCK_WAIT_S", 0.05)
+    with contextlib.closing(Store(str(tmp_path / "locked.db"))) as opened:
+        opened.ensure_default_project(KEY)
+        yield opened
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("ROLLBACK")
+
+
+def test_locked_database_is_unavailable_and_recovers(impatient: Store) -> None:
+    with locked(impatient.path):
+        with pytest.raises(miniapm.Unavailable, match="locked"):
+            record(impatient)
+        assert impatient.errors(ErrorFilter()).errors == ()  # readers go on
+    record(impatient)
+
+
+def test_closed_store_refuses(store: Store) -> None:
+    store.close()
+    with pytest.raises(miniapm.Unavailable):
+        record(store)
+
+
+def test_close_finishes_what_waits(store: Store) -> None:
+    release, thread = hold_writer(store)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(store.record, 1, [parse()])
+        wait_until(lambda: waiting_jobs(store, 1))
+        closing = pool.submit(store.close)
+        release.set()
+        assert waiting.result() == [None]
+        closing.result()
+    thread.join()
+
+
+def sweep(store: Store, days: int = 30, most: int = 1_000) -> None:
+    miniapm.Retention(store, days, most).sweep()
+
+
+def test_retention_goes_by_the_time_of_receipt(store: Store, clock: Clock) -> None:
+    record(store, fingerprint="old report", timestamp="2020-01-01")
+    clock.seconds += 29 * 86_400
+    record(store, fingerprint="new report", timestamp="2020-01-01")
+    sweep(store)
+    assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(2,)]
+    clock.seconds += 2 * 86_400
+    sweep(store)
+    assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(1,)]
+    assert only_error(store).fingerprint == "new report"
+
+
+def test_retention_keeps_counts_and_trend(store: Store, clock: Clock) -> None:
+    record(store, user_id="1")
+    hour = NOW_MS // 3_600_000
+    clock.seconds += 31 * 86_400
+    record(store, user_id="2")
+    sweep(store)
+    error = only_error(store)
+    assert (error.occurrence_count, error.stored_count, error.user_count) == (2, 1, 2)
+    assert error.first_seen_ms == NOW_MS
+    assert store.buckets([1], 0)[1][hour] == 1
+
+
+def test_retention_keeps_the_newest_of_each_error(store: Store) -> None:
+    store.record(1, [parse(message=f"{n}") for n in range(1_234)])
+    store.record(1, [parse(fingerprint="small")] * 3)
+    sweep(store, most=10)
+    kept = rows(store, "SELECT error_id, COUNT(*), MIN(id) FROM occurrences GROUP BY 1")
+    assert kept == [(1, 10, 1_225), (2, 3, 1_235)]
+    assert store.error(1).occurrence_count == 1_234
+    assert store.error(1).stored_count == 10
+
+
+def test_retention_removes_empty_errors_but_ignored_ones(store: Store, clock: Clock) -> None:
+    for name in ("open", "resolved", "ignored"):
+        record(store, fingerprint=name, user_id="1")
+    store.set_status([2], "resolved")
+    store.set_status([3], "ignored")
+    clock.seconds += 31 * 86_400
+    sweep(store)
+    assert only_error(store).fingerprint == "ignored"
+    for table in ("buckets", "error_users", "errors"):
+        assert rows(store, f"SELECT COUNT(*) FROM {table}") == [(1,)]
+    record(store, fingerprint="ignored")
+    assert only_error(store).status == "ignored"
+
+
+def test_retention_gives_space_back_to_the_disk(store: Store) -> None:
+    store.record(1, [parse(message="m" * 5_000) for _ in range(400)])
+    pages = rows(store, "PRAGMA page_count")[0][0]
+    store.delete([1])
+    sweep(store)
+    assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(0,)]
+    assert rows(store, "PRAGMA page_count")[0][0] < pages / 10
+    with contextlib.closing(sqlite3.connect(store.path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert os.path.getsize(store.path) < pages * 4096 / 10
+
+
+def test_retention_works_in_short_steps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.record(1, [parse() for _ in range(1_700)])
+    most = []
+    count = miniapm._remove_occurrences
+
+    def spy(db: Any, found: Any) -> int:
+        most.append(len(found))
+        return count(db, found)
+
+    monkeypatch.setattr(miniapm, "_remove_occurrences", spy)
+    sweep(store, most=1)
+    assert sum(most) == 1_699
+    assert max(most) == miniapm.SWEEP_STEP_ROWS
+
+
+def test_retention_thread_sweeps_after_a_deletion_and_stops(store: Store) -> None:
+    retention = miniapm.Retention(store, 30, 1_000)
+    retention.start()
+    record(store)
+    store.delete([1])
+    wait_until(lambda: rows(store, "SELECT COUNT(*) FROM errors") == [(0,)])
+    retention.stop()
+    assert not retention._thread.is_alive()
+
+
+def test_retention_thread_sweeps_while_reports_pour_in(store: Store) -> None:
+    retention = miniapm.Retention(store, 30, 5)
+    retention.start()
+    for _ in range(3):
+        store.record(1, [parse() for _ in range(1_000)])
+    wait_until(lambda: rows(store, "SELECT stored_count <= 1005 FROM errors") == [(1,)])
+    retention.stop()
+
+
+def test_keys_are_compared_whole_non_ascii_included(store: Store) -> None:
+    store.ensure_default_project("clé-ключ")
+    assert store.project_of_key("clé-ключ") == 1
+    for wrong in ("", "clé", "clé-ключ2", "CLÉ-ключ", KEY, "\ud800"):
+        assert store.project_of_key(wrong) is None
+
+
+def test_default_project_keeps_its_key(tmp_path: Path) -> None:
+    with contextlib.closing(Store(str(tmp_path / "a.db"))) as store:
+        first = store.ensure_default_project()
+        assert re.fullmatch(r"proj_[0-9a-f]{32}", first.keys[0])
+        assert store.ensure_default_project() == first
+
+
+def test_configured_key_replaces_the_default_project_s(store: Store) -> None:
+    assert store.ensure_default_project("new-key").keys == ("new-key",)
+    assert store.project_of_key(KEY) is None
+    assert store.ensure_default_project(KEY).keys == (KEY,)
+
+
+def test_configured_key_of_another_project_is_refused(store: Store) -> None:
+    key = store.create_key("other")
+    with pytest.raises(miniapm.BadSetting, match="other"):
+        store.ensure_default_project(key)
+    assert store.project_of_key(KEY) == 1
+
+
+def test_revoked_key_leaves_the_data(store: Store) -> None:
+    key = store.create_key("shop")
+    store.record(2, [parse()])
+    assert store.revoke("shop") == 1
+    assert store.project_of_key(key) is None
+    assert only_error(store).project == "shop"
+    with pytest.raises(miniapm.NotFound):
+        store.revoke("shop")
+
+
+def test_project_can_have_two_keys_and_lose_one(store: Store) -> None:
+    first, second = store.create_key("shop"), store.create_key("shop")
+    assert store.revoke(first) == 1
+    assert store.project_of_key(first) is None
+    assert store.project_of_key(second) == 2
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 201])
+def test_bad_project_names_are_refused(store: Store, name: str) -> None:
+    with pytest.raises(miniapm.BadRequest):
+        store.create_key(name)
+
+
+def test_revoked_default_project_gets_no_new_key_by_itself(store: Store) -> None:
+    store.revoke("default")
+    assert store.ensure_default_project().keys == ()
+
+
+# --- 10. Pages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ago"),
+    [
+        *((-5, "just now"), (0, "just now"), (44, "just now"), (50, "1 min ago")),
+        *((3_599, "59 min ago"), (3_600, "1 h ago"), (86_399, "23 h ago"), (86_400, "1 d ago")),
+        *((366 * 86_400, "1 y ago"),),
+    ],
+)
+def test_moment_says_how_long_ago(seconds: int, ago: str) -> None:
+    shown = miniapm.moment(NOW_MS - seconds * 1000, NOW_MS)
+    assert shown.ago == ago
+    assert shown.iso == miniapm.iso_time(NOW_MS - seconds * 1000)
+
+
+@pytest.mark.parametrize("span", sorted(miniapm.SPANS))
+@given(buckets=st.dictionaries(st.integers(-800, 0), st.integers(1, 1_000)))
+def test_trend_counts_every_hour_of_its_span_once(span: str, buckets: Any) -> None:
+    hour = NOW_MS // 3_600_000
+    series = miniapm.trend({hour + h: count for h, count in buckets.items()}, span, NOW_MS)
+    bars, hours = miniapm.SPANS[span]
+    assert len(series) == bars
+    first = series[0][0] // 3_600_000
+    assert sum(n for _, n in series) == sum(n for h, n in buckets.items() if hour + h >= first)
+    assert series[-1][0] <= NOW_MS < series[-1][0] + hours * 3_600_000
+    for bar in miniapm.trend_bars(series):
+        assert 0 <= bar.y <= 100
+        assert bar.y + bar.height == pytest.approx(100)
+
+
+def test_trend_bars_are_in_proportion() -> None:
+    bars = miniapm.trend_bars([(0, 0), (3_600_000, 5), (7_200_000, 10)])
+    assert [bar.height for bar in bars] == [1.0, 50.0, 100.0]
+    assert bars[2].label == "1970-01-01 02:00 UTC: 10"
+
+
+@given(
+    st.builds(
+        ErrorFilter,
+        status=st.sampled_from(["open", "resolved", "ignored", "all"]),
+        search=st.text(st.characters(categories=["L", "N", "P"]), max_size=50),
+        project_id=st.none() | st.integers(1, 99),
+        sort=st.sampled_from(sorted(miniapm.SORTS)),
+        after=st.none() | st.tuples(st.integers(-99, 99), st.integers(0, 99)),
+    )
+)
+def test_filter_round_trips_through_its_query(wanted: ErrorFilter) -> None:
+    query = miniapm.filter_query(wanted, after=wanted.after)
+    pairs = dict(urllib.parse.parse_qsl(query.lstrip("?")))
+    assert miniapm.parse_filter(pairs) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("status", "x"), ("sort", "x"), ("project", "x"), ("after", "1"), ("before", "x.y")],
+)
+def test_bad_filter_is_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(miniapm.BadRequest) as caught:
+        miniapm.parse_filter({name: value})
+    assert caught.value.field == name
+
+
+@given(st.text(), st.text(alphabet="`~ \n"))
+def test_markdown_code_can_not_be_left(text: str, ticks: str) -> None:
+    held = text + ticks + text
+    fenced = miniapm._fenced(held)
+    fence = fenced.partition("\n")[0]
+    assert fenced == f"{fence}\n{held}\n{fence}\n"
+    assert fence not in held
+    span = miniapm._code(held)
+    mark = re.match(r"`+", span)
+    assert mark
+    assert "\n" not in span
+    assert re.search(rf"(?<!`){mark[0]}(?!`)", span[len(mark[0]) :]).end() == len(span) - len(  # type: ignore[union-attr]
+        mark[0]
+    )
+
+
+class Texts(html.parser.HTMLParser):
+    """Collects the text of a page's elements and the values of its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.add(tag)
+        self.found += [value for _, value in attrs if value]
+
+    def handle_data(self, data: str) -> None:
+        self.found.append(data)
+
+
+@given(st.text(), st.text())
+def test_escaped_text_round_trips(heading: str, text: str) -> None:
+    page = Texts()
+    page.feed(miniapm.render("message", "", heading=heading, text=text))
+    page.close()
+    assert text in page.found or not text
+    expected = {"a", "body", "footer", "h1", "head", "header", "html", "img", "link", "main"}
+    assert page.tags == expected | {"meta", "nav", "p", "script", "section", "title"}
+
+
+def test_library_frames_are_folded_together() -> None:
+    lines = [
+        "app/a.rb:1:in `a'",
+        "/gems/x.rb:1:in `b'",
+        "/gems/y.rb:1:in `c'",
+        "text",
+        "app/d.rb:1",
+    ]
+    groups = miniapm.fold_frames(miniapm.parse_backtrace(lines))
+    assert [len(group) for group in groups] == [1, 2, 1, 1]
+
+
+# --- 11. HTTP -------------------------------------------------------------------------------------
+
+
+def test_report_is_accepted_with_an_empty_202(client: Client) -> None:
+    answer = client.post_json("/ingest/errors", report())
+    assert (answer.status, answer.body) == (202, b"")
+    assert answer.headers["Content-Length"] == "0"
+
+
+def test_accepted_report_is_on_disk(client: Client, store: Store) -> None:
+    client.report(message="kept")
+    with contextlib.closing(sqlite3.connect(store.path)) as other:
+        assert other.execute("SELECT message FROM errors").fetchall() == [("kept",)]
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "Bearer", "Bearer ", "Basic abc", KEY, "Bearer wrong", f"Bearer {KEY}x", "Bearer cl\xe9"],
+)
+def test_bad_key_is_401_before_the_body_is_looked_at(client: Client, header: str) -> None:
+    answer = client.request("POST", "/ingest/errors", b"\xff", AUTHORIZATION=header)
+    assert answer.status == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert answer.json()["error"]
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_scheme_is_taken_in_any_case(client: Client, scheme: str) -> None:
+    headers = {"AUTHORIZATION": f"{scheme} {KEY}", "CONTENT_TYPE": "application/json"}
+    body = json.dumps(report()).encode()
+    assert client.request("POST", "/ingest/errors", body, **headers).status == 202
+
+
+def test_non_ascii_key_is_taken_in_utf8_and_latin1(client: Client, store: Store) -> None:
+    store.ensure_default_project("clé")
+    for sent in ("clé", "clé".encode().decode("latin-1")):
+        assert client.post_json("/ingest/errors", report(), key=sent).status == 202
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "json"])
+def test_other_content_type_is_415(client: Client, kind: str) -> None:
+    answer = client.post_json("/ingest/errors", report(), CONTENT_TYPE=kind)
+    assert answer.status == 415
+    assert "application/json" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.x+json"]
+)
+def test_json_content_types_are_taken(client: Client, kind: str) -> None:
+    assert client.post_json("/ingest/errors", report(), CONTENT_TYPE=kind).status == 202
+
+
+def test_body_over_the_limit_is_413(store: Store) -> None:
+    client = Client(App(store, Config(max_body_bytes=1_000)), "")
+    head = json.dumps(report()).encode()
+    exact = head + b" " * (1_000 - len(head))
+    assert client.post_json("/ingest/errors", exact).status == 202
+    answer = client.post_json("/ingest/errors", exact + b" ")
+    assert answer.status == 413
+    assert "1,000 bytes" in answer.json()["error"]
+
+
+def test_chunked_body_over_the_limit_is_413(store: Store) -> None:
+    client = Client(App(store, Config(max_body_bytes=1_000)), "")
+    chunked: dict[str, Any] = {"CONTENT_LENGTH": None, "wsgi.input_terminated": True}
+    body = json.dumps(report()).encode()
+    assert client.post_json("/ingest/errors", body, **chunked).status == 202
+    assert client.post_json("/ingest/errors", body + b" " * 1_000, **chunked).status == 413
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"\xff\xfe", None),
+        (b"", None),
+        (b"{", None),
+        (b"[]", None),
+        (b"null", None),
+        (b'{"a": NaN}', None),
+        (b'{"a": 1e999}', None),
+        (b"[" * 100_000, None),
+        (json.dumps(report(params={"a": nested(63)})).encode(), None),
+        (json.dumps(report(message=...)).encode(), "message"),
+        (json.dumps(report(timestamp="soon")).encode(), "timestamp"),
+        (json.dumps(report(source_context={"file": "x"})).encode(), "source_context.lineno"),
+    ],
+)
+def test_bad_body_is_400_and_names_the_field(client: Client, body: bytes, field: Any) -> None:
+    answer = client.post_json("/ingest/errors", body)
+    assert answer.status == 400
+    assert answer.json().get("field") == field
+    assert answer.json()["error"]
+    assert client.errors() == []
+
+
+def test_batch_is_stored_whole(client: Client) -> None:
+    batch = {"errors": [report(fingerprint="1"), report(fingerprint="2"), report(fingerprint="1")]}
+    answer = client.post_json("/ingest/errors/batch", batch)
+    assert (answer.status, answer.body) == (202, b"")
+    assert sorted(error["occurrences"] for error in client.errors()) == [1, 2]
+
+
+def test_batch_keeps_the_good_and_names_the_bad(client: Client) -> None:
+    batch = {"errors": [report(message=None), report(), 3, report(params={"a": nested(63)})]}
+    answer = client.post_json("/ingest/errors/batch", batch)
+    assert answer.status == 202
+    said = answer.json()
+    assert said["accepted"] == 1
+    assert [(one["index"], one["field"]) for one in said["rejected"]] == [
+        *((0, "errors[0].message"), (2, "errors[2]"), (3, "errors[3]")),
+    ]
+    assert all(one["error"] for one in said["rejected"])
+    assert len(client.errors()) == 1
+
+
+def test_batch_without_a_good_entry_is_500(client: Client) -> None:
+    answer = client.post_json("/ingest/errors/batch", {"errors": [report(message=3), {}]})
+    assert answer.status == 500
+    assert answer.json()["accepted"] == 0
+    assert [one["index"] for one in answer.json()["rejected"]] == [0, 1]
+
+
+def test_batch_that_storage_refuses_is_500_with_the_same_body(client: Client, store: Store) -> None:
+    store.write(lambda db: db.execute(POISON.format("ROLLBACK")))
+    batch = {"errors": [report(message="poison"), report(message=3)]}
+    answer = client.post_json("/ingest/errors/batch", batch)
+    assert answer.status == 500
+    assert answer.json()["accepted"] == 0
+    assert "poisoned" in answer.json()["rejected"][0]["error"]
+    assert answer.json()["rejected"][1]["field"] == "errors[1].message"
+
+
+def test_empty_batch_is_202(client: Client) -> None:
+    assert client.post_json("/ingest/errors/batch", {"errors": []}).status == 202
+
+
+@pytest.mark.parametrize("value", [[], {}, {"errors": {}}, {"errors": None}, "x", None])
+def test_what_is_no_batch_is_400(client: Client, value: Any) -> None:
+    answer = client.post_json("/ingest/errors/batch", value)
+    assert answer.status == 400
+    assert answer.json()["field"] == "errors"
+
+
+def test_batch_of_too_many_is_413(client: Client) -> None:
+    batch = b'{"errors": [' + b"0," * miniapm.MAX_BATCH_ERRORS + b"0]}"
+    assert client.post_json("/ingest/errors/batch", batch).status == 413
+
+
+def test_locked_database_is_503_with_retry_after(impatient: Store) -> None:
+    client = Client(App(impatient, Config()), "")
+    with locked(impatient.path):
+        for path, value in (("", report()), ("/batch", {"errors": [report()]})):
+            answer = client.post_json("/ingest/errors" + path, value)
+            assert answer.status == 503
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert answer.json()["error"]
+    assert client.post_json("/ingest/errors", report()).status == 202
+
+
+def test_storage_failure_is_500(client: Client, store: Store) -> None:
+    store.write(lambda db: db.execute(POISON.format("ABORT")))
+    answer = client.post_json("/ingest/errors", report(message="poison"))
+    assert answer.status == 500
+    assert "poisoned" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/ingest/errors", "/ingest/errors/batch"])
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "HEAD"])
+def test_other_method_is_405_with_allow(client: Client, path: str, method: str) -> None:
+    answer = client.request(method, path)
+    assert answer.status == 405
+    assert set(answer.headers["Allow"].replace(" ", "").split(",")) >= {"POST", "OPTIONS"}
+    assert answer.headers["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize("path", ["/ingest", "/ingest/", "/ingest/error", "/ingest/errors/batch/x"])
+def test_unknown_ingest_path_is_404_in_json(client: Client, path: str) -> None:
+    answer = client.post_json(path, report())
+    assert answer.status == 404
+    assert answer.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/ingest/errors", "/ingest/errors/batch"])
+def test_preflight_lets_every_origin_report(client: Client, path: str) -> None:
+    answer = client.request(
+        *("OPTIONS", path),
+        ORIGIN="https://shop.example",
+        ACCESS_CONTROL_REQUEST_METHOD="POST",
+        ACCESS_CONTROL_REQUEST_HEADERS="authorization,content-type",
+    )
+    assert (answer.status, answer.body) == (204, b"")
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert "POST" in answer.headers["Access-Control-Allow-Methods"]
+    assert "Authorization" in answer.headers["Access-Control-Allow-Headers"]
+
+
+def test_cors_is_for_ingest_and_its_errors_only(client: Client) -> None:
+    name = "Access-Control-Allow-Origin"
+    for path in ("/ingest/errors", "/ingest/nothing"):
+        assert client.get(path).headers[name] == "*"
+    for answer in (
+        client.post_json("/ingest/errors", b"{"),
+        client.post_json("/ingest/errors", {}),
+    ):
+        assert (answer.status, answer.headers[name]) == (400, "*")
+    for path in ("/errors", "/errors.json", "/health", "/setup", "/none", "/ingestion"):
+        assert name not in client.get(path).headers
+
+
+def test_handler_that_fails_is_500_and_logged(
+    client: Client, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "record", None)
+    answer = client.post_json("/ingest/errors", report())
+    assert answer.status == 500
+    assert answer.json() == {"error": "something went wrong here; the server's log says more"}
+    assert "TypeError" in client.log
+
+
+def test_health_is_ok(client: Client) -> None:
+    answer = client.get("/health", HOST="anything.example")
+    assert answer.status == 200
+    said = answer.json()
+    assert (said["status"], said["db_ok"]) == ("ok", True)
+    assert isinstance(said["uptime_seconds"], int)
+
+
+def test_health_is_503_when_the_database_can_not_be_written(impatient: Store) -> None:
+    client = Client(App(impatient, Config()), "")
+    with locked(impatient.path):
+        answer = client.get("/health")
+        assert answer.status == 503
+        assert (answer.json()["status"], answer.json()["db_ok"]) == ("unhealthy", False)
+    assert client.get("/health").status == 200
+
+
+def test_home_leads_to_the_list(client: Client) -> None:
+    answer = client.get("/")
+    assert (answer.status, answer.headers["Location"]) == (303, client.prefix + "/errors")
+
+
+def pages(client: Client) -> list[str]:
+    return ["/errors", "/errors?status=all", "/errors/1", "/errors/1/occurrences/1", "/setup"]
+
+
+def test_every_link_of_every_page_leads_somewhere(client: Client) -> None:
+    client.report(source_context=CONTEXT)
+    client.report()
+    seen, todo = set(), pages(client)
+    while todo:
+        path = todo.pop()
+        answer = client.get(path)
+        assert answer.status in (200, 303), path
+        if "html" not in answer.headers["Content-Type"]:
+            continue
+        for target in re.findall(r'(?:href|src|action)="([^"]*)"', answer.text):
+            target = html.unescape(target)
+            assert target.startswith(client.prefix + "/"), (path, target)
+            local = target.removeprefix(client.prefix).partition("#")[0]
+            if local not in seen and not local.startswith("/logout"):
+                seen.add(local)
+                todo.append(local)
+    assert len(seen) > 12
+
+
+def test_pages_carry_security_headers_and_nothing_inline(client: Client) -> None:
+    client.report()
+    for path in [*pages(client), "/none"]:
+        answer = client.get(path)
+        policy = answer.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'")
+        assert "unsafe" not in policy
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["X-Frame-Options"] == "DENY"
+        assert not re.search(r"<style|style=|\son\w+=|<script(?! src)", answer.text)
+
+
+def test_security_headers_are_on_errors_too(client: Client, store: Store) -> None:
+    store.errors = None  # type: ignore[assignment,method-assign]
+    answer = client.get("/errors")
+    assert answer.status == 500
+    assert "Content-Security-Policy" in answer.headers
+    assert "Traceback" not in answer.text
+    assert "TypeError" in client.log
+
+
+def test_assets_are_cached_for_good(client: Client) -> None:
+    client.report()
+    for path in re.findall(r'(?:href|src)="([^"]*/assets/[^"]*)"', client.get("/errors").text):
+        answer = client.get(path.removeprefix(client.prefix))
+        assert answer.status == 200
+        assert "immutable" in answer.headers["Cache-Control"]
+    assert client.get("/assets/none.css").status == 404
+
+
+def test_empty_tracker_shows_how_to_report(client: Client) -> None:
+    page = html.unescape(client.get("/errors").text)
+    url = "http://127.0.0.1:3000" + client.prefix
+    assert KEY in page
+    assert f"curl -i {url}/ingest/errors" in page
+    assert "urllib.request" in page
+    assert f'await fetch("{url}/ingest/errors"' in page
+
+
+def test_setup_shows_every_project(client: Client, store: Store) -> None:
+    key = store.create_key("shop")
+    store.create_key("gone")
+    store.revoke("gone")
+    page = client.get("/setup").text
+    assert KEY in page
+    assert key in page
+    assert "keys create gone" in page
+
+
+def test_list_shows_what_a_row_must_tell(client: Client, clock: Clock) -> None:
+    client.report(timestamp="2026-06-01", user_id="1")
+    clock.seconds += 120
+    client.report(message="line one\nline two", user_id="2")
+    page = client.get("/errors").text
+    for text in ("RuntimeError", "line one line two", "app/models/user.rb:42 in save", "<polyline"):
+        assert text in page
+    assert re.search(r'class="number count"[^>]*>2<', page)
+    assert re.search(r'class="number users"[^>]*>2<', page)
+    assert 'title="2027-01-15 08:02:00 UTC">just now</time>' in page
+
+
+def test_list_marks_new_and_regressed(client: Client, store: Store) -> None:
+    client.report(fingerprint="old", timestamp="2026-06-01")
+    assert "badge new" not in client.get("/errors").text
+    client.report(fingerprint="new")
+    assert "badge new" in client.get("/errors").text
+    store.set_status([1], "resolved")
+    client.report(fingerprint="old")
+    assert "badge regressed" in client.get("/errors").text
+
+
+def test_list_default_hides_resolved_and_ignored(client: Client, store: Store) -> None:
+    for name in ("A", "B", "C"):
+        client.report(fingerprint=name, exception_class=f"Error{name}")
+    store.set_status([2], "resolved")
+    store.set_status([3], "ignored")
+    for query, shown in (("", "A"), ("?status=resolved", "B"), ("?status=ignored", "C")):
+        page = client.get("/errors" + query).text
+        assert [name for name in "ABC" if f">Error{name}<" in page] == [shown]
+    assert len(client.errors()) == 3
+
+
+def test_list_filters_by_project_when_there_are_two(client: Client, store: Store) -> None:
+    client.report()
+    assert 'name="project"' not in client.get("/errors").text
+    key = store.create_key("shop")
+    client.post_json("/ingest/errors", report(exception_class="ShopError"), key=key)
+    page = client.get("/errors?project=2").text
+    assert 'name="project"' in page
+    assert "ShopError" in page
+    assert "RuntimeError" not in page
+
+
+def test_list_pages_through_its_links(client: Client) -> None:
+    batch = {"errors": [report(fingerprint=str(n)) for n in range(120)]}
+    assert client.post_json("/ingest/errors/batch", batch).status == 202
+    path, seen = "/errors?sort=count", []
+    while path:
+        page = client.get(path).text
+        seen += re.findall(r'name="id" value="(\d+)"', page)
+        found = re.search(r'rel="next" href="([^"]+)"', page)
+        path = html.unescape(found[1]).removeprefix(client.prefix) if found else ""
+    assert sorted(map(int, seen)) == list(range(1, 121))
+    assert 'rel="prev"' in page
+
+
+@pytest.mark.parametrize("query", ["status=x", "sort=x", "after=x", "project=x", "before=1.x"])
+def test_bad_query_is_400_on_pages_and_json(client: Client, query: str) -> None:
+    assert client.get(f"/errors?{query}").status == 400
+    answer = client.get(f"/errors.json?{query}")
+    assert answer.status == 400
+    assert answer.json()["field"] == query.partition("=")[0]
+
+
+@given(st.text(), st.sampled_from(["q", "status", "sort", "after", "project", "trend", "next"]))
+@settings(max_examples=60)
+def test_any_query_is_answered(client: Client, text: str, name: str) -> None:
+    query = urllib.parse.urlencode({name: text.encode("utf-8", "replace")})
+    for path in ("/errors", "/errors.json", "/login"):
+        assert client.get(f"{path}?{query}").status in (200, 303, 400)
+
+
+@pytest.mark.parametrize(
+    ("action", "status"), [("resolve", "resolved"), ("ignore", "ignored"), ("reopen", "open")]
+)
+def test_triage_of_one_error(client: Client, action: str, status: str) -> None:
+    client.report()
+    answer = client.post_form("/errors/1", action=action)
+    assert (answer.status, answer.headers["Location"]) == (303, client.prefix + "/errors/1")
+    assert client.errors()[0]["status"] == status
+
+
+def test_triage_of_many_returns_to_the_same_list(client: Client) -> None:
+    for name in "abc":
+        client.report(fingerprint=name)
+    back = "?q=went&sort=count"
+    answer = client.post_form("/errors", id=[1, 3, 99], action="resolve", **{"return": back})
+    assert answer.status == 303
+    assert answer.headers["Location"] == f"{client.prefix}/errors{back}"
+    assert [error["id"] for error in client.errors("?status=resolved")] == [3, 1]
+
+
+def test_triage_deletes(client: Client) -> None:
+    for name in "ab":
+        client.report(fingerprint=name)
+    assert client.post_form("/errors", id=1, action="delete").status == 303
+    assert client.post_form("/errors/2", action="delete").headers["Location"].endswith("/errors")
+    assert client.errors() == []
+    assert client.get("/errors/1").status == 404
+
+
+def test_triage_refuses_what_it_does_not_know(client: Client) -> None:
+    client.report()
+    assert client.post_form("/errors/1", action="explode").status == 400
+    assert client.post_form("/errors/9", action="resolve").status == 404
+    assert client.post_form("/errors", id="x", action="resolve").status == 303
+    evil = {"return": "//evil.example"}
+    target = client.post_form("/errors", action="resolve", **evil).headers["Location"]
+    assert target == client.prefix + "/errors"
+
+
+@pytest.mark.parametrize("path", ["/errors", "/errors/1", "/logout", "/login"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"SEC_FETCH_SITE": "cross-site"},
+        {"SEC_FETCH_SITE": "same-site"},
+        {"ORIGIN": "http://evil.example"},
+        {"ORIGIN": "http://127.0.0.1:8080"},
+        {"ORIGIN": "null"},
+        {"ORIGIN": "null", "SEC_FETCH_SITE": "same-origin"},
+    ],
+)
+def test_cross_site_change_is_refused(client: Client, path: str, headers: Any) -> None:
+    client.report()
+    body = b"action=delete&id=1"
+    kind = "application/x-www-form-urlencoded"
+    answer = client.request("POST", path, body, CONTENT_TYPE=kind, **headers)
+    assert answer.status == 403
+    assert len(client.errors()) == 1
+
+
+def test_own_page_and_program_may_change(client: Client) -> None:
+    client.report()
+    own = {"ORIGIN": "http://127.0.0.1:3000", "SEC_FETCH_SITE": "same-origin"}
+    for headers in (own, {}):
+        assert client.request("POST", "/errors", b"action=ignore", **headers).status == 303
+
+
+def test_change_by_get_is_impossible(client: Client) -> None:
+    client.report()
+    client.get("/errors/1?action=delete")
+    assert client.get("/logout").status == 405
+    assert len(client.errors()) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *[(host, 200) for host in ("localhost", "localhost:3000", "app.localhost", "127.0.0.1:9")],
+        *[(host, 200) for host in ("[::1]:3000", "LOCALHOST", "mine.example", "MINE.example:80")],
+        *[(host, 403) for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil", "")],
+        *[(host, 403) for host in ("evil@localhost", "localhost:x", "192.168.0.7", "a b", "[::2]")],
+    ],
+)
+def test_dashboard_answers_to_known_hosts_only(store: Store, host: str, status: int) -> None:
+    client = Client(App(store, Config(allowed_hosts=("mine.example",))), "")
+    for path in ("/errors", "/setup", "/errors.json"):
+        assert client.get(path, HOST=host).status == status
+    assert client.post_json("/ingest/errors", report(), HOST=host).status == 202
+    assert client.get("/health", HOST=host).status == 200
+
+
+def test_error_page_tells_everything(client: Client) -> None:
+    client.report(
+        backtrace=["app/models/user.rb:42:in `save'", "/g/gems/x.rb:1:in `y'", "unparsed line"],
+        source_context=CONTEXT,
+        params={"id": "999", "nested": {"a": [1, 2]}},
+        user_id="user-7",
+        request_id="req-8",
+        release="v1.2.3",
+        timestamp="2030-01-01T00:00:00Z",
+    )
+    page = html.unescape(client.get("/errors/1").text)
+    for text in (
+        *("RuntimeError", "Something went wrong", "user_save_runtime_error", "user-7", "req-8"),
+        *("raise 'Invalid' unless valid?", "v1.2.3", "unparsed line", "1 library frame", "999"),
+        *("over an hour ahead", "2030-01-01T00:00:00Z", "Raw JSON", '"nested": {', "First seen"),
+    ):
+        assert text in page
+    assert re.search(r'class="?failing"?><th>42</th><td>    raise', page)
+    assert re.findall(r"<th>(\d+)</th>", page)[:5] == ["40", "41", "42", "43", "44"]
+
+
+@pytest.mark.parametrize(("span", "bars"), [("24h", 24), ("7d", 28), ("30d", 30)])
+def test_error_page_shows_the_trend_by_span(client: Client, span: str, bars: int) -> None:
+    client.report()
+    page = client.get(f"/errors/1?trend={span}").text
+    assert page.count('class="hit"') == bars
+    assert re.search(r"1 in\s+" + span, page)
+    assert client.get("/errors/1?trend=9d").status == 400
+
+
+def test_error_page_steps_through_occurrences(client: Client) -> None:
+    for name in ("first", "second", "third"):
+        client.report(message=name)
+    page = client.get("/errors/1/occurrences/2").text
+    steps = dict(re.findall(r'occurrences/(\d)#occurrence">(\w+)<', page))
+    assert set(steps) == {"1", "3"}
+    assert "second" in page
+    assert ">First</a>" not in client.get("/errors/1/occurrences/1").text
+    assert client.get("/errors/1/occurrences/9").status == 404
+
+
+def test_error_without_kept_occurrences_has_a_page(
+    client: Client, store: Store, clock: Clock
+) -> None:
+    client.report()
+    store.set_status([1], "ignored")
+    clock.seconds += 31 * 86_400
+    sweep(store)
+    assert "is kept any more" in client.get("/errors/1").text
+    assert client.get("/errors/1.json").json()["occurrence"] is None
+    assert "Backtrace" not in client.get("/errors/1.md").text
+
+
+@pytest.mark.parametrize("path", ["/errors/7", "/errors/7.json", "/errors/7.md", "/errors/x", "/x"])
+def test_unknown_page_is_404(client: Client, path: str) -> None:
+    assert client.get(path).status == 404
+
+
+def test_huge_ids_are_404(client: Client) -> None:
+    for path in (f"/errors/{10**17}", f"/errors/{10**30}", f"/errors/1/occurrences/{10**17}"):
+        assert client.get(path).status == 404
+
+
+def test_error_json_is_as_documented(client: Client) -> None:
+    client.report(user_id="7", timestamp="2026-06-01T00:00:00Z", source_context=CONTEXT, tag="x")
+    client.report()
+    said = client.get("/errors/1.json").json()
+    error = said["error"]
+    assert error == {
+        "id": 1,
+        "url": client.prefix + "/errors/1",
+        "project": {"id": 1, "name": "default"},
+        "exception_class": "RuntimeError",
+        "message": "Something went wrong",
+        "location": "app/models/user.rb:42 in save",
+        "fingerprint": "user_save_runtime_error",
+        "status": "open",
+        "regressed_at": None,
+        "first_seen": "2026-06-01T00:00:00.000Z",
+        "last_seen": miniapm.iso_time(NOW_MS),
+        "occurrences": 2,
+        "occurrences_kept": 2,
+        "users": 1,
+    }
+    for name in error:
+        assert f"`{name}`" in README
+    assert set(said["trend"]) == {"24h", "7d", "30d"}
+    assert said["trend"]["24h"][-1]["count"] == 1
+    assert said["occurrence"]["report"]["fingerprint"] == "user_save_runtime_error"
+    assert said["occurrence"]["older_url"] == client.prefix + "/errors/1/occurrences/1"
+    listed = client.get("/errors.json").json()
+    assert listed["errors"] == [error | {"trend": [0] * 23 + [1]}]
+    assert listed["counts"] == {"open": 1, "resolved": 0, "ignored": 0, "all": 1}
+
+
+def test_markdown_holds_the_report_in_code(client: Client) -> None:
+    client.report(
+        message="```\n# Not a heading\n<script>",
+        exception_class="Bad`Tick",
+        backtrace=["app/a.rb:1:in `x'"],
+        source_context=CONTEXT,
+        params={"a": "```"},
+        user_id="7",
+    )
+    answer = client.get("/errors/1.md")
+    assert answer.headers["Content-Type"] == "text/markdown; charset=utf-8"
+    assert "# ``Bad`Tick``" in answer.text
+    assert "````\n```\n# Not a heading\n<script>\n````" in answer.text
+    assert ">    42      raise 'Invalid' unless valid?" in answer.text
+    for text in ("## Backtrace", "## Params", "## Request", "- **Occurrences:** 1 (1 users)"):
+        assert text in answer.text
+
+
+HOSTILE = (
+    "</pre><script>window.hacked = 1</script>\"'><img src=x onerror='hacked=1'>{{!x}}\n%end\0\x1b"
+)
+
+
+def hostile_report() -> dict[str, Any]:
+    return {
+        "exception_class": HOSTILE,
+        "message": HOSTILE,
+        "backtrace": [HOSTILE, f"{HOSTILE}.rb:1:in `{HOSTILE}'", f'File "{HOSTILE}", line 1'],
+        "fingerprint": HOSTILE,
+        "user_id": HOSTILE,
+        "request_id": HOSTILE,
+        "params": {HOSTILE: HOSTILE, "link": "javascript:window.hacked=1"},
+        "source_context": {"file": HOSTILE, "lineno": 1, "context_line": HOSTILE},
+        HOSTILE: HOSTILE,
+    }
+
+
+def test_hostile_strings_are_escaped_everywhere(client: Client) -> None:
+    client.post_json("/ingest/errors", hostile_report())
+    for path in ("/errors", "/errors/1", f"/errors?q={urllib.parse.quote(HOSTILE)}"):
+        page = client.get(path).text
+        assert "&lt;script&gt;" in page
+        assert "<script>" not in page
+        assert "<img src=x" not in page
+        assert "\0" not in page
+
+
+def log_in(guarded: Client, password: str = "open sesame", address: str = "127.0.0.1") -> Answer:
+    return guarded.post_form("/login", address, password=password, next="/errors?status=all")
+
+
+def test_password_guards_every_page(guarded: Client, store: Store) -> None:
+    record(store)
+    for path in ("/errors", "/errors/1", "/errors/1.md", "/setup", "/errors/1/occurrences/1"):
+        answer = guarded.get(path)
+        assert answer.status == 303
+        assert answer.headers["Location"].startswith(guarded.prefix + "/login?next=")
+    for path in ("/errors.json", "/errors/1.json"):
+        assert guarded.get(path).status == 401
+    assert guarded.post_form("/errors/1", action="delete").status == 401
+    assert only_error(store)
+
+
+def test_password_leaves_ingest_and_health_open(guarded: Client) -> None:
+    guarded.report()
+    assert guarded.get("/health").status == 200
+
+
+def test_login_opens_a_session(guarded: Client) -> None:
+    assert "password" in guarded.get("/login").text
+    answer = log_in(guarded)
+    assert answer.status == 303
+    assert answer.headers["Location"] == guarded.prefix + "/errors?status=all"
+    (cookie,) = answer.cookies
+    assert "HttpOnly" in cookie
+    assert "samesite=lax" in cookie.lower()
+    assert f"Path={guarded.prefix or '/'}" in cookie
+    guarded.cookie = cookie.partition(";")[0]
+    assert guarded.get("/errors").status == 200
+    assert "Log out" in guarded.get("/errors").text
+    assert guarded.get("/login").status == 303
+
+
+def test_logout_takes_the_cookie_back(guarded: Client) -> None:
+    guarded.cookie = log_in(guarded).cookies[0].partition(";")[0]
+    answer = guarded.post_form("/logout")
+    assert answer.headers["Location"] == guarded.prefix + "/login"
+    assert "Max-Age=0" in answer.cookies[0]
+
+
+def test_wrong_passwords_are_slowed_down(guarded: Client, clock: Clock) -> None:
+    for _ in range(3):
+        answer = log_in(guarded, "wrong")
+        assert answer.status == 401
+        assert "not the password" in answer.text
+    slowed = log_in(guarded)  # even the right one
+    assert slowed.status == 429
+    assert int(slowed.headers["Retry-After"]) >= 1
+    assert log_in(guarded, address="127.0.0.2").status == 303
+    clock.seconds += 1
+    assert log_in(guarded).status == 303
+    assert log_in(guarded, "wrong").status == 401  # the count starts anew
+
+
+def test_repeated_failures_wait_longer_up_to_a_minute(guarded: Client, clock: Clock) -> None:
+    waits = []
+    for _ in range(12):
+        log_in(guarded, "wrong")
+        answer = log_in(guarded, "wrong")
+        waits.append(int(answer.headers.get("Retry-After", 0)))
+        clock.seconds += 61
+    assert waits == sorted(waits)
+    assert waits[-1] == 60
+
+
+@pytest.mark.parametrize("cookie", ["", "x", "1.2", "9999999999." + "0" * 64, ".", "9999999999.é"])
+def test_guessed_session_is_refused(guarded: Client, cookie: str) -> None:
+    guarded.cookie = f"{miniapm.SESSION_COOKIE}={cookie}".encode().decode("latin-1")
+    assert guarded.get("/errors").status == 303
+
+
+def test_session_ends_with_time_and_with_the_password(store: Store, clock: Clock) -> None:
+    client = Client(App(store, Config(password="one")), "")
+    client.cookie = log_in(client, "one").cookies[0].partition(";")[0]
+    assert client.get("/errors").status == 200
+    same = Client(App(store, Config(password="one")), "")
+    same.cookie = client.cookie
+    assert same.get("/errors").status == 200  # a restart
+    changed = Client(App(store, Config(password="two")), "")
+    changed.cookie = client.cookie
+    assert changed.get("/errors").status == 303
+    clock.seconds += miniapm.MAX_SESSION_S + 1
+    assert client.get("/errors").status == 303
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["//evil.example", "https://evil.example", "/\\evil", "javascript:x", "/errors\r\nX: y", "/x"],
+)
+def test_login_leads_nowhere_else(guarded: Client, target: str) -> None:
+    answer = guarded.post_form("/login", password="open sesame", next=target)
+    assert answer.headers["Location"] == guarded.prefix + "/errors"
+
+
+def test_password_hash_is_scrypt() -> None:
+    gate = miniapm.PasswordGate("pw", b"salt" * 8, time.time)
+    assert gate._hash == hashlib.scrypt(b"pw", salt=b"salt" * 8, n=2**14, r=8, p=1)
+
+
+def test_readme_lists_every_route() -> None:
+    for path in ("/ingest/errors", "/ingest/errors/batch", "/health", "/errors.json"):
+        assert f"`{path}`" in README or f" {path}`" in README
+    for suffix in (".json", ".md"):
+        assert f"/errors/<id>{suffix}`" in README
+
+
+# --- 12. Commands ---------------------------------------------------------------------------------
+
+
+def test_start_prints_what_a_newcomer_needs(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start()
+    assert re.search(r"Dashboard  http://127\.0\.0\.1:\d+/", server.banner)
+    assert str(tmp_path / "miniapm.db") in server.banner
+    assert re.fullmatch(r"proj_[0-9a-f]{32}", server.key)
+    assert stat.S_IMODE((tmp_path / "miniapm.db").stat().st_mode) == 0o600
+    first = server.key
+    assert server.stop() == 0
+    assert start().key == first
+
+
+def curl_of(server: Server) -> str:
+    return server.banner[server.banner.index("curl ") :]
+
+
+def test_printed_curl_line_works_as_it_is(start: Callable[..., Server]) -> None:
+    need("curl")
+    server = start()
+    done = subprocess.run(
+        ["sh", "-c", curl_of(server)], capture_output=True, text=True, timeout=20, check=True
+    )
+    assert "202 Accepted" in done.stdout
+    assert server.errors()[0]["message"] == "Hello from curl"
+
+
+def test_help_shows_flag_variable_and_default(tmp_path: Path) -> None:
+    done = run("--help", cwd=tmp_path, COLUMNS="200")
+    assert done.returncode == 0
+    for setting in dataclasses.fields(Config):
+        default = "none" if setting.default in (None, ()) else setting.default
+        assert miniapm.flag_of(setting.name) in done.stdout
+        shown = f"[{miniapm.variable_of(setting.name)}; default: {default}]"
+        assert shown in " ".join(done.stdout.split())
+    assert "keys" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--port", "x"], ["serve", "--port", "x"], ["--prot", "1"], ["explode"]]
+)
+def test_bad_command_line_is_one_line_and_status_2(tmp_path: Path, arguments: list[str]) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    if "x" in arguments:
+        assert "--port takes a whole number from 0 to 65535, not 'x'" in done.stderr
+
+
+def test_bad_variable_is_one_line_that_names_it(tmp_path: Path) -> None:
+    done = run(cwd=tmp_path, MINI_APM_RETENTION_DAYS="soon")
+    assert done.returncode == 2
+    assert "--retention-days takes a whole number" in done.stderr
+    assert "MINI_APM_RETENTION_DAYS" in done.stderr
+
+
+def test_variables_configure_a_server(start: Callable[..., Server]) -> None:
+    server = start(MINI_APM_API_KEY="shared-key", MINI_APM_MAX_BODY_BYTES="1000")
+    assert server.key == "shared-key"
+    assert server.post(report(message="x" * 2_000)).status_code == 413
+
+
+def test_port_in_use_is_one_line_and_status_1(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("--port", str(taken.getsockname()[1]), cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "in use" in done.stderr
+    assert "--port" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_open_host_without_a_password_is_refused(tmp_path: Path, host: str) -> None:
+    done = run("--host", host, "--port", "0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "MINI_APM_PASSWORD" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_open_host_with_a_password_starts(start: Callable[..., Server]) -> None:
+    server = start("--host", "0.0.0.0", MINI_APM_PASSWORD="open sesame")
+    assert requests.get(server.url + "/errors", timeout=10).url.startswith(server.url + "/login")
+
+
+def test_second_server_on_a_database_is_refused(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    first = start()
+    done = run("--port", "0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"process {first.process.pid} at {first.url}" in done.stderr
+    first.process.kill()
+    first.process.wait()
+    assert start().stop() == 0  # a lock does not outlive its process
+
+
+@pytest.mark.parametrize("content", [b"", b"hello " * 200])
+def test_database_that_can_not_be_used_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "folder" if not content else tmp_path / "file.db"
+    path.mkdir() if not content else path.write_bytes(content)
+    done = run("--port", "0", "--db", str(path), cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert str(path) in done.stderr
+
+
+def test_keys_work_while_the_server_runs(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start()
+    created = run("keys", "create", "shop", cwd=tmp_path)
+    key = created.stdout.strip()
+    assert re.fullmatch(r"proj_[0-9a-f]{32}", key)
+    server.key = key
+    server.report()
+    listed = run("keys", cwd=tmp_path).stdout
+    assert re.search(rf"^shop +{key}$", listed, re.MULTILINE)
+    assert listed.startswith("default")
+    assert run("keys", "revoke", "shop", cwd=tmp_path).returncode == 0
+    assert server.post(report()).status_code == 401
+    assert server.errors()[0]["project"]["name"] == "shop"
+    assert "(no key)" in run("keys", cwd=tmp_path).stdout
+
+
+def test_keys_create_works_before_the_first_start(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    key = run("keys", "create", "shop", cwd=tmp_path).stdout.strip()
+    server = start()
+    server.key, default = key, server.key
+    server.report()
+    assert default != key
+
+
+def test_keys_refuse_in_one_line(tmp_path: Path) -> None:
+    for arguments in (["keys"], ["keys", "revoke", "x"]):
+        done = run(*arguments, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "there is no database" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    run("keys", "create", "a", cwd=tmp_path)
+    done = run("keys", "revoke", "x", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert run("keys", "explode", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_an_idle_server_at_once(start: Callable[..., Server], number: int) -> None:
+    server = start()
+    with requests.Session() as kept, socket.create_connection(("127.0.0.1", server.port)):
+        kept.get(server.url + "/health", timeout=10)  # leaves a connection open
+        began = time.monotonic()
+        assert server.stop(number) == 0
+    assert time.monotonic() - began < 5
+
+
+def post_raw(server: Server, number: int) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
+    body = json.dumps(report(fingerprint=f"f{number}"))
+    connection.request("POST", "/ingest/errors", body, headers)
+    return connection.getresponse().status
+
+
+def connections(server: Server) -> int:
+    """Count the server's connections whose request has been read from the socket."""
+    port = f":{server.port:04X}"
+    found = 0
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, queues = line.split()[:5]
+        if local.endswith(port) and state == "01" and queues.endswith(":00000000"):
+            found += 1
+    return found
+
+
+def test_signal_lets_received_requests_finish(start: Callable[..., Server]) -> None:
+    server = start()
+    with concurrent.futures.ThreadPoolExecutor(24) as pool, locked(server.db):
+        futures = [pool.submit(post_raw, server, number) for number in range(24)]
+        wait_until(lambda: connections(server) == 24)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)  # the writer waits for the lock all the while
+        assert server.process.poll() is None
+    assert [future.result() for future in futures] == [202] * 24
+    assert server.process.wait(10) == 0
+    with contextlib.closing(sqlite3.connect(server.db)) as db:
+        assert db.execute("SELECT COUNT(*) FROM occurrences").fetchone() == (24,)
+
+
+def test_second_signal_ends_a_server_at_once(start: Callable[..., Server]) -> None:
+    server = start()
+    with concurrent.futures.ThreadPoolExecutor() as pool, locked(server.db):
+        waiting = pool.submit(post_raw, server, 1)
+        wait_until(lambda: connections(server) == 1)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        began = time.monotonic()
+        assert server.stop() == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 2
+        assert isinstance(waiting.exception(), (OSError, http.client.HTTPException))
+
+
+def test_kill_9_loses_no_acknowledged_report(start: Callable[..., Server]) -> None:
+    server = start()
+    acknowledged: set[str] = set()
+    lock = threading.Lock()
+
+    def post_until_killed(worker: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
+        for number in range(100_000):
+            name = f"r{worker}-{number}"
+            body = json.dumps(report(request_id=name, fingerprint=f"f{number % 7}"))
+            try:
+                connection.request("POST", "/ingest/errors", body, headers)
+                answer = connection.getresponse()
+                answer.read()
+            except (OSError, http.client.HTTPException):
+                return
+            assert answer.status == 202
+            with lock:
+                acknowledged.add(name)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(post_until_killed, worker) for worker in range(8)]
+        wait_until(lambda: len(acknowledged) > 400, 30)
+        server.process.kill()
+        for future in futures:
+            future.result()
+    server.process.wait()
+    with contextlib.closing(sqlite3.connect(server.db)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        bodies = [json.loads(row[0]) for row in db.execute("SELECT body FROM occurrences")]
+        counted = db.execute("SELECT SUM(occurrence_count) FROM errors").fetchone()[0]
+    stored = collections.Counter(body["request_id"] for body in bodies)
+    assert acknowledged <= set(stored)
+    assert max(stored.values()) == 1
+    assert counted == len(bodies)
+    assert len(start().errors()) == 7  # it serves again
+
+
+def chunks(size: int) -> Iterator[bytes]:
+    for _ in range(size // 65_536 + 1):
+        yield b" " * 65_536
+
+
+@pytest.mark.parametrize("size", [10 * 2**20 + 1, 40 * 2**20])
+@pytest.mark.parametrize("chunked", [False, True], ids=["sized", "chunked"])
+def test_large_body_is_a_readable_413(
+    start: Callable[..., Server], size: int, chunked: bool
+) -> None:
+    server = start()
+    headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
+    data = chunks(size) if chunked else b" " * size
+    with requests.Session() as session:
+        url = server.url + "/ingest/errors"
+        answer = session.post(url, data=data, headers=headers, timeout=60)
+        assert answer.status_code == 413
+        assert "10,485,760 bytes" in answer.json()["error"]
+        assert session.post(url, json=report(), headers=headers, timeout=20).status_code == 202
+
+
+def test_chunked_report_is_taken(start: Callable[..., Server]) -> None:
+    server = start()
+    headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
+    data = iter([json.dumps(report()).encode()])
+    url = server.url + "/ingest/errors"
+    assert requests.post(url, data=data, headers=headers, timeout=20).status_code == 202
+
+
+# --- The contract's examples ----------------------------------------------------------------------
+
+CONTRACT_CURL = """curl -X POST http://localhost:3000/ingest/errors \\
+-H "Authorization: Bearer proj_abc123..." \\
+-H "Content-Type: application/json" \\
+-d '{
+"exception_class": "ActiveRecord::RecordNotFound",
+"message": "Could not find User with id=999",
+"backtrace": [
+"app/controllers/users_controller.rb:10:in `show`",
+"lib/middleware/auth.rb:25:in `call`"
+],
+"fingerprint": "users_controller_record_not_found",
+"params": { "id": "999" }
+}'"""
+CONTRACT_BATCH = """{
+"errors": [
+{
+"exception_class": "RuntimeError",
+"message": "Error 1",
+"backtrace": ["..."],
+"fingerprint": "fp1"
+},
+{
+"exception_class": "NoMethodError",
+"message": "Error 2",
+"backtrace": ["..."],
+"fingerprint": "fp2"
+}
+]
+}"""
+CONTRACT_PYTHON = """\
+import requests
+def report_error(exception, context=None):
+    import traceback
+    requests.post(
+        'http://localhost:3000/ingest/errors',
+        headers={
+            'Authorization': 'Bearer proj_abc123...',
+            'Content-Type': 'application/json'
+        },
+        json={
+            'exception_class': type(exception).__name__,
+            'message': str(exception),
+            'backtrace': traceback.format_exception(exception),
+            'fingerprint': f"{type(exception).__name__}_{traceback.extract_tb(exception.__traceback__)[-1].filename}",
+            'params': context or {}
+        }
+    )
+"""
+CONTRACT_JAVASCRIPT = """\
+async function reportError(error, context = {}) {
+await fetch('http://localhost:3000/ingest/errors', {
+method: 'POST',
+headers: {
+'Authorization': 'Bearer proj_abc123...',
+'Content-Type': 'application/json'
+},
+body: JSON.stringify({
+exception_class: error.name,
+message: error.message,
+backtrace: error.stack?.split('\\n') || [],
+fingerprint: `${error.name}_${error.message}`,
+params: context
+})
+});
+}
+"""
+
+
+def addressed(snippet: str, server: Server) -> str:
+    """Return a snippet with this server's key and port in place of the example's."""
+    return snippet.replace("proj_abc123...", server.key).replace(":3000", f":{server.port}")
+
+
+def test_contract_s_curl_calls_work(start: Callable[..., Server]) -> None:
+    need("curl")
+    server = start()
+    batch = CONTRACT_CURL.partition("-d '")[0].replace("/ingest/errors", "/ingest/errors/batch")
+    for text in (CONTRACT_CURL, f"{batch}-d '{CONTRACT_BATCH}'"):
+        command = addressed(text, server).replace("curl ", "curl -s -w '%{http_code}' ", 1)
+        done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=20, check=True)
+        assert done.stdout == b"202"
+    found = {error["exception_class"]: error for error in server.errors()}
+    assert set(found) == {"ActiveRecord::RecordNotFound", "RuntimeError", "NoMethodError"}
+    shown = found["ActiveRecord::RecordNotFound"]
+    assert shown["location"] == "app/controllers/users_controller.rb:10 in show"
+
+
+def test_contract_s_python_snippet_works(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start()
+    program = tmp_path / "program.py"
+    use = (
+        "\ntry:\n    {}['missing']\nexcept KeyError as error:\n    report_error(error, {'a': 1})\n"
+    )
+    program.write_text(addressed(CONTRACT_PYTHON, server) + use)
+    subprocess.run([sys.executable, str(program)], timeout=20, check=True)
+    (error,) = server.errors()
+    assert (error["exception_class"], error["message"]) == ("KeyError", "'missing'")
+    assert error["location"] == f"{program} in <module>".replace(".py in", ".py:20 in")
+
+
+JAVASCRIPT_USE = "reportError(new TypeError('no such thing'), {page: 'cart'})"
+
+
+def test_contract_s_javascript_snippet_works_in_node(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start()
+    program = tmp_path / "program.mjs"
+    program.write_text(addressed(CONTRACT_JAVASCRIPT, server) + "await " + JAVASCRIPT_USE)
+    subprocess.run([need("node"), str(program)], timeout=30, check=True)
+    (error,) = server.errors()
+    assert (error["exception_class"], error["message"]) == ("TypeError", "no such thing")
+    assert error["location"] == f"file://{program}:17"
+
+
+def test_setup_snippets_work_as_they_are(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start()
+    page = html.unescape(requests.get(server.url + "/setup", timeout=10).text)
+    texts = re.findall(r"hidden>Copy</button><pre>(.*?)</pre></div>", page, re.DOTALL)
+    commands = [["sh", "-c"], [sys.executable, "-c"], [need("node"), "-e"]]
+    for command, text in zip(commands, texts, strict=True):
+        subprocess.run([*command, text], cwd=tmp_path, timeout=30, check=True, capture_output=True)
+    messages = sorted(error["message"] for error in server.errors())
+    assert messages == ["Hello from JavaScript", "Hello from curl", "division by zero"]
+
+
+# --- The dashboard in a browser -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    path = need("chromium")
+    api = pytest.importorskip("playwright.sync_api")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            args=[*flags, "--disable-quic", "--disable-component-update", "--disable-sync"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
+    """Return a function that opens a page; what its console says fails the test."""
+    contexts: list[Any] = []
+    complaints: list[str] = []
+
+    def opener(**options: Any) -> Any:
+        context = chromium.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        return page
+
+    yield opener
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+WIDTHS = [{"width": 1280, "height": 900}, {"width": 390, "height": 800}]
+
+
+@pytest.mark.parametrize("viewport", WIDTHS, ids=["1280", "390"])
+@pytest.mark.parametrize("script", [True, False], ids=["script", "no script"])
+def test_browser_error_is_resolved_and_regresses(
+    start: Callable[..., Server], browse: Callable[..., Any], viewport: Any, script: bool
+) -> None:
+    server = start()
+    server.report()
+    page = browse(viewport=viewport, java_script_enabled=script)
+    page.goto(server.url)
+    page.click("text=RuntimeError")
+    page.click("button:text('Resolve')")
+    assert page.inner_text(".badges") == "resolved"
+    page.goto(server.url)
+    assert page.locator("text=No open errors").is_visible()
+    server.report()
+    page.goto(server.url)
+    assert page.inner_text(".badge.regressed") == "regressed"
+    page.click("text=RuntimeError")
+    assert "regressed just now" in page.inner_text(".badges")
+
+
+def test_browser_searches(start: Callable[..., Server], browse: Callable[..., Any]) -> None:
+    server = start()
+    for name in ("Apple", "Pear"):
+        server.report(exception_class=f"{name}Error", fingerprint=name)
+    page = browse()
+    page.goto(server.url)
+    page.fill("input[type=search]", "pear")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/errors?q=pear**")
+    assert page.locator(".what .class").all_inner_texts() == ["PearError"]
+    assert page.input_value("input[type=search]") == "pear"
+    page.fill("input[type=search]", "plum")
+    page.click("text=Apply")
+    assert page.locator("text=Nothing matches").is_visible()
+
+
+@pytest.mark.parametrize("script", [True, False], ids=["script", "no script"])
+def test_browser_triages_several(
+    start: Callable[..., Server], browse: Callable[..., Any], script: bool
+) -> None:
+    server = start()
+    for name in "ABCD":
+        server.report(exception_class=f"{name}Error", fingerprint=name)
+    page = browse(java_script_enabled=script)
+    page.goto(server.url)
+    for name in "AB":
+        page.locator("tr", has_text=f"{name}Error").locator("input").check()
+    page.click("button:text('Ignore')")
+    assert sorted(page.locator(".what .class").all_inner_texts()) == ["CError", "DError"]
+    page.click("text=Ignored")
+    assert sorted(page.locator(".what .class").all_inner_texts()) == ["AError", "BError"]
+    page.locator("tr", has_text="AError").locator("input").check()
+    page.click("button:text('Reopen')")
+    page.goto(server.url)
+    if script:
+        page.check("#pick-all")
+    else:
+        for box in page.locator("input[name=id]").all():
+            box.check()
+    page.click("text=Delete…")
+    page.click("text=Delete selected for good")
+    assert [error["exception_class"] for error in server.errors()] == ["BError"]
+
+
+def test_browser_executes_nothing_hostile(
+    start: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = start()
+    server.post(hostile_report())
+    page = browse()
+    search = urllib.parse.quote(HOSTILE)
+    for path in ("/errors", f"/errors?q={search}", "/errors/1", "/errors/1/occurrences/1"):
+        page.goto(server.url + path)
+        for details in page.locator("details").all():
+            details.evaluate("(node) => { node.open = true; }")
+        assert page.evaluate("window.hacked") is None
+        assert page.locator("img").count() == 1  # our own
+        assert page.locator("a[href^=javascript]").count() == 0
+    assert "<script>window.hacked" in page.inner_text("h1")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", WIDTHS, ids=["1280", "390"])
+def test_browser_pages_fit_and_follow_the_scheme(
+    start: Callable[..., Server], browse: Callable[..., Any], viewport: Any, scheme: str
+) -> None:
+    server = start()
+    page = browse(viewport=viewport, color_scheme=scheme)
+    page.goto(server.url)
+    assert page.locator("text=Waiting for the first error").is_visible()
+    long = {
+        "exception_class": "Long" * 60,
+        "message": "word " * 500,
+        "params": {"k" * 150: "v" * 900},
+    }
+    server.report(**long, backtrace=["x" * 900, "app/" + "y" * 300 + ".rb:1:in `z'"])
+    server.report(fingerprint="second", source_context=CONTEXT | {"context_line": "q" * 900})
+    for path in ("/errors", "/errors/1", "/errors/2", "/setup", "/errors?q=none"):
+        page.goto(server.url + path)
+        overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        assert overflow <= 0, path
+    page.goto(server.url + "/errors")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    dark = sum(map(int, re.findall(r"\d+", background)[:3])) < 384
+    assert dark == (scheme == "dark")
+
+
+def contrast(page: Any, selector: str) -> float:
+    """Return the WCAG 2 contrast of an element's text against what lies behind it."""
+    script = """(node) => {
+        const luminance = (color) => color.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
+            .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        let behind = node;
+        while (/, 0\\)$|transparent/.test(getComputedStyle(behind).backgroundColor))
+            behind = behind.parentElement;
+        const [a, b] = [getComputedStyle(node).color, getComputedStyle(behind).backgroundColor]
+            .map(luminance).sort((x, y) => y - x);
+        return (a + 0.05) / (b + 0.05);
+    }"""
+    ratio: float = page.locator(selector).first.evaluate(script)
+    return ratio
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_browser_text_has_enough_contrast(
+    start: Callable[..., Server], browse: Callable[..., Any], scheme: str
+) -> None:
+    server = start()
+    server.report(source_context=CONTEXT)
+    page = browse(color_scheme=scheme)
+    page.goto(server.url + "/errors")
+    for selector in (".tabs a[aria-current]", ".tabs a:last-child", ".where code", ".badge.new"):
+        assert contrast(page, selector) >= 4.5, selector
+    page.goto(server.url + "/errors/1")
+    for selector in ("button.primary", ".badge.open", ".failing td", ".failing th", ".axis span"):
+        assert contrast(page, selector) >= 4.5, selector
+
+
+def test_browser_list_stays_current_but_for_a_selection(
+    start: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = start()
+    server.report(fingerprint="a")
+    page = browse()
+    page.clock.install()
+    page.goto(server.url)
+    server.report(fingerprint="b")
+    page.clock.run_for(6_000)
+    page.wait_for_function("document.querySelectorAll('input[name=id]').length == 2")
+    assert page.inner_text(".tabs a[aria-current] b") == "2"
+    page.locator("input[name=id]").first.check()
+    server.report(fingerprint="c")
+    page.clock.run_for(20_000)
+    assert page.locator("input[name=id]").count() == 2
+    assert page.locator("input[name=id]").first.is_checked()
+
+
+def test_browser_logs_in_and_out(start: Callable[..., Server], browse: Callable[..., Any]) -> None:
+    server = start(MINI_APM_PASSWORD="open sesame")
+    server.report()
+    page = browse(java_script_enabled=False)
+    page.goto(server.url + "/errors/1")
+    page.fill("#password", "open sesame")
+    page.click("button:text('Log in')")
+    assert page.url == server.url + "/errors/1"
+    page.click("text=Resolve")
+    assert page.inner_text(".badges") == "resolved"
+    page.click("text=Log out")
+    page.goto(server.url + "/errors/1")
+    assert page.locator("#password").is_visible()
+
+
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    """Serves an empty page: another origin."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><link rel=icon href=data:,><title>Shop</title>")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def other_origin() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), QuietHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_contract_s_javascript_snippet_works_from_another_origin(
+    start: Callable[..., Server], browse: Callable[..., Any], other_origin: str
+) -> None:
+    server = start()
+    page = browse()
+    page.goto(other_origin)
+    page.evaluate(
+        f"async () => {{ {addressed(CONTRACT_JAVASCRIPT, server)} await {JAVASCRIPT_USE} }}"
+    )
+    (error,) = server.errors()
+    assert (error["exception_class"], error["message"]) == ("TypeError", "no such thing")
+
+
+def test_another_origin_can_not_change_or_read_anything(
+    start: Callable[..., Server], chromium: Any, other_origin: str
+) -> None:
+    server = start()
+    server.report()
+    page = chromium.new_page()
+    page.goto(other_origin)
+    post = f"fetch('{server.url}/errors/1', {{method: 'POST', body: 'action=delete', mode: 'no-cors'}})"
+    page.evaluate(f"async () => {{ await {post} }}")
+    read = f"fetch('{server.url}/errors.json').then(() => 'read', () => 'refused')"
+    assert page.evaluate(f"async () => await {read}") == "refused"
+    page.set_content(
+        f'<form method=post action="{server.url}/errors/1"><button name=action value=delete>x</form>'
+    )
+    page.click("button")
+    page.wait_for_url(server.url + "/**")
+    assert "own pages only" in page.inner_text("main")
+    assert len(server.errors()) == 1
+    page.close()
+
+
+# --- The README -----------------------------------------------------------------------------------
+
+
+def test_ci_runs_the_readme_s_test_command() -> None:
+    script = (HERE / ".ci" / "run").read_text()
+    assert "README.md" in script
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert any("python miniapm.py" in block for block in blocks)
+    assert any("python test_miniapm.py" in block for block in blocks)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
