@@ -46,6 +46,7 @@ import os
 import queue
 import re
 import secrets
+import shlex
 import signal
 import socket
 import sqlite3
@@ -84,17 +85,21 @@ MAX_ID_CHARS = 200
 MAX_LINE_CHARS = 10_000
 MAX_BACKTRACE_LINES = 500
 MAX_BACKTRACE_CHARS = 512 * _KIBIBYTE
+MAX_FRAMES = 2_000  # physical lines: those of a backtrace may hold newlines
 MAX_CONTEXT_LINES = 50  # on each side of the failing line
+MAX_CONTEXT_CHARS = 64 * _KIBIBYTE
 MAX_PARAMS_CHARS = 64 * _KIBIBYTE
 MAX_EXTRA_CHARS = 64 * _KIBIBYTE
 MAX_KEY_CHARS = 200
+SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
-MAX_WAITING_REPORTS = 1_000
-MAX_WAIT_S = 5.0  # what a report waits for the writer before it is answered 503
-MAX_LOCK_WAIT_S = 4.0  # what the writer waits for another process's lock
+MAX_WAITING_REPORTS = 2 * MAX_BATCH_ERRORS
+MAX_WAIT_S = 4.0  # what a write waits for its turn before it is refused
+LOCK_STEP_S = 0.2  # how often the writer looks whether another process's lock is gone
 MAX_DRAIN_S = 10.0
 MAX_CONNECTIONS = 500
+BACKLOG_CONNECTIONS = 1_024
 MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
 MAX_SEARCH_CHARS = 200
 MAX_SEARCH_TERMS = 8
@@ -103,8 +108,9 @@ MAX_LOGIN_DELAY_S = 60.0
 MAX_LOGIN_ADDRESSES = 1_000
 
 PAGE_ERRORS = 50  # rows on one page of the list
-SWEEP_STEP_ROWS = 500  # what retention removes in one transaction
+SWEEP_STEP_ROWS = 100  # what retention removes in one transaction
 SWEEP_INTERVAL_S = 60.0
+MAX_WAL_BYTES = 4 * _MEBIBYTE  # what the write-ahead log shrinks to after a burst
 SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
 
 # --- 2. Errors ------------------------------------------------------------------------------------
@@ -180,8 +186,8 @@ class BadSetting(MiniAPMError):
 
 def _whole_number(least: int, most: int) -> tuple[Callable[[str], int], str]:
     def read(text: str) -> int:
-        number = int(text, 10)
-        if not least <= number <= most:
+        number = int(text)
+        if not re.fullmatch("[0-9]{1,18}", text) or not least <= number <= most:
             raise ValueError(text)
         return number
 
@@ -194,9 +200,15 @@ def _read_text(text: str) -> str:
     return text
 
 
+def _read_path(text: str) -> str:
+    if any(ord(character) < 0x20 for character in text):
+        raise ValueError(text)
+    return text
+
+
 def _read_api_key(text: str) -> str:
     # No quote, $ or backslash: the key goes into lines that are pasted into a shell.
-    if not re.fullmatch(rf"[^\s\"'`$\\]{{1,{MAX_KEY_CHARS}}}", text) or not text.isprintable():
+    if not re.fullmatch(rf"[^\s\"'`$!\\]{{1,{MAX_KEY_CHARS}}}", text) or not text.isprintable():
         raise ValueError(text)
     return text
 
@@ -211,7 +223,9 @@ def _read_hosts(text: str) -> tuple[str, ...]:
 def _setting(default: Any, reader: tuple[Callable[[str], Any], str], help: str) -> Any:
     """Declare a setting: its default, how its text is read, what it takes, what it is for."""
     read, takes = reader
-    return field(default=default, metadata={"read": read, "takes": takes, "help": help})
+    is_secret = help.startswith(("key ", "password "))
+    metadata = {"read": read, "takes": takes, "help": help, "is_secret": is_secret}
+    return field(default=default, repr=not is_secret, metadata=metadata)
 
 
 _TEXT = (_read_text, "printable text")
@@ -238,12 +252,14 @@ class Config:
 
     host: str = _setting("127.0.0.1", _TEXT, "address to listen on")
     port: int = _setting(3000, _whole_number(0, 65_535), "port to listen on; 0 takes a free one")
-    db: str = _setting("miniapm.db", _TEXT, "path of the database")
+    db: str = _setting(
+        "miniapm.db", (_read_path, "a path without control characters"), "path of the database"
+    )
     api_key: str | None = _setting(
         None,
         (
             _read_api_key,
-            f"up to {MAX_KEY_CHARS} characters without spaces, quotes, $ and backslash",
+            f"up to {MAX_KEY_CHARS} characters without spaces, quotes, $, ! and backslash",
         ),
         "key of the default project, in place of the generated one",
     )
@@ -292,17 +308,22 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> Non
         parser.add_argument(
             flag_of(setting.name),
             metavar="VALUE",
+            default=argparse.SUPPRESS,
             help=f"{setting.metadata['help']} [{variable_of(setting.name)}; default: {default}]",
         )
 
 
-def load_config(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Config:
-    """Read all settings: a flag beats a variable beats the default; BadSetting names the flag.
+def load_config(
+    flags: Mapping[str, str | None], environ: Mapping[str, str], names: Sequence[str] = ()
+) -> Config:
+    """Read the settings called `names` (all when empty); BadSetting names the flag.
 
-    An empty variable counts as absent.
+    A flag beats a variable beats the default. An empty variable counts as absent.
     """
     values: dict[str, Any] = {}
     for setting in dataclasses.fields(Config):
+        if names and setting.name not in names:
+            continue
         flag, variable = flags.get(setting.name), environ.get(variable_of(setting.name))
         text = flag if flag is not None else variable or None
         if text is None:
@@ -313,7 +334,7 @@ def load_config(flags: Mapping[str, str | None], environ: Mapping[str, str]) -> 
             values[setting.name] = setting.metadata["read"](text)
         except ValueError:
             came = "" if flag is not None else f" (from {variable_of(setting.name)})"
-            shown = "" if setting.name in ("api_key", "password") else f", not {text!r}"
+            shown = "" if setting.metadata["is_secret"] else f", not {text!r}"
             takes = setting.metadata["takes"]
             raise BadSetting(f"{flag_of(setting.name)} takes {takes}{shown}{came}") from None
     return Config(**values)
@@ -375,38 +396,38 @@ _SECRET_WORDS = (
     r"|private[_.\- ]?key|credential"
 )
 _SECRET_NAME = re.compile(rf"{_SECRET_WORDS}|^(?:auth|pass|sid|jwt)$", re.IGNORECASE)
-_SECRET_HINT = re.compile(rf"{_SECRET_WORDS}|bearer|://|proj_", re.IGNORECASE)
-# Every repetition before a mandatory part is bounded: matching stays linear on hostile text.
-_PRIVATE_KEY = re.compile(
-    r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY-----.*?"
-    r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY-----|\Z)",
-    re.DOTALL,
+_SECRET_HINT = re.compile(
+    rf"{_SECRET_WORDS}|bearer|basic|://|proj_|\b(?:auth|pass|sid|jwt)=", re.IGNORECASE
 )
-_NAME_WITH_SECRET = rf"[\w.\[\]%-]{{0,40}}(?:{_SECRET_WORDS})[\w.\[\]%-]{{0,40}}"
-_SECRETS_IN_TEXT = (
-    (re.compile(r"(://[^\s/@:?#]*):[^\s/?#]+@"), rf"\1:{FILTERED}@"),
-    (re.compile(r"\b(bearer\s{1,3})[\w.~+/=-]{6,}", re.IGNORECASE), rf"\1{FILTERED}"),
-    (re.compile(r"\bproj_[0-9a-f]{16,}"), FILTERED),
-    (
-        re.compile(r"\b(authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?\w+\s)[^\s\"']+", re.IGNORECASE),
-        rf"\1{FILTERED}",
-    ),
-    # a=1&token=x, as in a URL; not the keyword argument token=token
-    (
-        re.compile(
-            rf"((?:^|[?&;\s])({_NAME_WITH_SECRET})=)(?!\2\b|[\"'\s])[^\s&;#]+", re.IGNORECASE
-        ),
-        rf"\1{FILTERED}",
-    ),
-    # password = "x", "token": "x", 'secret' => 'x', as in source, JSON and reprs
-    (
-        re.compile(
-            rf"(\b{_NAME_WITH_SECRET}[\"']?\s{{0,3}}(?:=>|[:=]{{1,3}})\s{{0,3}})([\"'])"
-            r"(?:\\.|(?!\2)[^\\\n])+\2",
-            re.IGNORECASE,
-        ),
-        rf"\1\2{FILTERED}\2",
-    ),
+# Every repetition before a mandatory part is bounded: matching stays linear on hostile text.
+_PART = r"[\w.\[\]%-]{0,40}"
+# a=1&token=x, as in a URL; not the keyword argument token=token
+_QUERY_SECRET = (
+    rf"(?i:((?:^|[?&;#\s])({_PART}(?:{_SECRET_WORDS}){_PART}|auth|pass|sid|jwt)=)"
+    r"(?!\2(?:[\s,)&;#]|$)|[\"'\s])[^\s&;#]+)"
+)
+# password = "x", "token": "x", 'secret' => 'x', as in source, JSON and reprs
+_QUOTED_SECRET = (
+    rf"(?i:((?:{_SECRET_WORDS}){_PART}[\"']?\s{{0,3}}(?:=>|[:=]{{1,3}})\s{{0,3}})([\"'])"
+    r"(?:\\.|(?!\2)[^\\\n])+\2)"
+)
+# {\"token\": \"x\"}: JSON that was put into JSON
+_ESCAPED_SECRET = rf'(?i:((?:{_SECRET_WORDS}){_PART}\\"\s{{0,3}}:\s{{0,3}}\\")[^"\\\n]+)'
+_HEADER_SECRET = r"(?i:\b((?:authorization|cookie)\s{0,3}:\s{0,3})(?![\s\"'])[^\n]+)"
+_SECRET_PATTERNS = (
+    (r"(://[^\s/@:?#]*):[^\s/?#]+@", rf"\1:{FILTERED}@"),  # postgres://user:x@host
+    (_HEADER_SECRET, rf"\1{FILTERED}"),
+    (r"(?i:\b(bearer\s{1,3})[\w.~+/=-]{6,})", rf"\1{FILTERED}"),
+    (r"\b([Bb]asic\s{1,3})(?=[a-z]{0,99}[A-Z0-9+/=])[\w+/=]{8,}", rf"\1{FILTERED}"),
+    (r"\bproj_[0-9a-f]{16,}", FILTERED),
+    (_QUERY_SECRET, rf"\1{FILTERED}"),
+    (_QUOTED_SECRET, rf"\1\2{FILTERED}\2"),
+    (_ESCAPED_SECRET, rf"\1{FILTERED}"),
+)
+_SECRETS_IN_TEXT = [(re.compile(pattern), said) for pattern, said in _SECRET_PATTERNS]
+_KEY_MARK = r"-----{} [A-Z0-9 ]{{0,40}}PRIVATE KEY(?: BLOCK)?-----"
+_PRIVATE_KEY = re.compile(
+    rf"{_KEY_MARK.format('BEGIN')}.*?(?:{_KEY_MARK.format('END')}|\Z)", re.DOTALL
 )
 
 
@@ -429,13 +450,18 @@ def clean(text: str, limit: int) -> str:
     """Return the text without secrets, at most `limit` characters, safe to store and to show."""
     if len(text) > limit:
         # Scrub beyond the cut: half a secret would no longer be recognised.
-        kept = scrub_text(text[: 2 * limit])[:limit]
+        kept = scrub_text(text[: limit + SCRUB_AHEAD_CHARS])[:limit]
         text = f"{kept}… [{len(text) - limit:,} more cut]"
     else:
         text = scrub_text(text)
     if "\r" in text:
         text = text.replace("\r\n", "\n")
     return text.translate(_DISPLAY) if _UNSAFE.search(text) else text
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    # None, booleans and empty values tell a reader much and a thief nothing.
+    return bool(value) and value is not True and bool(_SECRET_NAME.search(name[:SCRUB_AHEAD_CHARS]))
 
 
 class _Scrubber:
@@ -445,14 +471,13 @@ class _Scrubber:
         self.budget = budget
 
     def copy(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return self._copy_object(value)
-        if isinstance(value, list):
-            return self._copy_array(value)
         if isinstance(value, str):
             value = clean(value, self.budget)
-        self.budget -= len(str(value)) + 2
-        return value
+        size = 0 if isinstance(value, (dict, list)) else len(str(value))
+        self.budget = max(0, self.budget - size - 2)
+        if isinstance(value, dict):
+            return self._copy_object(value)
+        return self._copy_array(value) if isinstance(value, list) else value
 
     def _copy_object(self, value: Json) -> Json:
         result: Json = {}
@@ -462,13 +487,13 @@ class _Scrubber:
                 break
             name = clean(key, MAX_KEY_CHARS)
             self.budget = max(0, self.budget - len(name) - 4)
-            # None, booleans and empty values tell a reader much and a thief nothing.
-            secret = bool(item) and item is not True and _SECRET_NAME.search(key)
-            result[name] = FILTERED if secret else self.copy(item)
+            result[name] = FILTERED if _is_secret(key, item) else self.copy(item)
         return result
 
     def _copy_array(self, value: list[Any]) -> list[Any]:
         result: list[Any] = []
+        if len(value) == 2 and isinstance(value[0], str) and _is_secret(*value):
+            return [clean(value[0], MAX_KEY_CHARS), FILTERED]  # a header as a pair
         for position, item in enumerate(value):
             if self.budget <= 0:
                 result.append(f"… [{len(value) - position:,} more cut]")
@@ -504,7 +529,8 @@ def decode_json(raw: bytes) -> Any:
     except RecursionError:
         raise BadRequest("the body is nested too deep") from None
     except ValueError as error:
-        raise BadRequest(f"the body must be JSON: {clip(str(error), 200)}") from None
+        said = "a number has too many digits" if "set_int_max" in str(error) else str(error)
+        raise BadRequest(f"the body must be JSON: {said}") from None
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
@@ -546,7 +572,7 @@ class _Fields:
             value = str(value)
         if value is not None and not isinstance(value, str):
             raise self.refuse(name, "a string")
-        return None if value is None else clean(value, MAX_ID_CHARS)
+        return clean(value, MAX_ID_CHARS) if value else None
 
     def lines(self, name: str, *, required: bool) -> list[str]:
         value = self.data.get(name)
@@ -566,12 +592,16 @@ class _Fields:
         return value
 
 
+def cut_middle(lines: list[str], most: int) -> list[str]:
+    """Keep both ends of a list of lines, for either may be the newest, and mark the cut."""
+    if len(lines) <= most:
+        return lines
+    half = most // 2
+    return [*lines[:half], f"… [{len(lines) - 2 * half:,} more lines cut]", *lines[-half:]]
+
+
 def _bounded_lines(lines: list[str]) -> tuple[str, ...]:
-    """Clean a backtrace; where it is too long the middle goes, for both ends may be the newest."""
-    if len(lines) > MAX_BACKTRACE_LINES:
-        half = MAX_BACKTRACE_LINES // 2
-        missing = f"… [{len(lines) - 2 * half:,} more lines cut]"
-        lines = [*lines[:half], missing, *lines[-half:]]
+    lines = cut_middle(lines, MAX_BACKTRACE_LINES)
     limit = MAX_LINE_CHARS
     if sum(map(len, lines)) > MAX_BACKTRACE_CHARS:
         limit = min(limit, MAX_BACKTRACE_CHARS // len(lines))
@@ -586,7 +616,10 @@ def parse_timestamp(text: str) -> int:
 
     Digits of a second beyond the sixth are dropped.
     """
-    parsed = datetime.fromisoformat(text.strip().upper())
+    text = text.strip().upper()
+    if not re.fullmatch(r"[0-9]{4}-?(?:[0-9]{2}-?[0-9]{2}|W[0-9]{2}-?[0-9])(?:[T ]\S+)?", text):
+        raise ValueError(text)
+    parsed = datetime.fromisoformat(text)
     if parsed.tzinfo is None:
         parsed = parsed.replace(tzinfo=UTC)
     if parsed.year == 1:  # an offset could lead to before the first year, which has no text
@@ -615,17 +648,18 @@ _CONTEXT_FIELDS = {"file", "lineno", "context_line", "pre_context", "post_contex
 
 def _parse_source_context(data: Json, at: str) -> SourceContext:
     fields = _Fields(data, at)
-    file = fields.text("file", "a string, the file's path")
+    file = fields.text("file", "a string, the file's path", empty=True)
     lineno = data.get("lineno")
     if not isinstance(lineno, int) or isinstance(lineno, bool) or not 0 <= lineno < 2**31:
         raise fields.refuse("lineno", "a whole number, the line's number")
     line = fields.text("context_line", "a string, the line that failed", empty=True)
     before = fields.lines("pre_context", required=False)[-MAX_CONTEXT_LINES:]
     after = fields.lines("post_context", required=False)[:MAX_CONTEXT_LINES]
-    # Scrubbed as one text: a private key in the source spans lines.
     lines = [text.rstrip("\r\n").replace("\n", " ") for text in (*before, line, *after)]
-    lines = [clip(text, MAX_LINE_CHARS) for text in lines]
-    lines = clean("\n".join(lines), 2 * MAX_CONTEXT_LINES * MAX_LINE_CHARS).split("\n")
+    limit = min(MAX_LINE_CHARS, MAX_CONTEXT_CHARS // len(lines))
+    # Scrubbed as one text, for a private key in the source spans lines.
+    text = scrub_text("\n".join(line[: 2 * limit] for line in lines))
+    lines = [clean(line, limit) for line in text.split("\n")]
     return SourceContext(
         file=clean(file, MAX_LINE_CHARS),
         lineno=lineno,
@@ -636,8 +670,15 @@ def _parse_source_context(data: Json, at: str) -> SourceContext:
 
 
 _FIELDS = {
-    *("exception_class", "message", "backtrace", "fingerprint", "request_id", "user_id"),
-    *("params", "timestamp", "source_context"),
+    "exception_class",
+    "message",
+    "backtrace",
+    "fingerprint",
+    "request_id",
+    "user_id",
+    "params",
+    "timestamp",
+    "source_context",
 }
 
 
@@ -705,8 +746,10 @@ def to_payload(occurrence: Occurrence) -> Json:
 
 def dump_occurrence(occurrence: Occurrence) -> str:
     """Return an occurrence as the JSON text that is stored, without its grouping key."""
-    values = dataclasses.asdict(occurrence)
+    values = {one.name: getattr(occurrence, one.name) for one in dataclasses.fields(occurrence)}
     del values["grouping_key"]
+    if occurrence.source_context is not None:
+        values["source_context"] = dataclasses.asdict(occurrence.source_context)
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -748,7 +791,8 @@ _LIBRARY = re.compile(
     r"|(?:^|/)node_modules/|^node:|^internal/|^native$|^<anonymous>$|-extension://"  # JavaScript
 )
 _PYTHON_FRAME = re.compile(r'[\s|+]*File "([^"]*)", line (\d{1,9})(?:, in (.*))?$')
-_LOCATION = re.compile(r"(.+?):(\d{1,9})(?::\d{1,9})?$")
+_LOCATION = re.compile(r"(.+?):(\d{1,9})$")
+_SCRIPT_LOCATION = re.compile(r"(.+?):(\d{1,9}):\d{1,9}$")
 _RUBY_FILE = re.compile(r"\.(?:rb|ru|rake|erb|haml|slim|gemspec)$")
 
 
@@ -779,13 +823,14 @@ def _javascript_frame(line: str) -> Frame | None:
     """Read `at f (file:1:2)`, `at file:1:2` (V8) and f@file:1:2 (Firefox, Safari)."""
     text = line.strip()
     if text.startswith("at "):
+        text = re.sub(r"\), <anonymous>:\d+:\d+\)$", "", text)  # evaluated there
         function, _, place = text[3:].removeprefix("async ").rpartition(" (")
-        place = place.removesuffix(")") if function else place
+        function, place = function.partition(" (")[0], place.removesuffix(")")
     else:
         function, separator, place = text.partition("@")
         if not separator:
             return None
-    found = _LOCATION.match(place)
+    found = _SCRIPT_LOCATION.match(place)
     if not found or not re.search(r"[/.:<]", found[1]):
         return None
     file, own = found[1], _is_own(found[1])
@@ -811,7 +856,8 @@ def parse_backtrace(lines: Iterable[str]) -> tuple[Frame, ...]:
     Takes the forms of Ruby, Python (entries that hold several lines included) and JavaScript.
     """
     frames: list[Frame] = []
-    for line in "\n".join(text.removesuffix("\n") for text in lines).split("\n"):
+    text = "\n".join(line.removesuffix("\n") for line in lines)
+    for line in cut_middle(text.split("\n"), MAX_FRAMES):
         if frames and _is_code_of(frames[-1], line):
             if frames[-1].code is None:
                 frames[-1] = dataclasses.replace(frames[-1], code=line.strip(" |"))
@@ -854,7 +900,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE api_keys (
             id INTEGER PRIMARY KEY, project_id INTEGER NOT NULL REFERENCES projects (id),
             key TEXT NOT NULL UNIQUE, created_ms INTEGER NOT NULL, revoked_ms INTEGER)""",
-        # AUTOINCREMENT: the link to a deleted error never leads to another one.
+        # AUTOINCREMENT here and below: the link to what is gone never leads to something else.
         """CREATE TABLE errors (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
             project_id INTEGER NOT NULL REFERENCES projects (id),
@@ -873,14 +919,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             status_ms INTEGER NOT NULL,
             regressed_ms INTEGER,
             UNIQUE (project_id, grouping_key))""",
-        "CREATE INDEX errors_by_status_last_seen ON errors (status, last_seen_ms)",
-        "CREATE INDEX errors_by_status_first_seen ON errors (status, first_seen_ms)",
-        "CREATE INDEX errors_by_status_count ON errors (status, occurrence_count)",
-        "CREATE INDEX errors_by_last_seen ON errors (last_seen_ms)",
+        "CREATE INDEX errors_by_last_seen ON errors (project_id, status, last_seen_ms)",
+        "CREATE INDEX errors_by_first_seen ON errors (project_id, status, first_seen_ms)",
+        "CREATE INDEX errors_by_count ON errors (project_id, status, occurrence_count)",
+        "CREATE INDEX errors_empty ON errors (status) WHERE stored_count = 0",
+        "CREATE INDEX errors_deleted ON errors (status) WHERE status = 'deleted'",
         """CREATE TABLE occurrences (
-            id INTEGER PRIMARY KEY, error_id INTEGER NOT NULL REFERENCES errors (id),
+            id INTEGER PRIMARY KEY AUTOINCREMENT, error_id INTEGER NOT NULL REFERENCES errors (id),
             received_ms INTEGER NOT NULL, body TEXT NOT NULL)""",
         "CREATE INDEX occurrences_by_error ON occurrences (error_id)",
+        "CREATE INDEX occurrences_by_receipt ON occurrences (received_ms)",
         """CREATE TABLE buckets (
             error_id INTEGER NOT NULL, hour INTEGER NOT NULL, count INTEGER NOT NULL,
             PRIMARY KEY (error_id, hour)) WITHOUT ROWID""",
@@ -958,26 +1006,29 @@ REVOKE_KEYS = """
         (key = :name OR project_id = (SELECT id FROM projects WHERE name = :name))"""
 SELECT_KEYS = "SELECT project_id, key FROM api_keys WHERE revoked_ms IS NULL"
 SELECT_KEY_OWNER = """
-    SELECT name FROM api_keys JOIN projects ON projects.id = project_id WHERE key = :key"""
+    SELECT name, revoked_ms FROM api_keys JOIN projects ON projects.id = project_id
+    WHERE key = :key"""
 
 SELECT_SETTING = "SELECT value FROM settings WHERE name = :name"
 SET_SETTING = "INSERT OR REPLACE INTO settings (name, value) VALUES (:name, :value)"
 
 SELECT_EXPIRED = """
-    SELECT id, error_id FROM
-        (SELECT id, error_id, received_ms FROM occurrences ORDER BY id LIMIT :step)
-    WHERE received_ms < :cutoff_ms"""
+    SELECT id, error_id FROM occurrences WHERE received_ms < :cutoff_ms
+    ORDER BY received_ms LIMIT :step"""
 SELECT_CROWDED = """
     SELECT id FROM errors WHERE stored_count > :most AND status <> 'deleted' LIMIT :step"""
 SELECT_OLDEST = """
     SELECT id, error_id FROM occurrences WHERE error_id = :error_id ORDER BY id LIMIT :step"""
-DELETE_OCCURRENCE = "DELETE FROM occurrences WHERE id = ?"
-DISCOUNT_STORED = "UPDATE errors SET stored_count = stored_count - ? WHERE id = ?"
+SELECT_SURPLUS = """
+    SELECT id, error_id FROM occurrences WHERE error_id = :error_id ORDER BY id LIMIT
+        (SELECT MAX(0, MIN(:step, stored_count - :most)) FROM errors WHERE id = :error_id)"""
+DELETE_OCCURRENCE = "DELETE FROM occurrences WHERE id = :id"
+DISCOUNT_STORED = "UPDATE errors SET stored_count = stored_count - :count WHERE id = :error_id"
 DELETE_EMPTY = """
     UPDATE errors SET status = 'deleted', grouping_key = NULL WHERE id IN
         (SELECT id FROM errors WHERE stored_count = 0 AND status IN ('open', 'resolved')
         LIMIT :step)"""
-SELECT_DELETED = "SELECT id FROM errors WHERE status = 'deleted' LIMIT :step"
+SELECT_DELETED = "SELECT id FROM errors WHERE status = 'deleted' LIMIT 1"
 DELETE_BUCKETS = """
     DELETE FROM buckets WHERE error_id = :error_id AND hour IN
         (SELECT hour FROM buckets WHERE error_id = :error_id LIMIT :step)"""
@@ -1073,48 +1124,49 @@ def _like(term: str) -> str:
     return f"%{escaped}%"
 
 
-def _matching(wanted: ErrorFilter) -> tuple[list[str], Json]:
-    """Return the conditions that hold whatever the status, and the values they name."""
-    conditions, values = ["status <> 'deleted'"], Json()
-    if wanted.project_id is not None:
-        conditions.append("project_id = :project_id")
-        values["project_id"] = wanted.project_id
+def _where(wanted: ErrorFilter) -> tuple[str, Json]:
+    """Compose the condition on one project's errors, and the values it names but `status`."""
+    conditions, values = ["project_id = :project_id", "status = :status"], Json()
     for position, term in enumerate(wanted.search.split()[:MAX_SEARCH_TERMS]):
         columns = ("exception_class", "message", "fingerprint")
         tests = (f"{column} LIKE :term{position} ESCAPE '\\'" for column in columns)
         conditions.append(f"({' OR '.join(tests)})")
         values[f"term{position}"] = _like(term)
-    return conditions, values
+    return " AND ".join(conditions), values
+
+
+def count_statement(wanted: ErrorFilter) -> tuple[str, Json]:
+    """Compose the SQL that counts the matches in one project and status."""
+    where, values = _where(wanted)
+    return f"SELECT COUNT(*) FROM errors WHERE {where}", values
 
 
 def list_statement(wanted: ErrorFilter) -> tuple[str, Json]:
-    """Compose the SQL of one page of the list, one row longer than the page."""
-    conditions, values = _matching(wanted)
-    column, order, comparison = SORTS[wanted.sort], "DESC", "<"
-    if wanted.status != "all":
-        conditions.append("status = :status")
-        values["status"] = wanted.status
-    if wanted.before:
-        order, comparison = "ASC", ">"
+    """Compose the SQL of a page's errors in one project and status, one more than the page."""
+    where, values = _where(wanted)
+    column, order = SORTS[wanted.sort], "ASC" if wanted.before else "DESC"
     if cursor := wanted.after or wanted.before:
-        conditions.append(f"({column}, id) {comparison} (:cursor_value, :cursor_id)")
+        comparison = ">" if wanted.before else "<"
+        where += f" AND ({column}, id) {comparison} (:cursor_value, :cursor_id)"
         values["cursor_value"], values["cursor_id"] = cursor
-    where = " AND ".join(conditions)
     ordering = f"ORDER BY {column} {order}, id {order} LIMIT {PAGE_ERRORS + 1}"
     return f"SELECT {_ERROR_COLUMNS} FROM errors WHERE {where} {ordering}", values
 
 
-def _refusal_of(error: sqlite3.Error) -> MiniAPMError:
-    code = getattr(error, "sqlite_errorcode", None)
-    if code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+def _is_busy(error: Exception) -> bool:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _refusal_of(error: Exception) -> Exception:
+    if _is_busy(error):
         return Unavailable("the database is locked by another process", retry_after_s=2)
-    return MiniAPMError(f"the database refused: {error}")
+    is_sqlite = isinstance(error, sqlite3.Error)
+    return MiniAPMError(f"the database refused: {error}") if is_sqlite else error
 
 
 def _connect(path: str) -> sqlite3.Connection:
-    db = sqlite3.connect(
-        path, timeout=MAX_LOCK_WAIT_S, isolation_level=None, check_same_thread=False
-    )
+    db = sqlite3.connect(path, timeout=MAX_WAIT_S, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     return db
 
@@ -1141,12 +1193,13 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # has no effect once there are tables
     elif _pragma(db, "application_id") != APPLICATION_ID:
         raise MiniAPMError(f"{path} is a database of another program; it was not changed")
+    elif _pragma(db, "user_version") > len(MIGRATIONS):
+        raise MiniAPMError(f"{path} was written by a newer version of MiniAPM; it was not changed")
     db.execute("PRAGMA journal_mode = WAL")
+    db.execute(f"PRAGMA journal_size_limit = {MAX_WAL_BYTES}")
     db.execute("PRAGMA synchronous = FULL")
     db.execute("BEGIN IMMEDIATE")
     version = _pragma(db, "user_version")
-    if version > len(MIGRATIONS):
-        raise MiniAPMError(f"{path} was written by a newer version of MiniAPM; it was not changed")
     for statements in MIGRATIONS[version:]:
         for statement in statements:
             db.execute(statement)
@@ -1162,6 +1215,7 @@ def open_database(path: str) -> sqlite3.Connection:
         try:
             db = undo.enter_context(contextlib.closing(_connect(path)))
             _migrate(db, path)
+            db.execute(f"PRAGMA busy_timeout = {int(LOCK_STEP_S * 1000)}")
         except sqlite3.Error as error:
             raise MiniAPMError(f"can't use the database {path}: {error}") from None
         undo.pop_all()
@@ -1185,6 +1239,14 @@ def _savepoint(db: sqlite3.Connection) -> Iterator[None]:
 Work = Callable[[sqlite3.Connection], Any]
 
 
+def _file_identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     work: Work
@@ -1198,11 +1260,13 @@ class Writer:
     A job that fails is undone alone; when the commit fails, every job of the group has failed.
     """
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: sqlite3.Connection, path: str) -> None:
         self._db = db
+        self._path = path
+        self._file = _file_identity(path)
         self._jobs: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
-        self._waiting_reports = 0
+        self._locked_since_s = math.inf  # by another process
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="miniapm-writer", daemon=True)
         self._thread.start()
@@ -1210,24 +1274,25 @@ class Writer:
     def run(self, work: Work, reports: int = 0) -> Any:
         """Return what `work(connection)` returned once it is on disk; raise what it raised.
 
-        Unavailable when too many reports wait, when the job's turn does not come within
-        MAX_WAIT_S, and when the database is locked: then nothing was written.
+        Unavailable when too many reports wait and when the job's turn does not come within
+        MAX_WAIT_S, for another process's lock or a long queue: then nothing was written.
         """
         job = _Job(work, reports)
         with self._changed:
             if self._is_closed:
                 raise Unavailable("the store is closed", retry_after_s=5)
-            waiting = self._waiting_reports
+            waiting = sum(one.reports for one in self._jobs)
             if reports and waiting and waiting + reports > MAX_WAITING_REPORTS:
                 raise Unavailable("too many reports are waiting", retry_after_s=1)
-            self._waiting_reports += reports
             self._jobs.append(job)
             self._changed.notify()
+        # Who comes later to a lock that lasts waits less: threads are needed for reading.
+        locked_s = max(0.0, time.monotonic() - self._locked_since_s)
         try:
-            return job.future.result(MAX_WAIT_S)
+            return job.future.result(max(MAX_WAIT_S / 20, MAX_WAIT_S - locked_s))
         except TimeoutError:
             if job.future.cancel():
-                raise Unavailable("the database is busy", retry_after_s=2) from None
+                raise Unavailable("the database is locked or busy", retry_after_s=2) from None
             return job.future.result()
 
     def close(self) -> None:
@@ -1238,36 +1303,56 @@ class Writer:
         self._thread.join()
 
     def _run(self) -> None:
-        while jobs := self._take():
-            self._commit([job for job in jobs if job.future.set_running_or_notify_cancel()])
+        while self._wait_for_jobs():
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+            except sqlite3.Error as error:
+                if _is_busy(error):
+                    self._locked_since_s = min(self._locked_since_s, time.monotonic())
+                else:
+                    self._fail(self._take(), error)
+                continue
+            self._locked_since_s = math.inf
+            self._commit(self._take())
         self._db.close()
+
+    def _wait_for_jobs(self) -> bool:
+        """Wait until there is something to do; False when the writer is to end."""
+        with self._changed:
+            while True:
+                while self._jobs and self._jobs[0].future.cancelled():
+                    self._jobs.popleft()
+                if self._jobs or self._is_closed:
+                    return bool(self._jobs)
+                self._changed.wait()
 
     def _take(self) -> list[_Job]:
         with self._changed:
-            while not self._jobs and not self._is_closed:
-                self._changed.wait()
             jobs = list(self._jobs)
             self._jobs.clear()
-            self._waiting_reports = 0
-            return jobs
+        return [job for job in jobs if job.future.set_running_or_notify_cancel()]
 
     def _commit(self, jobs: list[_Job]) -> None:
         try:
-            self._db.execute("BEGIN IMMEDIATE")
+            if _file_identity(self._path) != self._file:  # SQLite would go on and tell nobody
+                raise MiniAPMError(f"{self._path} was deleted or replaced; start the server anew")
             outcomes = [self._attempt(job.work) for job in jobs]
             self._db.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - the thread outlives what a disk or job does
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            refusal = _refusal_of(error) if isinstance(error, sqlite3.Error) else error
-            for job in jobs:
-                job.future.set_exception(refusal)
+        except Exception as error:  # noqa: BLE001 - the thread must outlive what a disk does
+            with contextlib.suppress(sqlite3.Error):
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+            self._fail(jobs, error)
             return
         for job, (result, failure) in zip(jobs, outcomes, strict=True):
             if failure is None:
                 job.future.set_result(result)
             else:
                 job.future.set_exception(failure)
+
+    def _fail(self, jobs: list[_Job], error: Exception) -> None:
+        for job in jobs:
+            job.future.set_exception(_refusal_of(error))
 
     def _attempt(self, work: Work) -> tuple[Any, Exception | None]:
         try:
@@ -1276,14 +1361,16 @@ class Writer:
         except Exception as error:  # one job's failure must not take its neighbours down
             if not self._db.in_transaction:
                 raise
-            return None, _refusal_of(error) if isinstance(error, sqlite3.Error) else error
+            return None, _refusal_of(error)
 
 
 def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
     values = {"name": "default", "key": key, "now_ms": now_ms}
     owner = db.execute(SELECT_KEY_OWNER, values).fetchone()
-    if owner is not None and owner[0] != "default":
-        raise BadSetting(f"{flag_of('api_key')} is already a key of the project {owner[0]!r}")
+    if owner is not None and owner["name"] != "default":
+        raise BadSetting(f"{flag_of('api_key')} is a key of the project {owner['name']!r} already")
+    if owner is not None and owner["revoked_ms"] is None:
+        return  # and whatever keys were created beside it stay
     db.execute(INSERT_PROJECT, values)
     db.execute(REVOKE_KEYS, values)
     db.execute(INSERT_KEY, values)
@@ -1310,10 +1397,10 @@ class Store:
     """
 
     def __init__(self, path: str, now: Callable[[], float] = time.time) -> None:
-        self.path = os.path.abspath(path)
+        self.path = os.path.realpath(path)
         self.now = now
         self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
-        self._writer = Writer(open_database(self.path))
+        self._writer = Writer(open_database(self.path), self.path)
         self.write = self._writer.run
         self.has_surplus = threading.Event()  # there may be something for Retention to remove
         self._reports_since_surplus = 0
@@ -1376,9 +1463,9 @@ class Store:
         )
         return outcomes
 
-    def _record_all(self, rows: list[Json], db: sqlite3.Connection) -> list[MiniAPMError | None]:
+    def _record_all(self, rows: list[Json], db: sqlite3.Connection) -> list[Exception | None]:
         received_ms = self.now_ms()
-        outcomes: list[MiniAPMError | None] = []
+        outcomes: list[Exception | None] = []
         for row in rows:
             try:
                 with _savepoint(db):
@@ -1397,32 +1484,33 @@ class Store:
     # Triage
 
     def errors(self, wanted: ErrorFilter) -> ErrorPage:
-        """Return one page of errors; costs the same on every page and for every history."""
+        """Return one page of errors; costs the same on every page and for every history.
+
+        Each project and status has its part of an index in the right order; the parts' first
+        rows are merged here.
+        """
         statement, values = list_statement(wanted)
-        conditions, count_values = _matching(wanted)
-        with self.reading() as db:
-            errors = [ErrorGroup(**row) for row in db.execute(statement, values)]
-            counts = dict(
-                db.execute(
-                    "SELECT status, COUNT(*) FROM errors"
-                    f" WHERE {' AND '.join(conditions)} GROUP BY status",
-                    count_values,
-                ).fetchall()
-            )
-        has_more = len(errors) > PAGE_ERRORS
-        errors = errors[:PAGE_ERRORS]
-        if wanted.before:
-            errors.reverse()
+        counting, count_values = count_statement(wanted)
         column = SORTS[wanted.sort]
-        ends = [(getattr(error, column), error.id) for error in errors]
-        has_previous = has_more if wanted.before else wanted.after is not None
-        has_next = True if wanted.before else has_more
+        found: list[ErrorGroup] = []
+        counts = dict.fromkeys(STATUSES, 0)
+        with self.reading() as db:
+            ids = [row["id"] for row in db.execute("SELECT id FROM projects")]
+            for project_id in ids if wanted.project_id is None else [wanted.project_id]:
+                for status in STATUSES:
+                    part = {"project_id": project_id, "status": status}
+                    counts[status] += db.execute(counting, count_values | part).fetchone()[0]
+                    if wanted.status in (status, "all"):
+                        found += [ErrorGroup(**row) for row in db.execute(statement, values | part)]
+        found.sort(key=lambda error: (getattr(error, column), error.id), reverse=not wanted.before)
+        has_more = len(found) > PAGE_ERRORS
+        page = found[:PAGE_ERRORS][:: -1 if wanted.before else 1]
+        ends = [(getattr(error, column), error.id) for error in page]
         return ErrorPage(
-            errors=tuple(errors),
-            counts={status: counts.get(status, 0) for status in STATUSES}
-            | {"all": sum(counts.values())},
-            previous=ends[0] if ends and has_previous else None,
-            next=ends[-1] if ends and has_next else None,
+            errors=tuple(page),
+            counts=counts | {"all": sum(counts.values())},
+            previous=ends[0] if ends and (has_more if wanted.before else wanted.after) else None,
+            next=ends[-1] if ends and (wanted.before or has_more) else None,
         )
 
     def error(self, error_id: int) -> ErrorGroup:
@@ -1457,18 +1545,16 @@ class Store:
                 found[error_id][hour] = count
         return found
 
-    def set_status(self, error_ids: Sequence[int], status: str) -> int:
-        """Make errors open, resolved or ignored; return how many changed."""
+    def set_status(self, error_ids: Sequence[int], status: str) -> None:
+        """Make errors open, resolved or ignored."""
         values = {"ids": json.dumps(list(error_ids)), "status": status, "now_ms": self.now_ms()}
-        changed: int = self.write(lambda db: db.execute(SET_STATUS, values).rowcount)
-        return changed
+        self.write(lambda db: db.execute(SET_STATUS, values).rowcount)
 
-    def delete(self, error_ids: Sequence[int]) -> int:
+    def delete(self, error_ids: Sequence[int]) -> None:
         """Delete errors, at once for every reader; Retention removes their rows afterwards."""
         values = {"ids": json.dumps(list(error_ids))}
-        changed: int = self.write(lambda db: db.execute(DELETE_ERRORS, values).rowcount)
+        self.write(lambda db: db.execute(DELETE_ERRORS, values).rowcount)
         self.has_surplus.set()
-        return changed
 
     # Projects
 
@@ -1510,7 +1596,9 @@ class Store:
         return revoked
 
     def ensure_default_project(self, key: str | None = None) -> Project:
-        """Return the project `default`, made with a key if there is none; `key` replaces its keys.
+        """Return the project `default`, made with a key if there is none.
+
+        A `key` that it does not have yet replaces those it has.
 
         Raises BadSetting when the key belongs to another project.
         """
@@ -1524,10 +1612,6 @@ class Store:
         return next(p for p in self.projects() if p.name == "default")
 
     # Upkeep
-
-    def check_writable(self) -> None:
-        """Write and commit something; raise MiniAPMError when that fails."""
-        self.set_setting("checked_ms", self.now_ms())
 
     def setting(self, name: str) -> Any:
         """Return what the database remembers under a name, None if nothing.
@@ -1543,23 +1627,35 @@ class Store:
         self.write(lambda db: db.execute(SET_SETTING, {"name": name, "value": value}).rowcount)
 
 
-def _remove_occurrences(db: sqlite3.Connection, rows: Sequence[sqlite3.Row]) -> int:
-    db.executemany(DELETE_OCCURRENCE, [(row["id"],) for row in rows])
-    removed = collections.Counter(row["error_id"] for row in rows)
-    db.executemany(DISCOUNT_STORED, [(count, error_id) for error_id, count in removed.items()])
-    return len(rows)
+def _remove_occurrences(db: sqlite3.Connection, statement: str, values: Json) -> int:
+    """Remove the occurrences that a statement selects; return how many they were."""
+    found = db.execute(statement, values).fetchall()
+    db.executemany(DELETE_OCCURRENCE, [{"id": row["id"]} for row in found])
+    removed = collections.Counter(row["error_id"] for row in found)
+    counts = [{"error_id": error_id, "count": count} for error_id, count in removed.items()]
+    db.executemany(DISCOUNT_STORED, counts)
+    return len(found)
 
 
-def _remove_error(error_id: int, db: sqlite3.Connection) -> int:
-    """Remove one step of a deleted error's rows, the error itself last; 0 when it is gone."""
-    values = {"error_id": error_id, "step": SWEEP_STEP_ROWS}
-    if removed := _remove_occurrences(db, db.execute(SELECT_OLDEST, values).fetchall()):
-        return removed
-    for statement in (DELETE_BUCKETS, DELETE_USERS):
-        if removed := db.execute(statement, values).rowcount:
-            return removed
-    db.execute(DELETE_ERROR, values)
-    return 0
+def _remove_deleted(db: sqlite3.Connection) -> int:
+    """Remove one step of the rows that belong to deleted errors; return how many they were."""
+    left = SWEEP_STEP_ROWS
+    while left > 0 and (error := db.execute(SELECT_DELETED).fetchone()):
+        values = {"error_id": error["id"], "step": left}
+        left -= _remove_occurrences(db, SELECT_OLDEST, values)
+        left -= db.execute(DELETE_BUCKETS, values).rowcount
+        left -= db.execute(DELETE_USERS, values).rowcount
+        if left > 0:  # so nothing of it is left
+            left -= db.execute(DELETE_ERROR, values).rowcount
+    return SWEEP_STEP_ROWS - left
+
+
+def _release_pages(db: sqlite3.Connection) -> int:
+    """Give one step of free pages back to the disk; return how many are left."""
+    free = _pragma(db, "freelist_count")
+    for _ in range(min(free, SWEEP_STEP_ROWS)):
+        db.execute("PRAGMA incremental_vacuum(1)")  # however large N is, execute frees one
+    return max(0, free - SWEEP_STEP_ROWS)
 
 
 class Retention:
@@ -1590,12 +1686,12 @@ class Retention:
 
     def _run(self) -> None:
         while not self._is_stopped:
-            self._store.has_surplus.clear()
             try:
                 self.sweep()
             except MiniAPMError as error:
                 print(f"miniapm: retention will try again: {error}", file=sys.stderr)
             self._store.has_surplus.wait(SWEEP_INTERVAL_S)
+            self._store.has_surplus.clear()
 
     def sweep(self) -> None:
         """Remove all that is to be removed now and give the space back to the disk."""
@@ -1606,12 +1702,9 @@ class Retention:
         for row in crowded:
             self._repeat(functools.partial(self._remove_surplus, row["id"]))
         self._repeat(lambda db: db.execute(DELETE_EMPTY, {"step": SWEEP_STEP_ROWS}).rowcount)
-        with self._store.reading() as db:
-            deleted = db.execute(SELECT_DELETED, {"step": SWEEP_STEP_ROWS}).fetchall()
-        for row in deleted:
-            self._repeat(functools.partial(_remove_error, row["id"]))
-        self._repeat(self._release_pages)
-        if SWEEP_STEP_ROWS in (len(crowded), len(deleted)):
+        self._repeat(_remove_deleted)
+        self._repeat(_release_pages)
+        if len(crowded) == SWEEP_STEP_ROWS:
             self._store.has_surplus.set()
 
     def _repeat(self, step: Work) -> None:
@@ -1621,21 +1714,11 @@ class Retention:
     def _remove_expired(self, db: sqlite3.Connection) -> int:
         cutoff_ms = self._store.now_ms() - self._retention_ms
         values = {"cutoff_ms": cutoff_ms, "step": SWEEP_STEP_ROWS}
-        return _remove_occurrences(db, db.execute(SELECT_EXPIRED, values).fetchall())
+        return _remove_occurrences(db, SELECT_EXPIRED, values)
 
     def _remove_surplus(self, error_id: int, db: sqlite3.Connection) -> int:
-        stored = db.execute("SELECT stored_count FROM errors WHERE id = ?", (error_id,)).fetchone()
-        step = min(SWEEP_STEP_ROWS, stored[0] - self._max_occurrences if stored else 0)
-        if step <= 0:
-            return 0
-        values = {"error_id": error_id, "step": step}
-        return _remove_occurrences(db, db.execute(SELECT_OLDEST, values).fetchall())
-
-    def _release_pages(self, db: sqlite3.Connection) -> int:
-        free = _pragma(db, "freelist_count")
-        for _ in range(min(free, SWEEP_STEP_ROWS)):
-            db.execute("PRAGMA incremental_vacuum(1)")  # however large N is, execute frees one
-        return max(0, free - SWEEP_STEP_ROWS)
+        values = {"error_id": error_id, "most": self._max_occurrences, "step": SWEEP_STEP_ROWS}
+        return _remove_occurrences(db, SELECT_SURPLUS, values)
 
 
 # --- 10. Pages ------------------------------------------------------------------------------------
@@ -1740,7 +1823,7 @@ def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
         raise BadRequest("project must be the id of a project", field="project")
     return ErrorFilter(
         status=_one_of(query, "status", (*STATUSES, "all")),
-        search=clip(query.get("q", "").strip(), MAX_SEARCH_CHARS).translate(_DISPLAY),
+        search=query.get("q", "").strip()[:MAX_SEARCH_CHARS].translate(_DISPLAY),
         project_id=int(project) if project else None,
         sort=_one_of(query, "sort", tuple(SORTS)),
         after=_parse_cursor("after", query.get("after", "")),
@@ -2067,7 +2150,7 @@ _TEMPLATE_SOURCES = {
 </select>
 <button>Apply</button>
 </form>
-<div id="live">
+<div id="live" data-view="list">
 % if not rows:
 <p class="empty">
 % if wanted.search or wanted.project_id:
@@ -2118,8 +2201,8 @@ Nothing here.
 </span></td>
 <td class="trend"><svg viewBox="0 0 92 24" role="img" preserveAspectRatio="none"><title>
 {{row['day_count']}} in the last 24 hours</title><polyline points="{{row['points']}}"/></svg></td>
-<td class="number count" data-label="times">{{row['count']}}</td>
-<td class="number users" data-label="users">{{row['users']}}</td>
+<td class="number count" data-label="{{'time' if error.occurrence_count == 1 else 'times'}}">{{row['count']}}</td>
+<td class="number users" data-label="{{'user' if error.user_count == 1 else 'users'}}">{{row['users']}}</td>
 <td class="number seen"><time datetime="{{row['seen'].iso}}" title="{{row['seen'].exact}}">{{row['seen'].ago}}</time>
 </td>
 </tr>
@@ -2222,7 +2305,7 @@ Nothing here.
 <rect x="{{bar.x + 1}}" y="{{bar.y}}" width="8" height="{{bar.height}}"/></g>
 % end
 </svg>
-<p class="axis"><span>{{bars[0].label.rpartition(':')[0]}}</span>
+<p class="axis"><span>{{span_start}}</span>
 <span>{{span_total}} in {{span}}, at most {{span_peak}} a bar</span><span>now</span></p>
 </section>
 % if stored is None:
@@ -2288,6 +2371,7 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 % rebase("layout", title="Setup")
 <div class="head"><h1>{{heading}}</h1></div>
 % if is_welcome:
+<div id="live" data-view="welcome"></div>
 <p class="lead">Nothing has been reported yet. Send a first report with one of these; it appears
  here at once.</p>
 % else:
@@ -2304,7 +2388,7 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 % include("snippets", snippets=ways)
 % else:
 <p>This project has no key, so its reports are refused. To make one:</p>
-<pre>python miniapm.py keys create {{project.name}}</pre>
+<pre>python miniapm.py keys create {{quote(project.name)}}</pre>
 % end
 </section>
 % end
@@ -2482,7 +2566,7 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
   .bar { padding: 10px 16px; gap: 16px; } main { padding: 16px; } footer { padding: 0 16px 24px; }
   .filters { flex-wrap: wrap; } .filters input[type=search] { flex-basis: 100%; }
   .filters select { flex: 1; min-width: 0; }
-  .card { padding: 14px; }
+  .card { padding: 14px; } .tabs { gap: 0; } .tabs a { padding: 4px 8px; }
   .errors thead { display: none; }
   .errors, .errors tbody { display: block; }
   .errors tr { display: grid; grid-template-columns: 32px auto auto auto 1fr; gap: 2px 12px;
@@ -2524,16 +2608,18 @@ offerPickAll();
 // The list stays current while nobody is selecting or choosing in it.
 if (live) {
   setInterval(async () => {
-    const inUse = boxes().some((box) => box.checked) || live.querySelector("details[open]")
-      || live.contains(document.activeElement);
+    const inUse = boxes().some((box) => box.checked) || live.querySelector("details[open], :focus-visible");
     if (document.hidden || inUse) return;
     try {
       const answer = await fetch(location.href, {headers: {"Accept": "text/html"}});
       if (!answer.ok || answer.redirected) return;
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      if (page.getElementById("live")?.dataset.view !== live.dataset.view) {
+        location.reload();
+        return;
+      }
       for (const part of ["#live", ".head"]) {
-        const fresh = page.querySelector(part);
-        if (fresh) document.querySelector(part).replaceChildren(...fresh.childNodes);
+        document.querySelector(part).replaceChildren(...page.querySelector(part).childNodes);
       }
       offerPickAll();
     } catch { /* the server is away: the next round tries again */ }
@@ -2660,6 +2746,7 @@ def error_values(
         "spans": tuple(SPANS),
         "span": span,
         "bars": trend_bars(series),
+        "span_start": f"{iso_time(series[0][0])[:16].replace('T', ' ')} UTC",
         "span_total": f"{sum(count for _, count in series):,}",
         "span_peak": f"{max(count for _, count in series):,}",
     }
@@ -2823,21 +2910,21 @@ def check_same_origin(environ: Environ) -> None:
 class PasswordGate:
     """Knows one password: checks it, slowly after failures, and issues and checks sessions.
 
-    A session is its expiry, signed with a key that depends on the password: it outlives a
-    restart and ends with a change of the password. `secret` is the database's own.
+    A session is its expiry, signed with a key that depends on the password and on what the
+    store remembers: it outlives a restart, and ends with a log-out or a change of the password.
     """
 
-    def __init__(self, password: str, secret: bytes, now: Callable[[], float]) -> None:
-        self._secret, self._now = secret, now
+    def __init__(self, password: str, store: Store) -> None:
+        self._store, self._now = store, store.now
+        self._salt: bytes = store.setting("secret")
         self._hash = self._scrypt(password)
-        self._key = hmac.digest(secret, self._hash, "sha256")
         self._lock = threading.Lock()
         self._failures: dict[str, tuple[int, float]] = {}  # address -> (how many, wait until)
 
     def _scrypt(self, password: str) -> bytes:
         # RFC 7914; 16 MiB and some 50 ms a guess
         data = password.encode("utf-8", "surrogatepass")
-        return hashlib.scrypt(data, salt=self._secret, n=2**14, r=8, p=1)
+        return hashlib.scrypt(data, salt=self._salt, n=2**14, r=8, p=1)
 
     def check(self, password: str, address: str) -> None:
         """Raise Unauthorized for a wrong password, TooManyAttempts for one that comes too soon."""
@@ -2848,7 +2935,7 @@ class PasswordGate:
                 raise TooManyAttempts(f"Try again in {wait_s} s.", retry_after_s=wait_s)
             if hmac.compare_digest(self._scrypt(password), self._hash):
                 return
-            delay_s = min(MAX_LOGIN_DELAY_S, 2.0 ** (count - 2)) if count >= 2 else 0.0
+            delay_s = min(MAX_LOGIN_DELAY_S, 2.0 ** min(count - 2, 10)) if count >= 2 else 0.0
             if len(self._failures) >= MAX_LOGIN_ADDRESSES:
                 del self._failures[next(iter(self._failures))]
             self._failures[address] = (count + 1, self._now() + delay_s)
@@ -2866,8 +2953,13 @@ class PasswordGate:
             return False
         return int(expires) > self._now()
 
-    def _sign(self, text: str) -> str:
-        return hmac.new(self._key, text.encode(), "sha256").hexdigest()
+    def end_sessions(self) -> None:
+        """End every session."""
+        self._store.set_setting("sessions", secrets.token_hex(16))
+
+    def _sign(self, expires: str) -> str:
+        text = f"{expires} {self._store.setting('sessions')}"
+        return hmac.new(self._hash, text.encode(), "sha256").hexdigest()
 
 
 def is_public(path: str) -> bool:
@@ -2887,12 +2979,12 @@ def is_machine_path(path: str) -> bool:
 
 def local_path(text: str) -> str:
     """Return a path of the dashboard to go to after login, /errors for anything else."""
-    return text if re.fullmatch(r"/(?:errors|setup)[\w./?=&%+-]*", text, re.ASCII) else "/errors"
+    return text if re.fullmatch(r"/(?:errors|setup)[\w./?=&%+~:-]*", text, re.ASCII) else "/errors"
 
 
 def root_of(environ: Environ) -> str:
     """Return the prefix under which the App is mounted, as it stands in links."""
-    return urllib.parse.quote(environ.get("SCRIPT_NAME", "").rstrip("/"))
+    return urllib.parse.quote(environ.get("SCRIPT_NAME", "").rstrip("/").encode("latin-1"))
 
 
 def retry_header(refusal: MiniAPMError) -> dict[str, str]:
@@ -2910,6 +3002,13 @@ def act(store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]]) -
     else:
         raise BadRequest(f"action must be one of {', '.join(ACTIONS)}, delete", field="action")
     return action
+
+
+def session_of(environ: Environ) -> str:
+    """Return the session's cookie, whatever cookies other programs on this host have set."""
+    cookies = environ.get("HTTP_COOKIE", "")
+    found = re.search(rf"(?:^|;)\s*{SESSION_COOKIE}=([0-9a-f.]+)(?:;|$)", cookies)
+    return found[1] if found else ""
 
 
 def with_session(answer: bottle.HTTPResponse, value: str, maxage_s: int) -> bottle.HTTPResponse:
@@ -2984,7 +3083,7 @@ class Ingest:
         """Say whether the database can be written, by writing it."""
         said = {"status": "ok", "db_ok": True}
         try:
-            self._store.check_writable()
+            self._store.set_setting("checked_ms", self._store.now_ms())
         except MiniAPMError:
             said = {"status": "unhealthy", "db_ok": False}
         uptime = {"uptime_seconds": int(time.monotonic() - self._started_s)}
@@ -3000,8 +3099,7 @@ class Dashboard:
 
     def has_session(self) -> bool:
         """Tell whether the request may see pages: always when there is no password."""
-        cookie = bottle.request.get_cookie(SESSION_COOKIE) or ""
-        return self._gate is None or self._gate.accepts(cookie)
+        return self._gate is None or self._gate.accepts(session_of(bottle.request.environ))
 
     def html(
         self,
@@ -3032,6 +3130,8 @@ class Dashboard:
         wanted, page, buckets, now_ms = self._listed()
         if not page.counts["all"] and wanted == ErrorFilter():
             return self._setup("Waiting for the first error", is_welcome=True)
+        if not page.errors and (wanted.after or wanted.before):  # a page that has emptied
+            return redirect("/errors" + filter_query(wanted))
         values = list_values(page, wanted, buckets, now_ms)
         return self.html("errors", projects=self._store.projects(), **values)
 
@@ -3076,8 +3176,10 @@ class Dashboard:
         """Do one action to the errors that are selected in the list."""
         form = read_form(bottle.request.environ)
         ids = [int(text) for text in form.get("id", []) if re.fullmatch(r"[0-9]{1,18}", text)]
-        act(self._store, ids, form)
         back = parse_filter(dict(urllib.parse.parse_qsl(form.get("return", [""])[0].lstrip("?"))))
+        if not ids:
+            raise BadRequest("select at least one error first", field="id")
+        act(self._store, ids, form)
         return redirect("/errors" + filter_query(back, after=back.after, before=back.before))
 
     def triage_one(self, error_id: int) -> bottle.HTTPResponse:
@@ -3099,7 +3201,12 @@ class Dashboard:
             for project in self._store.projects()
         ]
         return self.html(
-            "setup", heading=heading, is_welcome=is_welcome, url=url, projects=projects
+            "setup",
+            heading=heading,
+            is_welcome=is_welcome,
+            url=url,
+            projects=projects,
+            quote=shlex.quote,
         )
 
     def login(self) -> bottle.HTTPResponse:
@@ -3114,18 +3221,20 @@ class Dashboard:
 
     def log_in(self) -> bottle.HTTPResponse:
         """Check the password and start a session."""
-        environ, form = bottle.request.environ, read_form(bottle.request.environ)
+        form, address = read_form(bottle.request.environ), bottle.request.environ["REMOTE_ADDR"]
         target = local_path(form.get("next", [""])[0])
         if self._gate is None:
             return redirect(target)
         try:
-            self._gate.check(form.get("password", [""])[0], environ.get("REMOTE_ADDR", ""))
+            self._gate.check(form.get("password", [""])[0], address)
         except (Unauthorized, TooManyAttempts) as problem:
             return self._login_form(target, problem)
         return with_session(redirect(target), self._gate.issue(), MAX_SESSION_S)
 
     def log_out(self) -> bottle.HTTPResponse:
-        """Take the session's cookie back."""
+        """End all sessions and take the cookie back."""
+        if self._gate is not None:
+            self._gate.end_sessions()
         return with_session(redirect("/login"), "", 0)
 
     def asset(self, name: str) -> bottle.HTTPResponse:
@@ -3150,7 +3259,7 @@ class App:
         self._config = config
         gate = None
         if config.password is not None:
-            gate = PasswordGate(config.password, store.setting("secret"), store.now)
+            gate = PasswordGate(config.password, store)
         self._ingest = Ingest(store, config.max_body_bytes)
         self._dashboard = Dashboard(store, gate)
         self._bottle = bottle.Bottle()
@@ -3219,10 +3328,10 @@ class App:
         request = bottle.request
         path, headers = request.environ["PATH_INFO"], retry_header(refusal)
         if is_machine_path(path) or path.endswith(".json"):
-            if refusal.status == Unauthorized.status:
+            if is_ingest(path) and refusal.status == Unauthorized.status:
                 headers["WWW-Authenticate"] = "Bearer"
             return answer_json(refusal_json(refusal), refusal.status, headers)
-        if isinstance(refusal, Unauthorized) and request.method in ("GET", "HEAD"):
+        if isinstance(refusal, Unauthorized):
             query = f"?{request.query_string}" if request.query_string else ""
             return redirect(f"/login?{urllib.parse.urlencode({'next': path + query})}")
         heading, text = http.HTTPStatus(refusal.status).phrase, str(refusal)
@@ -3243,7 +3352,10 @@ class App:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Says what is wrong in one line, and takes no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise BadSetting(message)
@@ -3251,28 +3363,39 @@ class _Parser(argparse.ArgumentParser):
 
 def say(text: str, out: TextIO | None = None) -> None:
     """Print at once, even into a pipe."""
-    print(text, file=out or sys.stdout, flush=True)
+    out = out or sys.stdout
+    encoding = out.encoding or "utf-8"
+    with contextlib.suppress(OSError):  # nobody reads it: no reason not to serve
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
+
+
+def served_by(path: str) -> str:
+    """Return what a database remembers of the last process that served it."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
+        if row := db.execute(SELECT_SETTING, {"name": "served_by"}).fetchone():
+            return str(row["value"])
+    return "another process"
 
 
 class ServingLock:
     """Makes one process at a time the server of a database; ends with the process.
 
-    SQLite's own lock on a file of its own, for that is portable; the main database names who
-    holds it. Raises MiniAPMError when another server does.
+    SQLite's own lock on a file beside the database, for that is portable. Raises MiniAPMError
+    when another process has it.
     """
 
-    def __init__(self, store: Store, url: str) -> None:
-        path = store.path + ".lock"
-        _create_private(path)
-        self._db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    def __init__(self, path: str) -> None:
+        lock_path = path + ".lock"
+        _create_private(lock_path)
         try:
+            self._db = _connect(lock_path)
+            self._db.execute("PRAGMA busy_timeout = 0")
             self._db.execute("PRAGMA journal_mode = MEMORY")  # else a journal lies beside it
             self._db.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError:
-            self._db.close()
-            owner = store.setting("served_by") or "another process"
-            raise MiniAPMError(f"{store.path} is served already, by {owner}") from None
-        store.set_setting("served_by", f"process {os.getpid()} at {url}")
+        except sqlite3.Error as error:
+            if _is_busy(error):
+                raise MiniAPMError(f"{path} is served already, by {served_by(path)}") from None
+            raise MiniAPMError(f"can't lock {lock_path}: {error}") from None
 
     def release(self) -> None:
         """Let another process serve."""
@@ -3289,15 +3412,14 @@ def listen(config: Config) -> socket.socket:
         if os.name == "posix":  # elsewhere it would share a port that is in use
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG_CONNECTIONS)  # only now another server's bind would fail
         return listener
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise MiniAPMError(
-                f"port {config.port} is in use; choose another one with --port"
-            ) from None
-        raise MiniAPMError(
-            f"can't listen on {config.host} port {config.port}: {error.strerror or error}"
-        ) from None
+    except (OSError, UnicodeError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            said = f"port {config.port} is in use; choose another one with {flag_of('port')}"
+        else:
+            said = f"can't listen on {config.host} port {config.port}: {error}"
+        raise MiniAPMError(said) from None
 
 
 def url_of(listener: socket.socket) -> str:
@@ -3308,14 +3430,16 @@ def url_of(listener: socket.socket) -> str:
 
 
 def _channel_class(max_body_bytes: int) -> Any:
-    """Return waitress's channel, but one that reads a body which is too large to its end.
+    """Return waitress's channel with two differences that programs which report rely on.
 
-    Cut off in the middle of sending, most clients never see the 413; so what is beyond the
-    limit is dropped as it arrives, and one byte more than allowed tells the App.
+    A body that is too large is read to its end: cut off in the middle of sending, most clients
+    never see the 413. What is beyond the limit is dropped, and one byte too many tells the App.
+    And what waitress refuses by itself it says in JSON, to pages of any origin.
     """
     import waitress.buffers  # type: ignore[import-untyped]
     import waitress.channel  # type: ignore[import-untyped]
     import waitress.parser  # type: ignore[import-untyped]
+    import waitress.task  # type: ignore[import-untyped]
 
     class Buffer(waitress.buffers.OverflowableBuffer):  # type: ignore[misc]
         def append(self, data: bytes) -> None:
@@ -3327,8 +3451,19 @@ def _channel_class(max_body_bytes: int) -> Any:
             if self.body_rcv is not None:
                 self.body_rcv.buf = Buffer(self.adj.inbuf_overflow)
 
+    class ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
+        def execute(self) -> None:
+            error = self.request.error
+            body = json.dumps({"error": f"{error.reason}: {error.body}"}).encode()
+            self.status = f"{error.code} {error.reason}"
+            self.response_headers = [("Content-Type", "application/json"), *CORS_HEADERS]
+            self.content_length = len(body)
+            self.set_close_on_finish()
+            self.write(body)
+
     class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         parser_class = Parser
+        error_task_class = ErrorTask
 
     return Channel
 
@@ -3336,9 +3471,9 @@ def _channel_class(max_body_bytes: int) -> Any:
 class Server:
     """Serves an App with waitress until `stop` is called, then answers what it has received.
 
-    Beside waitress's documented settings it relies on: `wasyncore.loop`, `active_channels`,
-    `handle_accept` and `task_dispatcher` of the server; `requests`, `request`,
-    `total_outbufs_len` and `handle_close` of a channel; `body_rcv.buf` of a request's parser.
+    Beside waitress's documented settings it relies on: `wasyncore.loop`; of the server
+    `active_channels`, `channel_class`, `handle_accept`, `pull_trigger` and `task_dispatcher`; of
+    a channel `requests`, `request`, `last_activity`, `total_outbufs_len` and `handle_close`.
     """
 
     def __init__(self, app: App, listener: socket.socket, max_body_bytes: int) -> None:
@@ -3356,6 +3491,7 @@ class Server:
             sockets=[listener],
             ident=None,
             threads=8,
+            backlog=BACKLOG_CONNECTIONS,
             connection_limit=MAX_CONNECTIONS,
             channel_timeout=MAX_IDLE_S,
             cleanup_interval=5,
@@ -3380,7 +3516,6 @@ class Server:
     def _drain(self) -> None:
         """Answer every request that has arrived, for MAX_DRAIN_S at most."""
         end_s = time.monotonic() + MAX_DRAIN_S
-        grace_s = time.monotonic() + 1.0  # for a request whose last bytes are on their way
         for _ in range(MAX_CONNECTIONS):  # take those that wait to be accepted
             known = len(self._server.active_channels)
             self._server.handle_accept()
@@ -3392,8 +3527,9 @@ class Server:
         self._loop(timeout=0.0)
         while self._server.active_channels and time.monotonic() < end_s:
             for channel in list(self._server.active_channels.values()):
-                is_partial = channel.request is not None and time.monotonic() < grace_s
-                if not (channel.requests or channel.total_outbufs_len or is_partial):
+                # A request that still arrives counts as received while its bytes keep coming.
+                arrives = channel.request is not None and time.time() - channel.last_activity < 1
+                if not (channel.requests or channel.total_outbufs_len or arrives):
                     channel.handle_close()
             self._loop(timeout=0.05)
         self._server.task_dispatcher.shutdown(timeout=max(0.1, end_s - time.monotonic()))
@@ -3421,9 +3557,11 @@ def serve(config: Config) -> int:
     with contextlib.ExitStack() as cleanup:
         listener = cleanup.enter_context(listen(config))
         url = url_of(listener)
-        store = Store(config.db)
+        path = os.path.realpath(config.db)
+        cleanup.callback(ServingLock(path).release)
+        store = Store(path)
         cleanup.callback(store.close)
-        cleanup.callback(ServingLock(store, url).release)
+        store.set_setting("served_by", f"process {os.getpid()} at {url}")
         project = store.ensure_default_project(config.api_key)
         retention = Retention(store, config.retention_days, config.max_occurrences)
         cleanup.callback(retention.stop)
@@ -3465,14 +3603,15 @@ def keys_table(projects: Sequence[Project]) -> str:
 def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """List, create or revoke keys; takes effect at once in a server that runs."""
     parser = _Parser(prog=name, description="List the projects and their API keys.")
-    add_flags(parser, ("db",))
-    commands = parser.add_subparsers(dest="action", metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="action", metavar="COMMAND")
     create = commands.add_parser("create", help="make a project, or one more key for it")
     create.add_argument("name", metavar="NAME", help="the project's name")
     revoke = commands.add_parser("revoke", help="refuse a project's keys from now on")
     revoke.add_argument("name", metavar="NAME", help="the project's name, or one key")
+    for each in (parser, create, revoke):
+        add_flags(each, ("db",))
     given = parser.parse_args(arguments)
-    config = load_config({"db": given.db}, environ)
+    config = load_config(vars(given), environ, ("db",))
     if given.action != "create" and not os.path.exists(config.db):
         raise MiniAPMError(f"there is no database {config.db}; name it with {flag_of('db')}")
     with contextlib.closing(Store(config.db)) as store:
