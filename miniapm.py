@@ -3468,15 +3468,33 @@ def _channel_class(max_body_bytes: int) -> Any:
     return Channel
 
 
+class Shutdown:
+    """Turns the first SIGINT or SIGTERM into a request to stop, the second into an exit."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self.wake: Callable[[], Any] = lambda: None  # called in the signal handler
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.is_asked:
+            os._exit(128 + number)  # what was answered 202 is on disk
+        self.is_asked = True
+        self.wake()
+
+
 class Server:
-    """Serves an App with waitress until `stop` is called, then answers what it has received.
+    """Serves an App with waitress until a shutdown is asked for, then answers what has arrived.
 
     Beside waitress's documented settings it relies on: `wasyncore.loop`; of the server
     `active_channels`, `channel_class`, `handle_accept`, `pull_trigger` and `task_dispatcher`; of
     a channel `requests`, `request`, `last_activity`, `total_outbufs_len` and `handle_close`.
     """
 
-    def __init__(self, app: App, listener: socket.socket, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: App, listener: socket.socket, max_body_bytes: int, shutdown: Shutdown
+    ) -> None:
         # Here and not above: a program that only embeds the App needs no server.
         import waitress.wasyncore  # type: ignore[import-untyped]
 
@@ -3500,18 +3518,14 @@ class Server:
             clear_untrusted_proxy_headers=True,
         )
         self._server.channel_class = _channel_class(max_body_bytes)
-        self.is_stopping = False
+        self._shutdown = shutdown
+        shutdown.wake = self._server.pull_trigger
 
     def run(self) -> None:
-        """Serve until `stop` is called, then drain."""
-        while not self.is_stopping:
+        """Serve, then drain."""
+        while not self._shutdown.is_asked:
             self._loop(timeout=1.0)
         self._drain()
-
-    def stop(self) -> None:
-        """Make run() return; may be called from a signal handler or another thread."""
-        self.is_stopping = True
-        self._server.pull_trigger()
 
     def _drain(self) -> None:
         """Answer every request that has arrived, for MAX_DRAIN_S at most."""
@@ -3554,6 +3568,7 @@ def serve(config: Config) -> int:
             f"{flag_of('host')} {config.host} lets other machines in:"
             f" set a password first, with {variable_of('password')}"
         )
+    shutdown = Shutdown()
     with contextlib.ExitStack() as cleanup:
         listener = cleanup.enter_context(listen(config))
         url = url_of(listener)
@@ -3565,15 +3580,7 @@ def serve(config: Config) -> int:
         project = store.ensure_default_project(config.api_key)
         retention = Retention(store, config.retention_days, config.max_occurrences)
         cleanup.callback(retention.stop)
-        server = Server(App(store, config), listener, config.max_body_bytes)
-
-        def stop(number: int, frame: object) -> None:
-            if server.is_stopping:
-                os._exit(128 + number)  # a second signal: what was answered 202 is on disk
-            server.stop()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+        server = Server(App(store, config), listener, config.max_body_bytes, shutdown)
         retention.start()
         say(welcome(url, store.path, project))
         server.run()

@@ -3253,7 +3253,7 @@ def test_browser_list_stays_current_but_for_a_selection(
     page.goto(server.url)
     server.report(fingerprint="b")
     page.clock.run_for(6_000)
-    page.wait_for_function("document.querySelectorAll('input[name=id]').length == 2")
+    wait_until(lambda: page.locator("input[name=id]").count() == 2)
     assert page.inner_text(".tabs a[aria-current] b") == "2"
     page.locator("input[name=id]").first.check()
     server.report(fingerprint="c")
