@@ -17,6 +17,7 @@ Contents:
     5. Backtraces
     7. Schema
     8. Store
+    9. Capture
     10. Pages
     11. HTTP
     12. Commands
@@ -30,21 +31,29 @@ list of ErrorGroup -> template -> HTML. Times inside are integer milliseconds UT
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import contextlib
+import contextvars
 import dataclasses
+import email
 import errno
 import functools
 import hashlib
 import hmac
-import http
+import http.client
+import inspect
+import io
 import ipaddress
+import itertools
 import json
+import linecache
 import logging
 import math
 import os
 import queue
 import re
+import runpy
 import secrets
 import shlex
 import signal
@@ -53,7 +62,11 @@ import sqlite3
 import sys
 import threading
 import time
+import traceback
+import types
 import urllib.parse
+import weakref
+import wsgiref.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -63,7 +76,19 @@ from typing import Any, NoReturn, TextIO
 import bottle  # type: ignore[import-untyped]
 
 __version__ = "0.1.0"
-__all__ = ["App", "Config", "MiniAPMError", "Store", "main"]
+__all__ = [
+    "App",
+    "Client",
+    "Config",
+    "MiniAPMError",
+    "Occurrence",
+    "Store",
+    "capture",
+    "init",
+    "main",
+    "record_error",
+    "wrap",
+]
 
 # --- 1. Limits ------------------------------------------------------------------------------------
 
@@ -112,6 +137,21 @@ SWEEP_STEP_ROWS = 100  # what retention removes in one transaction
 SWEEP_INTERVAL_S = 60.0
 MAX_WAL_BYTES = 4 * _MEBIBYTE  # what the write-ahead log shrinks to after a burst
 SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
+
+# Capture: what a program that is watched may lose to it.
+MAX_QUEUED_REPORTS = 1_000
+MAX_SENT_REPORTS = 100
+MAX_SENT_BYTES = 4 * _MEBIBYTE
+MAX_REQUEST_BODY_BYTES = 64 * _KIBIBYTE  # of a form, kept for a report
+MAX_LOCALS = 50
+MAX_REPR_CHARS = 500
+MAX_REPR_ITEMS = 20
+MAX_JSON_ITEMS = 1_000
+FLUSH_TIMEOUT_S = 2.0
+HTTP_TIMEOUT_S = 10.0
+RETRY_FIRST_S = 0.5
+RETRY_LONGEST_S = 30.0
+COMPLAINT_INTERVAL_S = 60.0
 
 # --- 2. Errors ------------------------------------------------------------------------------------
 
@@ -294,6 +334,9 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+URL_VARIABLE = "MINI_APM_URL"  # where programs report to; the tracker itself has no use for it
+
+
 def variable_of(name: str) -> str:
     """Return a setting's environment variable: max_body_bytes -> MINI_APM_MAX_BODY_BYTES."""
     return "MINI_APM_" + name.upper()
@@ -343,6 +386,7 @@ def load_config(
 # --- 4. Occurrences -------------------------------------------------------------------------------
 
 Json = dict[str, Any]
+Environ = dict[str, Any]  # of WSGI, PEP 3333
 FILTERED = "[FILTERED]"
 
 
@@ -786,7 +830,7 @@ class Frame:
 
 # Where package managers and runtimes keep code that is not the application's.
 _LIBRARY = re.compile(
-    r"/(?:site|dist)-packages/|/lib/python3[^/]*/|/Python3\d*/Lib/|^<frozen "  # Python
+    r"/(?:site|dist)-packages/|/lib/python3[^/]*/|/Python3\d*/Lib/|^<frozen |(?:^|/)miniapm\.py$"
     r"|/gems/|/rubygems/|/lib/ruby/|/vendor/bundle/|^<internal:"  # Ruby
     r"|(?:^|/)node_modules/|^node:|^internal/|^native$|^<anonymous>$|-extension://"  # JavaScript
 )
@@ -796,7 +840,8 @@ _SCRIPT_LOCATION = re.compile(r"(.+?):(\d{1,9}):\d{1,9}$")
 _RUBY_FILE = re.compile(r"\.(?:rb|ru|rake|erb|haml|slim|gemspec)$")
 
 
-def _is_own(file: str) -> bool:
+def is_own_path(file: str) -> bool:
+    """Tell the application's files from those of libraries, by where they lie."""
     return not _LIBRARY.search(file.replace("\\", "/"))
 
 
@@ -805,7 +850,7 @@ def _python_frame(line: str) -> Frame | None:
     if not found:
         return None
     file, lineno, function = found.groups()
-    return Frame(line, file, int(lineno), function, language="python", is_own=_is_own(file))
+    return Frame(line, file, int(lineno), function, language="python", is_own=is_own_path(file))
 
 
 def _ruby_frame(line: str) -> Frame | None:
@@ -814,7 +859,7 @@ def _ruby_frame(line: str) -> Frame | None:
     found = _LOCATION.match(place)
     if not found or not (separator or _RUBY_FILE.search(found[1])):
         return None
-    file, own = found[1], _is_own(found[1])
+    file, own = found[1], is_own_path(found[1])
     function = function.strip("`'\"")
     return Frame(line, file, int(found[2]), function or None, language="ruby", is_own=own)
 
@@ -833,7 +878,7 @@ def _javascript_frame(line: str) -> Frame | None:
     found = _SCRIPT_LOCATION.match(place)
     if not found or not re.search(r"[/.:<]", found[1]):
         return None
-    file, own = found[1], _is_own(found[1])
+    file, own = found[1], is_own_path(found[1])
     return Frame(line, file, int(found[2]), function or None, language="javascript", is_own=own)
 
 
@@ -872,6 +917,40 @@ def top_frame(frames: Sequence[Frame]) -> Frame | None:
     if located and located[0].language == "python":  # the only one that prints the newest last
         located.reverse()
     return next((frame for frame in located if frame.is_own), located[0] if located else None)
+
+
+# What differs from one occurrence of an error to the next, most telling form first.
+_VARIABLE_PARTS = (
+    (re.compile(r"[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,8}"), "<email>"),
+    (re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s\"'<>]+", re.IGNORECASE), "<url>"),
+    (re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", re.IGNORECASE), "<uuid>"),
+    (
+        re.compile(r"\b\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d)?[\d.,]*(?:Z|[+-]\d\d:?\d\d)?)?"),
+        "<date>",
+    ),
+    (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"), "<address>"),
+    (re.compile(r"\b0x[0-9a-f]+\b", re.IGNORECASE), "<hex>"),
+    (re.compile(r"(?<![\w/])(?:[A-Za-z]:)?(?:[\\/][\w.@~+-]+){2,}[\\/]?"), "<path>"),
+    (re.compile(r"\b(?=[a-f]*\d)[0-9a-f]{8,}\b", re.IGNORECASE), "<hex>"),
+    (re.compile(r"\d+(?:[.,]\d+)*"), "<number>"),
+)
+_QUOTED = re.compile(r"(?<!\w)(?:'[^'\n]*'|\"[^\"\n]*\")")
+
+
+def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | None = None) -> str:
+    """Return the fingerprint of an error whose source brings none.
+
+    It joins, with |: the class; file:function of the innermost own frame, `place`, where there
+    is one; the message's first 300 characters with email addresses, URLs, UUIDs, dates, network
+    addresses, hexadecimal ids, paths and numbers replaced by their kind, and, where there is a
+    place, quoted text too. There is no line number: an edit above must not make a new error.
+    """
+    for pattern, kind in _VARIABLE_PARTS:
+        message = pattern.sub(kind, message[:2_000])
+    if place is not None:
+        message = _QUOTED.sub("<text>", message)
+    where = [] if place is None else [f"{place[0]}:{place[1]}"]
+    return "|".join([exception_class, *where, " ".join(message.split())[:300]])
 
 
 def locate(occurrence: Occurrence) -> str:
@@ -1400,6 +1479,7 @@ class Store:
         self.path = os.path.realpath(path)
         self.now = now
         self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        self._readers: list[sqlite3.Connection] = []  # all of them, lent or idle
         self._writer = Writer(open_database(self.path), self.path)
         self.write = self._writer.run
         self.has_surplus = threading.Event()  # there may be something for Retention to remove
@@ -1410,11 +1490,11 @@ class Store:
         return int(self.now() * 1000)
 
     def close(self) -> None:
-        """Finish what is being written and close every connection."""
+        """Finish what is being written and read, and close every connection."""
         self._writer.close()
         with contextlib.suppress(queue.Empty):
-            while True:
-                self._idle.get_nowait().close()
+            for _ in self._readers:
+                self._idle.get(timeout=MAX_WAIT_S).close()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -1424,6 +1504,7 @@ class Store:
                 db = self._idle.get_nowait()
             except queue.Empty:
                 db = _connect(self.path)
+                self._readers.append(db)
                 db.execute("PRAGMA query_only = ON")
             db.execute("BEGIN")
             try:
@@ -1721,6 +1802,982 @@ class Retention:
         return _remove_occurrences(db, SELECT_SURPLUS, values)
 
 
+# --- 9. Capture -----------------------------------------------------------------------------------
+
+SKIPPED = (KeyboardInterrupt, SystemExit, GeneratorExit)  # ways to end, not errors
+CONTEXT_LINES = 5  # of source on each side of the failing line
+CONTEXT_NAMES = ("user_id", "request_id", "params")  # what of a context the API has fields for
+STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
+HERE = os.path.abspath(__file__)
+
+# True while this module works for itself: what goes wrong in it is never recorded.
+_is_busy_here: contextvars.ContextVar[bool] = contextvars.ContextVar("miniapm_busy", default=False)
+_given_context: contextvars.ContextVar[Json] = contextvars.ContextVar("miniapm_context")
+
+
+@contextlib.contextmanager
+def _own_work() -> Iterator[None]:
+    token = _is_busy_here.set(True)
+    try:
+        yield
+    finally:
+        _is_busy_here.reset(token)
+
+
+def _is_ours() -> bool:
+    """Tell whether this module is at work: on this thread, or in a thread of its own."""
+    return _is_busy_here.get() or threading.current_thread().name.startswith("miniapm")
+
+
+class Complaints:
+    """Says on stderr what capture could not do, once a minute for each kind; never by logging."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._said_s: dict[str, float] = {}
+
+    def say(self, kind: str, detail: object) -> None:
+        """Say it, unless the same kind was said within the last minute."""
+        now_s = self._now()
+        if now_s - self._said_s.get(kind, -math.inf) >= COMPLAINT_INTERVAL_S:
+            self._said_s[kind] = now_s
+            text = clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS)
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr, or closed
+                print(text, file=sys.stderr, flush=True)
+
+
+def bounded_repr(value: Any, levels: int = 3) -> str:
+    """Return a repr of at most MAX_REPR_CHARS that costs little however large a built-in is."""
+    kind = type(value)
+    if kind in (str, bytes, bytearray):
+        mark = "…" if len(value) > MAX_REPR_CHARS else ""
+        return repr(value[:MAX_REPR_CHARS]) + mark
+    if kind is int and value.bit_length() > 1_000:
+        return f"<int of {value.bit_length():,} bits>"
+    if kind in (list, tuple, set, frozenset, dict, collections.deque):
+        if levels == 0:
+            return f"<{kind.__name__} of {len(value):,}>"
+        some = itertools.islice(value.items() if kind is dict else value, MAX_REPR_ITEMS)
+        if kind is dict:
+            parts = [f"{bounded_repr(k, 0)}: {bounded_repr(v, levels - 1)}" for k, v in some]
+        else:
+            parts = [bounded_repr(item, levels - 1) for item in some]
+        if len(value) > MAX_REPR_ITEMS:
+            parts.append(f"… {len(value) - MAX_REPR_ITEMS:,} more")
+        inside, ends = ", ".join(parts), {"list": "[]", "tuple": "()"}.get(kind.__name__, "{}")
+        return clip(f"{ends[0]}{inside}{ends[1]}", MAX_REPR_CHARS)
+    return clip(repr(value), MAX_REPR_CHARS)
+
+
+def safe_repr(value: Any) -> str:
+    """Return a bounded repr, or what kind of object refused to give one."""
+    try:
+        return bounded_repr(value)
+    except Exception as error:  # noqa: BLE001 - a host's __repr__ may do anything
+        return f"<{type(value).__name__}: its repr raised {type(error).__name__}>"
+
+
+def jsonable(value: Any, levels: int = 8) -> Any:
+    """Return a bounded copy of any object as JSON; what JSON has no form for becomes its repr."""
+    if value is None or isinstance(value, bool):
+        return value
+    if type(value) is str:
+        return value[: 2 * MAX_PARAMS_CHARS]
+    if type(value) is int and value.bit_length() <= 64:
+        return value
+    if type(value) is float and math.isfinite(value):
+        return value
+    if levels and isinstance(value, Mapping):
+        some = itertools.islice(value.items(), MAX_JSON_ITEMS)
+        return {str(key)[:MAX_KEY_CHARS]: jsonable(item, levels - 1) for key, item in some}
+    if levels and isinstance(value, (list, tuple, set, frozenset)):
+        return [jsonable(item, levels - 1) for item in itertools.islice(value, MAX_JSON_ITEMS)]
+    return safe_repr(value)
+
+
+def default_project_root() -> str:
+    """Return the folder whose files are the application's: the current one, or the script's."""
+    folder = os.getcwd()
+    script = getattr(sys.modules.get("__main__"), "__file__", None) or ""
+    script_folder = os.path.dirname(os.path.abspath(script))
+    is_inside = script_folder.startswith(os.path.join(folder, ""))
+    if script and is_own_path(script) and not script_folder.startswith(STDLIB) and not is_inside:
+        return script_folder
+    return folder
+
+
+def qualified_name(kind: type) -> str:
+    """Return a class's name with its module, without it for built-in classes."""
+    module = kind.__module__
+    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
+
+
+def safe_text(value: object) -> str:
+    """Return str(value), whatever its __str__ does."""
+    try:
+        return str(value)[: 2 * MAX_MESSAGE_CHARS]
+    except Exception as error:  # noqa: BLE001 - a host's __str__ may do anything
+        return f"<its text raised {type(error).__name__}>"
+
+
+def source_around(file: str, lineno: int, module_globals: Json) -> Json | None:
+    """Return the source context of a line, None where there is no source."""
+    lines = linecache.getlines(file, module_globals)
+    if not 0 < lineno <= len(lines):
+        return None
+    at = lineno - 1
+    return {
+        "file": file,
+        "lineno": lineno,
+        "pre_context": lines[max(0, at - CONTEXT_LINES) : at],
+        "context_line": lines[at],
+        "post_context": lines[at + 1 : at + 1 + CONTEXT_LINES],
+    }
+
+
+def local_variables(frame: types.FrameType) -> Json:
+    """Return bounded reprs of a frame's variables, of a module's only the plain values."""
+    dull = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    is_module = frame.f_code.co_name == "<module>"
+    found = [
+        (name, value)
+        for name, value in list(frame.f_locals.items())
+        if not (is_module and (name.startswith("__") or isinstance(value, dull)))
+    ]
+    return {name: safe_repr(value) for name, value in found[:MAX_LOCALS]}
+
+
+def platform_python() -> str:
+    """Return the running Python's name and version: CPython 3.11.7."""
+    name = {"cpython": "CPython", "pypy": "PyPy"}.get(sys.implementation.name)
+    return f"{name or sys.implementation.name} {sys.version.split()[0]}"
+
+
+def printed_traceback(error: BaseException) -> list[str]:
+    """Return an exception with its chain as Python prints it, in parts of one or more lines."""
+    try:
+        printed = traceback.TracebackException.from_exception(error)
+        return list(itertools.islice(printed.format(), 2 * MAX_BACKTRACE_LINES))
+    except Exception:  # noqa: BLE001 - an attribute of the host's exception may do anything
+        return traceback.format_tb(error.__traceback__, MAX_BACKTRACE_LINES)
+
+
+@dataclass(frozen=True, slots=True)
+class Describer:
+    """Turns what a Python program knows of an error into a report, on the thread where it is."""
+
+    project_root: str
+    release: str | None = None
+    environment: str | None = None
+    with_locals: bool = True
+
+    def is_own(self, file: str) -> bool:
+        """Tell the application's files from the library's and from this one."""
+        path = os.path.abspath(file)
+        inside = path.startswith(os.path.join(self.project_root, ""))
+        return inside and is_own_path(path) and not path.startswith(STDLIB) and path != HERE
+
+    def relative(self, file: str) -> str:
+        """Return a file's path from the project's root, or what it is called in its library."""
+        path = os.path.abspath(file)
+        inside = path.startswith(os.path.join(self.project_root, ""))
+        return os.path.relpath(path, self.project_root) if inside else os.path.basename(file)
+
+    def exception(self, error: BaseException) -> Json:
+        """Describe an exception: its chain, and its innermost own frame."""
+        name, message = qualified_name(type(error)), safe_text(error)
+        report: Json = {
+            "exception_class": name,
+            "message": message,
+            "backtrace": printed_traceback(error),
+        }
+        frames = list(traceback.walk_tb(error.__traceback__))
+        own = [pair for pair in frames if self.is_own(pair[0].f_code.co_filename)]
+        place = None
+        if frames:
+            frame, lineno = (own or frames)[-1]
+            place = (self.relative(frame.f_code.co_filename), frame.f_code.co_name)
+            if own:
+                context = source_around(frame.f_code.co_filename, lineno, frame.f_globals)
+                report["source_context"] = context
+            if own and self.with_locals:
+                report["locals"] = local_variables(frame)
+        return report | {"fingerprint": fingerprint_of(name, message, place)}
+
+    def log_record(self, record: logging.LogRecord) -> Json:
+        """Describe a log record that carries no exception."""
+        message, name = record.getMessage(), f"logging.{record.levelname}"
+        line = f'  File "{record.pathname}", line {record.lineno}, in {record.funcName}\n'
+        place = (self.relative(record.pathname), record.funcName or "")
+        return {
+            "exception_class": name,
+            "message": message,
+            "backtrace": [line],
+            "source_context": source_around(record.pathname, record.lineno, {}),
+            "fingerprint": fingerprint_of(name, str(record.msg), place),
+        }
+
+    def surroundings(self) -> Json:
+        """Return what is the same for every report of this process."""
+        values = {
+            "release": self.release,
+            "environment": self.environment,
+            "python": platform_python(),
+            "host_name": socket.gethostname(),
+            "process_id": os.getpid(),
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def submitted_form(kind: str, body: bytes) -> Json:
+    """Return the fields of a form, files left out; nothing when the body is none."""
+    media_type = kind.partition(";")[0].strip().lower()
+    if media_type == "application/x-www-form-urlencoded":
+        fields = urllib.parse.parse_qs(body.decode("utf-8", "replace"), max_num_fields=1_000)
+        return {name: values if values[1:] else values[0] for name, values in fields.items()}
+    if media_type == "multipart/form-data":
+        parts = email.message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + body).walk()
+        return {
+            str(part.get_param("name", header="content-disposition")): str(part.get_payload())
+            for part in parts
+            if part.get_content_disposition() == "form-data" and not part.get_filename()
+        }
+    return {}
+
+
+class Request:
+    """The HTTP request that is being served; what it says is looked at only for a report."""
+
+    def __init__(self, source: Mapping[str, Any]) -> None:
+        self._source = source
+        self._body = bytearray()  # as far as the application has read it
+
+    def keep(self, part: bytes) -> bytes:
+        """Remember a part of the body on its way to the application."""
+        self._body += part[: max(0, MAX_REQUEST_BODY_BYTES - len(self._body))]
+        return part
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers by their names, as in X-Request-Id."""
+        raise NotImplementedError
+
+    def facts(self) -> Json:
+        """Return method, url and remote_address."""
+        raise NotImplementedError
+
+    def user(self) -> Any:
+        """Return the user's id where server or framework say it, else None."""
+        raise NotImplementedError
+
+    def describe(self) -> Json:
+        """Return the report's fields that come from the request."""
+        headers, user = self.headers(), self.user()
+        said = self.facts() | {"headers": headers}
+        if form := submitted_form(headers.get("Content-Type", ""), bytes(self._body)):
+            said["form"] = form
+        return {
+            "request": said,
+            "request_id": headers.get("X-Request-Id"),
+            "user_id": None if user is None else str(user),
+        }
+
+
+def _user_of_flask() -> Any:
+    """Return the id of Flask-Login's user, as far as the application has looked it up."""
+    flask = sys.modules.get("flask")
+    if flask is None or not flask.has_request_context():
+        return None
+    user = flask.g.get("_login_user")
+    return None if user is None else user.get_id()
+
+
+class WsgiRequest(Request):
+    """A request as a WSGI environ tells it."""
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers by their names."""
+        named = {
+            name.removeprefix("HTTP_"): value
+            for name, value in self._source.items()
+            if name.startswith("HTTP_") or (name in ("CONTENT_TYPE", "CONTENT_LENGTH") and value)
+        }
+        return {name.replace("_", "-").title(): value for name, value in named.items()}
+
+    def facts(self) -> Json:
+        """Return method, url and remote_address."""
+        source = {"SCRIPT_NAME": "", "SERVER_PORT": "80", "wsgi.url_scheme": "http"}
+        return {
+            "method": self._source.get("REQUEST_METHOD"),
+            "url": wsgiref.util.request_uri(source | dict(self._source)),
+            "remote_address": self._source.get("REMOTE_ADDR"),
+        }
+
+    def user(self) -> Any:
+        """Return the server's or Flask-Login's user."""
+        return self._source.get("REMOTE_USER") or _user_of_flask()
+
+
+class AsgiRequest(Request):
+    """A request as an ASGI scope tells it."""
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers by their names."""
+        return {
+            name.decode("latin-1").title(): value.decode("latin-1")
+            for name, value in self._source["headers"]
+        }
+
+    def facts(self) -> Json:
+        """Return method, url and remote_address."""
+        source = self._source
+        query = source.get("query_string", b"").decode("latin-1")
+        path = urllib.parse.quote(source["path"]) + (f"?{query}" if query else "")
+        return {
+            "method": source.get("method", "WEBSOCKET"),
+            "url": f"{source.get('scheme', 'http')}://{self.headers().get('Host', '')}{path}",
+            "remote_address": (source.get("client") or [None])[0],
+        }
+
+    def user(self) -> Any:
+        """Return Starlette's authenticated user."""
+        user = self._source.get("user")
+        if not getattr(user, "is_authenticated", False):
+            return None
+        return getattr(user, "identity", None) or getattr(user, "display_name", None)
+
+
+_current_request: contextvars.ContextVar[Request | None] = contextvars.ContextVar(
+    "miniapm_request", default=None
+)
+
+
+class Retry(Exception):
+    """The destination can't take reports now; `after_s` is how long it asks to be left alone."""
+
+    def __init__(self, reason: str, after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after_s = after_s
+
+
+class StoreDestination:
+    """Puts occurrences into a database of this machine, with no server in between.
+
+    SQLite keeps a process's locks in memory that a fork copies: a child would take its parent's
+    locks for its own. So the store is closed before a fork, and opened again when needed.
+    """
+
+    def __init__(self, path: str, api_key: str | None) -> None:
+        self._path, self._api_key = os.path.realpath(path), api_key
+        self._lock = threading.RLock()  # held while delivering and while forking
+        self._store: Store | None = None
+        self._swept_s = 0.0
+        if hasattr(os, "register_at_fork"):
+            self._close_at_fork()
+
+    def _close_at_fork(self) -> None:
+        this = weakref.ref(self)  # hooks can't be unregistered, and must not keep this alive
+
+        def before() -> None:
+            if (destination := this()) and destination._lock.acquire(timeout=FLUSH_TIMEOUT_S):
+                destination.close()
+
+        def after_in_parent() -> None:
+            if destination := this():
+                with contextlib.suppress(RuntimeError):  # not acquired in time
+                    destination._lock.release()
+
+        def after_in_child() -> None:
+            if destination := this():
+                destination._lock = threading.RLock()
+
+        os.register_at_fork(
+            before=before, after_in_parent=after_in_parent, after_in_child=after_in_child
+        )
+
+    def store(self) -> Store:
+        """Return the store, opened when it is not."""
+        with self._lock:
+            if self._store is None:
+                self._store = Store(self._path)
+            return self._store
+
+    def close(self) -> None:
+        """Close the store."""
+        with self._lock:
+            if self._store is not None:
+                self._store.close()
+                self._store = None
+
+    def deliver(self, waiting: collections.deque[Occurrence], complain: Complaints) -> None:
+        """Take occurrences off `waiting` as they are stored; Retry when they can't be now."""
+        try:
+            with self._lock:
+                store = self.store()
+                project = store.ensure_default_project(self._api_key)
+                for refusal in store.record(project.id, list(waiting)):
+                    if refusal is not None:
+                        complain.say("a report was refused", refusal)
+                waiting.clear()
+                self._sweep(store)
+        except MiniAPMError as refusal:
+            raise Retry(str(refusal), refusal.retry_after_s or 0) from None
+
+    def _sweep(self, store: Store) -> None:
+        if time.monotonic() - self._swept_s >= SWEEP_INTERVAL_S:
+            self._swept_s = time.monotonic()
+            config = load_config({}, os.environ, ("retention_days", "max_occurrences"))
+            Retention(store, config.retention_days, config.max_occurrences).sweep()
+
+
+class HttpDestination:
+    """Sends occurrences to a tracker's /ingest/errors/batch."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self._connect = functools.partial(
+            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection,
+            parts.hostname or "",
+            parts.port,
+            timeout=HTTP_TIMEOUT_S,
+        )
+        self._path = parts.path.rstrip("/") + "/ingest/errors/batch"
+        self._headers = {
+            "Authorization": f"Bearer {api_key}".encode().decode("latin-1"),
+            "Content-Type": "application/json",
+        }
+
+    def deliver(self, waiting: collections.deque[Occurrence], complain: Complaints) -> None:
+        """Take occurrences off `waiting` as they are accepted; Retry when they can't be now."""
+        while waiting:
+            some: list[str] = []
+            size = 0
+            for occurrence in waiting:
+                text = json.dumps(to_payload(occurrence))
+                if some and size + len(text) > MAX_SENT_BYTES:
+                    break
+                some.append(text)
+                size += len(text)
+            self._post(f'{{"errors": [{",".join(some)}]}}'.encode(), complain)
+            for _ in some:
+                waiting.popleft()
+
+    def _post(self, body: bytes, complain: Complaints) -> None:
+        connection = self._connect()
+        try:
+            connection.request("POST", self._path, body, self._headers)
+            answer = connection.getresponse()
+            said = answer.read(64 * _KIBIBYTE).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise Retry(str(error) or type(error).__name__) from None
+        finally:
+            connection.close()
+        was_refused = answer.status < 500 and answer.status != 429
+        if answer.status >= 300 and not (was_refused or '"rejected"' in said):
+            wait = answer.headers.get("Retry-After", "")
+            raise Retry(
+                f"HTTP {answer.status}", int(wait) if wait.isascii() and wait.isdigit() else 0
+            )
+        if said or answer.status >= 300:
+            complain.say(f"reports were refused with HTTP {answer.status}", said)
+
+    def close(self) -> None:
+        """Keep nothing: each delivery has a connection of its own."""
+
+
+def merged(parts: Iterable[Json]) -> Json:
+    """Return JSON objects as one: a later value wins, objects in both are merged."""
+    result: Json = {}
+    for part in parts:
+        for name, value in part.items():
+            if isinstance(value, dict) and isinstance(result.get(name), dict):
+                result[name] = result[name] | value
+            elif value is not None:
+                result[name] = value
+    return result
+
+
+def _report_of_dropped(count: int) -> Json:
+    message = f"{count:,} reports were dropped while the tracker could not take them"
+    fingerprint = "miniapm: reports were dropped"
+    return {
+        "exception_class": "miniapm.ReportsDropped",
+        "message": message,
+        "backtrace": [],
+        "fingerprint": fingerprint,
+    }
+
+
+class Outbox:
+    """A bounded queue and the one thread that empties it into a destination.
+
+    `prepare` turns a report into an Occurrence, or None to drop it. What does not fit is counted
+    and dropped; the count is reported when there is room again. A report is kept until the
+    destination takes or refuses it.
+    """
+
+    def __init__(
+        self,
+        destination: StoreDestination | HttpDestination,
+        prepare: Callable[[Json], Occurrence | None],
+        complain: Complaints,
+    ) -> None:
+        self._destination = destination
+        self._prepare = prepare
+        self._complain = complain
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._process_id = os.getpid()
+        self._changed = threading.Condition()
+        self._reports: collections.deque[Json] = collections.deque()
+        self._in_hand = 0  # reports that the thread has taken and not yet delivered
+        self._dropped = 0
+        self._is_hurried = self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    def put(self, report: Json) -> None:
+        """Queue a report; never waits."""
+        if self._process_id != os.getpid():  # the parent's thread and reports are the parent's
+            self._start_anew()
+        with self._changed:
+            if len(self._reports) >= MAX_QUEUED_REPORTS or self._is_closed:
+                self._dropped += 1
+                return
+            self._reports.append(report)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="miniapm", daemon=True)
+                self._thread.start()
+                self._flush_when_a_child_ends()
+            self._changed.notify_all()
+
+    def _flush_when_a_child_ends(self) -> None:
+        # A multiprocessing child leaves by os._exit: atexit is not run there, this is.
+        if util := sys.modules.get("multiprocessing.util"):
+            util.Finalize(None, self.flush, exitpriority=0)
+
+    def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
+        """Try to deliver all that waits, for `timeout_s` at most; True when nothing is left."""
+        if self._process_id != os.getpid():
+            return True
+        with self._changed:
+            self._is_hurried = True
+            self._changed.notify_all()
+            is_empty = self._changed.wait_for(
+                lambda: not self._reports and not self._in_hand, max(0.0, timeout_s)
+            )
+        return is_empty
+
+    def close(self) -> None:
+        """Flush, end the thread, close the destination."""
+        self.flush()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        if self._thread is not None and self._process_id == os.getpid():
+            self._thread.join(FLUSH_TIMEOUT_S)
+        self._destination.close()
+
+    def _run(self) -> None:
+        while some := self._take():
+            self._deliver(collections.deque(self._prepared(some)))
+            with self._changed:
+                self._in_hand = 0
+                self._changed.notify_all()
+
+    def _take(self) -> list[Json]:
+        """Wait for reports and take some; none when the thread is to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._reports or self._is_closed)
+            if self._is_closed:
+                return []
+            count = min(len(self._reports), MAX_SENT_REPORTS)
+            some = [self._reports.popleft() for _ in range(count)]
+            self._in_hand = count
+            if self._dropped:
+                some.append(_report_of_dropped(self._dropped))
+                self._dropped = 0
+            return some
+
+    def _prepared(self, reports: list[Json]) -> Iterator[Occurrence]:
+        for report in reports:
+            try:
+                if (occurrence := self._prepare(report)) is not None:
+                    yield occurrence
+            except Exception as error:  # noqa: BLE001 - before_send is the host's
+                self._complain.say("a report was lost", f"{type(error).__name__}: {error}")
+
+    def _deliver(self, occurrences: collections.deque[Occurrence]) -> None:
+        pause_s = RETRY_FIRST_S
+        while occurrences and not self._is_closed:
+            try:
+                self._destination.deliver(occurrences, self._complain)
+            except Retry as retry:
+                self._complain.say("reports wait, will try again", retry)
+                self._pause(min(max(pause_s, retry.after_s), RETRY_LONGEST_S))
+                pause_s *= 2
+            except Exception as error:  # noqa: BLE001 - whatever it is, the host goes on
+                self._complain.say("reports were lost", f"{type(error).__name__}: {error}")
+                return
+
+    def _pause(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_hurried or self._is_closed, seconds)
+            self._is_hurried = False  # one attempt at once; then the pauses go on
+
+
+def destination_of(where: str, api_key: str | None) -> StoreDestination | HttpDestination:
+    """Return what a URL or a database's path stands for; BadSetting for a URL without a key."""
+    if not re.match(r"https?://", where):
+        return StoreDestination(where, api_key)
+    if not api_key:
+        raise BadSetting(f"{where} needs an API key: give api_key or set {variable_of('api_key')}")
+    return HttpDestination(where, api_key)
+
+
+def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], None]:
+    """Put `make(what is there)` in its place; return what puts it back, if nobody came after."""
+    original = getattr(owner, name)
+    ours = make(original)
+    setattr(owner, name, ours)
+
+    def undo() -> None:
+        if getattr(owner, name) is ours:
+            setattr(owner, name, original)
+
+    return undo
+
+
+def _hook(owner: Any, name: str, record: Callable[..., None]) -> Callable[[], None]:
+    """Call `record` before a hook; return the undo."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def hook(*arguments: Any) -> Any:
+            record(*arguments)
+            return original(*arguments)
+
+        return hook
+
+    return _replace(owner, name, make)
+
+
+class Client:
+    """Records errors of this program; what it does never raises, waits for long or recurses.
+
+    `where` is a tracker's URL or a database's path, `project_root` the folder of the
+    application's own code. `release` and `environment` are shown with each report, `with_locals`
+    adds the variables of the frame that failed. `before_send(occurrence)` returns the
+    occurrence, another one, or None to drop it; it runs in the background thread.
+
+    >>> client = Client("errors.db", release="1.2")
+    >>> uninstall = client.install()
+    """
+
+    def __init__(
+        self,
+        where: str,
+        *,
+        api_key: str | None = None,
+        project_root: str | None = None,
+        release: str | None = None,
+        environment: str | None = None,
+        with_locals: bool = True,
+        before_send: Callable[[Occurrence], Occurrence | None] | None = None,
+    ) -> None:
+        root = os.path.abspath(project_root or default_project_root())
+        self.destination = destination_of(where, api_key)
+        self._describer = Describer(root, release, environment, with_locals)
+        self._before_send = before_send
+        self._complain = Complaints()
+        self._outbox = Outbox(self.destination, self._prepare, self._complain)
+        self._surroundings: tuple[int, Json] = (0, {})
+        self.flush = self._outbox.flush
+
+    def record(self, error: BaseException, context: Json | None = None) -> None:
+        """Record an exception once, with the context given here and by `capture` and `wrap`.
+
+        `context` may hold user_id, request_id and params; other names are kept beside them.
+        Ends of a program (KeyboardInterrupt, SystemExit) are not recorded.
+        """
+        if isinstance(error, SKIPPED):
+            return
+        with contextlib.suppress(Exception):  # an object without a dictionary, or a hostile one
+            if error.__dict__.get("_miniapm_recorded"):
+                return
+            error.__dict__["_miniapm_recorded"] = True
+        self._record(functools.partial(self._describer.exception, error), context or {})
+
+    def record_log(self, record: logging.LogRecord) -> None:
+        """Record a log record at ERROR or above: its exception, or else its message."""
+        if record.levelno < logging.ERROR or _is_ours():
+            return
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        context: Json = {"logger": record.name}
+        user = getattr(getattr(record, "request", None), "_cached_user", None)  # Django's
+        if getattr(user, "is_authenticated", False):
+            context["user_id"] = str(getattr(user, "pk", user))
+        if error is None:
+            self._record(functools.partial(self._describer.log_record, record), context)
+        else:
+            self.record(error, context)
+
+    def _record(self, describe: Callable[[], Json], context: Json) -> None:
+        if _is_ours():
+            return
+        try:
+            with _own_work():
+                self._outbox.put(self._complete(describe(), context))
+        except Exception as error:  # noqa: BLE001 - the host must not notice
+            self._complain.say("an error could not be recorded", type(error).__name__)
+
+    def _complete(self, report: Json, context: Json) -> Json:
+        if self._surroundings[0] != os.getpid():
+            self._surroundings = (os.getpid(), self._describer.surroundings())
+        request = _current_request.get()
+        parts: list[Json] = [
+            report,
+            self._surroundings[1],
+            {"timestamp": iso_time(int(time.time() * 1000))},
+            request.describe() if request else {},
+        ]
+        for given in (_given_context.get({}), context):
+            known = {name: given[name] for name in CONTEXT_NAMES if given.get(name) is not None}
+            more = {name: value for name, value in given.items() if name not in CONTEXT_NAMES}
+            parts += [jsonable(known), {"context": jsonable(more)} if more else {}]
+        return merged(parts)
+
+    def _prepare(self, report: Json) -> Occurrence | None:
+        """Turn a report into an Occurrence and let the host have a look; off the host's threads."""
+        occurrence = parse_occurrence(report, int(time.time() * 1000))
+        return occurrence if self._before_send is None else self._before_send(occurrence)
+
+    def close(self) -> None:
+        """Flush, and record nothing more."""
+        self._outbox.close()
+
+    def install(self) -> Callable[[], None]:
+        """Record everything uncaught and every ERROR that is logged; return what undoes it.
+
+        Hooks: sys.excepthook, threading.excepthook, sys.unraisablehook, logging (and by it
+        asyncio's tasks), multiprocessing. Each calls what it replaced.
+        """
+        import multiprocessing.process  # only a program that captures pays for it
+
+        def around_process(original: Callable[..., Any]) -> Callable[..., Any]:
+            def bootstrap(process: Any, *arguments: Any, **options: Any) -> Any:
+                process.run = self._recording(process.run)
+                return original(process, *arguments, **options)
+
+            return bootstrap
+
+        process_class = multiprocessing.process.BaseProcess
+        undo = [
+            _hook(sys, "excepthook", lambda kind, error, tb: self._record_uncaught(error)),
+            _hook(threading, "excepthook", lambda said: self._record_uncaught(said.exc_value)),
+            _hook(sys, "unraisablehook", lambda said: self._record_uncaught(said.exc_value)),
+            # Not a handler: logging's defaults and Flask's look whether the root logger has one.
+            _hook(logging.Logger, "callHandlers", lambda logger, record: self.record_log(record)),
+            _replace(process_class, "_bootstrap", around_process),
+        ]
+        atexit.register(self.flush)
+
+        def uninstall() -> None:
+            for each in undo:
+                each()
+            atexit.unregister(self.flush)
+            self.close()
+
+        return uninstall
+
+    def _record_uncaught(self, error: BaseException | None) -> None:
+        if error is not None:
+            self.record(error)
+
+    def _recording(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            try:
+                return function(*arguments, **options)
+            except Exception as error:
+                self.record(error)
+                raise
+
+        return run
+
+
+class _Default:
+    """Holds the one client that init() sets."""
+
+    client: Client | None = None
+    undo: Callable[[], None] | None = None
+
+
+def init(
+    where: str | None = None,
+    *,
+    api_key: str | None = None,
+    project_root: str | None = None,
+    release: str | None = None,
+    environment: str | None = None,
+    with_locals: bool = True,
+    before_send: Callable[[Occurrence], Occurrence | None] | None = None,
+) -> Callable[[], None]:
+    """Record what goes wrong in this program from now on; return a function that undoes it.
+
+    `where` is a tracker's URL or a database's path, by default MINI_APM_URL; without either
+    nothing is recorded. `api_key` is by default MINI_APM_API_KEY. For the rest see Client.
+    Raises BadSetting for a URL without a key.
+
+    >>> uninstall = init("errors.db")
+    """
+    if _Default.undo is not None:
+        _Default.undo()
+    if not (where := where or os.environ.get(URL_VARIABLE)):
+        return lambda: None
+    client = Client(
+        where,
+        api_key=api_key or os.environ.get(variable_of("api_key")),
+        project_root=project_root,
+        release=release,
+        environment=environment,
+        with_locals=with_locals,
+        before_send=before_send,
+    )
+    _Default.client, uninstall = client, client.install()
+
+    def undo() -> None:
+        if _Default.client is client:
+            _Default.client = _Default.undo = None
+        uninstall()
+
+    _Default.undo = undo
+    return undo
+
+
+def record_error(error: BaseException | None = None, context: Json | None = None) -> None:
+    """Record an exception, by default the one being handled; does nothing before init().
+
+    `context` may hold user_id, request_id and params (a dictionary).
+
+    >>> record_error(ValueError("no"), context={"user_id": 7, "params": {"page": 3}})
+    """
+    error = error if error is not None else sys.exc_info()[1]
+    if _Default.client is not None and error is not None:
+        _Default.client.record(error, context)
+
+
+@contextlib.contextmanager
+def capture(**context: Any) -> Iterator[None]:
+    """Record an exception that leaves the block, which it still does, with a context.
+
+    The context also goes with whatever else is recorded within the block.
+
+    >>> with capture(user_id=7, params={"page": 3}):
+    ...     pass
+    """
+    token = _given_context.set(_given_context.get({}) | context)
+    try:
+        yield
+    except Exception as error:
+        record_error(error)
+        raise
+    finally:
+        _given_context.reset(token)
+
+
+class _KeptInput:
+    """A wsgi.input that remembers what the application reads of it."""
+
+    def __init__(self, stream: Any, request: Request) -> None:
+        self._stream = stream
+        self._request = request
+
+    def read(self, *size: int) -> bytes:
+        return self._request.keep(self._stream.read(*size))
+
+    def readline(self, *size: int) -> bytes:
+        return self._request.keep(self._stream.readline(*size))
+
+    def readlines(self, *hint: int) -> list[bytes]:
+        return [self._request.keep(line) for line in self._stream.readlines(*hint)]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self._request.keep, self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Serving:
+    """Adds a request to whatever is recorded in the block, and records what leaves it."""
+
+    __slots__ = ("_request", "_token")
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __enter__(self) -> None:
+        self._token = _current_request.set(self._request)
+
+    def __exit__(self, kind: object, error: BaseException | None, tb: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            record_error(error)
+        _current_request.reset(self._token)
+
+
+class _Answer:
+    """A WSGI answer whose parts are made with the request at hand."""
+
+    def __init__(self, parts: Iterable[bytes], request: Request) -> None:
+        self._parts, self._request = parts, request
+        self._iterator = iter(parts)
+
+    def __iter__(self) -> _Answer:
+        return self
+
+    def __next__(self) -> bytes:
+        with Serving(self._request):
+            return next(self._iterator)
+
+    def close(self) -> None:
+        if hasattr(self._parts, "close"):
+            with Serving(self._request):
+                self._parts.close()
+
+
+def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a WSGI application that adds its request to whatever is recorded meanwhile."""
+
+    def captured(environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        request = WsgiRequest(environ)
+        if "wsgi.input" in environ:
+            environ["wsgi.input"] = _KeptInput(environ["wsgi.input"], request)
+        with Serving(request):
+            parts = app(environ, start_response)
+        # What is a list already runs no more of the application's code.
+        return parts if type(parts) in (list, tuple) else _Answer(parts, request)
+
+    return captured
+
+
+def capture_asgi(app: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an ASGI application that adds its request to whatever is recorded meanwhile."""
+
+    async def captured(scope: Any, receive: Callable[[], Any], send: Callable[..., Any]) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await app(scope, receive, send)
+            return
+        request = AsgiRequest(scope)
+
+        async def kept_receive() -> Any:
+            message = await receive()
+            request.keep(message.get("body") or b"")
+            return message
+
+        with Serving(request):
+            await app(scope, kept_receive, send)
+
+    return captured
+
+
 # --- 10. Pages ------------------------------------------------------------------------------------
 
 SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24)}  # a trend's bars, hours in a bar
@@ -1886,22 +2943,23 @@ def readable(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
 
 
+def readable_rows(values: Json) -> list[tuple[str, str]]:
+    """Return the fields of a JSON object for a table."""
+    return [(name, readable(value)) for name, value in values.items()]
+
+
 def tables(occurrence: Occurrence) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return the (title, rows) of what an occurrence carries beside its backtrace."""
-    request = [
-        (name, value)
-        for name, value in (
-            ("User id", occurrence.user_id),
-            ("Request id", occurrence.request_id),
-        )
-        if value is not None
-    ]
-    titled = [
-        ("Request", request),
-        ("Params", [(key, readable(value)) for key, value in (occurrence.params or {}).items()]),
-        ("More fields", [(key, readable(value)) for key, value in occurrence.extra.items()]),
-    ]
-    return [(title, rows) for title, rows in titled if rows]
+    ids = [("User id", occurrence.user_id), ("Request id", occurrence.request_id)]
+    request = [(name, value) for name, value in ids if value is not None]
+    extra, single = occurrence.extra, []
+    titled = [("Request", request), ("Params", readable_rows(occurrence.params or {}))]
+    for name, value in extra.items():
+        if isinstance(value, dict) and value:
+            titled.append((name.replace("_", " ").capitalize(), readable_rows(value)))
+        else:
+            single.append((name, readable(value)))
+    return [(title, rows) for title, rows in [*titled, ("More fields", single)] if rows]
 
 
 _SNIPPETS = {
@@ -2777,8 +3835,6 @@ CORS_HEADERS = [
 SESSION_COOKIE = "miniapm_session"
 ACTIONS = {"resolve": "resolved", "ignore": "ignored", "reopen": "open"}
 
-Environ = dict[str, Any]
-
 
 def header_text(environ: Environ, name: str) -> str:
     """Return a header as text: UTF-8 where it is that, else the Latin-1 of RFC 9110."""
@@ -2893,6 +3949,15 @@ def check_host(environ: Environ, config: Config) -> None:
         raise Forbidden(
             "this Host is not allowed; if it is right, start with"
             f" {flag_of('allowed_hosts')} or {variable_of('allowed_hosts')}"
+        )
+
+
+def check_peer(environ: Environ) -> None:
+    """Refuse other machines: what has no password is for this one only."""
+    if not is_loopback_name(environ.get("REMOTE_ADDR", "")):
+        raise Forbidden(
+            "without a password the dashboard is for this machine only;"
+            f" to open it to others set {variable_of('password')}"
         )
 
 
@@ -3318,6 +4383,8 @@ class App:
         if is_machine_path(path):
             return
         check_host(environ, self._config)
+        if self._config.password is None:
+            check_peer(environ)
         if environ["REQUEST_METHOD"] == "POST":
             check_same_origin(environ)
         if not is_public(path) and not self._dashboard.has_session():
@@ -3346,6 +4413,134 @@ class App:
         answer = self._refuse(refusal)
         bottle.response.content_type = answer.content_type
         return answer.body
+
+
+def environ_of_asgi(scope: Mapping[str, Any], body: bytes) -> Environ:
+    """Return the WSGI environ of an ASGI request whose body has been read."""
+    host, port = scope.get("server") or ("", 0)
+    environ: Environ = {
+        "REQUEST_METHOD": scope["method"],
+        "SCRIPT_NAME": "",
+        "PATH_INFO": scope["path"].encode().decode("latin-1"),
+        "QUERY_STRING": scope.get("query_string", b"").decode("latin-1"),
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "SERVER_NAME": host,
+        "SERVER_PORT": str(port),
+        "REMOTE_ADDR": (scope.get("client") or [""])[0],
+        "wsgi.url_scheme": scope.get("scheme", "http"),
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.version": (1, 0),
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+    }
+    for name, value in scope["headers"]:
+        key = name.decode("latin-1").upper().replace("-", "_")
+        environ[key if key.startswith("CONTENT_") else f"HTTP_{key}"] = value.decode("latin-1")
+    return environ | {"CONTENT_LENGTH": str(len(body))}
+
+
+class Mount:
+    """The dashboard under a prefix of a host program, made in each process when first needed."""
+
+    def __init__(self, at: str, destination: StoreDestination, config: Config) -> None:
+        self.at = "/" + at.strip("/")
+        self._destination, self.config = destination, config
+        self._made: tuple[Store, App] | None = None
+
+    def takes(self, path: str) -> bool:
+        """Tell whether a path belongs to the dashboard."""
+        return path == self.at or path.startswith(self.at + "/")
+
+    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer a request of WSGI; what goes wrong is not recorded, for it is our own."""
+        with _own_work():
+            store = self._destination.store()
+            if self._made is None or self._made[0] is not store:
+                self._made = (store, App(store, self.config))
+            script_name = environ.get("SCRIPT_NAME", "") + self.at
+            path = environ["PATH_INFO"][len(self.at) :]
+            own = environ | {"SCRIPT_NAME": script_name, "PATH_INFO": path}
+            return self._made[1](own, start_response)
+
+    async def answer(
+        self, scope: Any, receive: Callable[[], Any], send: Callable[..., Any]
+    ) -> None:
+        """Answer a request of ASGI."""
+        import asyncio
+
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            more = message.get("more_body", False)
+            room = self.config.max_body_bytes + 1 - len(body)
+            body += message.get("body", b"")[: max(0, room)]
+        said: list[Any] = []
+
+        def start(status: str, headers: list[tuple[str, str]], *_: Any) -> None:
+            encoded = [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in headers]
+            said[:] = [int(status[:3]), encoded]
+
+        environ = environ_of_asgi(scope, bytes(body))
+        parts = await asyncio.to_thread(lambda: list(self(environ, start)))
+        await send({"type": "http.response.start", "status": said[0], "headers": said[1]})
+        await send({"type": "http.response.body", "body": b"".join(parts)})
+
+
+def is_asgi(app: Any) -> bool:
+    """Tell an ASGI application from one of WSGI."""
+    call = app if inspect.isfunction(app) or inspect.ismethod(app) else type(app).__call__
+    return inspect.iscoroutinefunction(call)
+
+
+def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> Mount:
+    client = _Default.client
+    if client is None or not isinstance(client.destination, StoreDestination):
+        raise BadSetting(f"at={at!r} shows a database: call init() with the path of one first")
+    config = load_config({}, os.environ, ("password", "allowed_hosts", "max_body_bytes"))
+    hosts = (*config.allowed_hosts, *(host.lower() for host in allowed_hosts))
+    given = dataclasses.replace(config, password=password or config.password, allowed_hosts=hosts)
+    return Mount(at, client.destination, given)
+
+
+def wrap(
+    app: Callable[..., Any],
+    *,
+    at: str | None = None,
+    password: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+) -> Callable[..., Any]:
+    """Return a WSGI or ASGI application that adds each request to what is recorded meanwhile.
+
+    With `at`, the dashboard of the database that init() named is served under that prefix,
+    guarded as the stand-alone one: by Host, by same origin and by `password` (by default
+    MINI_APM_PASSWORD); without a password it is for this machine only. Raises BadSetting when
+    there is no such database.
+
+    >>> def application(environ, start_response): ...
+    >>> application = wrap(application)
+    """
+    mount = None if at is None else _mount_for(at, password, allowed_hosts)
+    if is_asgi(app):
+        captured = capture_asgi(app)
+
+        async def asgi(scope: Any, receive: Callable[[], Any], send: Callable[..., Any]) -> None:
+            if mount is not None and scope["type"] == "http" and mount.takes(scope["path"]):
+                await mount.answer(scope, receive, send)
+            else:
+                await captured(scope, receive, send)
+
+        return asgi
+    captured = capture_wsgi(app)
+
+    def wsgi(environ: Environ, start_response: Callable[..., Any]) -> Any:
+        is_ours = mount is not None and mount.takes(environ.get("PATH_INFO", ""))
+        return (mount if mount is not None and is_ours else captured)(environ, start_response)
+
+    return wsgi
 
 
 # --- 12. Commands ---------------------------------------------------------------------------------
@@ -3632,7 +4827,70 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
     return 0
 
 
-COMMANDS = {"serve": run_serve, "keys": run_keys}
+def _run_script(path: str, arguments: Sequence[str]) -> None:
+    """Do what `python path arguments…` does, in a fresh __main__."""
+    full_path = os.path.abspath(path)
+    with open(full_path, "rb") as file:
+        code = compile(file.read(), full_path, "exec")
+    main_module = types.ModuleType("__main__")
+    main_module.__dict__.update({"__file__": full_path, "__builtins__": __builtins__})
+    sys.modules["__main__"] = main_module
+    sys.argv, sys.path[0] = [path, *arguments], os.path.dirname(full_path)
+    exec(code, main_module.__dict__)  # noqa: S102 - to run a program is what is asked for
+
+
+def _run_module(name: str, arguments: Sequence[str]) -> None:
+    """Do what `python -m name arguments…` does, in a fresh __main__."""
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.argv, sys.path[0] = [name, *arguments], os.getcwd()
+    runpy._run_module_as_main(name)  # type: ignore[attr-defined]
+
+
+def _end_as_python(error: BaseException) -> int:
+    """Print an uncaught exception without our own frames; return the exit status."""
+    tb = error.__traceback__
+    while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+        tb = tb.tb_next
+    error.__traceback__ = tb
+    sys.excepthook(type(error), error, tb)
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+
+
+def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
+    """Run a program under capture: its arguments, exit status and traceback are its own."""
+    split = 0
+    while split < len(arguments) and arguments[split].startswith("--"):
+        split += 1 if "=" in arguments[split] or arguments[split] == "--help" else 2
+    parser = _Parser(
+        prog=name,
+        usage=f"{name} [--url URL] [--db PATH] [--api-key KEY] (SCRIPT | -m MODULE) [ARGUMENT …]",
+        description="Run a Python program unchanged and record what goes wrong in it.",
+    )
+    parser.add_argument("--url", help=f"the tracker to report to [{URL_VARIABLE}]")
+    add_flags(parser, ("db", "api_key"))
+    given = parser.parse_args(arguments[:split])
+    program = list(arguments[split:])
+    if not program or program == ["-m"]:
+        raise BadSetting("which program? Give a script, or -m and a module")
+    if program[0] != "-m" and not os.path.isfile(program[0]):
+        raise MiniAPMError(f"there is no script {program[0]}")
+    config = load_config(vars(given), environ, ("db", "api_key"))
+    sys.modules.setdefault("miniapm", sys.modules[__name__])
+    is_module = program[0] == "-m"
+    root = None if is_module else os.path.dirname(os.path.abspath(program[0]))
+    url = given.url or environ.get(URL_VARIABLE)
+    init(url or config.db, api_key=config.api_key, project_root=root)
+    try:
+        if is_module:
+            _run_module(program[1], program[2:])
+        else:
+            _run_script(program[0], program[1:])
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the program's own end
+        return _end_as_python(error)
+    return 0
+
+
+COMMANDS = {"serve": run_serve, "keys": run_keys, "run": run_program}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

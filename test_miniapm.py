@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["bottle>=0.13", "waitress>=3.0", "pytest", "hypothesis", "requests", "playwright"]
+# dependencies = ["bottle>=0.13", "waitress>=3.0", "pytest", "hypothesis", "requests", "playwright",
+#     "flask", "django", "fastapi", "uvicorn", "gunicorn"]
 # ///
 """Tests of MiniAPM, in the order of the file they test.
 
@@ -12,16 +13,20 @@ but fail when MINI_APM_TEST_ALL is set.
 from __future__ import annotations
 
 import ast
+import asyncio
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import html.parser
 import http.client
 import http.server
 import io
 import json
+import logging
+import multiprocessing.process
 import os
 import re
 import shutil
@@ -34,6 +39,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 import wsgiref.util
 import wsgiref.validate
@@ -1683,6 +1689,1228 @@ def test_revoked_default_project_gets_no_new_key_by_itself(store: Store) -> None
     assert store.ensure_default_project().keys == ()
 
 
+# --- 9. Capture -----------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A client that records into a database of its own, and what it recorded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.client: Any = None
+
+    def init(self, **options: Any) -> Callable[[], None]:
+        undo = miniapm.init(str(self.path), **{"project_root": str(HERE)} | options)
+        self.client = miniapm._Default.client
+        return undo
+
+    def reports(self) -> list[dict[str, Any]]:
+        if self.client is not None:
+            assert self.client.flush(10)
+        return reports_in(self.path)
+
+    def report(self) -> dict[str, Any]:
+        (found,) = self.reports()
+        return found
+
+
+def reports_in(path: Path) -> list[dict[str, Any]]:
+    """Return every kept occurrence in order of receipt, as it would be shown."""
+    if not path.exists():
+        return []
+    with contextlib.closing(Store(str(path))) as store, store.reading() as db:
+        found = db.execute("SELECT body FROM occurrences ORDER BY id").fetchall()
+    return [miniapm.to_payload(miniapm.load_occurrence(row["body"], b"")) for row in found]
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Iterator[Recorder]:
+    made = Recorder(tmp_path / "errors.db")
+    made.init()
+    yield made
+    if miniapm._Default.undo is not None:
+        miniapm._Default.undo()
+
+
+def fail(text: str = "no such thing") -> None:
+    secret_token, count = "hunter2", 3
+    raise LookupError(text, secret_token[:0], count)
+
+
+def caught(function: Callable[..., Any], *arguments: Any) -> BaseException:
+    try:
+        function(*arguments)
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        return error
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("user 17 not found", "user 4,218 not found"),
+        ("mail to ann@a.example failed", "mail to bob.b+x@b.example.org failed"),
+        ("GET https://a.example/x?y=1 timed out", "GET http://b.example:80/ timed out"),
+        ("job 6f9619ff-8b86-d011-b42d-00cf4fc964ff", "job 6F9619FF-8B86-D011-B42D-00C04FC964FE"),
+        ("at 2024-01-01T12:00:00Z", "at 2025-11-30 01:02:03.456+01:00"),
+        ("connect 10.0.0.5:5432 refused", "connect 192.168.1.17 refused"),
+        ("object at 0x7f5d3c", "object at 0x1234567890ab"),
+        ("commit deadbeef01 is bad", "commit 0123456789abcdef0123 is bad"),
+        ("open /var/lib/app/a.db failed", "open /home/ann/b/c.txt failed"),
+        ("took 1.5 s", "took 12 s"),
+    ],
+)
+def test_fingerprint_ignores_the_variable_parts_of_a_message(one: str, other: str) -> None:
+    place = ("app.py", "f")
+    assert miniapm.fingerprint_of("E", one, place) == miniapm.fingerprint_of("E", other, place)
+    assert miniapm.fingerprint_of("E", one) == miniapm.fingerprint_of("E", other)
+
+
+def test_fingerprint_ignores_quoted_text_where_there_is_a_frame() -> None:
+    one, other = "no key 'ann' here", 'no key "bob" here'
+    place = ("app.py", "f")
+    assert miniapm.fingerprint_of("E", one, place) == miniapm.fingerprint_of("E", other, place)
+    assert miniapm.fingerprint_of("E", one) != miniapm.fingerprint_of("E", other)
+
+
+def test_fingerprint_tells_what_differs() -> None:
+    base = miniapm.fingerprint_of("E", "can't open it", ("a.py", "f"))
+    assert base == "E|a.py:f|can't open it"
+    for other in (("F", "a.py", "f", ""), ("E", "b.py", "f", ""), ("E", "a.py", "g", "")):
+        name, file, function, _ = other
+        assert miniapm.fingerprint_of(name, "can't open it", (file, function)) != base
+    assert miniapm.fingerprint_of("E", "can't close it", ("a.py", "f")) != base
+
+
+@pytest.mark.parametrize(
+    "text", ["a@" * 1_000, "1." * 1_000, "/a" * 1_000, "'" * 2_000, "0x" * 999]
+)
+def test_fingerprint_of_hostile_text_costs_linear_time(text: str) -> None:
+    for _ in range(50):
+        miniapm.fingerprint_of("E", text, ("a.py", "f"))
+
+
+def test_exception_is_described(recorder: Recorder) -> None:
+    miniapm.record_error(caught(fail))
+    report = recorder.report()
+    line = fail.__code__.co_firstlineno + 2
+    assert report["exception_class"] == "LookupError"
+    assert report["message"] == "('no such thing', '', 3)"
+    assert report["backtrace"][0] == "Traceback (most recent call last):\n"
+    assert f'test_miniapm.py", line {line}, in fail' in report["backtrace"][-2]
+    context = report["source_context"]
+    assert (context["lineno"], context["file"]) == (line, str(HERE / "test_miniapm.py"))
+    assert context["context_line"].startswith("    raise LookupError(text")
+    assert context["pre_context"][-1] == '    secret_token, count = "[FILTERED]", 3'.replace(
+        '"[FILTERED]"', '"hunter2"'
+    )
+    assert len(context["pre_context"]) == len(context["post_context"]) == 5
+    assert report["locals"] == {
+        "text": "'no such thing'",
+        "secret_token": "[FILTERED]",
+        "count": "3",
+    }
+    assert report["python"].split()[1] == sys.version.split()[0]
+    assert report["host_name"] == socket.gethostname()
+    assert report["process_id"] == os.getpid()
+    place = "LookupError|test_miniapm.py:fail|"
+    assert report["fingerprint"].startswith(place)
+
+
+def test_release_environment_and_locals_are_options(recorder: Recorder) -> None:
+    recorder.init(release="1.2", environment="staging", with_locals=False)
+    miniapm.record_error(caught(fail))
+    report = recorder.report()
+    assert (report["release"], report["environment"]) == ("1.2", "staging")
+    assert "locals" not in report
+
+
+class AppError(Exception):
+    """An error of the application's."""
+
+
+def test_class_name_is_qualified(recorder: Recorder) -> None:
+    miniapm.record_error(AppError("x"))
+    report = recorder.report()
+    assert report["exception_class"] == f"{__name__}.AppError"
+    assert "source_context" not in report
+
+
+def test_chain_is_in_the_backtrace(recorder: Recorder) -> None:
+    miniapm.record_error(raised(chained=True))
+    text = "".join(recorder.report()["backtrace"])
+    assert "JSONDecodeError" in text
+    assert "direct cause of the following exception" in text
+    assert text.rstrip().endswith("KeyError: 'outer'")
+
+
+def test_exception_group_is_in_the_backtrace(recorder: Recorder) -> None:
+    group = ExceptionGroup("several", [ValueError("one"), caught(fail)])
+    miniapm.record_error(group)
+    report = recorder.report()
+    text = "".join(report["backtrace"])
+    assert report["exception_class"] == "ExceptionGroup"
+    assert "ValueError: one" in text
+    assert "LookupError: ('no such thing'" in text
+
+
+def test_innermost_own_frame_is_not_the_library_s(recorder: Recorder) -> None:
+    miniapm.record_error(caught(failing, "{bad"))
+    report = recorder.report()
+    assert report["source_context"]["context_line"] == "    return json.loads(text)"
+    assert report["locals"] == {"text": "'{bad'"}
+    assert "|test_miniapm.py:failing|" in report["fingerprint"]
+
+
+def test_code_outside_the_project_is_library(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.init(project_root=str(tmp_path))
+    miniapm.record_error(caught(fail))
+    report = recorder.report()
+    assert "source_context" not in report
+    assert "locals" not in report
+    assert "|test_miniapm.py:fail|" in report["fingerprint"]
+
+
+class Hostile:
+    """Refuses everything it is asked."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+    __str__ = __repr__
+
+
+class Huge:
+    def __repr__(self) -> str:
+        return "x" * 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Hostile(), "<Hostile: its repr raised RuntimeError>"),
+        ([Hostile()], "<list: its repr raised RuntimeError>"),
+        ("x" * 10**7, "'" + "x" * 500 + "'…"),
+        (b"x" * 10**7, "b'" + "x" * 500 + "'…"),
+        pytest.param(1 << 10_000_000, "<int of 10,000,001 bits>", id="a large number"),
+        ({"a": [1, (2,)]}, "{'a': [1, (2)]}"),
+        ([[[[1]]]], "[[[<list of 1>]]]"),
+        (10**20, "100000000000000000000"),
+    ],
+)
+def test_repr_is_bounded_and_never_raises(value: Any, expected: str) -> None:
+    assert miniapm.safe_repr(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value", [list(range(10**6)), set(range(10**6)), dict.fromkeys(range(10**6)), Huge()]
+)
+def test_repr_of_much_is_short(value: Any) -> None:
+    assert len(miniapm.safe_repr(value)) < 600
+
+
+def test_repr_ends_for_what_holds_itself() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    assert miniapm.safe_repr(loop) == "[[[<list of 1>]]]"
+
+
+@given(JSON)
+def test_json_stays_json(value: Any) -> None:
+    json.dumps(miniapm.jsonable(value), allow_nan=False)
+
+
+def test_what_json_has_no_form_for_becomes_text() -> None:
+    value = {1: float("nan"), "when": Path("/x"), "h": Hostile(), "t": (1, {2})}
+    assert miniapm.jsonable(value) == {
+        "1": "nan",
+        "when": "PosixPath('/x')",
+        "h": "<Hostile: its repr raised RuntimeError>",
+        "t": [1, [2]],
+    }
+
+
+def test_hostile_exceptions_are_recorded(recorder: Recorder) -> None:
+    class Odd(Exception):
+        __slots__ = ()
+
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("no attribute")
+
+    miniapm.record_error(Odd())
+    miniapm.record_error(ValueError("x" * 10**7))
+    first, second = recorder.reports()
+    assert first["message"] == "<its text raised RuntimeError>"
+    assert len(second["message"]) < 11_000
+
+
+def recurse() -> None:
+    recurse()
+
+
+def test_recursion_and_memory_errors_are_recorded(recorder: Recorder) -> None:
+    miniapm.record_error(caught(recurse))
+    miniapm.record_error(MemoryError())
+    first, second = recorder.reports()
+    assert first["exception_class"] == "RecursionError"
+    assert second["exception_class"] == "MemoryError"
+    assert len(first["backtrace"]) < 600
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), GeneratorExit()])
+def test_ends_of_a_program_are_not_recorded(recorder: Recorder, error: BaseException) -> None:
+    miniapm.record_error(error)
+    assert recorder.reports() == []
+
+
+def test_record_error_takes_the_exception_at_hand_and_a_context(recorder: Recorder) -> None:
+    try:
+        fail()
+    except LookupError:
+        context = {"user_id": 7, "request_id": "r1", "params": {"a": 1, "password": "x"}, "b": 2}
+        miniapm.record_error(context=context)
+    report = recorder.report()
+    assert (report["user_id"], report["request_id"]) == ("7", "r1")
+    assert report["params"] == {"a": 1, "password": "[FILTERED]"}
+    assert report["context"] == {"b": 2}
+
+
+def test_record_error_before_init_does_nothing() -> None:
+    miniapm.record_error(ValueError("x"))
+    miniapm.record_error()
+
+
+def test_same_exception_is_recorded_once(recorder: Recorder) -> None:
+    error = caught(fail)
+    for _ in range(3):
+        miniapm.record_error(error)
+    logging.getLogger("test").error("again", exc_info=error)
+    assert len(recorder.reports()) == 1
+
+
+def test_capture_records_and_raises_on(recorder: Recorder) -> None:
+    with pytest.raises(LookupError), miniapm.capture(user_id=7, order=5):
+        fail()
+    with miniapm.capture(user_id=8), miniapm.capture(params={"a": 1}):
+        miniapm.record_error(ValueError("inside"))
+    miniapm.record_error(ValueError("outside"))
+    first, second, third = recorder.reports()
+    assert (first["user_id"], first["context"]) == ("7", {"order": 5})
+    assert (second["user_id"], second["params"]) == ("8", {"a": 1})
+    assert "user_id" not in third
+
+
+def test_init_without_a_destination_records_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINI_APM_URL", raising=False)
+    before = sys.excepthook
+    undo = miniapm.init()
+    assert sys.excepthook is before
+    miniapm.record_error(ValueError())
+    undo()
+
+
+def test_init_with_a_url_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINI_APM_API_KEY", raising=False)
+    with pytest.raises(miniapm.BadSetting, match="MINI_APM_API_KEY"):
+        miniapm.init("http://127.0.0.1:1")
+
+
+HOOKS = [
+    (sys, "excepthook"),
+    (threading, "excepthook"),
+    (sys, "unraisablehook"),
+    (logging.Logger, "callHandlers"),
+    (multiprocessing.process.BaseProcess, "_bootstrap"),
+]
+
+
+def test_undo_restores_every_hook(tmp_path: Path) -> None:
+    before = [getattr(owner, name) for owner, name in HOOKS]
+    undo = miniapm.init(str(tmp_path / "a.db"))
+    assert all(getattr(*hook) is not old for hook, old in zip(HOOKS, before, strict=True))
+    undo()
+    assert [getattr(owner, name) for owner, name in HOOKS] == before
+    assert miniapm._Default.client is None
+
+
+def test_second_init_replaces_the_first(tmp_path: Path) -> None:
+    before = [getattr(owner, name) for owner, name in HOOKS]
+    first = miniapm.init(str(tmp_path / "a.db"))
+    second = miniapm.init(str(tmp_path / "b.db"))
+    miniapm.record_error(ValueError("x"))
+    second()
+    first()
+    assert reports_in(tmp_path / "a.db") == []
+    assert len(reports_in(tmp_path / "b.db")) == 1
+    assert [getattr(owner, name) for owner, name in HOOKS] == before
+
+
+def test_undo_leaves_a_hook_that_came_after(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    undo = miniapm.init(str(tmp_path / "a.db"))
+
+    def later(*_: Any) -> None:
+        pass
+
+    sys.excepthook = later
+    undo()
+    assert sys.excepthook is later
+
+
+def test_excepthook_records_and_calls_the_one_before(tmp_path: Path, monkeypatch: Any) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(sys, "excepthook", lambda *said: called.append(said))
+    recorder = Recorder(tmp_path / "a.db")
+    undo = recorder.init()
+    error = caught(fail)
+    sys.excepthook(type(error), error, error.__traceback__)
+    assert recorder.report()["exception_class"] == "LookupError"
+    assert called == [(LookupError, error, error.__traceback__)]
+    undo()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_uncaught_error_of_a_thread_is_recorded(recorder: Recorder) -> None:
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert recorder.report()["locals"]["count"] == "3"
+
+
+class Reluctant:
+    def __del__(self) -> None:
+        fail("while deleted")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_unraisable_error_is_recorded(recorder: Recorder) -> None:
+    Reluctant()
+    assert "while deleted" in recorder.report()["message"]
+
+
+def test_logged_errors_are_recorded(recorder: Recorder) -> None:
+    logger = logging.getLogger("shop.cart")
+    logger.warning("not this")
+    logger.error("order %d of %s failed", 17, "ann@a.example")
+    logger.error("order %d of %s failed", 18, "bob@b.example")
+    try:
+        fail()
+    except LookupError:
+        logger.exception("with its exception")
+    first, second, third = recorder.reports()
+    assert first["exception_class"] == "logging.ERROR"
+    assert first["message"] == "order 17 of ann@a.example failed"
+    assert first["context"] == {"logger": "shop.cart"}
+    assert "logger.error(" in first["source_context"]["context_line"]
+    assert first["fingerprint"] == second["fingerprint"]
+    assert third["exception_class"] == "LookupError"
+
+
+def test_logging_works_as_without_capture(recorder: Recorder) -> None:
+    handlers = list(logging.getLogger().handlers)
+    logging.getLogger("x").error("y")
+    assert logging.getLogger().handlers == handlers
+    assert not logging.getLogger("x").handlers
+
+
+def test_bad_log_call_does_no_harm(
+    recorder: Recorder, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("alone")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(logging.NullHandler())
+    logger.error("%d", "no number")
+    assert recorder.reports() == []
+    assert "could not be recorded" in capsys.readouterr().err
+
+
+def test_asyncio_task_that_nobody_awaits_is_recorded(recorder: Recorder) -> None:
+    async def start() -> None:
+        async def failing_task() -> None:
+            fail("in a task")
+
+        task = asyncio.create_task(failing_task())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        del task
+        gc.collect()
+
+    asyncio.run(start())
+    assert "in a task" in recorder.report()["message"]
+
+
+def run_python(folder: Path, code: str, *arguments: str, **environ: str) -> Any:
+    (folder / "program.py").write_text(code)
+    environ = clean_environ() | {"PYTHONPATH": str(HERE)} | environ
+    return subprocess.run(
+        [sys.executable, "program.py", *arguments],
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_script_s_end_is_recorded_and_looks_as_without(tmp_path: Path) -> None:
+    code = "{}\ndef f(): raise ValueError('the end')\nf()\n"
+    plain = run_python(tmp_path, code.format("import miniapm"))
+    done = run_python(tmp_path, code.format("import miniapm; miniapm.init('errors.db')"))
+    assert done.returncode == plain.returncode == 1
+    assert done.stderr == plain.stderr.replace(
+        "import miniapm", "import miniapm; miniapm.init('errors.db')"
+    )
+    (found,) = reports_in(tmp_path / "errors.db")
+    assert found["message"] == "the end"
+    assert found["fingerprint"] == "ValueError|program.py:f|the end"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_multiprocessing_children_record(tmp_path: Path, method: str) -> None:
+    code = f"""
+import miniapm, multiprocessing
+miniapm.init("errors.db")
+def work(number):
+    raise ValueError(f"child {{number}}")
+if __name__ == "__main__":
+    miniapm.record_error(ValueError("parent"))
+    context = multiprocessing.get_context({method!r})
+    children = [context.Process(target=work, args=(n,)) for n in range(3)]
+    for child in children: child.start()
+    for child in children: child.join()
+    print([child.exitcode for child in children])
+"""
+    done = run_python(tmp_path, code)
+    assert done.stdout == "[1, 1, 1]\n", done.stderr
+    assert "ValueError: child 0" in done.stderr
+    found = reports_in(tmp_path / "errors.db")
+    assert sorted(one["message"] for one in found) == ["child 0", "child 1", "child 2", "parent"]
+    assert len({one["process_id"] for one in found}) == 4
+
+
+def test_fork_leaves_the_parent_s_reports_to_the_parent(tmp_path: Path) -> None:
+    code = """
+import miniapm, os
+miniapm.init("errors.db")
+for number in range(50): miniapm.record_error(ValueError(f"parent {number}"))
+child = os.fork()
+miniapm.record_error(ValueError("child" if child == 0 else "after"))
+if child == 0:
+    miniapm._Default.client.flush(5)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+    assert run_python(tmp_path, code).returncode == 0
+    found = collections.Counter(one["message"] for one in reports_in(tmp_path / "errors.db"))
+    assert len(found) == 52
+    assert set(found.values()) == {1}
+
+
+def wsgi_environ(path: str = "/cart", body: bytes = b"", **headers: str) -> dict[str, Any]:
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": "POST" if body else "GET",
+        "SCRIPT_NAME": "",
+        "PATH_INFO": path,
+        "QUERY_STRING": "page=2&token=hunter2",
+        "HTTP_HOST": "shop.example",
+        "HTTP_X_REQUEST_ID": "req-9",
+        "HTTP_AUTHORIZATION": "Bearer hunter2hunter2",
+        "HTTP_COOKIE": "session=hunter2",
+        "REMOTE_ADDR": "192.0.2.7",
+        "CONTENT_LENGTH": str(len(body)),
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": io.StringIO(),
+    } | headers
+    wsgiref.util.setup_testing_defaults(environ)
+    return environ
+
+
+def call_wsgi(app: Any, environ: dict[str, Any]) -> list[Any]:
+    said: list[Any] = []
+
+    def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+        said.append(status)
+        return said.append
+
+    parts = wsgiref.validate.validator(app)(environ, start_response)
+    try:
+        said.append(b"".join(parts))
+    finally:
+        parts.close()
+    return said
+
+
+FORM = b"name=ann&password=hunter2&item=1&item=2"
+FORM_TYPE = {"CONTENT_TYPE": "application/x-www-form-urlencoded"}
+
+
+def assert_has_request(report: dict[str, Any], method: str = "POST") -> None:
+    request = report["request"]
+    assert request["method"] == method
+    assert request["url"] == "http://shop.example/cart?page=2&token=[FILTERED]"
+    assert request["remote_address"] == "192.0.2.7"
+    assert request["headers"]["Host"] == "shop.example"
+    assert request["headers"]["Authorization"] == "[FILTERED]"
+    assert request["headers"]["Cookie"] == "[FILTERED]"
+    assert report["request_id"] == "req-9"
+    assert "hunter2" not in json.dumps(report["request"])
+    if method == "POST":
+        assert request["form"] == {"name": "ann", "password": "[FILTERED]", "item": ["1", "2"]}
+
+
+def test_wsgi_request_is_recorded_with_what_leaves_it(recorder: Recorder) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        environ["wsgi.input"].read(9)
+        environ["wsgi.input"].read(1_000)
+        fail()
+
+    with pytest.raises(LookupError):
+        call_wsgi(miniapm.wrap(app), wsgi_environ(body=FORM, REMOTE_USER="ann", **FORM_TYPE))
+    report = recorder.report()
+    assert_has_request(report)
+    assert report["user_id"] == "ann"
+    miniapm.record_error(ValueError("afterwards"))
+    assert "request" not in recorder.reports()[1]
+
+
+def test_wsgi_request_is_recorded_with_what_an_answer_s_parts_raise(recorder: Recorder) -> None:
+    closed = []
+
+    class Parts:
+        def __iter__(self) -> Iterator[bytes]:
+            miniapm.record_error(ValueError("first part"))
+            yield b"one"
+            fail()
+
+        def close(self) -> None:
+            closed.append(True)
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return Parts()
+
+    with pytest.raises(LookupError):
+        call_wsgi(miniapm.wrap(app), wsgi_environ())
+    assert closed == [True]
+    for report in recorder.reports():
+        assert_has_request(report, "GET")
+
+
+def test_wsgi_answer_passes_unchanged(recorder: Recorder) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        write = start_response("201 Created", [("Content-Type", "text/plain")])
+        write(b"a")
+        return iter([b"b", environ["wsgi.input"].read(3), b"c"])
+
+    said = call_wsgi(miniapm.wrap(app), wsgi_environ(body=b"xyz"))
+    assert said == ["201 Created", b"a", b"bxyzc"]
+    assert recorder.reports() == []
+
+
+def test_multipart_form_is_recorded_without_its_files(recorder: Recorder) -> None:
+    body = (
+        b'--B\r\nContent-Disposition: form-data; name="name"\r\n\r\nann\r\n'
+        b'--B\r\nContent-Disposition: form-data; name="password"\r\n\r\nhunter2\r\n'
+        b'--B\r\nContent-Disposition: form-data; name="f"; filename="x.txt"\r\n\r\ncontent\r\n--B--'
+    )
+
+    def app(environ: Any, start_response: Any) -> Any:
+        environ["wsgi.input"].read(10_000)
+        fail()
+
+    kind = {"CONTENT_TYPE": "multipart/form-data; boundary=B"}
+    with pytest.raises(LookupError):
+        call_wsgi(miniapm.wrap(app), wsgi_environ(body=body, **kind))
+    assert recorder.report()["request"]["form"] == {"name": "ann", "password": "[FILTERED]"}
+
+
+def flask_app() -> Any:
+    import flask
+
+    app = flask.Flask("shop")
+
+    @app.post("/cart")
+    def cart() -> str:
+        flask.g._login_user = type("User", (), {"get_id": lambda self: "user-5"})()
+        assert flask.request.form["name"] == "ann"
+        fail("in flask")
+        return ""
+
+    @app.get("/log")
+    def log() -> str:
+        app.logger.error("logged in flask")
+        return "fine"
+
+    return app
+
+
+def test_flask_error_arrives_once_with_its_request(recorder: Recorder, caplog: Any) -> None:
+    app = flask_app()
+    app.wsgi_app = miniapm.wrap(app.wsgi_app)
+    said = call_wsgi(app, wsgi_environ(body=FORM, **FORM_TYPE))
+    assert said[0] == "500 INTERNAL SERVER ERROR"
+    report = recorder.report()
+    assert "in flask" in report["message"]
+    assert_has_request(report)
+    assert report["user_id"] == "user-5"
+    assert "in flask" in caplog.text  # Flask's own log is as without us
+
+
+def test_flask_error_that_propagates_arrives_once(recorder: Recorder) -> None:
+    app = flask_app()
+    app.config["PROPAGATE_EXCEPTIONS"] = True
+    with pytest.raises(LookupError):
+        call_wsgi(miniapm.wrap(app), wsgi_environ(body=FORM, **FORM_TYPE))
+    assert_has_request(recorder.report())
+
+
+def test_flask_log_has_its_request(recorder: Recorder) -> None:
+    call_wsgi(miniapm.wrap(flask_app()), wsgi_environ("/log"))
+    report = recorder.report()
+    assert (report["message"], report["request"]["method"]) == ("logged in flask", "GET")
+
+
+def django_app() -> Any:
+    import django
+    from django.conf import settings as django_settings
+    from django.http import HttpRequest, HttpResponse
+
+    def cart(request: HttpRequest) -> HttpResponse:
+        assert request.POST["name"] == "ann"
+        request._cached_user = type("User", (), {"is_authenticated": True, "pk": 77})()
+        fail("in django")
+
+    if not django_settings.configured:
+        urls = types.ModuleType("django_urls")
+        from django.urls import path
+
+        urls.urlpatterns = [path("cart", cart)]  # type: ignore[attr-defined]
+        sys.modules["django_urls"] = urls
+        django_settings.configure(
+            DEBUG=False, ALLOWED_HOSTS=["*"], ROOT_URLCONF="django_urls", SECRET_KEY="x"
+        )
+        django.setup()
+    from django.core.wsgi import get_wsgi_application
+
+    return get_wsgi_application()
+
+
+def test_django_error_arrives_once_with_its_request(recorder: Recorder) -> None:
+    app = miniapm.wrap(django_app())
+    said = call_wsgi(app, wsgi_environ(body=FORM, **FORM_TYPE))
+    assert said[0] == "500 Internal Server Error"
+    report = recorder.report()
+    assert "in django" in report["message"]
+    assert_has_request(report)
+    assert report["user_id"] == "77"
+    assert "|test_miniapm.py:fail|" in report["fingerprint"]
+
+
+def call_asgi(app: Any, body: bytes = b"", path: str = "/cart", **more: Any) -> list[Any]:
+    kind = FORM_TYPE["CONTENT_TYPE"]
+    headers = {
+        "host": "shop.example",
+        "x-request-id": "req-9",
+        "authorization": "Bearer hunter2hunter2",
+        "cookie": "session=hunter2",
+        "content-type": kind,
+    } | more.pop("headers", {})
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST" if body else "GET",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"page=2&token=hunter2",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "client": ("192.0.2.7", 4000),
+        "server": ("127.0.0.1", 80),
+    } | more
+    incoming = [
+        {"type": "http.request", "body": body[:10], "more_body": True},
+        {"type": "http.request", "body": body[10:]},
+    ]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return incoming.pop(0) if incoming else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return sent
+
+
+def test_asgi_request_is_recorded_with_what_leaves_it(recorder: Recorder) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        fail()
+
+    user = type("User", (), {"is_authenticated": True, "identity": "ann"})()
+    with pytest.raises(LookupError):
+        call_asgi(miniapm.wrap(app), FORM, user=user)
+    report = recorder.report()
+    assert_has_request(report)
+    assert report["user_id"] == "ann"
+
+
+def test_asgi_answer_and_other_scopes_pass_unchanged(recorder: Recorder) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["type"])
+        await send({"type": "x"})
+
+    assert call_asgi(miniapm.wrap(app)) == [{"type": "x"}]
+    call_asgi(miniapm.wrap(app), type="lifespan")
+    assert seen == ["http", "lifespan"]
+    assert recorder.reports() == []
+
+
+def test_fastapi_error_arrives_once_with_its_request(recorder: Recorder) -> None:
+    import fastapi
+
+    app = fastapi.FastAPI()
+
+    @app.post("/cart")
+    def cart() -> None:
+        fail("in fastapi")
+
+    async def other(request: Any) -> None:
+        await request.body()
+        miniapm.record_error(ValueError("by hand"))
+        fail("in async fastapi")
+
+    app.add_route("/async", other, methods=["POST"])
+    wrapped = miniapm.wrap(app)
+    with pytest.raises(LookupError):
+        call_asgi(wrapped, FORM)
+    with pytest.raises(LookupError):
+        call_asgi(wrapped, FORM, "/async")
+    first, second, third = recorder.reports()
+    assert first["request"]["url"] == "http://shop.example/cart?page=2&token=[FILTERED]"
+    assert "in fastapi" in first["message"]
+    assert (second["message"], second["request"]["form"]["name"]) == ("by hand", "ann")
+    assert "in async fastapi" in third["message"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def serving(folder: Path, port: int, *command: str) -> Iterator[str]:
+    """Run a host program's server until the block ends; yield its address."""
+    environ = clean_environ() | {"PYTHONPATH": str(HERE)}
+    log = (folder / "server.log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=folder, env=environ, stdout=log, stderr=log
+    )
+    try:
+        with socket.socket() as probe:
+            wait_until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0, 20)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(15)
+        log.close()
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
+def test_gunicorn_s_workers_share_one_database(tmp_path: Path, preload: list[str]) -> None:
+    (tmp_path / "app.py").write_text("""
+import os, miniapm
+miniapm.init("errors.db")
+def application(environ, start_response):
+    raise ValueError("from worker %d" % os.getpid())
+application = miniapm.wrap(application, at="/errors")
+""")
+    port = free_port()
+    command = ["gunicorn", "-w", "2", "-b", f"127.0.0.1:{port}", *preload, "app:application"]
+    with serving(tmp_path, port, *command) as url:
+        for _ in range(40):
+            assert requests.get(url + "/x", timeout=10).status_code == 500
+
+        def found() -> Any:
+            return requests.get(url + "/errors/errors.json", timeout=10).json()["errors"]
+
+        wait_until(lambda: sum(error["occurrences"] for error in found()) == 40)
+        assert len(found()) == 1
+    reports = reports_in(tmp_path / "errors.db")
+    assert len(reports) == 40
+    assert len({one["process_id"] for one in reports}) == 2
+
+
+def readme_examples() -> list[str]:
+    section = README.partition("## In your program")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_readme_has_three_examples_of_six_lines() -> None:
+    examples = readme_examples()
+    assert len(examples) == 3
+    assert all(len(text.strip().splitlines()) <= 6 for text in examples)
+
+
+def test_readme_script_example_records(tmp_path: Path) -> None:
+    run_python(tmp_path, readme_examples()[0])
+    (found,) = reports_in(tmp_path / "errors.db")
+    assert found["exception_class"] == "ZeroDivisionError"
+
+
+@pytest.mark.parametrize(("number", "server"), [(1, "flask"), (2, "uvicorn")])
+def test_readme_web_example_records_and_shows(tmp_path: Path, number: int, server: str) -> None:
+    (tmp_path / "app.py").write_text(readme_examples()[number])
+    port = free_port()
+    commands = {
+        "flask": ["flask", "run", "--port", str(port)],
+        "uvicorn": ["uvicorn", "app:app", "--port", str(port)],
+    }
+    with serving(tmp_path, port, *commands[server]) as url:
+        answer = requests.get(url + "/", headers={"X-Request-ID": "req-1"}, timeout=10)
+        assert answer.status_code == 500
+        wait_until(lambda: reports_in(tmp_path / "errors.db"))
+        page = requests.get(url + "/errors", timeout=10)
+        assert page.url == url + "/errors/errors"
+        assert "ZeroDivisionError" in page.text
+        crawl(url, "/errors/errors")
+        moved = requests.post(url + "/errors/errors/1", data={"action": "resolve"}, timeout=10)
+        assert "badge resolved" in moved.text
+        assert requests.get(url + "/errorsome", timeout=10).status_code == 404
+    (found,) = reports_in(tmp_path / "errors.db")
+    assert (found["request_id"], found["request"]["url"]) == ("req-1", url + "/")
+
+
+def crawl(url: str, start: str) -> None:
+    """Follow every link of the pages from one on; all must lead somewhere under its prefix."""
+    seen, todo = set(), [start]
+    while todo:
+        path = todo.pop()
+        answer = requests.get(url + path, timeout=10)
+        assert answer.status_code == 200, path
+        if "html" not in answer.headers["Content-Type"]:
+            continue
+        for target in re.findall(r'(?:href|src|action)="([^"]*)"', answer.text):
+            target = html.unescape(target).partition("#")[0]
+            assert target.startswith("/errors/"), (path, target)
+            if target not in seen:
+                seen.add(target)
+                todo.append(target)
+    assert len(seen) > 8
+
+
+def test_dashboard_needs_a_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        return []
+
+    with pytest.raises(miniapm.BadSetting, match="database"):
+        miniapm.wrap(app, at="/errors")
+    undo = miniapm.init("http://127.0.0.1:1", api_key="x")
+    with pytest.raises(miniapm.BadSetting, match="database"):
+        miniapm.wrap(app, at="/errors")
+    undo()
+
+
+def mounted(**options: Any) -> Any:
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"the host"]
+
+    return miniapm.wrap(app, at="/errors", **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, 200),
+        ({"HOST": "evil.example"}, 403),
+        ({"address": "192.0.2.7"}, 403),
+        ({"address": ""}, 403),
+        ({"address": "::1"}, 200),
+    ],
+)
+def test_mounted_dashboard_without_a_password_is_for_this_machine(
+    recorder: Recorder, changes: Any, status: int
+) -> None:
+    client = Client(mounted(), "")
+    assert client.request("GET", "/errors/errors.json", **changes).status == status
+    assert client.request("GET", "/other", **changes).body == b"the host"
+
+
+def test_mounted_dashboard_refuses_cross_site_changes(recorder: Recorder) -> None:
+    client = Client(mounted(), "")
+    miniapm.record_error(ValueError("x"))
+    assert recorder.reports()
+    own = {"ORIGIN": "http://127.0.0.1:3000"}
+    for headers, status in (({"ORIGIN": "http://evil.example"}, 403), (own, 303)):
+        answer = client.request("POST", "/errors/errors/1", b"action=ignore", **headers)
+        assert answer.status == status
+
+
+def test_mounted_dashboard_with_a_password_has_a_login(recorder: Recorder) -> None:
+    client = Client(mounted(password="open sesame", allowed_hosts=["shop.example"]), "")
+    far = {"HOST": "shop.example", "address": "192.0.2.7"}
+    answer = client.request("GET", "/errors/errors", **far)
+    assert answer.headers["Location"].startswith("/errors/login?next=")
+    logged_in = client.post_form("/errors/login", password="open sesame")
+    client.cookie = logged_in.cookies[0].partition(";")[0]
+    assert "Path=/errors" in logged_in.cookies[0]
+    assert client.request("GET", "/errors/errors.json", **far).status == 200
+
+
+def test_mounted_dashboard_works_in_asgi(recorder: Recorder) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send("the host")
+
+    wrapped = miniapm.wrap(app, at="errors")
+    local = {"client": ("127.0.0.1", 1), "headers": {"host": "localhost"}}
+    miniapm.record_error(ValueError("shown"))
+    assert recorder.reports()
+    start, body = call_asgi(wrapped, b"", "/errors/errors", **local)
+    assert start["status"] == 200
+    start, body = call_asgi(wrapped, b"", "/errors/errors/1", **local)
+    assert start["status"] == 200
+    assert b"shown" in body["body"]
+    start, _ = call_asgi(wrapped, b"action=resolve", "/errors/errors/1", **local)
+    assert start["status"] == 303
+    assert call_asgi(wrapped, b"", "/other", **local) == ["the host"]
+
+
+class FakeTracker(http.server.BaseHTTPRequestHandler):
+    """Answers as the test says and remembers what it was sent."""
+
+    answers: list[tuple[int, dict[str, str]]]
+    batches: list[Any]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status, headers = self.answers.pop(0) if self.answers else (202, {})
+        self.batches.append((status, json.loads(body)["errors"]))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def tracker() -> Iterator[Any]:
+    handler = type("Handler", (FakeTracker,), {"answers": [], "batches": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler.url = f"http://127.0.0.1:{server.server_address[1]}"  # type: ignore[attr-defined]
+    yield handler
+    if miniapm._Default.undo is not None:
+        miniapm._Default.undo()
+    server.shutdown()
+    server.server_close()
+
+
+def accepted(tracker: Any) -> list[str]:
+    return [one["message"] for status, batch in tracker.batches if status == 202 for one in batch]
+
+
+def test_reports_go_to_a_url_in_batches(tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_APM_URL", tracker.url)
+    monkeypatch.setenv("MINI_APM_API_KEY", KEY)
+    miniapm.init()
+    for number in range(250):
+        miniapm.record_error(ValueError(f"{number}"))
+    assert miniapm._Default.client.flush(10)  # type: ignore[union-attr]
+    assert accepted(tracker) == [str(number) for number in range(250)]
+    assert len(tracker.batches) < 20
+    assert max(len(batch) for _, batch in tracker.batches) <= miniapm.MAX_SENT_REPORTS
+
+
+def test_unavailable_tracker_is_tried_again_and_refusal_is_not(tracker: Any, capsys: Any) -> None:
+    tracker.answers[:] = [(503, {"Retry-After": "1"}), (500, {}), (202, {}), (401, {}), (202, {})]
+    miniapm.init(tracker.url, api_key=KEY)
+    client = miniapm._Default.client
+    assert client is not None
+    for name in ("kept", "refused", "next"):
+        miniapm.record_error(ValueError(name))
+        assert client.flush(10)
+    assert [status for status, _ in tracker.batches] == [503, 500, 202, 401, 202]
+    assert accepted(tracker) == ["kept", "next"]
+    errors = capsys.readouterr().err
+    assert errors.count("reports wait, will try again") == 1
+    assert errors.count("refused with HTTP 401") == 1
+
+
+def test_large_reports_are_sent_in_several_requests(tracker: Any) -> None:
+    miniapm.init(tracker.url, api_key=KEY)
+    waiting = collections.deque(
+        parse(backtrace=["x" * 9_000] * 50, message=str(number)) for number in range(30)
+    )
+    destination = miniapm._Default.client.destination  # type: ignore[union-attr]
+    destination.deliver(waiting, miniapm.Complaints())
+    assert not waiting
+    assert accepted(tracker) == [str(number) for number in range(30)]
+    assert len(tracker.batches) >= 3
+
+
+def test_overflow_is_counted_and_reported_when_things_recover(
+    tracker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miniapm, "MAX_QUEUED_REPORTS", 10)
+    tracker.answers[:] = [(503, {})]
+    miniapm.init(tracker.url, api_key=KEY)
+    client = miniapm._Default.client
+    assert client is not None
+    miniapm.record_error(ValueError("first"))
+    wait_until(lambda: tracker.batches)
+    for number in range(25):
+        miniapm.record_error(ValueError(str(number)))
+    assert client.flush(10)
+    got = accepted(tracker)
+    assert got[:11] == ["first", *map(str, range(10))]
+    assert got[11:] == ["15 reports were dropped while the tracker could not take them"]
+
+
+def test_reports_wait_for_a_tracker_that_comes_up_later(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    port = free_port()
+    code = f"""
+import miniapm, sys
+miniapm.init("http://127.0.0.1:{port}", api_key="shared-key")
+for number in range(120): miniapm.record_error(ValueError(f"number {{number}}"))
+print("queued", flush=True)
+sys.stdin.readline()
+"""
+    (tmp_path / "program.py").write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env=clean_environ() | {"PYTHONPATH": str(HERE)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "queued\n"
+    time.sleep(5)  # what is tested: the tracker is away for five seconds
+    server = start("--port", str(port), MINI_APM_API_KEY="shared-key")
+    wait_until(lambda: sum(error["occurrences"] for error in server.errors()) == 120, 30)
+    process.communicate("\n", timeout=10)
+    assert sum(error["occurrences"] for error in server.errors()) == 120
+
+
+def test_host_ends_in_time_when_the_tracker_stays_away(tmp_path: Path) -> None:
+    code = f"""
+import miniapm
+miniapm.init("http://127.0.0.1:{free_port()}", api_key="x")
+for number in range(500): miniapm.record_error(ValueError(f"number {{number}}"))
+"""
+    began = time.monotonic()
+    done = run_python(tmp_path, code)
+    assert time.monotonic() - began < 3
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1
+    assert "reports wait, will try again" in done.stderr
+
+
+def test_failing_disk_makes_no_loop(recorder: Recorder, capsys: Any) -> None:
+    store = recorder.client.destination.store()
+    store.ensure_default_project(KEY)
+    client = Client(mounted(), "")
+    store.write(lambda db: db.execute(POISON.replace("LIKE '%poison%'", "NOTNULL").format("FAIL")))
+    began = len(store._writer._jobs)
+    for number in range(20):
+        miniapm.record_error(ValueError(str(number)))
+        answer = client.post_json("/errors/ingest/errors", report())
+        assert answer.status == 500
+        logging.getLogger("host").error("the host goes on")
+    recorder.client.flush(1)
+    assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(0,)]
+    assert len(store._writer._jobs) == began == 0
+    complaints = capsys.readouterr().err
+    assert complaints.count("miniapm: ") <= 3
+    assert len(recorder.client._outbox._reports) <= 40
+
+
+def test_error_of_our_own_is_not_recorded(recorder: Recorder, monkeypatch: Any) -> None:
+    client = Client(mounted(), "")
+    assert client.get("/errors/errors.json").status == 200
+    monkeypatch.setattr(recorder.client.destination.store(), "errors", None)
+    assert client.get("/errors/errors.json").status == 500
+    thread = threading.Thread(target=miniapm.record_error, args=(ValueError("x"),), name="miniapm")
+    thread.start()
+    thread.join()
+    assert recorder.reports() == []
+
+
+def test_recording_does_not_recurse(recorder: Recorder) -> None:
+    class Chatty:
+        def __repr__(self) -> str:
+            logging.getLogger("chatty").error("from a repr")
+            return "chatty"
+
+    def failing_with(value: Any) -> None:
+        raise ValueError("once")
+
+    miniapm.record_error(caught(failing_with, Chatty()))
+    assert recorder.report()["locals"] == {"value": "chatty"}
+
+
+def test_before_send_changes_and_drops(recorder: Recorder, capsys: Any) -> None:
+    def before_send(one: miniapm.Occurrence) -> miniapm.Occurrence | None:
+        if one.message == "bad":
+            raise RuntimeError("in before_send")
+        return None if one.message == "no" else dataclasses.replace(one, message="changed")
+
+    recorder.init(before_send=before_send)
+    for text in ("yes", "no", "bad"):
+        miniapm.record_error(ValueError(text))
+    assert recorder.report()["message"] == "changed"
+    assert "RuntimeError: in before_send" in capsys.readouterr().err
+
+
+def test_complaints_come_once_a_minute(clock: Clock, capsys: Any) -> None:
+    complain = miniapm.Complaints(clock)
+    for _ in range(5):
+        complain.say("a kind", "password=hunter2 \x1b[31m")
+        clock.seconds += 20
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["miniapm: a kind: password=[FILTERED] ␛[31m"] * 2
+
+
+def test_recording_does_not_wait_for_a_locked_database(recorder: Recorder) -> None:
+    miniapm.record_error(ValueError("first"))
+    assert recorder.reports()
+    with locked(recorder.path):
+        began = time.monotonic()
+        for number in range(100):
+            miniapm.record_error(ValueError(str(number)))
+        assert time.monotonic() - began < 1
+    assert len(recorder.reports()) == 101
+
+
+def test_capture_keeps_its_database_small(recorder: Recorder, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MINI_APM_MAX_OCCURRENCES", "5")
+    monkeypatch.setattr(miniapm, "SWEEP_INTERVAL_S", 0)
+    for number in range(40):
+        miniapm.record_error(ValueError("same"))
+    assert recorder.client.flush(10)
+    wait_until(lambda: len(reports_in(recorder.path)) == 5)
+
+
 # --- 10. Pages ------------------------------------------------------------------------------------
 
 
@@ -2761,6 +3989,75 @@ def test_keys_refuse_in_one_line(tmp_path: Path) -> None:
     assert "a" in run("keys", "--db", "miniapm.db", cwd=tmp_path, MINI_APM_PORT="x").stdout
     assert run("keys", "create", "b", "--db", "miniapm.db", cwd=tmp_path).returncode == 0
     assert "b" in run("keys", cwd=tmp_path).stdout
+
+
+PROGRAM = """
+import sys
+print(__name__, sys.argv, __file__, sys.path[0])
+import helper
+def f(): helper.g()
+if sys.argv[1] == "exit": sys.exit(7)
+f()
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "program.py").write_text(PROGRAM)
+    (folder / "helper.py").write_text("def g(): raise ValueError('in helper')\n")
+    return folder
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=clean_environ(),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("argument", ["exit", "--fail"])
+@pytest.mark.parametrize("target", [["program.py"], ["-m", "program"]], ids=["script", "module"])
+def test_run_is_as_without_it(program: Path, target: list[str], argument: str) -> None:
+    plain = python(program, *target, argument, "--url", "x")
+    done = run("run", "--db", "e.db", *target, argument, "--url", "x", cwd=program)
+    assert done.returncode == plain.returncode == (7 if argument == "exit" else 1)
+    assert done.stdout == plain.stdout
+    assert done.stderr == plain.stderr
+    found = [one["message"] for one in reports_in(program / "e.db")]
+    assert found == ([] if argument == "exit" else ["in helper"])
+
+
+def test_run_reports_to_a_url(start: Callable[..., Server], program: Path) -> None:
+    server = start()
+    environ = {"MINI_APM_API_KEY": server.key}
+    done = run("run", f"--url={server.url}", "program.py", "x", cwd=program, **environ)
+    assert done.returncode == 1
+    (error,) = server.errors()
+    assert error["location"] == f"{program / 'helper.py'}:1 in g"
+    assert list(program.glob("*.db")) == []
+
+
+def test_run_shares_its_client_with_the_program(program: Path) -> None:
+    code = (
+        "import miniapm\nwith miniapm.capture(user_id=3): miniapm.record_error(ValueError('x'))\n"
+    )
+    (program / "program.py").write_text(code)
+    assert run("run", "program.py", cwd=program).returncode == 0
+    (found,) = reports_in(program / "miniapm.db")
+    assert found["user_id"] == "3"
+
+
+def test_run_refuses_in_one_line(tmp_path: Path) -> None:
+    for arguments, status in ((["run"], 2), (["run", "-m"], 2), (["run", "none.py"], 1)):
+        done = run(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
