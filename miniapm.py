@@ -2836,7 +2836,7 @@ def trend_bars(series: Sequence[tuple[int, int]]) -> list[Bar]:
             label=f"{iso_time(start_ms)[:16].replace('T', ' ')} UTC: {count:,}",
         )
         for position, (start_ms, count) in enumerate(series)
-        if (height := round(max(4.0, 100 * count / most), 1) if count else 1.0)
+        if (height := round(max(4.0, 100 * count / most), 1) if count else 0.0)
     ]
 
 
@@ -3121,7 +3121,8 @@ def markdown(error: ErrorGroup, stored: StoredOccurrence | None) -> str:
         ("Where", _code(error.location) if error.location else "unknown"),
         ("Project", _code(error.project)),
         ("Status", error.status + (" (regressed)" if is_regressed(error) else "")),
-        ("Occurrences", f"{error.occurrence_count:,} ({error.user_count:,} users)"),
+        ("Occurrences", f"{error.occurrence_count:,}"),
+        ("Users", f"{error.user_count:,}"),
         ("First seen", iso_time(error.first_seen_ms)),
         ("Last seen", iso_time(error.last_seen_ms)),
         ("Fingerprint", _code(error.fingerprint)),
@@ -3372,7 +3373,7 @@ Nothing here.
 % else:
 % one = stored.occurrence
 <section class="card" id="occurrence">
-<div class="head"><h2>Occurrence {{stored.id}}</h2>
+<div class="head"><h2>{{occurrence_title}}</h2>
 <nav class="steps" aria-label="Occurrences">
 % for name, target in steps:
 % if target is None:
@@ -3560,7 +3561,8 @@ button.plain { border: 0; background: none; color: var(--muted); padding: 4px; }
 .errors th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .pick { padding-left: 14px !important; }
 .what .class { font-weight: 600; color: var(--text); text-decoration: none;
-  overflow-wrap: anywhere; }
+  overflow-wrap: anywhere; display: -webkit-inline-box; -webkit-box-orient: vertical;
+  -webkit-line-clamp: 2; overflow: hidden; vertical-align: bottom; }
 .what .class:hover { text-decoration: underline; }
 .what .message, .what .where { display: block; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
@@ -3576,7 +3578,7 @@ polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: 
 .badges { margin-bottom: 6px; }
 pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; }
 .summary .where { margin: 8px 0 16px; color: var(--muted); }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 12px;
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 12px;
   margin: 16px 0; }
 .facts dt, .fingerprint span, .key span { color: var(--muted); font-size: 13px; }
 .facts dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
@@ -3766,6 +3768,7 @@ def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
             ("Newer", stored.newer_id),
             ("Last", stored.newest_id if stored.newer_id else None),
         ],
+        "occurrence_title": "Occurrence" if stored.newer_id else "Newest occurrence",
         "occurred": moment(one.occurred_ms, now_ms),
         "received": moment(stored.received_ms, now_ms),
         "source": numbered_source(one.source_context) if one.source_context else [],
@@ -4407,8 +4410,10 @@ class App:
     def _unhandled(self, error: bottle.HTTPError) -> Any:
         """Say what Bottle refuses (404, 405) and what no handler foresaw (500)."""
         status = error.status_code
-        text = "something went wrong here; the server's log says more"
-        refusal = MiniAPMError(text if status == 500 else http.HTTPStatus(status).description)
+        known = {404: "there is no such page", 405: "this address does not take that method"}
+        refusal = MiniAPMError(
+            known.get(status, "something went wrong; the server's log says more")
+        )
         refusal.status = status
         answer = self._refuse(refusal)
         bottle.response.content_type = answer.content_type
@@ -4744,9 +4749,13 @@ class Server:
         self._server.task_dispatcher.shutdown(timeout=max(0.1, end_s - time.monotonic()))
 
 
-def welcome(url: str, path: str, project: Project) -> str:
+def welcome(url: str, path: str, project: Project, config: Config) -> str:
     """Return what a start prints."""
     lines = [f"MiniAPM {__version__}", "", f"  Dashboard  {url}/", f"  Database   {path}"]
+    if not config.is_local:
+        lines.append(
+            f"  Open to    other machines, on {config.host}; the dashboard asks for a password"
+        )
     if not project.keys:
         return "\n".join(
             [*lines, "  API key    none; make one: python miniapm.py keys create default"]
@@ -4777,8 +4786,9 @@ def serve(config: Config) -> int:
         cleanup.callback(retention.stop)
         server = Server(App(store, config), listener, config.max_body_bytes, shutdown)
         retention.start()
-        say(welcome(url, store.path, project))
+        say(welcome(url, store.path, project, config))
         server.run()
+    say("Stopped.")
     return 0
 
 
@@ -4806,11 +4816,12 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
     """List, create or revoke keys; takes effect at once in a server that runs."""
     parser = _Parser(prog=name, description="List the projects and their API keys.")
     commands = parser.add_subparsers(dest="action", metavar="COMMAND")
+    listing = commands.add_parser("list", help="list them, as without a command")
     create = commands.add_parser("create", help="make a project, or one more key for it")
     create.add_argument("name", metavar="NAME", help="the project's name")
     revoke = commands.add_parser("revoke", help="refuse a project's keys from now on")
     revoke.add_argument("name", metavar="NAME", help="the project's name, or one key")
-    for each in (parser, create, revoke):
+    for each in (parser, listing, create, revoke):
         add_flags(each, ("db",))
     given = parser.parse_args(arguments)
     config = load_config(vars(given), environ, ("db",))
@@ -4821,7 +4832,7 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
             say(store.create_key(given.name))
         elif given.action == "revoke":
             count = store.revoke(given.name)
-            say(f"{count} key{'' if count == 1 else 's'} of {given.name} revoked")
+            say(f"{count} key{'' if count == 1 else 's'} revoked")
         else:
             say(keys_table(store.projects()))
     return 0
