@@ -2828,6 +2828,7 @@ def trend(buckets: Mapping[int, int], span: str, now_ms: int) -> list[tuple[int,
 def trend_bars(series: Sequence[tuple[int, int]]) -> list[Bar]:
     """Return the bars of a chart 10 units wide a bar and 100 high."""
     most = max(count for _, count in series) or 1
+    heights = [round(max(4.0, 100 * count / most), 1) if count else 0.0 for _, count in series]
     return [
         Bar(
             x=position * 10,
@@ -2835,8 +2836,7 @@ def trend_bars(series: Sequence[tuple[int, int]]) -> list[Bar]:
             height=height,
             label=f"{iso_time(start_ms)[:16].replace('T', ' ')} UTC: {count:,}",
         )
-        for position, (start_ms, count) in enumerate(series)
-        if (height := round(max(4.0, 100 * count / most), 1) if count else 0.0)
+        for position, ((start_ms, count), height) in enumerate(zip(series, heights, strict=True))
     ]
 
 
@@ -2950,16 +2950,20 @@ def readable_rows(values: Json) -> list[tuple[str, str]]:
 
 def tables(occurrence: Occurrence) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return the (title, rows) of what an occurrence carries beside its backtrace."""
-    ids = [("User id", occurrence.user_id), ("Request id", occurrence.request_id)]
-    request = [(name, value) for name, value in ids if value is not None]
-    extra, single = occurrence.extra, []
-    titled = [("Request", request), ("Params", readable_rows(occurrence.params or {}))]
-    for name, value in extra.items():
+    ids = [("user_id", occurrence.user_id), ("request_id", occurrence.request_id)]
+    sections: dict[str, list[tuple[str, str]]] = {
+        "Request": [(name, value) for name, value in ids if value is not None],
+        "Params": readable_rows(occurrence.params or {}),
+    }
+    single = []
+    for name, value in occurrence.extra.items():
         if isinstance(value, dict) and value:
-            titled.append((name.replace("_", " ").capitalize(), readable_rows(value)))
+            title = name.replace("_", " ").capitalize()
+            sections[title] = sections.get(title, []) + readable_rows(value)
         else:
             single.append((name, readable(value)))
-    return [(title, rows) for title, rows in [*titled, ("More fields", single)] if rows]
+    sections["More fields"] = sections.get("More fields", []) + single
+    return [(title, rows) for title, rows in sections.items() if rows]
 
 
 _SNIPPETS = {

@@ -2531,17 +2531,19 @@ def serving(folder: Path, port: int, *command: str) -> Iterator[str]:
 @pytest.mark.parametrize("preload", [[], ["--preload"]], ids=["", "preload"])
 def test_gunicorn_s_workers_share_one_database(tmp_path: Path, preload: list[str]) -> None:
     (tmp_path / "app.py").write_text("""
-import os, miniapm
+import os, time, miniapm
 miniapm.init("errors.db")
 def application(environ, start_response):
+    time.sleep(0.02)
     raise ValueError("from worker %d" % os.getpid())
 application = miniapm.wrap(application, at="/errors")
 """)
     port = free_port()
     command = ["gunicorn", "-w", "2", "-b", f"127.0.0.1:{port}", *preload, "app:application"]
     with serving(tmp_path, port, *command) as url:
-        for _ in range(40):
-            assert requests.get(url + "/x", timeout=10).status_code == 500
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            answers = [pool.submit(requests.get, url + "/x", timeout=20) for _ in range(40)]
+        assert {answer.result().status_code for answer in answers} == {500}
 
         def found() -> Any:
             return requests.get(url + "/errors/errors.json", timeout=10).json()["errors"]
