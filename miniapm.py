@@ -36,12 +36,13 @@ import collections
 import contextlib
 import contextvars
 import dataclasses
-import email
+import email.message
 import errno
 import functools
 import hashlib
 import hmac
 import http.client
+import importlib.machinery
 import inspect
 import io
 import ipaddress
@@ -67,11 +68,12 @@ import types
 import urllib.parse
 import weakref
 import wsgiref.util
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypedDict, Unpack
 
 import bottle  # type: ignore[import-untyped]
 
@@ -145,9 +147,11 @@ MAX_SENT_BYTES = 4 * _MEBIBYTE
 MAX_REQUEST_BODY_BYTES = 64 * _KIBIBYTE  # of a form, kept for a report
 MAX_LOCALS = 50
 MAX_REPR_CHARS = 500
-MAX_REPR_ITEMS = 20
-MAX_JSON_ITEMS = 1_000
+MAX_REPR_ITEMS = 20  # of one container
+MAX_REPR_VALUES = 200  # with all that is inside
+MAX_JSON_ITEMS = 2_000
 FLUSH_TIMEOUT_S = 2.0
+MAX_FORK_WAIT_S = 0.5
 HTTP_TIMEOUT_S = 10.0
 RETRY_FIRST_S = 0.5
 RETRY_LONGEST_S = 30.0
@@ -452,8 +456,8 @@ _QUERY_SECRET = (
 )
 # password = "x", "token": "x", 'secret' => 'x', as in source, JSON and reprs
 _QUOTED_SECRET = (
-    rf"(?i:((?:{_SECRET_WORDS}){_PART}[\"']?\s{{0,3}}(?:=>|[:=]{{1,3}})\s{{0,3}})([\"'])"
-    r"(?:\\.|(?!\2)[^\\\n])+\2)"
+    rf"(?i:((?:{_SECRET_WORDS}){_PART}[\"']?\s{{0,3}}(?:=>|[:=]{{1,3}})\s{{0,3}}[bru]?)([\"'])"
+    r"(?:\\.|(?!\2)[^\\\n])+(?:\2|(?=\n)|$))"
 )
 # {\"token\": \"x\"}: JSON that was put into JSON
 _ESCAPED_SECRET = rf'(?i:((?:{_SECRET_WORDS}){_PART}\\"\s{{0,3}}:\s{{0,3}}\\")[^"\\\n]+)'
@@ -929,12 +933,20 @@ _VARIABLE_PARTS = (
         "<date>",
     ),
     (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"), "<address>"),
+    (
+        re.compile(
+            r"(?<![\w:])(?:(?:[0-9a-f]{1,4}:){2,7}[0-9a-f]{1,4}\b|(?:[0-9a-f]{1,4}:){1,7}:[0-9a-f:]{0,39})",
+            re.IGNORECASE,
+        ),
+        "<address>",
+    ),
     (re.compile(r"\b0x[0-9a-f]+\b", re.IGNORECASE), "<hex>"),
     (re.compile(r"(?<![\w/])(?:[A-Za-z]:)?(?:[\\/][\w.@~+-]+){2,}[\\/]?"), "<path>"),
-    (re.compile(r"\b(?=[a-f]*\d)[0-9a-f]{8,}\b", re.IGNORECASE), "<hex>"),
+    (re.compile(r"(?<![\w/.])(?:[\w.-]{1,64}/){1,16}[\w.-]{1,64}\.\w{1,8}\b"), "<path>"),
+    (re.compile(r"\b(?=[a-f]{0,40}\d)(?=\d{0,40}[a-f])[0-9a-f]{6,}\b", re.IGNORECASE), "<hex>"),
     (re.compile(r"\d+(?:[.,]\d+)*"), "<number>"),
 )
-_QUOTED = re.compile(r"(?<!\w)(?:'[^'\n]*'|\"[^\"\n]*\")")
+_QUOTED = re.compile(r"(?<!\w)[bru]?(?:'[^'\n]*'|\"[^\"\n]*\")")
 
 
 def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | None = None) -> str:
@@ -1198,6 +1210,19 @@ class ErrorPage:
     next: tuple[int, int] | None
 
 
+# True while this module works for itself: what goes wrong in it is never recorded.
+_is_busy_here: contextvars.ContextVar[bool] = contextvars.ContextVar("miniapm_busy", default=False)
+
+
+@contextlib.contextmanager
+def _own_work() -> Iterator[None]:
+    token = _is_busy_here.set(True)
+    try:
+        yield
+    finally:
+        _is_busy_here.reset(token)
+
+
 def _like(term: str) -> str:
     escaped = re.sub(r"([\\%_])", r"\\\1", term)
     return f"%{escaped}%"
@@ -1382,6 +1407,7 @@ class Writer:
         self._thread.join()
 
     def _run(self) -> None:
+        _is_busy_here.set(True)
         while self._wait_for_jobs():
             try:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -1493,8 +1519,10 @@ class Store:
         """Finish what is being written and read, and close every connection."""
         self._writer.close()
         with contextlib.suppress(queue.Empty):
-            for _ in self._readers:
-                self._idle.get(timeout=MAX_WAIT_S).close()
+            while self._readers:
+                reader = self._idle.get(timeout=MAX_WAIT_S)
+                self._readers.remove(reader)
+                reader.close()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -1766,6 +1794,7 @@ class Retention:
             self._thread.join()
 
     def _run(self) -> None:
+        _is_busy_here.set(True)
         while not self._is_stopped:
             try:
                 self.sweep()
@@ -1805,28 +1834,14 @@ class Retention:
 # --- 9. Capture -----------------------------------------------------------------------------------
 
 SKIPPED = (KeyboardInterrupt, SystemExit, GeneratorExit)  # ways to end, not errors
+# Development servers that log with a line of their own what has been recorded already.
+SERVER_LOGGERS = ("django.server", "werkzeug")
 CONTEXT_LINES = 5  # of source on each side of the failing line
 CONTEXT_NAMES = ("user_id", "request_id", "params")  # what of a context the API has fields for
 STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 HERE = os.path.abspath(__file__)
 
-# True while this module works for itself: what goes wrong in it is never recorded.
-_is_busy_here: contextvars.ContextVar[bool] = contextvars.ContextVar("miniapm_busy", default=False)
 _given_context: contextvars.ContextVar[Json] = contextvars.ContextVar("miniapm_context")
-
-
-@contextlib.contextmanager
-def _own_work() -> Iterator[None]:
-    token = _is_busy_here.set(True)
-    try:
-        yield
-    finally:
-        _is_busy_here.reset(token)
-
-
-def _is_ours() -> bool:
-    """Tell whether this module is at work: on this thread, or in a thread of its own."""
-    return _is_busy_here.get() or threading.current_thread().name.startswith("miniapm")
 
 
 class Complaints:
@@ -1846,53 +1861,114 @@ class Complaints:
                 print(text, file=sys.stderr, flush=True)
 
 
-def bounded_repr(value: Any, levels: int = 3) -> str:
-    """Return a repr of at most MAX_REPR_CHARS that costs little however large a built-in is."""
-    kind = type(value)
-    if kind in (str, bytes, bytearray):
-        mark = "…" if len(value) > MAX_REPR_CHARS else ""
-        return repr(value[:MAX_REPR_CHARS]) + mark
-    if kind is int and value.bit_length() > 1_000:
-        return f"<int of {value.bit_length():,} bits>"
-    if kind in (list, tuple, set, frozenset, dict, collections.deque):
+def _short(text: str) -> str:
+    """Cut a repr; what the cut would make unrecognisable as a secret goes before."""
+    if len(text) <= MAX_REPR_CHARS:
+        return text
+    return clip(scrub_text(text[: MAX_REPR_CHARS + SCRUB_AHEAD_CHARS]), MAX_REPR_CHARS)
+
+
+class _Repr:
+    """Makes reprs of about MAX_REPR_CHARS at most, cheap for built-ins of any size.
+
+    Values under secret names are filtered. A repr that a class writes itself is called.
+    """
+
+    def __init__(self) -> None:
+        self._left = MAX_REPR_VALUES
+
+    def of(self, value: Any, levels: int) -> str:
+        """Return the repr of any object, going into containers for some levels."""
+        self._left -= 1
+        if self._left < 0:
+            return "…"
+        kind = type(value)
+        if isinstance(value, (str, bytes, bytearray)):
+            return _short(repr(value[: MAX_REPR_CHARS + SCRUB_AHEAD_CHARS]))
+        if isinstance(value, int) and value.bit_length() > 1_000:
+            return f"<int of {value.bit_length():,} bits>"
+        writes_its_own = isinstance(kind.__repr__, types.FunctionType)
+        if isinstance(value, (list, tuple, set, frozenset, dict, collections.deque)):
+            return _short(repr(value)) if writes_its_own else self._container(value, levels)
+        if dataclasses.is_dataclass(value) and hasattr(kind.__repr__, "__wrapped__"):
+            shown = [one.name for one in dataclasses.fields(value) if one.repr]
+            return kind.__name__ + self._container({n: getattr(value, n) for n in shown}, levels)
+        if getattr(value, "__dict__", {}).get("_result_cache", 0) is None:
+            return f"<{kind.__name__}, not evaluated>"  # Django's would ask the database
+        return _short(repr(value))
+
+    def _container(self, value: Any, levels: int) -> str:
         if levels == 0:
-            return f"<{kind.__name__} of {len(value):,}>"
-        some = itertools.islice(value.items() if kind is dict else value, MAX_REPR_ITEMS)
-        if kind is dict:
-            parts = [f"{bounded_repr(k, 0)}: {bounded_repr(v, levels - 1)}" for k, v in some]
+            return f"<{type(value).__name__} of {len(value):,}>"
+        if isinstance(value, dict):
+            some = itertools.islice(value.items(), MAX_REPR_ITEMS)
+            parts = [": ".join(self._pair(key, item, levels - 1)) for key, item in some]
+        elif isinstance(value, (list, tuple)) and len(value) == 2:
+            parts = self._pair(value[0], value[1], levels - 1)
         else:
-            parts = [bounded_repr(item, levels - 1) for item in some]
+            parts = [self.of(one, levels - 1) for one in itertools.islice(value, MAX_REPR_ITEMS)]
         if len(value) > MAX_REPR_ITEMS:
             parts.append(f"… {len(value) - MAX_REPR_ITEMS:,} more")
-        inside, ends = ", ".join(parts), {"list": "[]", "tuple": "()"}.get(kind.__name__, "{}")
-        return clip(f"{ends[0]}{inside}{ends[1]}", MAX_REPR_CHARS)
-    return clip(repr(value), MAX_REPR_CHARS)
+        start, end = ("[", "]") if isinstance(value, list) else ("{", "}")
+        start, end = ("(", ")") if isinstance(value, tuple) else (start, end)
+        return _short(start + ", ".join(parts) + end)
+
+    def _pair(self, name: Any, value: Any, levels: int) -> list[str]:
+        text = name.decode("latin-1") if isinstance(name, bytes) else name
+        is_secret = isinstance(text, str) and _is_secret(text, value)
+        return [self.of(name, levels), FILTERED if is_secret else self.of(value, levels)]
 
 
-def safe_repr(value: Any) -> str:
+def safe_repr(value: Any, levels: int = 3) -> str:
     """Return a bounded repr, or what kind of object refused to give one."""
     try:
-        return bounded_repr(value)
-    except Exception as error:  # noqa: BLE001 - a host's __repr__ may do anything
+        return _Repr().of(value, levels)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a host's __repr__ may do anything
         return f"<{type(value).__name__}: its repr raised {type(error).__name__}>"
 
 
-def jsonable(value: Any, levels: int = 8) -> Any:
+class _Copier:
+    """Copies any object as JSON, `MAX_JSON_ITEMS` values at most; the rest as reprs."""
+
+    def __init__(self) -> None:
+        self._left = MAX_JSON_ITEMS
+
+    def copy(self, value: Any, levels: int) -> Any:
+        self._left -= 1
+        if value is None or isinstance(value, bool):
+            return value
+        if type(value) is str:
+            return value[: 2 * MAX_PARAMS_CHARS]
+        if type(value) is int and value.bit_length() <= 64:
+            return value
+        if type(value) is float and math.isfinite(value):
+            return value
+        if self._left <= 0:
+            return "…"
+        if levels and isinstance(value, Mapping):
+            some = self._some(value.items())
+            return {str(key)[:MAX_KEY_CHARS]: self.copy(item, levels - 1) for key, item in some}
+        if levels and isinstance(value, (list, tuple, set, frozenset)):
+            return [self.copy(item, levels - 1) for item in self._some(value)]
+        return safe_repr(value, levels=0)
+
+    def _some(self, items: Iterable[Any]) -> Iterator[Any]:
+        return itertools.takewhile(lambda _: self._left > 0, items)
+
+
+def jsonable(value: Any) -> Any:
     """Return a bounded copy of any object as JSON; what JSON has no form for becomes its repr."""
-    if value is None or isinstance(value, bool):
-        return value
-    if type(value) is str:
-        return value[: 2 * MAX_PARAMS_CHARS]
-    if type(value) is int and value.bit_length() <= 64:
-        return value
-    if type(value) is float and math.isfinite(value):
-        return value
-    if levels and isinstance(value, Mapping):
-        some = itertools.islice(value.items(), MAX_JSON_ITEMS)
-        return {str(key)[:MAX_KEY_CHARS]: jsonable(item, levels - 1) for key, item in some}
-    if levels and isinstance(value, (list, tuple, set, frozenset)):
-        return [jsonable(item, levels - 1) for item in itertools.islice(value, MAX_JSON_ITEMS)]
-    return safe_repr(value)
+    return _Copier().copy(value, levels=8)
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function says that runs code of the host, None when it raises."""
+    try:
+        return function(*arguments)
+    except Exception:  # noqa: BLE001 - a detail that fails must not cost the report
+        return None
 
 
 def default_project_root() -> str:
@@ -1916,7 +1992,9 @@ def safe_text(value: object) -> str:
     """Return str(value), whatever its __str__ does."""
     try:
         return str(value)[: 2 * MAX_MESSAGE_CHARS]
-    except Exception as error:  # noqa: BLE001 - a host's __str__ may do anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a host's __str__ may do anything
         return f"<its text raised {type(error).__name__}>"
 
 
@@ -1954,10 +2032,11 @@ def platform_python() -> str:
 
 
 def printed_traceback(error: BaseException) -> list[str]:
-    """Return an exception with its chain as Python prints it, in parts of one or more lines."""
+    """Return an exception with its chain as Python prints it, in bounded parts."""
     try:
-        printed = traceback.TracebackException.from_exception(error)
-        return list(itertools.islice(printed.format(), 2 * MAX_BACKTRACE_LINES))
+        parts: Iterable[str] = traceback.TracebackException.from_exception(error).format()
+        some = itertools.islice(parts, 2 * MAX_BACKTRACE_LINES)
+        return [part[: MAX_LINE_CHARS + SCRUB_AHEAD_CHARS] for part in some]
     except Exception:  # noqa: BLE001 - an attribute of the host's exception may do anything
         return traceback.format_tb(error.__traceback__, MAX_BACKTRACE_LINES)
 
@@ -1971,17 +2050,21 @@ class Describer:
     environment: str | None = None
     with_locals: bool = True
 
+    def _inside(self, file: str) -> str | None:
+        """Return a file's path from the project's root, None when it lies elsewhere."""
+        root = os.path.join(self.project_root, "")
+        path = os.path.abspath(file)
+        return path[len(root) :] if path.startswith(root) else None
+
     def is_own(self, file: str) -> bool:
         """Tell the application's files from the library's and from this one."""
         path = os.path.abspath(file)
-        inside = path.startswith(os.path.join(self.project_root, ""))
-        return inside and is_own_path(path) and not path.startswith(STDLIB) and path != HERE
+        is_library = path.startswith(STDLIB) or path == HERE or not is_own_path(path)
+        return not is_library and self._inside(file) is not None
 
     def relative(self, file: str) -> str:
         """Return a file's path from the project's root, or what it is called in its library."""
-        path = os.path.abspath(file)
-        inside = path.startswith(os.path.join(self.project_root, ""))
-        return os.path.relpath(path, self.project_root) if inside else os.path.basename(file)
+        return self._inside(file) or os.path.basename(file)
 
     def exception(self, error: BaseException) -> Json:
         """Describe an exception: its chain, and its innermost own frame."""
@@ -1998,23 +2081,26 @@ class Describer:
             frame, lineno = (own or frames)[-1]
             place = (self.relative(frame.f_code.co_filename), frame.f_code.co_name)
             if own:
-                context = source_around(frame.f_code.co_filename, lineno, frame.f_globals)
-                report["source_context"] = context
+                file = frame.f_code.co_filename
+                report["source_context"] = attempt(source_around, file, lineno, frame.f_globals)
             if own and self.with_locals:
-                report["locals"] = local_variables(frame)
+                report["locals"] = attempt(local_variables, frame)
         return report | {"fingerprint": fingerprint_of(name, message, place)}
 
     def log_record(self, record: logging.LogRecord) -> Json:
         """Describe a log record that carries no exception."""
-        message, name = record.getMessage(), f"logging.{record.levelname}"
+        message = attempt(record.getMessage)
+        if message is None:  # its arguments don't fit its text
+            message = f"{safe_text(record.msg)} {safe_repr(record.args)}"
+        name = f"logging.{record.levelname}"
         line = f'  File "{record.pathname}", line {record.lineno}, in {record.funcName}\n'
         place = (self.relative(record.pathname), record.funcName or "")
         return {
             "exception_class": name,
-            "message": message,
+            "message": message[: 2 * MAX_MESSAGE_CHARS],
             "backtrace": [line],
-            "source_context": source_around(record.pathname, record.lineno, {}),
-            "fingerprint": fingerprint_of(name, str(record.msg), place),
+            "source_context": attempt(source_around, record.pathname, record.lineno, {}),
+            "fingerprint": fingerprint_of(name, safe_text(record.msg), place),
         }
 
     def surroundings(self) -> Json:
@@ -2029,17 +2115,22 @@ class Describer:
         return {name: value for name, value in values.items() if value is not None}
 
 
+def _text_of(part: email.message.Message) -> str:
+    content = part.get_payload(decode=True)
+    return content.decode("utf-8", "replace") if isinstance(content, bytes) else ""
+
+
 def submitted_form(kind: str, body: bytes) -> Json:
     """Return the fields of a form, files left out; nothing when the body is none."""
     media_type = kind.partition(";")[0].strip().lower()
     if media_type == "application/x-www-form-urlencoded":
-        fields = urllib.parse.parse_qs(body.decode("utf-8", "replace"), max_num_fields=1_000)
+        fields = urllib.parse.parse_qs(body.decode("utf-8", "replace"))
         return {name: values if values[1:] else values[0] for name, values in fields.items()}
     if media_type == "multipart/form-data":
-        parts = email.message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + body).walk()
+        head = f"Content-Type: {kind}\r\n\r\n".encode()
         return {
-            str(part.get_param("name", header="content-disposition")): str(part.get_payload())
-            for part in parts
+            str(part.get_param("name", header="content-disposition")): _text_of(part)
+            for part in email.message_from_bytes(head + body).walk()
             if part.get_content_disposition() == "form-data" and not part.get_filename()
         }
     return {}
@@ -2070,15 +2161,16 @@ class Request:
         raise NotImplementedError
 
     def describe(self) -> Json:
-        """Return the report's fields that come from the request."""
-        headers, user = self.headers(), self.user()
-        said = self.facts() | {"headers": headers}
-        if form := submitted_form(headers.get("Content-Type", ""), bytes(self._body)):
+        """Return the report's fields that come from the request, as far as they can be had."""
+        headers, user = attempt(self.headers) or {}, attempt(self.user)
+        said = (attempt(self.facts) or {}) | {"headers": headers}
+        kind = headers.get("Content-Type", "")
+        if form := attempt(submitted_form, kind, bytes(self._body)):
             said["form"] = form
         return {
             "request": said,
             "request_id": headers.get("X-Request-Id"),
-            "user_id": None if user is None else str(user),
+            "user_id": None if user is None else safe_text(user),
         }
 
 
@@ -2105,7 +2197,7 @@ class WsgiRequest(Request):
 
     def facts(self) -> Json:
         """Return method, url and remote_address."""
-        source = {"SCRIPT_NAME": "", "SERVER_PORT": "80", "wsgi.url_scheme": "http"}
+        source = {"SCRIPT_NAME": "", "SERVER_PORT": "80", "SERVER_NAME": ""}
         return {
             "method": self._source.get("REQUEST_METHOD"),
             "url": wsgiref.util.request_uri(source | dict(self._source)),
@@ -2159,6 +2251,18 @@ class Retry(Exception):
         self.after_s = after_s
 
 
+def on_fork(owner: object, **methods: str) -> None:
+    """Have methods of `owner` called around every fork, by os.register_at_fork's names."""
+    if not hasattr(os, "register_at_fork"):
+        return
+    this = weakref.ref(owner)  # hooks can't be unregistered, and must not keep the owner alive
+
+    def calling(name: str) -> Callable[[], None]:
+        return lambda: getattr(this(), name, lambda: None)()
+
+    os.register_at_fork(**{when: calling(name) for when, name in methods.items()})
+
+
 class StoreDestination:
     """Puts occurrences into a database of this machine, with no server in between.
 
@@ -2170,29 +2274,33 @@ class StoreDestination:
         self._path, self._api_key = os.path.realpath(path), api_key
         self._lock = threading.RLock()  # held while delivering and while forking
         self._store: Store | None = None
+        self._abandoned: list[Store] = []
+        self._is_held = False
         self._swept_s = 0.0
-        if hasattr(os, "register_at_fork"):
-            self._close_at_fork()
-
-    def _close_at_fork(self) -> None:
-        this = weakref.ref(self)  # hooks can't be unregistered, and must not keep this alive
-
-        def before() -> None:
-            if (destination := this()) and destination._lock.acquire(timeout=FLUSH_TIMEOUT_S):
-                destination.close()
-
-        def after_in_parent() -> None:
-            if destination := this():
-                with contextlib.suppress(RuntimeError):  # not acquired in time
-                    destination._lock.release()
-
-        def after_in_child() -> None:
-            if destination := this():
-                destination._lock = threading.RLock()
-
-        os.register_at_fork(
-            before=before, after_in_parent=after_in_parent, after_in_child=after_in_child
+        on_fork(
+            self,
+            before="before_fork",
+            after_in_parent="after_fork",
+            after_in_child="start_anew",
         )
+
+    def before_fork(self) -> None:
+        """Close the store, unless a delivery goes on for too long."""
+        self._is_held = self._lock.acquire(timeout=MAX_FORK_WAIT_S)
+        if self._is_held:
+            self.close()
+
+    def after_fork(self) -> None:
+        """Go on in the parent."""
+        if self._is_held:
+            self._lock.release()
+
+    def start_anew(self) -> None:
+        """Begin with nothing in the child; a store that is open is the parent's."""
+        self._lock = threading.RLock()
+        if self._store is not None:
+            self._abandoned.append(self._store)  # referenced, for closing it would do harm
+            self._store = None
 
     def store(self) -> Store:
         """Return the store, opened when it is not."""
@@ -2227,6 +2335,11 @@ class StoreDestination:
             self._swept_s = time.monotonic()
             config = load_config({}, os.environ, ("retention_days", "max_occurrences"))
             Retention(store, config.retention_days, config.max_occurrences).sweep()
+
+
+def must_retry(status: int, body: str) -> bool:
+    """Tell an answer that may be another next time from one that will stay."""
+    return status == 429 or (status >= 500 and '"rejected"' not in body)
 
 
 class HttpDestination:
@@ -2271,14 +2384,13 @@ class HttpDestination:
             raise Retry(str(error) or type(error).__name__) from None
         finally:
             connection.close()
-        was_refused = answer.status < 500 and answer.status != 429
-        if answer.status >= 300 and not (was_refused or '"rejected"' in said):
+        if must_retry(answer.status, said):
             wait = answer.headers.get("Retry-After", "")
-            raise Retry(
-                f"HTTP {answer.status}", int(wait) if wait.isascii() and wait.isdigit() else 0
-            )
-        if said or answer.status >= 300:
-            complain.say(f"reports were refused with HTTP {answer.status}", said)
+            seconds = int(wait) if re.fullmatch("[0-9]{1,6}", wait) else 0
+            raise Retry(f"HTTP {answer.status}", seconds)
+        if answer.status >= 300 or '"rejected"' in said:
+            reason = answer.headers.get("Location") or said
+            complain.say(f"reports were refused with HTTP {answer.status}", reason)
 
     def close(self) -> None:
         """Keep nothing: each delivery has a connection of its own."""
@@ -2324,10 +2436,11 @@ class Outbox:
         self._destination = destination
         self._prepare = prepare
         self._complain = complain
-        self._start_anew()
+        self.start_anew()
+        on_fork(self, after_in_child="start_anew")
 
-    def _start_anew(self) -> None:
-        self._process_id = os.getpid()
+    def start_anew(self) -> None:
+        """Begin with nothing; in a child, for the parent's thread and reports are the parent's."""
         self._changed = threading.Condition()
         self._reports: collections.deque[Json] = collections.deque()
         self._in_hand = 0  # reports that the thread has taken and not yet delivered
@@ -2337,28 +2450,26 @@ class Outbox:
 
     def put(self, report: Json) -> None:
         """Queue a report; never waits."""
-        if self._process_id != os.getpid():  # the parent's thread and reports are the parent's
-            self._start_anew()
         with self._changed:
             if len(self._reports) >= MAX_QUEUED_REPORTS or self._is_closed:
                 self._dropped += 1
                 return
             self._reports.append(report)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="miniapm", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="miniapm", daemon=True)
+                thread.start()
+                self._thread = thread
                 self._flush_when_a_child_ends()
             self._changed.notify_all()
 
     def _flush_when_a_child_ends(self) -> None:
         # A multiprocessing child leaves by os._exit: atexit is not run there, this is.
-        if util := sys.modules.get("multiprocessing.util"):
-            util.Finalize(None, self.flush, exitpriority=0)
+        process = sys.modules.get("multiprocessing.process")
+        if process is not None and process.parent_process() is not None:
+            sys.modules["multiprocessing.util"].Finalize(None, self.flush, exitpriority=0)
 
     def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Try to deliver all that waits, for `timeout_s` at most; True when nothing is left."""
-        if self._process_id != os.getpid():
-            return True
         with self._changed:
             self._is_hurried = True
             self._changed.notify_all()
@@ -2373,11 +2484,12 @@ class Outbox:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        if self._thread is not None and self._process_id == os.getpid():
+        if self._thread is not None:
             self._thread.join(FLUSH_TIMEOUT_S)
         self._destination.close()
 
     def _run(self) -> None:
+        _is_busy_here.set(True)
         while some := self._take():
             self._deliver(collections.deque(self._prepared(some)))
             with self._changed:
@@ -2429,9 +2541,13 @@ def destination_of(where: str, api_key: str | None) -> StoreDestination | HttpDe
     """Return what a URL or a database's path stands for; BadSetting for a URL without a key."""
     if not re.match(r"https?://", where):
         return StoreDestination(where, api_key)
-    if not api_key:
-        raise BadSetting(f"{where} needs an API key: give api_key or set {variable_of('api_key')}")
-    return HttpDestination(where, api_key)
+    try:
+        return HttpDestination(where, _read_api_key(api_key or ""))
+    except ValueError:
+        raise BadSetting(
+            f"{clip(where, 200)} must be a tracker's URL, with the API key in api_key"
+            f" or {variable_of('api_key')}"
+        ) from None
 
 
 def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], None]:
@@ -2458,6 +2574,12 @@ def _hook(owner: Any, name: str, record: Callable[..., None]) -> Callable[[], No
         return hook
 
     return _replace(owner, name, make)
+
+
+def _user_of_django(record: logging.LogRecord) -> str | None:
+    """Return the id of the user of a logged request, as far as Django has looked it up."""
+    user = getattr(getattr(record, "request", None), "_cached_user", None)
+    return str(user.pk) if user is not None and user.is_authenticated else None
 
 
 class Client:
@@ -2498,36 +2620,38 @@ class Client:
         `context` may hold user_id, request_id and params; other names are kept beside them.
         Ends of a program (KeyboardInterrupt, SystemExit) are not recorded.
         """
-        if isinstance(error, SKIPPED):
-            return
-        with contextlib.suppress(Exception):  # an object without a dictionary, or a hostile one
-            if error.__dict__.get("_miniapm_recorded"):
-                return
-            error.__dict__["_miniapm_recorded"] = True
-        self._record(functools.partial(self._describer.exception, error), context or {})
+        if not isinstance(error, SKIPPED):
+            self._guard(self._record_exception, error, context or {})
 
     def record_log(self, record: logging.LogRecord) -> None:
         """Record a log record at ERROR or above: its exception, or else its message."""
-        if record.levelno < logging.ERROR or _is_ours():
-            return
-        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        context: Json = {"logger": record.name}
-        user = getattr(getattr(record, "request", None), "_cached_user", None)  # Django's
-        if getattr(user, "is_authenticated", False):
-            context["user_id"] = str(getattr(user, "pk", user))
-        if error is None:
-            self._record(functools.partial(self._describer.log_record, record), context)
-        else:
-            self.record(error, context)
+        if record.levelno >= logging.ERROR:
+            self._guard(self._record_logged, record)
 
-    def _record(self, describe: Callable[[], Json], context: Json) -> None:
-        if _is_ours():
-            return
+    def _guard(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do work that must not be noticed by the host, unless it is part of such work itself."""
         try:
-            with _own_work():
-                self._outbox.put(self._complete(describe(), context))
+            if not _is_busy_here.get():
+                with _own_work():
+                    work(*arguments)
         except Exception as error:  # noqa: BLE001 - the host must not notice
-            self._complain.say("an error could not be recorded", type(error).__name__)
+            with contextlib.suppress(Exception):
+                self._complain.say("an error could not be recorded", type(error).__name__)
+
+    def _record_exception(self, error: BaseException, context: Json) -> None:
+        marks = error.__dict__
+        if "_miniapm_recorded" not in marks:
+            self._outbox.put(self._complete(self._describer.exception(error), context))
+            marks["_miniapm_recorded"] = True
+
+    def _record_logged(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        context: Json = {"logger": record.name, "user_id": attempt(_user_of_django, record)}
+        if error is not None:
+            if not isinstance(error, SKIPPED):
+                self._record_exception(error, context)
+        elif record.name not in SERVER_LOGGERS:
+            self._outbox.put(self._complete(self._describer.log_record(record), context))
 
     def _complete(self, report: Json, context: Json) -> Json:
         if self._surroundings[0] != os.getpid():
@@ -2537,7 +2661,7 @@ class Client:
             report,
             self._surroundings[1],
             {"timestamp": iso_time(int(time.time() * 1000))},
-            request.describe() if request else {},
+            (attempt(request.describe) or {}) if request else {},
         ]
         for given in (_given_context.get({}), context):
             known = {name: given[name] for name in CONTEXT_NAMES if given.get(name) is not None}
@@ -2610,21 +2734,25 @@ class _Default:
     undo: Callable[[], None] | None = None
 
 
+class ClientOptions(TypedDict, total=False):
+    """What init() passes on to Client."""
+
+    project_root: str | None
+    release: str | None
+    environment: str | None
+    with_locals: bool
+    before_send: Callable[[Occurrence], Occurrence | None] | None
+
+
 def init(
-    where: str | None = None,
-    *,
-    api_key: str | None = None,
-    project_root: str | None = None,
-    release: str | None = None,
-    environment: str | None = None,
-    with_locals: bool = True,
-    before_send: Callable[[Occurrence], Occurrence | None] | None = None,
+    where: str | None = None, *, api_key: str | None = None, **options: Unpack[ClientOptions]
 ) -> Callable[[], None]:
     """Record what goes wrong in this program from now on; return a function that undoes it.
 
     `where` is a tracker's URL or a database's path, by default MINI_APM_URL; without either
-    nothing is recorded. `api_key` is by default MINI_APM_API_KEY. For the rest see Client.
-    Raises BadSetting for a URL without a key.
+    nothing is recorded. `api_key` is by default MINI_APM_API_KEY. The options are project_root,
+    release, environment, with_locals and before_send, as for Client. Raises BadSetting for a URL
+    that is none or has no key.
 
     >>> uninstall = init("errors.db")
     """
@@ -2632,15 +2760,7 @@ def init(
         _Default.undo()
     if not (where := where or os.environ.get(URL_VARIABLE)):
         return lambda: None
-    client = Client(
-        where,
-        api_key=api_key or os.environ.get(variable_of("api_key")),
-        project_root=project_root,
-        release=release,
-        environment=environment,
-        with_locals=with_locals,
-        before_send=before_send,
-    )
+    client = Client(where, api_key=api_key or os.environ.get(variable_of("api_key")), **options)
     _Default.client, uninstall = client, client.install()
 
     def undo() -> None:
@@ -2680,7 +2800,9 @@ def capture(**context: Any) -> Iterator[None]:
         record_error(error)
         raise
     finally:
-        _given_context.reset(token)
+        # A generator may be closed in another context than it was begun in.
+        with contextlib.suppress(ValueError):
+            _given_context.reset(token)
 
 
 class _KeptInput:
@@ -2702,6 +2824,9 @@ class _KeptInput:
     def __iter__(self) -> Iterator[bytes]:
         return map(self._request.keep, self._stream)
 
+    def __next__(self) -> bytes:
+        return self._request.keep(next(self._stream))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -2720,7 +2845,8 @@ class Serving:
     def __exit__(self, kind: object, error: BaseException | None, tb: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, StopIteration):
             record_error(error)
-        _current_request.reset(self._token)
+        with contextlib.suppress(ValueError):  # left in another context than it was entered in
+            _current_request.reset(self._token)
 
 
 class _Answer:
@@ -2752,8 +2878,9 @@ def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
             environ["wsgi.input"] = _KeptInput(environ["wsgi.input"], request)
         with Serving(request):
             parts = app(environ, start_response)
-        # What is a list already runs no more of the application's code.
-        return parts if type(parts) in (list, tuple) else _Answer(parts, request)
+        # What is a list, or a file for the server to send, runs no more of the application's code.
+        finished = (list, tuple, environ.get("wsgi.file_wrapper"))
+        return parts if type(parts) in finished else _Answer(parts, request)
 
     return captured
 
@@ -3840,6 +3967,7 @@ CORS_HEADERS = [
     ("Access-Control-Max-Age", "86400"),
 ]
 SESSION_COOKIE = "miniapm_session"
+FORWARDING_HEADERS = ("HTTP_FORWARDED", "HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP", "HTTP_VIA")
 ACTIONS = {"resolve": "resolved", "ignore": "ignored", "reopen": "open"}
 
 
@@ -3961,7 +4089,8 @@ def check_host(environ: Environ, config: Config) -> None:
 
 def check_peer(environ: Environ) -> None:
     """Refuse other machines: what has no password is for this one only."""
-    if not is_loopback_name(environ.get("REMOTE_ADDR", "")):
+    forwarded = any(name in environ for name in FORWARDING_HEADERS)  # by a proxy on this machine
+    if forwarded or not is_loopback_name(environ.get("REMOTE_ADDR", "")):
         raise Forbidden(
             "without a password the dashboard is for this machine only;"
             f" to open it to others set {variable_of('password')}"
@@ -4424,13 +4553,19 @@ class App:
         return answer.body
 
 
+def path_within(scope: Mapping[str, Any]) -> str:
+    """Return the path of an ASGI request below its root_path."""
+    path, root = str(scope["path"]), scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
 def environ_of_asgi(scope: Mapping[str, Any], body: bytes) -> Environ:
     """Return the WSGI environ of an ASGI request whose body has been read."""
     host, port = scope.get("server") or ("", 0)
     environ: Environ = {
         "REQUEST_METHOD": scope["method"],
-        "SCRIPT_NAME": "",
-        "PATH_INFO": scope["path"].encode().decode("latin-1"),
+        "SCRIPT_NAME": scope.get("root_path", "").encode().decode("latin-1"),
+        "PATH_INFO": path_within(scope).encode().decode("latin-1"),
         "QUERY_STRING": scope.get("query_string", b"").decode("latin-1"),
         "SERVER_PROTOCOL": "HTTP/1.1",
         "SERVER_NAME": host,
@@ -4455,6 +4590,8 @@ class Mount:
 
     def __init__(self, at: str, destination: StoreDestination, config: Config) -> None:
         self.at = "/" + at.strip("/")
+        if self.at == "/":
+            raise BadSetting("at must name a path of its own, such as /errors")
         self._destination, self.config = destination, config
         self._made: tuple[Store, App] | None = None
 
@@ -4465,7 +4602,11 @@ class Mount:
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer a request of WSGI; what goes wrong is not recorded, for it is our own."""
         with _own_work():
-            store = self._destination.store()
+            try:
+                store = self._destination.store()
+            except MiniAPMError as refusal:
+                start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
+                return [f"MiniAPM: {refusal}\n".encode()]
             if self._made is None or self._made[0] is not store:
                 self._made = (store, App(store, self.config))
             script_name = environ.get("SCRIPT_NAME", "") + self.at
@@ -4501,6 +4642,8 @@ class Mount:
 
 def is_asgi(app: Any) -> bool:
     """Tell an ASGI application from one of WSGI."""
+    while isinstance(app, functools.partial):
+        app = app.func
     call = app if inspect.isfunction(app) or inspect.ismethod(app) else type(app).__call__
     return inspect.iscoroutinefunction(call)
 
@@ -4537,7 +4680,7 @@ def wrap(
         captured = capture_asgi(app)
 
         async def asgi(scope: Any, receive: Callable[[], Any], send: Callable[..., Any]) -> None:
-            if mount is not None and scope["type"] == "http" and mount.takes(scope["path"]):
+            if mount is not None and scope["type"] == "http" and mount.takes(path_within(scope)):
                 await mount.answer(scope, receive, send)
             else:
                 await captured(scope, receive, send)
@@ -4842,21 +4985,35 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
     return 0
 
 
+def _fresh_main(**values: Any) -> types.ModuleType:
+    """Give the program a __main__ of its own; ours stays what our functions look into."""
+    module = types.ModuleType("__main__")
+    module.__dict__.update(__builtins__=__builtins__, __annotations__={}, **values)
+    sys.modules["__main__"] = module
+    return module
+
+
 def _run_script(path: str, arguments: Sequence[str]) -> None:
     """Do what `python path arguments…` does, in a fresh __main__."""
     full_path = os.path.abspath(path)
     with open(full_path, "rb") as file:
-        code = compile(file.read(), full_path, "exec")
-    main_module = types.ModuleType("__main__")
-    main_module.__dict__.update({"__file__": full_path, "__builtins__": __builtins__})
-    sys.modules["__main__"] = main_module
+        code = compile(file.read(), full_path, "exec", dont_inherit=True)
+    loader = importlib.machinery.SourceFileLoader("__main__", full_path)
+    main_module = _fresh_main(__file__=full_path, __cached__=None, __loader__=loader)
     sys.argv, sys.path[0] = [path, *arguments], os.path.dirname(full_path)
     exec(code, main_module.__dict__)  # noqa: S102 - to run a program is what is asked for
 
 
+def _run_folder(path: str, arguments: Sequence[str]) -> None:
+    """Do what `python path arguments…` does for a folder or an archive with a __main__.py."""
+    _fresh_main()
+    sys.argv, sys.path[0] = [path, *arguments], os.path.abspath(path)
+    runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
+
+
 def _run_module(name: str, arguments: Sequence[str]) -> None:
     """Do what `python -m name arguments…` does, in a fresh __main__."""
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    _fresh_main()
     sys.argv, sys.path[0] = [name, *arguments], os.getcwd()
     runpy._run_module_as_main(name)  # type: ignore[attr-defined]
 
@@ -4874,8 +5031,8 @@ def _end_as_python(error: BaseException) -> int:
 def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """Run a program under capture: its arguments, exit status and traceback are its own."""
     split = 0
-    while split < len(arguments) and arguments[split].startswith("--"):
-        split += 1 if "=" in arguments[split] or arguments[split] == "--help" else 2
+    while split < len(arguments) and re.match("--|-h$", arguments[split]):
+        split += 1 if "=" in arguments[split] or arguments[split] in ("--help", "-h") else 2
     parser = _Parser(
         prog=name,
         usage=f"{name} [--url URL] [--db PATH] [--api-key KEY] (SCRIPT | -m MODULE) [ARGUMENT …]",
@@ -4887,7 +5044,7 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
     program = list(arguments[split:])
     if not program or program == ["-m"]:
         raise BadSetting("which program? Give a script, or -m and a module")
-    if program[0] != "-m" and not os.path.isfile(program[0]):
+    if program[0] != "-m" and not os.path.exists(program[0]):
         raise MiniAPMError(f"there is no script {program[0]}")
     config = load_config(vars(given), environ, ("db", "api_key"))
     sys.modules.setdefault("miniapm", sys.modules[__name__])
@@ -4898,9 +5055,13 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
     try:
         if is_module:
             _run_module(program[1], program[2:])
+        elif os.path.isdir(program[0]) or zipfile.is_zipfile(program[0]):
+            _run_folder(program[0], program[1:])
         else:
             _run_script(program[0], program[1:])
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the program's own end
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the program's own end
         return _end_as_python(error)
     return 0
 

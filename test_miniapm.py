@@ -17,7 +17,9 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import dataclasses
+import functools
 import gc
 import hashlib
 import html.parser
@@ -1758,6 +1760,9 @@ def caught(function: Callable[..., Any], *arguments: Any) -> BaseException:
         ("commit deadbeef01 is bad", "commit 0123456789abcdef0123 is bad"),
         ("open /var/lib/app/a.db failed", "open /home/ann/b/c.txt failed"),
         ("took 1.5 s", "took 12 s"),
+        ("connect fe80::1 refused", "connect 2001:db8::8a2e:370:7334 refused"),
+        ("object 5f3a9c is gone", "object 0b1c2d is gone"),
+        ("read data/x.csv", "read other/folder/y.txt"),
     ],
 )
 def test_fingerprint_ignores_the_variable_parts_of_a_message(one: str, other: str) -> None:
@@ -1767,7 +1772,7 @@ def test_fingerprint_ignores_the_variable_parts_of_a_message(one: str, other: st
 
 
 def test_fingerprint_ignores_quoted_text_where_there_is_a_frame() -> None:
-    one, other = "no key 'ann' here", 'no key "bob" here'
+    one, other = "no key 'ann' here", 'no key b"bob" here'
     place = ("app.py", "f")
     assert miniapm.fingerprint_of("E", one, place) == miniapm.fingerprint_of("E", other, place)
     assert miniapm.fingerprint_of("E", one) != miniapm.fingerprint_of("E", other)
@@ -1880,6 +1885,36 @@ class Hostile:
     __str__ = __repr__
 
 
+@dataclasses.dataclass
+class Cart:
+    items: list[Any]
+    options: dict[Any, Any]
+    hidden: str = dataclasses.field(default="hunter2", repr=False)
+
+
+CART_REPR = (
+    "Cart{'items': [('password', [FILTERED]), (b'x-api-key', [FILTERED])],"
+    " 'options': {b'token': [FILTERED]}}"
+)
+
+
+class QuerySet:
+    """Asks a database when it is looked at, as Django's does."""
+
+    def __init__(self) -> None:
+        self._result_cache = None
+
+    def __repr__(self) -> str:
+        raise AssertionError("the database was asked")
+
+
+class Leaver:
+    def __repr__(self) -> str:
+        raise SystemExit(3)
+
+    __str__ = __repr__
+
+
 class Huge:
     def __repr__(self) -> str:
         return "x" * 10_000_000
@@ -1890,12 +1925,21 @@ class Huge:
     [
         (Hostile(), "<Hostile: its repr raised RuntimeError>"),
         ([Hostile()], "<list: its repr raised RuntimeError>"),
-        ("x" * 10**7, "'" + "x" * 500 + "'…"),
-        (b"x" * 10**7, "b'" + "x" * 500 + "'…"),
+        pytest.param("x" * 10**7, "'" + "x" * 499 + "… [4,096 more cut]", id="a long text"),
+        pytest.param(b"x" * 10**7, "b'" + "x" * 498 + "… [4,096 more cut]", id="many bytes"),
+        (collections.Counter("aab"), "Counter({'a': 2, 'b': 1})"),
+        (Cart([("password", "hunter2"), (b"x-api-key", b"hunter2")], {b"token": 17}), CART_REPR),
         pytest.param(1 << 10_000_000, "<int of 10,000,001 bits>", id="a large number"),
         ({"a": [1, (2,)]}, "{'a': [1, (2)]}"),
         ([[[[1]]]], "[[[<list of 1>]]]"),
         (10**20, "100000000000000000000"),
+        (QuerySet(), "<QuerySet, not evaluated>"),
+        (Leaver(), "<Leaver: its repr raised SystemExit>"),
+        pytest.param(
+            "x" * 460 + " password='hunter2' and more " + "y" * 99,
+            '"' + "x" * 460 + " password='[FILTERED]' and more yyyyyyy… [93 more cut]",
+            id="a secret at the cut",
+        ),
     ],
 )
 def test_repr_is_bounded_and_never_raises(value: Any, expected: str) -> None:
@@ -1903,7 +1947,16 @@ def test_repr_is_bounded_and_never_raises(value: Any, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [list(range(10**6)), set(range(10**6)), dict.fromkeys(range(10**6)), Huge()]
+    "value",
+    [
+        list(range(10**6)),
+        set(range(10**6)),
+        dict.fromkeys(range(10**6)),
+        collections.defaultdict(int, dict.fromkeys(range(10**6))),
+        Cart(list(range(10**6)), {}),
+        Huge(),
+    ],
+    ids=["list", "set", "dict", "defaultdict", "dataclass", "own repr"],
 )
 def test_repr_of_much_is_short(value: Any) -> None:
     assert len(miniapm.safe_repr(value)) < 600
@@ -1928,6 +1981,12 @@ def test_what_json_has_no_form_for_becomes_text() -> None:
         "h": "<Hostile: its repr raised RuntimeError>",
         "t": [1, [2]],
     }
+
+
+def test_json_of_what_holds_itself_is_bounded() -> None:
+    loop: dict[str, Any] = {}
+    loop.update({str(number): loop for number in range(20)})
+    assert len(json.dumps(miniapm.jsonable(loop))) < 2_000_000
 
 
 def test_hostile_exceptions_are_recorded(recorder: Recorder) -> None:
@@ -2016,6 +2075,9 @@ def test_init_with_a_url_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MINI_APM_API_KEY", raising=False)
     with pytest.raises(miniapm.BadSetting, match="MINI_APM_API_KEY"):
         miniapm.init("http://127.0.0.1:1")
+    for url, key in (("http://h:x", "k"), ("http://[::1", "k"), ("http://h", "a\nb")):
+        with pytest.raises(miniapm.BadSetting):
+            miniapm.init(url, api_key=key)
 
 
 HOOKS = [
@@ -2116,15 +2178,66 @@ def test_logging_works_as_without_capture(recorder: Recorder) -> None:
     assert not logging.getLogger("x").handlers
 
 
+class Prickly:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
 def test_bad_log_call_does_no_harm(
     recorder: Recorder, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logger = logging.getLogger("alone")
     monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(logging.NullHandler())
-    logger.error("%d", "no number")
+    logger.error("%d items", "no number")
+    assert recorder.report()["message"] == "%d items ('no number')"
+    logger.error("m", extra={"request": Prickly()})
+    assert len(recorder.reports()) == 2
+
+
+def test_log_lines_of_development_servers_are_not_recorded_again(recorder: Recorder) -> None:
+    for name in ("django.server", "werkzeug"):
+        logging.getLogger(name).error('"GET /boom HTTP/1.1" 500 145')
     assert recorder.reports() == []
-    assert "could not be recorded" in capsys.readouterr().err
+
+
+def test_capture_left_in_another_context_does_no_harm(recorder: Recorder) -> None:
+    def generator() -> Iterator[None]:
+        with miniapm.capture(user_id=1):
+            yield
+
+    suspended = generator()
+    contextvars.copy_context().run(next, suspended)
+    contextvars.copy_context().run(suspended.close)
+    assert recorder.reports() == []
+
+
+def test_thread_that_can_not_start_is_tried_again(recorder: Recorder, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", None)
+        miniapm.record_error(ValueError("first"))
+    miniapm.record_error(ValueError("second"))
+    assert [one["message"] for one in recorder.reports()] == ["first", "second"]
+
+
+def test_error_that_could_not_be_recorded_can_be_later(
+    recorder: Recorder, monkeypatch: Any
+) -> None:
+    error = ValueError("x")
+    with monkeypatch.context() as patch:
+        patch.setattr(miniapm.Describer, "exception", None)
+        miniapm.record_error(error)
+    miniapm.record_error(error)
+    assert recorder.report()["message"] == "x"
+
+
+def test_queue_of_long_messages_stays_small(recorder: Recorder) -> None:
+    with locked(recorder.path):
+        for _ in range(20):
+            miniapm.record_error(ValueError("x" * 3_000_000))
+            logging.getLogger("long").error("%s", "y" * 3_000_000)
+        waiting = list(recorder.client._outbox._reports)
+    assert max(len(repr(one)) for one in waiting) < 100_000
 
 
 def test_asyncio_task_that_nobody_awaits_is_recorded(recorder: Recorder) -> None:
@@ -2190,6 +2303,30 @@ if __name__ == "__main__":
     found = reports_in(tmp_path / "errors.db")
     assert sorted(one["message"] for one in found) == ["child 0", "child 1", "child 2", "parent"]
     assert len({one["process_id"] for one in found}) == 4
+
+
+def test_fork_while_another_holds_the_lock_is_short_and_the_child_goes_on(tmp_path: Path) -> None:
+    code = """
+import miniapm, os, sqlite3, time
+miniapm.init("errors.db")
+miniapm.record_error(ValueError("opens"))
+assert miniapm._Default.client.flush(5)
+other = sqlite3.connect("errors.db", isolation_level=None)
+other.execute("BEGIN IMMEDIATE")
+miniapm.record_error(ValueError("waits"))
+while not miniapm._Default.client._outbox._in_hand: time.sleep(0.01)
+began = time.monotonic()
+child = os.fork()
+if child == 0:
+    miniapm._Default.undo()
+    os._exit(0)
+print(time.monotonic() - began < 1.5)
+other.execute("ROLLBACK")
+print(os.waitpid(child, 0)[1])
+"""
+    done = run_python(tmp_path, code)
+    assert done.stdout == "True\n0\n", done.stderr
+    assert [one["message"] for one in reports_in(tmp_path / "errors.db")] == ["opens", "waits"]
 
 
 def test_fork_leaves_the_parent_s_reports_to_the_parent(tmp_path: Path) -> None:
@@ -2311,9 +2448,44 @@ def test_wsgi_answer_passes_unchanged(recorder: Recorder) -> None:
     assert recorder.reports() == []
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"CONTENT_TYPE": "multipart/form-data; boundary=\ud800"},
+        {"PATH_INFO": "/\u20ac"},
+        {"SERVER_NAME": None, "HTTP_HOST": None, "wsgi.url_scheme": None},
+        {"CONTENT_TYPE": "application/x-www-form-urlencoded", "body": b"a=1&" * 2_000},
+    ],
+)
+def test_odd_request_does_not_cost_the_report(recorder: Recorder, changes: Any) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        environ["wsgi.input"].read(100_000)
+        fail()
+
+    body = changes.pop("body", b"x")
+    environ = wsgi_environ(body=body) | changes
+    environ = {name: value for name, value in environ.items() if value is not None}
+    with pytest.raises(LookupError):
+        miniapm.wrap(app)(environ, None)
+    assert "headers" in recorder.report()["request"]
+
+
+def test_input_and_files_pass_as_they_are(recorder: Recorder) -> None:
+    class FileWrapper(list[bytes]):
+        pass
+
+    def app(environ: Any, start_response: Any) -> Any:
+        assert next(environ["wsgi.input"]) == b"one\n"
+        assert list(environ["wsgi.input"]) == [b"two\n"]
+        return environ["wsgi.file_wrapper"]([b"file"])
+
+    environ = wsgi_environ(body=b"one\ntwo\n") | {"wsgi.file_wrapper": FileWrapper}
+    assert type(miniapm.wrap(app)(environ, None)) is FileWrapper
+
+
 def test_multipart_form_is_recorded_without_its_files(recorder: Recorder) -> None:
     body = (
-        b'--B\r\nContent-Disposition: form-data; name="name"\r\n\r\nann\r\n'
+        b'--B\r\nContent-Disposition: form-data; name="name"\r\n\r\nZo\xc3\xab\r\n'
         b'--B\r\nContent-Disposition: form-data; name="password"\r\n\r\nhunter2\r\n'
         b'--B\r\nContent-Disposition: form-data; name="f"; filename="x.txt"\r\n\r\ncontent\r\n--B--'
     )
@@ -2325,7 +2497,7 @@ def test_multipart_form_is_recorded_without_its_files(recorder: Recorder) -> Non
     kind = {"CONTENT_TYPE": "multipart/form-data; boundary=B"}
     with pytest.raises(LookupError):
         call_wsgi(miniapm.wrap(app), wsgi_environ(body=body, **kind))
-    assert recorder.report()["request"]["form"] == {"name": "ann", "password": "[FILTERED]"}
+    assert recorder.report()["request"]["form"] == {"name": "Zoë", "password": "[FILTERED]"}
 
 
 def flask_app() -> Any:
@@ -2641,6 +2813,7 @@ def mounted(**options: Any) -> Any:
         ({"address": "192.0.2.7"}, 403),
         ({"address": ""}, 403),
         ({"address": "::1"}, 200),
+        ({"X_FORWARDED_FOR": "192.0.2.7"}, 403),
     ],
 )
 def test_mounted_dashboard_without_a_password_is_for_this_machine(
@@ -2688,6 +2861,41 @@ def test_mounted_dashboard_works_in_asgi(recorder: Recorder) -> None:
     start, _ = call_asgi(wrapped, b"action=resolve", "/errors/errors/1", **local)
     assert start["status"] == 303
     assert call_asgi(wrapped, b"", "/other", **local) == ["the host"]
+
+
+def test_mounted_dashboard_follows_root_path(recorder: Recorder) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send("the host")
+
+    wrapped = miniapm.wrap(app, at="/errors")
+    local = {"client": ("127.0.0.1", 1), "headers": {"host": "localhost"}, "root_path": "/api"}
+    start, _ = call_asgi(wrapped, b"", "/api/errors", **local)
+    assert dict(start["headers"])[b"location"] == b"/api/errors/errors"
+    assert call_asgi(wrapped, b"", "/api/other", **local) == ["the host"]
+
+
+@pytest.mark.parametrize("at", ["/", "", "//"])
+def test_dashboard_needs_a_path_of_its_own(recorder: Recorder, at: str) -> None:
+    with pytest.raises(miniapm.BadSetting, match="path of its own"):
+        miniapm.wrap(flask_app(), at=at)
+
+
+def test_mounted_dashboard_without_its_database_is_503(recorder: Recorder) -> None:
+    client = Client(mounted(), "")
+    recorder.path.mkdir()
+    answer = client.get("/errors/errors")
+    assert answer.status == 503
+    assert "MiniAPM" in answer.text
+    recorder.path.rmdir()
+    assert client.get("/errors/errors").status == 200
+
+
+def test_partial_of_an_asgi_application_is_one() -> None:
+    async def app(scope: Any, receive: Any, send: Any, more: int) -> None:
+        pass
+
+    assert miniapm.is_asgi(functools.partial(app, more=1))
+    assert not miniapm.is_asgi(functools.partial(fail, text="x"))
 
 
 class FakeTracker(http.server.BaseHTTPRequestHandler):
@@ -2816,7 +3024,7 @@ sys.stdin.readline()
 
 def test_host_ends_in_time_when_the_tracker_stays_away(tmp_path: Path) -> None:
     code = f"""
-import miniapm
+import miniapm, multiprocessing.util
 miniapm.init("http://127.0.0.1:{free_port()}", api_key="x")
 for number in range(500): miniapm.record_error(ValueError(f"number {{number}}"))
 """
@@ -2852,9 +3060,6 @@ def test_error_of_our_own_is_not_recorded(recorder: Recorder, monkeypatch: Any) 
     assert client.get("/errors/errors.json").status == 200
     monkeypatch.setattr(recorder.client.destination.store(), "errors", None)
     assert client.get("/errors/errors.json").status == 500
-    thread = threading.Thread(target=miniapm.record_error, args=(ValueError("x"),), name="miniapm")
-    thread.start()
-    thread.join()
     assert recorder.reports() == []
 
 
@@ -4000,7 +4205,8 @@ def test_keys_refuse_in_one_line(tmp_path: Path) -> None:
 
 PROGRAM = """
 import sys
-print(__name__, sys.argv, __file__, sys.path[0])
+def typed(x: int) -> None: pass
+print(__name__, sys.argv, __file__, sys.path[0], typed.__annotations__, __annotations__)
 import helper
 def f(): helper.g()
 if sys.argv[1] == "exit": sys.exit(7)
@@ -4013,7 +4219,11 @@ def program(tmp_path: Path) -> Path:
     folder = tmp_path / "code"
     folder.mkdir()
     (folder / "program.py").write_text(PROGRAM)
-    (folder / "helper.py").write_text("def g(): raise ValueError('in helper')\n")
+    helper = "def g(): raise ValueError('in helper')\n"
+    (folder / "helper.py").write_text(helper)
+    (folder / "package").mkdir()
+    (folder / "package" / "__main__.py").write_text(PROGRAM)
+    (folder / "package" / "helper.py").write_text(helper)
     return folder
 
 
@@ -4030,7 +4240,11 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("argument", ["exit", "--fail"])
-@pytest.mark.parametrize("target", [["program.py"], ["-m", "program"]], ids=["script", "module"])
+@pytest.mark.parametrize(
+    "target",
+    [["program.py"], ["-m", "program"], ["package"]],
+    ids=["script", "module", "folder"],
+)
 def test_run_is_as_without_it(program: Path, target: list[str], argument: str) -> None:
     plain = python(program, *target, argument, "--url", "x")
     done = run("run", "--db", "e.db", *target, argument, "--url", "x", cwd=program)
