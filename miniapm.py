@@ -1302,9 +1302,10 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
     db.execute("PRAGMA journal_mode = WAL")
     db.execute(f"PRAGMA journal_size_limit = {MAX_WAL_BYTES}")
     db.execute("PRAGMA synchronous = FULL")
+    if _pragma(db, "user_version") == len(MIGRATIONS):
+        return
     db.execute("BEGIN IMMEDIATE")
-    version = _pragma(db, "user_version")
-    for statements in MIGRATIONS[version:]:
+    for statements in MIGRATIONS[_pragma(db, "user_version") :]:  # another process may be ahead
         for statement in statements:
             db.execute(statement)
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -1383,8 +1384,7 @@ class Writer:
         """
         job = _Job(work, reports)
         with self._changed:
-            if self._is_closed:
-                raise Unavailable("the store is closed", retry_after_s=5)
+            self.refuse_if_closed()
             waiting = sum(one.reports for one in self._jobs)
             if reports and waiting and waiting + reports > MAX_WAITING_REPORTS:
                 raise Unavailable("too many reports are waiting", retry_after_s=1)
@@ -1398,6 +1398,11 @@ class Writer:
             if job.future.cancel():
                 raise Unavailable("the database is locked or busy", retry_after_s=2) from None
             return job.future.result()
+
+    def refuse_if_closed(self) -> None:
+        """Raise Unavailable when close() has been called."""
+        if self._is_closed:
+            raise Unavailable("the store is closed", retry_after_s=5)
 
     def close(self) -> None:
         """Finish what waits, then close the connection."""
@@ -1527,6 +1532,7 @@ class Store:
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """Lend a connection that sees one consistent state."""
+        self._writer.refuse_if_closed()
         try:
             try:
                 db = self._idle.get_nowait()
@@ -2303,7 +2309,9 @@ class StoreDestination:
             self._store = None
 
     def store(self) -> Store:
-        """Return the store, opened when it is not."""
+        """Return the store, opened when it is not; a page does not wait for a delivery."""
+        if (store := self._store) is not None:
+            return store
         with self._lock:
             if self._store is None:
                 self._store = Store(self._path)

@@ -1499,6 +1499,8 @@ def test_closed_store_refuses(store: Store) -> None:
     store.close()
     with pytest.raises(miniapm.Unavailable):
         record(store)
+    with pytest.raises(miniapm.Unavailable):
+        store.errors(ErrorFilter())
 
 
 def test_close_finishes_what_waits(store: Store) -> None:
@@ -3107,6 +3109,22 @@ def test_recording_does_not_wait_for_a_locked_database(recorder: Recorder) -> No
             miniapm.record_error(ValueError(str(number)))
         assert time.monotonic() - began < 1
     assert len(recorder.reports()) == 101
+
+
+def test_mounted_dashboard_does_not_wait_for_a_delivery(recorder: Recorder) -> None:
+    client = Client(mounted(), "")
+    assert client.get("/errors/errors.json").status == 200
+    with locked(recorder.path):
+        miniapm.record_error(ValueError("waits"))
+        wait_until(lambda: recorder.client._outbox._in_hand)
+        began = time.monotonic()
+        assert client.get("/errors/errors.json").status == 200
+        assert time.monotonic() - began < 1
+
+
+def test_store_opens_while_another_process_writes(store: Store) -> None:
+    with locked(store.path), contextlib.closing(Store(store.path)) as other:
+        assert other.errors(ErrorFilter()).errors == ()
 
 
 def test_capture_keeps_its_database_small(recorder: Recorder, monkeypatch: Any) -> None:
