@@ -264,10 +264,11 @@ def _read_hosts(text: str) -> tuple[str, ...]:
     return tuple(name.strip("[]") for name in hosts)
 
 
-def _setting(default: Any, reader: tuple[Callable[[str], Any], str], help: str) -> Any:
+def _setting(
+    default: Any, reader: tuple[Callable[[str], Any], str], help: str, *, is_secret: bool = False
+) -> Any:
     """Declare a setting: its default, how its text is read, what it takes, what it is for."""
     read, takes = reader
-    is_secret = help.startswith(("key ", "password "))
     metadata = {"read": read, "takes": takes, "help": help, "is_secret": is_secret}
     return field(default=default, repr=not is_secret, metadata=metadata)
 
@@ -306,9 +307,13 @@ class Config:
             f"up to {MAX_KEY_CHARS} characters without spaces, quotes, $, ! and backslash",
         ),
         "key of the default project, in place of the generated one",
+        is_secret=True,
     )
     password: str | None = _setting(
-        None, _TEXT, "password of the dashboard; prefer the variable, flags are seen by others"
+        None,
+        _TEXT,
+        "password of the dashboard; prefer the variable, flags are seen by others",
+        is_secret=True,
     )
     allowed_hosts: tuple[str, ...] = _setting(
         (),
@@ -1230,7 +1235,8 @@ def _like(term: str) -> str:
 
 def _where(wanted: ErrorFilter) -> tuple[str, Json]:
     """Compose the condition on one project's errors, and the values it names but `status`."""
-    conditions, values = ["project_id = :project_id", "status = :status"], Json()
+    conditions = ["project_id = :project_id", "status = :status"]
+    values: Json = {}
     for position, term in enumerate(wanted.search.split()[:MAX_SEARCH_TERMS]):
         columns = ("exception_class", "message", "fingerprint")
         tests = (f"{column} LIKE :term{position} ESCAPE '\\'" for column in columns)

@@ -455,6 +455,10 @@ def test_bad_secret_setting_is_not_repeated() -> None:
     assert "MINI_APM_API_KEY" in str(caught.value)
 
 
+def test_config_does_not_show_its_secrets() -> None:
+    assert "hunter2" not in repr(Config(api_key="hunter2", password="hunter2"))
+
+
 def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
     defaults = {"api_key": "generated", "password": "none", "allowed_hosts": "none"}
     for setting in dataclasses.fields(Config):
