@@ -4850,7 +4850,7 @@ class Server:
 
     Beside waitress's documented settings it relies on: `wasyncore.loop`; of the server
     `active_channels`, `channel_class`, `handle_accept`, `pull_trigger` and `task_dispatcher`; of
-    a channel `requests`, `request`, `last_activity`, `total_outbufs_len` and `handle_close`.
+    a channel `requests`, `request`, `last_activity`, `creation_time`, `total_outbufs_len`, `handle_close`.
     """
 
     def __init__(
@@ -4902,8 +4902,10 @@ class Server:
         self._loop(timeout=0.0)
         while self._server.active_channels and time.monotonic() < end_s:
             for channel in list(self._server.active_channels.values()):
-                # A request that still arrives counts as received while its bytes keep coming.
-                arrives = channel.request is not None and time.time() - channel.last_activity < 1
+                # What still arrives counts as received while its bytes keep coming.
+                is_fresh = channel.last_activity == channel.creation_time
+                arrives = channel.request is not None or is_fresh
+                arrives = arrives and time.time() - channel.last_activity < 1
                 if not (channel.requests or channel.total_outbufs_len or arrives):
                     channel.handle_close()
             self._loop(timeout=0.05)

@@ -4313,24 +4313,24 @@ def test_signal_ends_an_idle_server_at_once(start: Callable[..., Server], number
     assert time.monotonic() - began < 5
 
 
-def post_raw(server: Server, number: int) -> int:
+def post_raw(server: Server, number: int, sent: list[int] | None = None) -> int:
+    """Post a report; note in `sent` when all of it is on its way. Return the answer's status."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
     body = json.dumps(report(fingerprint=f"f{number}"))
     with contextlib.closing(connection):
         connection.request("POST", "/ingest/errors", body, headers)
+        if sent is not None:
+            sent.append(number)
         return connection.getresponse().status
 
 
-def connections(server: Server) -> int:
-    """Count the server's connections whose request has been read from the socket."""
+def has_read_all(server: Server) -> bool:
+    """Tell whether the server has taken all that was sent to it out of its sockets."""
     port = f":{server.port:04X}"
-    found = 0
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, _, state, queues = line.split()[:5]
-        if local.endswith(port) and state == "01" and queues.endswith(":00000000"):
-            found += 1
-    return found
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    mine = [line for line in lines if line[1].endswith(port) and line[3] == "01"]
+    return bool(mine) and all(line[4].endswith(":00000000") for line in mine)
 
 
 def is_listening(server: Server) -> bool:
@@ -4339,10 +4339,10 @@ def is_listening(server: Server) -> bool:
 
 
 def test_signal_lets_received_requests_finish(start: Callable[..., Server]) -> None:
-    server = start()
+    server, sent = start(), []  # type: ignore[var-annotated]
     with concurrent.futures.ThreadPoolExecutor(24) as pool, locked(server.db):
-        futures = [pool.submit(post_raw, server, number) for number in range(24)]
-        wait_until(lambda: connections(server) == 24)
+        futures = [pool.submit(post_raw, server, number, sent) for number in range(24)]
+        wait_until(lambda: len(sent) == 24 and has_read_all(server))
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not is_listening(server))
         assert not any(future.done() for future in futures)
@@ -4355,8 +4355,9 @@ def test_signal_lets_received_requests_finish(start: Callable[..., Server]) -> N
 def test_second_signal_ends_a_server_at_once(start: Callable[..., Server]) -> None:
     server = start()
     with concurrent.futures.ThreadPoolExecutor() as pool, locked(server.db):
-        waiting = pool.submit(post_raw, server, 1)
-        wait_until(lambda: connections(server) == 1)
+        sent: list[int] = []
+        waiting = pool.submit(post_raw, server, 1, sent)
+        wait_until(lambda: sent and has_read_all(server))
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not is_listening(server))
         began = time.monotonic()
