@@ -6,8 +6,9 @@
 """MiniAPM: a self-hosted error tracker in one file.
 
 `python miniapm.py` takes error reports over HTTP, groups them by fingerprint in one SQLite
-database, and serves the dashboard in which a person reads and triages them. The file reads from
-top to bottom: nothing refers to a name that is defined further down.
+database, and serves the dashboard in which a person reads and triages them. A Python program that
+imports the same file, and calls `init`, has its own errors recorded. The file reads from top to
+bottom: nothing refers to a name that is defined further down.
 
 Contents:
     1. Limits
@@ -1719,9 +1720,8 @@ class Store:
     def ensure_default_project(self, key: str | None = None) -> Project:
         """Return the project `default`, made with a key if there is none.
 
-        A `key` that it does not have yet replaces those it has.
-
-        Raises BadSetting when the key belongs to another project.
+        A `key` that it does not have yet replaces those it has. Raises BadSetting when the key
+        belongs to another project.
         """
         existing = next((p for p in self.projects() if p.name == "default"), None)
         if key is not None:
@@ -1746,6 +1746,14 @@ class Store:
     def set_setting(self, name: str, value: str | int) -> None:
         """Remember a value under a name."""
         self.write(lambda db: db.execute(SET_SETTING, {"name": name, "value": value}).rowcount)
+
+
+def say(text: str, out: TextIO | None = None) -> None:
+    """Print at once, on stdout if not told where, and whether or not anybody can read it."""
+    out = out or sys.stdout
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or none at all
+        encoding = out.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
 
 
 def _remove_occurrences(db: sqlite3.Connection, statement: str, values: Json) -> int:
@@ -1811,7 +1819,7 @@ class Retention:
             try:
                 self.sweep()
             except MiniAPMError as error:
-                print(f"miniapm: retention will try again: {error}", file=sys.stderr)
+                say(f"miniapm: retention will try again: {error}", sys.stderr)
             self._store.has_surplus.wait(SWEEP_INTERVAL_S)
             self._store.has_surplus.clear()
 
@@ -1868,9 +1876,7 @@ class Complaints:
         now_s = self._now()
         if now_s - self._said_s.get(kind, -math.inf) >= COMPLAINT_INTERVAL_S:
             self._said_s[kind] = now_s
-            text = clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS)
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr, or closed
-                print(text, file=sys.stderr, flush=True)
+            say(clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS), sys.stderr)
 
 
 def _short(text: str) -> str:
@@ -3576,8 +3582,8 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 <div class="head"><h1>{{heading}}</h1></div>
 % if is_welcome:
 <div id="live" data-view="welcome"></div>
-<p class="lead">Nothing has been reported yet. Send a first report with one of these; it appears
- here at once.</p>
+<p class="lead">Nothing has been reported yet. Send a first report with one of these; it then
+ appears here.</p>
 % else:
 <p class="lead">Reports go to <code>{{url}}/ingest/errors</code>, several at once to
 <code>{{url}}/ingest/errors/batch</code>, with a project's key.</p>
@@ -4722,14 +4728,6 @@ class _Parser(argparse.ArgumentParser):
         raise BadSetting(message)
 
 
-def say(text: str, out: TextIO | None = None) -> None:
-    """Print at once, even into a pipe."""
-    out = out or sys.stdout
-    encoding = out.encoding or "utf-8"
-    with contextlib.suppress(OSError):  # nobody reads it: no reason not to serve
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
-
-
 def served_by(path: str) -> str:
     """Return what a database remembers of the last process that served it."""
     with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
@@ -4960,8 +4958,9 @@ def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
     parser = _Parser(
         prog=name,
         description="Serve the tracker: ingest and dashboard.",
-        epilog="Other commands: keys (list, create and revoke API keys); keys --help says more."
-        " A flag beats its variable, a variable beats the default.",
+        epilog="Commands: serve (the default), keys (list, create and revoke API keys) and run (run"
+        " a program and record what goes wrong in it); each has a --help. A flag beats its"
+        " variable, a variable beats the default.",
     )
     parser.add_argument("--version", action="version", version=f"MiniAPM {__version__}")
     add_flags(parser)

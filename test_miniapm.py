@@ -4068,7 +4068,9 @@ def test_help_shows_flag_variable_and_default(tmp_path: Path) -> None:
         assert miniapm.flag_of(setting.name) in done.stdout
         shown = f"[{miniapm.variable_of(setting.name)}; default: {default}]"
         assert shown in " ".join(done.stdout.split())
-    assert "keys" in done.stdout
+    for command in miniapm.COMMANDS:
+        assert command in done.stdout
+        assert f"`python miniapm.py {command}" in README
     assert list(tmp_path.iterdir()) == []
 
 
