@@ -941,7 +941,8 @@ _VARIABLE_PARTS = (
     (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"), "<address>"),
     (
         re.compile(
-            r"(?<![\w:])(?:(?:[0-9a-f]{1,4}:){2,7}[0-9a-f]{1,4}\b|(?:[0-9a-f]{1,4}:){1,7}:[0-9a-f:]{0,39})",
+            r"(?<![\w:])(?:(?:[0-9a-f]{1,4}:){2,7}[0-9a-f]{1,4}\b"
+            r"|(?:[0-9a-f]{1,4}:){1,7}:[0-9a-f:]{0,39})",
             re.IGNORECASE,
         ),
         "<address>",
@@ -3411,8 +3412,10 @@ Nothing here.
 </span></td>
 <td class="trend"><svg viewBox="0 0 92 24" role="img" preserveAspectRatio="none"><title>
 {{row['day_count']}} in the last 24 hours</title><polyline points="{{row['points']}}"/></svg></td>
-<td class="number count" data-label="{{'time' if error.occurrence_count == 1 else 'times'}}">{{row['count']}}</td>
-<td class="number users" data-label="{{'user' if error.user_count == 1 else 'users'}}">{{row['users']}}</td>
+<td class="number count"
+ data-label="{{'time' if error.occurrence_count == 1 else 'times'}}">{{row['count']}}</td>
+<td class="number users"
+ data-label="{{'user' if error.user_count == 1 else 'users'}}">{{row['users']}}</td>
 <td class="number seen"><time datetime="{{row['seen'].iso}}" title="{{row['seen'].exact}}">{{row['seen'].ago}}</time>
 </td>
 </tr>
