@@ -117,8 +117,12 @@ MAX_FRAMES = 2_000  # physical lines: those of a backtrace may hold newlines
 MAX_CONTEXT_LINES = 50  # on each side of the failing line
 MAX_CONTEXT_CHARS = 64 * _KIBIBYTE
 MAX_PARAMS_CHARS = 64 * _KIBIBYTE
-MAX_EXTRA_CHARS = 64 * _KIBIBYTE
+MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
+MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
+MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
+MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
+MAX_TAG_VALUES = 200
 SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
@@ -416,6 +420,7 @@ class Occurrence:
     """One report: cleaned, scrubbed, within all limits.
 
     `fingerprint` is for display; `grouping_key`, the SHA-256 of what the client sent, decides.
+    `event_id`, 32 hexadecimal digits, is the same when the same report is sent again.
     `disbelieved_timestamp` is what the client claimed when that lay in the future.
     """
 
@@ -431,6 +436,7 @@ class Occurrence:
     source_context: SourceContext | None = None
     extra: Json = field(default_factory=dict)
     disbelieved_timestamp: str | None = None
+    event_id: str | None = None
 
 
 def _display_table() -> dict[int, str]:
@@ -562,6 +568,21 @@ def scrub(value: Json, limit: int) -> Json:
     return copied
 
 
+def scrub_fields(values: Json) -> Json:
+    """Scrub unknown fields: one that is huge is cut and leaves room for the others."""
+    result: Json = {}
+    left = MAX_EXTRA_CHARS
+    for position, (name, value) in enumerate(values.items()):
+        if left <= 0:
+            result["…"] = f"[{len(values) - position:,} more cut]"
+            break
+        room = min(left, MAX_FIELD_CHARS)
+        scrubber = _Scrubber(room)
+        result |= scrubber.copy({name: value})
+        left -= room - scrubber.budget
+    return result
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
@@ -644,6 +665,12 @@ class _Fields:
         if value is not None and not isinstance(value, dict):
             raise self.refuse(name, "an object")
         return value
+
+
+def read_event_id(value: Any) -> str | None:
+    """Return an event id as 32 hexadecimal digits, None for what is no UUID (RFC 9562)."""
+    digits = value.replace("-", "").lower() if isinstance(value, str) else ""
+    return digits if re.fullmatch("[0-9a-f]{32}", digits) else None
 
 
 def cut_middle(lines: list[str], most: int) -> list[str]:
@@ -736,6 +763,14 @@ _FIELDS = {
 }
 
 
+def _unknown_fields(data: Json, context: Json) -> Json:
+    extra = {name: value for name, value in data.items() if name not in _FIELDS}
+    if read_event_id(extra.get("event_id")) is not None:
+        del extra["event_id"]
+    more_context = {k: v for k, v in context.items() if k not in _CONTEXT_FIELDS}
+    return extra | {"source_context": more_context} if more_context else extra
+
+
 def parse_occurrence(data: Any, received_ms: int, at: str = "") -> Occurrence:
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
@@ -751,10 +786,6 @@ def parse_occurrence(data: Any, received_ms: int, at: str = "") -> Occurrence:
     backtrace = fields.lines("backtrace", required=True)
     fingerprint = fields.text("fingerprint", "a string that is not empty")
     context, params = fields.mapping("source_context"), fields.mapping("params")
-    extra = {name: value for name, value in data.items() if name not in _FIELDS}
-    more_context = {k: v for k, v in (context or {}).items() if k not in _CONTEXT_FIELDS}
-    if more_context:
-        extra["source_context"] = more_context
     occurred_ms, disbelieved = _occurred_ms(fields, received_ms)
     context_at = f"{at}.source_context" if at else "source_context"
     return Occurrence(
@@ -768,8 +799,9 @@ def parse_occurrence(data: Any, received_ms: int, at: str = "") -> Occurrence:
         user_id=fields.identifier("user_id"),
         params=None if params is None else scrub(params, MAX_PARAMS_CHARS),
         source_context=None if context is None else _parse_source_context(context, context_at),
-        extra=scrub(extra, MAX_EXTRA_CHARS),
+        extra=scrub_fields(_unknown_fields(data, context or {})),
         disbelieved_timestamp=disbelieved,
+        event_id=read_event_id(data.get("event_id")),
     )
 
 
@@ -790,6 +822,7 @@ def to_payload(occurrence: Occurrence) -> Json:
         "user_id": occurrence.user_id,
         "params": occurrence.params,
         "timestamp": iso_time(occurrence.occurred_ms),
+        "event_id": occurrence.event_id,
     }
     extra = dict(occurrence.extra)
     if occurrence.source_context is not None:
@@ -799,15 +832,15 @@ def to_payload(occurrence: Occurrence) -> Json:
 
 
 def dump_occurrence(occurrence: Occurrence) -> str:
-    """Return an occurrence as the JSON text that is stored, without its grouping key."""
+    """Return an occurrence as the JSON text that is stored, but for what has its own column."""
     values = {one.name: getattr(occurrence, one.name) for one in dataclasses.fields(occurrence)}
-    del values["grouping_key"]
+    del values["grouping_key"], values["event_id"]
     if occurrence.source_context is not None:
         values["source_context"] = dataclasses.asdict(occurrence.source_context)
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
-def load_occurrence(text: str, grouping_key: bytes) -> Occurrence:
+def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None) -> Occurrence:
     """Return the occurrence that dump_occurrence wrote."""
     values = json.loads(text)
     if (context := values["source_context"]) is not None:
@@ -815,7 +848,29 @@ def load_occurrence(text: str, grouping_key: bytes) -> Occurrence:
             context[name] = tuple(context[name])
         values["source_context"] = SourceContext(**context)
     values["backtrace"] = tuple(values["backtrace"])
-    return Occurrence(**values, grouping_key=grouping_key)
+    return Occurrence(**values, grouping_key=grouping_key, event_id=event_id)
+
+
+FACETS = ("level", "environment", "release")  # unknown fields by which the list can be filtered
+
+
+def facet_of(occurrence: Occurrence, name: str) -> str:
+    """Return an occurrence's level, environment or release, empty when it has none."""
+    value = occurrence.extra.get(name)
+    return clip(value, MAX_FACET_CHARS) if isinstance(value, str) else ""
+
+
+def tags_of(occurrence: Occurrence) -> dict[str, str]:
+    """Return an occurrence's tags: what the field `tags` holds, if that is an object."""
+    tags = occurrence.extra.get("tags")
+    pairs = tags.items() if isinstance(tags, dict) else ()
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in pairs}
+
+
+def breadcrumbs_of(occurrence: Occurrence) -> list[Json]:
+    """Return what led to an occurrence: the field `breadcrumbs`, if that is a list of objects."""
+    crumbs = occurrence.extra.get("breadcrumbs")
+    return [one for one in crumbs if isinstance(one, dict)] if isinstance(crumbs, list) else []
 
 
 # --- 5. Backtraces --------------------------------------------------------------------------------
@@ -870,7 +925,7 @@ def _ruby_frame(line: str) -> Frame | None:
     if not found or not (separator or _RUBY_FILE.search(found[1])):
         return None
     file, own = found[1], is_own_path(found[1])
-    function = function.strip("`'\"")
+    function = function.strip("`'\"").removeprefix("?")
     return Frame(line, file, int(found[2]), function or None, language="ruby", is_own=own)
 
 
@@ -892,10 +947,15 @@ def _javascript_frame(line: str) -> Frame | None:
     return Frame(line, file, int(found[2]), function or None, language="javascript", is_own=own)
 
 
+# How a reporter that knows better than the path says whose code a frame is.
+_MARK = re.compile(r" \[(own|library)\]$")
+
+
 def _frame(line: str) -> Frame:
+    mark = _MARK.search(line)
     for read in (_python_frame, _javascript_frame, _ruby_frame):
-        if found := read(line):
-            return found
+        if found := read(line[: mark.start()] if mark else line):
+            return dataclasses.replace(found, is_own=mark[1] == "own") if mark else found
     return Frame(line)
 
 
@@ -908,7 +968,8 @@ def _is_code_of(frame: Frame, line: str) -> bool:
 def parse_backtrace(lines: Iterable[str]) -> tuple[Frame, ...]:
     """Return the frames of a backtrace in the order reported; what is no frame stays as text.
 
-    Takes the forms of Ruby, Python (entries that hold several lines included) and JavaScript.
+    Takes the forms of Ruby, Python (entries that hold several lines included) and JavaScript;
+    `[own]` or `[library]` at a line's end beats what its path says.
     """
     frames: list[Frame] = []
     text = "\n".join(line.removesuffix("\n") for line in lines)
@@ -1034,11 +1095,24 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             error_id INTEGER NOT NULL, user_id TEXT NOT NULL,
             PRIMARY KEY (error_id, user_id)) WITHOUT ROWID""",
     ),
+    (
+        "ALTER TABLE errors ADD COLUMN level TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE occurrences ADD COLUMN project_id INTEGER",  # with an event_id, else NULL
+        "ALTER TABLE occurrences ADD COLUMN event_id BLOB",
+        """CREATE UNIQUE INDEX occurrences_by_event ON occurrences (event_id, project_id)
+            WHERE event_id IS NOT NULL""",
+        # What an error was seen with: name is level, environment, release or tag (name:value).
+        """CREATE TABLE error_facets (
+            id INTEGER PRIMARY KEY, error_id INTEGER NOT NULL, name TEXT NOT NULL,
+            value TEXT NOT NULL, UNIQUE (error_id, name, value))""",
+        "CREATE INDEX facets_by_value ON error_facets (name, value) WHERE name <> 'tag'",
+    ),
 )
 
 RECORD_AGAIN = """
     UPDATE errors SET
         exception_class = :exception_class, message = :message, location = :location,
+        level = :level,
         first_seen_ms = MIN(first_seen_ms, :occurred_ms),
         last_seen_ms = MAX(last_seen_ms, :occurred_ms),
         occurrence_count = occurrence_count + 1,
@@ -1051,26 +1125,34 @@ RECORD_AGAIN = """
 # Not one upsert: each conflict would use up an id of errors.
 RECORD_FIRST = """
     INSERT INTO errors (project_id, grouping_key, fingerprint, exception_class, message, location,
-        first_seen_ms, last_seen_ms, occurrence_count, stored_count, status_ms)
+        level, first_seen_ms, last_seen_ms, occurrence_count, stored_count, status_ms)
     VALUES (:project_id, :grouping_key, :fingerprint, :exception_class, :message, :location,
-        :occurred_ms, :occurred_ms, 1, 1, :received_ms)
+        :level, :occurred_ms, :occurred_ms, 1, 1, :received_ms)
     RETURNING id"""
+SELECT_EVENT = """
+    SELECT id FROM occurrences WHERE event_id = :event_id AND project_id = :project_id"""
 RECORD_OCCURRENCE = """
-    INSERT INTO occurrences (error_id, received_ms, body)
-    VALUES (:error_id, :received_ms, :body)"""
+    INSERT INTO occurrences (error_id, received_ms, body, project_id, event_id)
+    VALUES (:error_id, :received_ms, :body, :project_id, :event_id)"""
 RECORD_BUCKET = """
     INSERT INTO buckets (error_id, hour, count) VALUES (:error_id, :hour, 1)
     ON CONFLICT (error_id, hour) DO UPDATE SET count = count + 1"""
 RECORD_USER = "INSERT OR IGNORE INTO error_users (error_id, user_id) VALUES (:error_id, :user_id)"
+RECORD_FACET = """
+    INSERT OR IGNORE INTO error_facets (error_id, name, value) VALUES (:error_id, :name, :value)"""
+FORGET_FACETS = """
+    DELETE FROM error_facets WHERE id IN
+        (SELECT id FROM error_facets WHERE error_id = :error_id AND name = :name
+        ORDER BY id DESC LIMIT -1 OFFSET :most)"""
 COUNT_USER = "UPDATE errors SET user_count = user_count + 1 WHERE id = :error_id"
 
 _ERROR_COLUMNS = """id, project_id,
     (SELECT name FROM projects WHERE projects.id = project_id) AS project,
-    fingerprint, exception_class, message, location, first_seen_ms, last_seen_ms,
+    fingerprint, exception_class, message, location, level, first_seen_ms, last_seen_ms,
     occurrence_count, stored_count, user_count, status, status_ms, regressed_ms"""
 SELECT_ERROR = f"SELECT {_ERROR_COLUMNS} FROM errors WHERE id = :id AND status <> 'deleted'"
 SELECT_OCCURRENCE = """
-    SELECT occurrences.id, error_id, received_ms, body, grouping_key,
+    SELECT occurrences.id, error_id, received_ms, body, grouping_key, hex(event_id) AS event_id,
         (SELECT MIN(id) FROM occurrences WHERE error_id = :error_id) AS first_id,
         (SELECT MAX(id) FROM occurrences WHERE error_id = :error_id AND id < :id) AS older_id,
         (SELECT MIN(id) FROM occurrences WHERE error_id = :error_id AND id > :id) AS newer_id,
@@ -1081,6 +1163,17 @@ SELECT_NEWEST_ID = "SELECT MAX(id) FROM occurrences WHERE error_id = :error_id"
 SELECT_BUCKETS = """
     SELECT error_id, hour, count FROM json_each(:ids) JOIN buckets ON error_id = json_each.value
     WHERE hour >= :since_hour"""
+# Goes from one value to the next in the index, however many errors share it.
+SELECT_FACETS = """
+    WITH RECURSIVE found (value) AS (
+        SELECT MIN(value) FROM error_facets WHERE name = :name AND name <> 'tag'
+        UNION ALL
+        SELECT (SELECT MIN(value) FROM error_facets
+            WHERE name = :name AND name <> 'tag' AND value > found.value)
+        FROM found WHERE value IS NOT NULL LIMIT 1000)
+    SELECT value FROM found WHERE value IS NOT NULL
+    ORDER BY (SELECT MAX(id) FROM error_facets
+        WHERE name = :name AND name <> 'tag' AND value = found.value) DESC LIMIT :most"""
 SET_STATUS = """
     UPDATE errors SET status = :status, status_ms = :now_ms,
         regressed_ms = CASE :status WHEN 'resolved' THEN NULL ELSE regressed_ms END
@@ -1133,6 +1226,9 @@ DELETE_BUCKETS = """
 DELETE_USERS = """
     DELETE FROM error_users WHERE error_id = :error_id AND user_id IN
         (SELECT user_id FROM error_users WHERE error_id = :error_id LIMIT :step)"""
+DELETE_FACETS = """
+    DELETE FROM error_facets WHERE id IN
+        (SELECT id FROM error_facets WHERE error_id = :error_id LIMIT :step)"""
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
 
 # --- 8. Store -------------------------------------------------------------------------------------
@@ -1161,7 +1257,7 @@ class ErrorGroup:
     """All occurrences with one fingerprint in one project.
 
     `occurrence_count` counts all that were ever reported, `stored_count` those still kept;
-    class, message and location are the newest occurrence's.
+    class, message, location and level are the newest occurrence's.
     """
 
     id: int
@@ -1171,6 +1267,7 @@ class ErrorGroup:
     exception_class: str
     message: str
     location: str
+    level: str
     first_seen_ms: int
     last_seen_ms: int
     occurrence_count: int
@@ -1202,6 +1299,9 @@ class ErrorFilter:
     status: str = "open"  # or "all"
     search: str = ""
     project_id: int | None = None
+    level: str = ""
+    environment: str = ""
+    release: str = ""
     sort: str = "last_seen"
     after: tuple[int, int] | None = None
     before: tuple[int, int] | None = None
@@ -1235,15 +1335,24 @@ def _like(term: str) -> str:
     return f"%{escaped}%"
 
 
+_HAS_FACET = """EXISTS (SELECT 1 FROM error_facets
+    WHERE error_id = errors.id AND name = '{}' AND value {})"""
+
+
 def _where(wanted: ErrorFilter) -> tuple[str, Json]:
     """Compose the condition on one project's errors, and the values it names but `status`."""
     conditions = ["project_id = :project_id", "status = :status"]
     values: Json = {}
     for position, term in enumerate(wanted.search.split()[:MAX_SEARCH_TERMS]):
         columns = ("exception_class", "message", "fingerprint")
-        tests = (f"{column} LIKE :term{position} ESCAPE '\\'" for column in columns)
+        tests = [f"{column} LIKE :term{position} ESCAPE '\\'" for column in columns]
+        tests.append(_HAS_FACET.format("tag", f"LIKE :term{position} ESCAPE '\\'"))
         conditions.append(f"({' OR '.join(tests)})")
         values[f"term{position}"] = _like(term)
+    for name in FACETS:
+        if value := getattr(wanted, name):
+            conditions.append(_HAS_FACET.format(name, f"= :{name}"))
+            values[name] = value
     return " AND ".join(conditions), values
 
 
@@ -1494,13 +1603,51 @@ def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
     db.execute(INSERT_KEY, values)
 
 
+def facets_of(occurrence: Occurrence) -> list[tuple[str, str]]:
+    """Return the (name, value) pairs that an error remembers; a tag's value is name:value."""
+    found = [(name, facet_of(occurrence, name)) for name in FACETS]
+    tags = [f"{name}:{value}" for name, value in tags_of(occurrence).items()]
+    found += [("tag", clip(text, MAX_FACET_CHARS)) for text in tags[:MAX_TAG_VALUES]]
+    return [(name, value) for name, value in found if value]
+
+
+def _row_of(project_id: int, occurrence: Occurrence) -> Json:
+    return {
+        "project_id": project_id,
+        "grouping_key": occurrence.grouping_key,
+        "fingerprint": occurrence.fingerprint,
+        "exception_class": occurrence.exception_class,
+        "message": occurrence.message,
+        "location": locate(occurrence),
+        "level": facet_of(occurrence, "level"),
+        "occurred_ms": occurrence.occurred_ms,
+        "hour": occurrence.occurred_ms // HOUR_MS,
+        "user_id": occurrence.user_id,
+        "event_id": bytes.fromhex(occurrence.event_id) if occurrence.event_id else None,
+        "body": dump_occurrence(occurrence),
+        "facets": facets_of(occurrence),
+    }
+
+
+def _record_facets(db: sqlite3.Connection, error_id: int, facets: list[tuple[str, str]]) -> None:
+    for name, value in facets:
+        values = {"error_id": error_id, "name": name, "value": value}
+        if db.execute(RECORD_FACET, values).rowcount:
+            most = MAX_TAG_VALUES if name == "tag" else MAX_FACET_VALUES
+            db.execute(FORGET_FACETS, values | {"most": most})
+
+
 def _record_one(db: sqlite3.Connection, values: Json) -> None:
+    if values["event_id"] is not None and db.execute(SELECT_EVENT, values).fetchone():
+        return  # sent before: its answer got lost
+    facets = values.pop("facets")
     known = db.execute(RECORD_AGAIN, values).fetchone()
     values["error_id"] = (known or db.execute(RECORD_FIRST, values).fetchone())["id"]
     db.execute(RECORD_OCCURRENCE, values)
     db.execute(RECORD_BUCKET, values)
     if values["user_id"] is not None and db.execute(RECORD_USER, values).rowcount:
         db.execute(COUNT_USER, values)
+    _record_facets(db, values["error_id"], facets)
 
 
 class Store:
@@ -1564,23 +1711,9 @@ class Store:
     ) -> list[MiniAPMError | None]:
         """Commit occurrences to disk in one transaction; return the refusal or None for each.
 
-        Raises Unavailable or MiniAPMError when none was stored.
+        One whose event_id the project has already is not stored again, and not refused. Raises Unavailable or MiniAPMError when none was stored.
         """
-        rows = [
-            {
-                "project_id": project_id,
-                "grouping_key": one.grouping_key,
-                "fingerprint": one.fingerprint,
-                "exception_class": one.exception_class,
-                "message": one.message,
-                "location": locate(one),
-                "occurred_ms": one.occurred_ms,
-                "hour": one.occurred_ms // HOUR_MS,
-                "user_id": one.user_id,
-                "body": dump_occurrence(one),
-            }
-            for one in occurrences
-        ]
+        rows = [_row_of(project_id, occurrence) for occurrence in occurrences]
         outcomes: list[MiniAPMError | None] = self.write(
             functools.partial(self._record_all, rows), len(rows)
         )
@@ -1656,7 +1789,8 @@ class Store:
         if row is None:
             return None
         values = dict(row)
-        occurrence = load_occurrence(values.pop("body"), values.pop("grouping_key"))
+        event_id = values.pop("event_id").lower() or None
+        occurrence = load_occurrence(values.pop("body"), values.pop("grouping_key"), event_id)
         return StoredOccurrence(**values, occurrence=occurrence)
 
     def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
@@ -1667,6 +1801,17 @@ class Store:
             for error_id, hour, count in db.execute(SELECT_BUCKETS, values):
                 found[error_id][hour] = count
         return found
+
+    def facets(self) -> dict[str, tuple[str, ...]]:
+        """Return the levels, environments and releases there are, the newest of each first."""
+        with self.reading() as db:
+            return {
+                name: tuple(
+                    row["value"]
+                    for row in db.execute(SELECT_FACETS, {"name": name, "most": MAX_FACET_VALUES})
+                )
+                for name in FACETS
+            }
 
     def set_status(self, error_ids: Sequence[int], status: str) -> None:
         """Make errors open, resolved or ignored."""
@@ -1775,6 +1920,7 @@ def _remove_deleted(db: sqlite3.Connection) -> int:
         left -= _remove_occurrences(db, SELECT_OLDEST, values)
         left -= db.execute(DELETE_BUCKETS, values).rowcount
         left -= db.execute(DELETE_USERS, values).rowcount
+        left -= db.execute(DELETE_FACETS, values).rowcount
         if left > 0:  # so nothing of it is left
             left -= db.execute(DELETE_ERROR, values).rowcount
     return SWEEP_STEP_ROWS - left
@@ -2437,6 +2583,7 @@ def _report_of_dropped(count: int) -> Json:
         "message": message,
         "backtrace": [],
         "fingerprint": fingerprint,
+        "event_id": secrets.token_hex(16),
     }
 
 
@@ -2681,7 +2828,7 @@ class Client:
         parts: list[Json] = [
             report,
             self._surroundings[1],
-            {"timestamp": iso_time(int(time.time() * 1000))},
+            {"timestamp": iso_time(int(time.time() * 1000)), "event_id": secrets.token_hex(16)},
             (attempt(request.describe) or {}) if request else {},
         ]
         for given in (_given_context.get({}), context):
@@ -2942,6 +3089,17 @@ class Moment:
 
 
 @dataclass(frozen=True, slots=True)
+class Crumb:
+    """One thing that happened before an error: when, what kind, how severe, what."""
+
+    time: str
+    kind: str
+    level: str
+    text: str
+    details: str
+
+
+@dataclass(frozen=True, slots=True)
 class Bar:
     """One bar of a trend, in the units of the chart's view box."""
 
@@ -3020,8 +3178,9 @@ def _one_of(query: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
 def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
     """Return the filter a query string asks for; BadRequest names the parameter that is wrong.
 
-    status: open, resolved, ignored, all; q: words that class, message or fingerprint contain;
-    project: an id; sort: last_seen, first_seen, count; after, before: cursors.
+    status: open, resolved, ignored, all; q: words that class, message, fingerprint or a tag
+    (name:value) contain; project: an id; level, environment, release: as reported; sort:
+    last_seen, first_seen, count; after, before: cursors.
     """
     project = query.get("project", "")
     if project and not re.fullmatch(r"[0-9]{1,16}", project):
@@ -3030,6 +3189,7 @@ def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
         status=_one_of(query, "status", (*STATUSES, "all")),
         search=query.get("q", "").strip()[:MAX_SEARCH_CHARS].translate(_DISPLAY),
         project_id=int(project) if project else None,
+        **{name: query.get(name, "").translate(_DISPLAY) for name in FACETS},
         sort=_one_of(query, "sort", tuple(SORTS)),
         after=_parse_cursor("after", query.get("after", "")),
         before=_parse_cursor("before", query.get("before", "")),
@@ -3043,6 +3203,7 @@ def filter_query(wanted: ErrorFilter, **changes: Any) -> str:
         "status": "" if wanted.status == "open" else wanted.status,
         "q": wanted.search,
         "project": wanted.project_id,
+        **{name: getattr(wanted, name) for name in FACETS},
         "sort": "" if wanted.sort == "last_seen" else wanted.sort,
         "after": _cursor_text(wanted.after),
         "before": _cursor_text(wanted.before),
@@ -3091,26 +3252,48 @@ def readable(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
 
 
+def crumb_of(breadcrumb: Json) -> Crumb:
+    """Return a breadcrumb for a timeline; what has no place of its own goes into the details."""
+    rest = {name: value for name, value in breadcrumb.items() if value not in (None, "", {}, [])}
+    time, category, kind, level, text, data = (
+        rest.pop(name, "") for name in ("timestamp", "category", "type", "level", "message", "data")
+    )
+    details = rest | (data if isinstance(data, dict) else {"data": data} if data else {})
+    said = (f"{name}: {' '.join(readable(value).split())}" for name, value in details.items())
+    return Crumb(
+        time=readable(time).partition("T")[2].removesuffix("Z") or readable(time),
+        kind=readable(category or kind),
+        level=readable(level),
+        text=readable(text),
+        details="; ".join(said),
+    )
+
+
 def readable_rows(values: Json) -> list[tuple[str, str]]:
     """Return the fields of a JSON object for a table."""
     return [(name, readable(value)) for name, value in values.items()]
 
 
 def tables(occurrence: Occurrence) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the (title, rows) of what an occurrence carries beside its backtrace."""
+    """Return the (title, rows) of what an occurrence carries beside its backtrace.
+
+    Tags and breadcrumbs are left out: they have forms of their own.
+    """
     ids = [("user_id", occurrence.user_id), ("request_id", occurrence.request_id)]
-    sections: dict[str, list[tuple[str, str]]] = {
-        "Request": [(name, value) for name, value in ids if value is not None],
-        "Params": readable_rows(occurrence.params or {}),
-    }
-    single = []
+    overview = [(name, value) for name, value in ids if value is not None]
+    sections = {"Overview": overview, "Params": readable_rows(occurrence.params or {})}
+    shown = {"tags": tags_of(occurrence), "breadcrumbs": breadcrumbs_of(occurrence)}
     for name, value in occurrence.extra.items():
-        if isinstance(value, dict) and value:
-            title = name.replace("_", " ").capitalize()
-            sections[title] = sections.get(title, []) + readable_rows(value)
+        title = name.replace("_", " ").capitalize()
+        if shown.get(name):
+            continue
+        if not isinstance(value, dict) or not value:
+            overview.append((name, readable(value)))
+        elif all(isinstance(part, dict) and part for part in value.values()):
+            for part_name, part in value.items():
+                sections[f"{title}: {part_name}"] = readable_rows(part)
         else:
-            single.append((name, readable(value)))
-    sections["More fields"] = sections.get("More fields", []) + single
+            sections[title] = sections.get(title, []) + readable_rows(value)
     return [(title, rows) for title, rows in sections.items() if rows]
 
 
@@ -3180,6 +3363,7 @@ def error_json(error: ErrorGroup, root: str) -> Json:
         "exception_class": error.exception_class,
         "message": error.message,
         "location": error.location,
+        "level": error.level or None,
         "fingerprint": error.fingerprint,
         "status": error.status,
         "regressed_at": iso_time(error.regressed_ms) if error.regressed_ms is not None else None,
@@ -3267,6 +3451,23 @@ def _code(text: str) -> str:
     return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
+def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
+    if occurrence.source_context is not None:
+        lines = numbered_source(occurrence.source_context)
+        text = "\n".join(f"{'>' if hit else ' '} {n:>5}  {line}" for n, line, hit in lines)
+        yield f"## Source: {_code(occurrence.source_context.file)}\n\n{_fenced(text)}"
+    if occurrence.backtrace:
+        text = "\n".join(line.rstrip("\n") for line in occurrence.backtrace)
+        yield f"## Backtrace\n\n{_fenced(text)}"
+    for title, rows in [("Tags", list(tags_of(occurrence).items())), *tables(occurrence)]:
+        if rows:
+            text = json.dumps(dict(rows), indent=2, ensure_ascii=False)
+            yield f"## {title}\n\n{_fenced(text, 'json')}"
+    if crumbs := [crumb_of(crumb) for crumb in breadcrumbs_of(occurrence)]:
+        text = "\n".join(" ".join(filter(None, dataclasses.astuple(crumb))) for crumb in crumbs)
+        yield f"## Breadcrumbs\n\n{_fenced(text)}"
+
+
 def markdown(error: ErrorGroup, stored: StoredOccurrence | None) -> str:
     """Return a report for a ticket or a coding assistant; all that was reported is in code."""
     facts = [
@@ -3282,21 +3483,8 @@ def markdown(error: ErrorGroup, stored: StoredOccurrence | None) -> str:
     parts = [
         f"# {_code(clip(error.exception_class, 120))}\n\n{_fenced(error.message)}",
         "".join(f"- **{name}:** {value}\n" for name, value in facts),
+        *(_occurrence_markdown(stored.occurrence) if stored is not None else ()),
     ]
-    if stored is not None:
-        occurrence = stored.occurrence
-        if occurrence.source_context is not None:
-            lines = numbered_source(occurrence.source_context)
-            text = "\n".join(f"{'>' if hit else ' '} {n:>5}  {line}" for n, line, hit in lines)
-            name = _code(occurrence.source_context.file)
-            parts.append(f"## Source: {name}\n\n{_fenced(text)}")
-        if occurrence.backtrace:
-            text = "\n".join(line.rstrip("\n") for line in occurrence.backtrace)
-            parts.append(f"## Backtrace\n\n{_fenced(text)}")
-        parts += [
-            f"## {title}\n\n{_fenced(json.dumps(dict(rows), indent=2, ensure_ascii=False), 'json')}"
-            for title, rows in tables(occurrence)
-        ]
     return "\n".join(parts)
 
 
@@ -3345,12 +3533,19 @@ _TEMPLATE_SOURCES = {
 <input type="hidden" name="status" value="{{wanted.status}}">
 % end
 <input type="search" name="q" value="{{wanted.search}}" maxlength="200" aria-label="Search"
- placeholder="Search class, message, fingerprint">
+ placeholder="Search class, message, fingerprint, tags">
 % if len(projects) > 1:
 <select name="project" aria-label="Project"><option value="">All projects</option>
 % for project in projects:
 <option value="{{project.id}}" {{'selected' if project.id == wanted.project_id else ''}}>
 {{project.name}}</option>
+% end
+</select>
+% end
+% for name, values in facets.items():
+<select name="{{name}}" aria-label="{{name.capitalize()}}"><option value="">Any {{name}}</option>
+% for value in values:
+<option {{'selected' if value == getattr(wanted, name) else ''}}>{{value}}</option>
 % end
 </select>
 % end
@@ -3364,7 +3559,7 @@ _TEMPLATE_SOURCES = {
 <div id="live" data-view="list">
 % if not rows:
 <p class="empty">
-% if wanted.search or wanted.project_id:
+% if is_narrowed:
 Nothing matches. <a href="{{root}}/errors{{all_query}}">Look in every status</a>
  or <a href="{{root}}/errors">start over</a>.
 % elif wanted.status == "open":
@@ -3400,6 +3595,9 @@ Nothing here.
 <span class="badge regressed">regressed</span>
 % elif row['is_new']:
 <span class="badge new">new</span>
+% end
+% if error.level not in ("", "error"):
+<span class="badge level">{{error.level}}</span>
 % end
 % if error.status != wanted.status and error.status != "open":
 <span class="badge {{error.status}}">{{error.status}}</span>
@@ -3477,6 +3675,9 @@ Nothing here.
 % elif is_new:
 <span class="badge new">new</span>
 % end
+% if error.level not in ("", "error"):
+<span class="badge level">{{error.level}}</span>
+% end
 </div>
 <h1>{{error.exception_class}}</h1>
 <pre class="message">{{error.message}}</pre>
@@ -3548,6 +3749,13 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 % if one.message != error.message or one.exception_class != error.exception_class:
 <p class="other"><b>{{one.exception_class}}</b></p><pre class="message">{{one.message}}</pre>
 % end
+% if tags:
+<ul class="chips" aria-label="Tags">
+% for name, value, query in tags:
+<li><a href="{{root}}/errors{{query}}"><span>{{name}}</span> {{value}}</a></li>
+% end
+</ul>
+% end
 % if source:
 <h3>Source <code>{{one.source_context.file}}:{{one.source_context.lineno}}</code></h3>
 <div class="source" tabindex="0"><table>
@@ -3563,12 +3771,38 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 <p class="empty">The report has no backtrace.</p>
 % end
 % for title, rows in tables:
+% is_long = len(rows) > 25
+% if is_long:
+<details class="long"><summary>{{title}} ({{len(rows)}})</summary>
+% else:
 <h3>{{title}}</h3>
+% end
 <table class="values">
 % for name, value in rows:
 <tr><th>{{name}}</th><td><pre>{{value}}</pre></td></tr>
 % end
 </table>
+% if is_long:
+</details>
+% end
+% end
+% if crumbs:
+<h3>Breadcrumbs</h3>
+<ol class="timeline">
+% for crumb in crumbs:
+<li class="{{'bad' if crumb.level in ('error', 'fatal', 'warning') else ''}}">
+<span class="time">{{crumb.time}}</span>
+<b>{{crumb.kind}}</b>
+% if crumb.level not in ("", "info"):
+<i>{{crumb.level}}</i>
+% end
+<span>{{crumb.text}}</span>
+% if crumb.details:
+<code>{{crumb.details}}</code>
+% end
+</li>
+% end
+</ol>
 % end
 <details class="raw"><summary>Raw JSON</summary><pre>{{raw}}</pre></details>
 </section>
@@ -3702,7 +3936,7 @@ button.plain { border: 0; background: none; color: var(--muted); padding: 4px; }
   font-size: 12px; line-height: 19px; vertical-align: 2px; white-space: nowrap; }
 .badge.open { color: var(--open); } .badge.resolved { color: var(--resolved); }
 .badge.ignored { color: var(--ignored); } .badge.new { color: var(--new); }
-.badge.regressed { color: var(--back); }
+.badge.regressed { color: var(--back); } .badge.level { color: var(--muted); }
 .errors { width: 100%; border-collapse: separate; border-spacing: 0; background: var(--card);
   border: 1px solid var(--line); border-radius: 10px; table-layout: fixed; }
 .errors th { text-align: left; font-weight: 500; font-size: 13px; color: var(--muted);
@@ -3764,6 +3998,21 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
 .frames summary, .raw summary, .snippet summary { cursor: pointer; padding: 6px 12px;
   color: var(--muted); font-size: 14px; }
 .frames summary code { font-size: 12px; }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 12px 0; padding: 0; }
+.chips a { display: block; padding: 1px 10px; border: 1px solid var(--line); border-radius: 99px;
+  background: var(--soft); color: var(--text); text-decoration: none; font-size: 13px;
+  overflow-wrap: anywhere; }
+.chips a:hover { border-color: var(--accent); } .chips span { color: var(--muted); }
+.timeline { list-style: none; margin: 0; padding: 0 0 0 5px; font-size: 14px; }
+.timeline li { position: relative; padding: 3px 0 7px 18px; border-left: 2px solid var(--line);
+  overflow-wrap: anywhere; }
+.timeline li::before { content: ""; position: absolute; left: -6px; top: 10px; width: 10px;
+  height: 10px; border-radius: 50%; background: var(--muted); border: 2px solid var(--card); }
+.timeline .bad::before { background: var(--accent); } .timeline .bad i { color: var(--accent); }
+.timeline .time { color: var(--muted); font-size: 13px; margin-right: 6px;
+  font-variant-numeric: tabular-nums; }
+.timeline code { display: block; color: var(--muted); }
+.long { margin-top: 24px; } .long summary { font-size: 14px; font-weight: 650; cursor: pointer; }
 .values { width: 100%; border-collapse: collapse; table-layout: fixed; }
 .values th, .values td { text-align: left; vertical-align: top; padding: 6px 12px 6px 0;
   border-top: 1px solid var(--line); }
@@ -3906,11 +4155,16 @@ def list_values(
         "rows": [_row_values(error, buckets[error.id], now_ms) for error in page.errors],
         "tabs": tabs,
         "wanted": wanted,
+        "is_narrowed": dataclasses.replace(wanted, status="", sort="") != ErrorFilter("", sort=""),
         "here": filter_query(wanted, after=wanted.after, before=wanted.before),
         "all_query": filter_query(wanted, status="all"),
         "previous_query": filter_query(wanted, before=page.previous) if page.previous else "",
         "next_query": filter_query(wanted, after=page.next) if page.next else "",
     }
+
+
+def _tag_search(name: str, value: str) -> str:
+    return f"{name}:{value}"[:MAX_SEARCH_CHARS]
 
 
 def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
@@ -3927,7 +4181,12 @@ def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
         "received": moment(stored.received_ms, now_ms),
         "source": numbered_source(one.source_context) if one.source_context else [],
         "frames": fold_frames(parse_backtrace(one.backtrace)),
+        "tags": [
+            (name, value, filter_query(ErrorFilter("all", _tag_search(name, value))))
+            for name, value in tags_of(one).items()
+        ],
         "tables": tables(one),
+        "crumbs": [crumb_of(crumb) for crumb in breadcrumbs_of(one)],
         "raw": json.dumps(to_payload(one), indent=2, ensure_ascii=False),
     }
 
@@ -4357,7 +4616,8 @@ class Dashboard:
         if not page.errors and (wanted.after or wanted.before):  # a page that has emptied
             return redirect("/errors" + filter_query(wanted))
         values = list_values(page, wanted, buckets, now_ms)
-        return self.html("errors", projects=self._store.projects(), **values)
+        facets = {name: found for name, found in self._store.facets().items() if found}
+        return self.html("errors", projects=self._store.projects(), facets=facets, **values)
 
     def errors_json(self) -> bottle.HTTPResponse:
         """Give one page of the list as JSON."""

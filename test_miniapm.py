@@ -64,6 +64,7 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 NOW_MS = int(NOW_S * 1000)
 KEY = "proj_" + "0123456789abcdef" * 2
+EVENT_ID = "0123456789abcdef" * 2
 
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -904,6 +905,24 @@ def test_nesting_is_refused_over_64_levels() -> None:
         parse(params={"a": nested(63)})
 
 
+def test_event_id_is_one_only_when_it_is_a_uuid() -> None:
+    assert parse(event_id=EVENT_ID.upper()).event_id == EVENT_ID
+    assert miniapm.to_payload(parse(event_id=EVENT_ID))["event_id"] == EVENT_ID
+    for value in (5, "concert-7", "", None, [EVENT_ID], EVENT_ID + "0"):
+        occurrence = parse(event_id=value)
+        assert occurrence.event_id is None
+        assert occurrence.extra == {"event_id": value}
+
+
+def test_huge_field_leaves_room_for_the_others() -> None:
+    extra = parse(dump=["x" * 1000] * 1000, release="1.0", tags={"a": "b"}).extra
+    assert len(json.dumps(extra)) < 1.5 * miniapm.MAX_FIELD_CHARS
+    assert (extra["release"], extra["tags"]) == ("1.0", {"a": "b"})
+    many = parse(**{f"field{n}": "x" * 1000 for n in range(1000)}).extra
+    assert len(json.dumps(many)) < 1.2 * miniapm.MAX_EXTRA_CHARS
+    assert "more cut" in many["…"]
+
+
 # --- 5. Backtraces --------------------------------------------------------------------------------
 
 
@@ -1030,6 +1049,17 @@ def test_any_lines_are_parsed(lines: list[str]) -> None:
         assert frame.file is None or frame.lineno is not None
 
 
+def test_reporter_s_mark_beats_the_path() -> None:
+    lines = ["lib/core.go:5:in Run [library]", "vendor/gems/mine.rb:6:in x [own]", "a.rb:7:in `y'"]
+    frames = miniapm.parse_backtrace(lines)
+    assert [(f.file, f.lineno, f.function, f.is_own) for f in frames] == [
+        ("lib/core.go", 5, "Run", False),
+        ("vendor/gems/mine.rb", 6, "x", True),
+        ("a.rb", 7, "y", True),
+    ]
+    assert miniapm.parse_backtrace(["Boom [own]"])[0].file is None
+
+
 # --- 7. Schema ------------------------------------------------------------------------------------
 
 
@@ -1058,9 +1088,9 @@ def test_no_statement_scans_occurrences(store: Store) -> None:
         for name, sql in statements():
             values = collections.defaultdict(lambda: 1) if ":" in sql else (1,) * sql.count("?")
             plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
-            assert not any(
-                re.match(r"SCAN (occurrences|buckets|error_u)", line) for line in plan
-            ), (*(name, plan),)
+            assert not any(re.match(r"SCAN (occurrences|buckets|error_)", line) for line in plan), (
+                *(name, plan),
+            )
 
 
 def test_list_takes_its_order_from_an_index(store: Store) -> None:
@@ -1071,6 +1101,28 @@ def test_list_takes_its_order_from_an_index(store: Store) -> None:
             plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values | part)]
             assert f"USING INDEX errors_by_{sort}" in plan[0]
             assert not any("TEMP B-TREE" in line for line in plan)
+
+
+def test_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = str(tmp_path / "old.db")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in miniapm.MIGRATIONS[0]:
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {miniapm.APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
+        db.execute("INSERT INTO projects VALUES (1, 'default', 0)")
+        db.execute(
+            "INSERT INTO errors VALUES (1, 1, x'00', 'f', 'E', 'm', '', 5, 5, 1, 1, 0, 'open', 5, NULL)"
+        )
+        body = miniapm.dump_occurrence(parse(message="from before"))
+        db.execute("INSERT INTO occurrences VALUES (1, 1, 5, ?)", [body])
+    with contextlib.closing(Store(path)) as store:
+        error, stored = only_error(store), store.occurrence(1)
+        assert (error.level, error.message) == ("", "m")
+        assert stored
+        assert (stored.occurrence.message, stored.occurrence.event_id) == ("from before", None)
+        record(store, event_id=EVENT_ID)
+        assert len(store.errors(ErrorFilter()).errors) == 2
 
 
 # --- 8. Store -------------------------------------------------------------------------------------
@@ -1302,6 +1354,90 @@ def test_search_finds_class_message_and_fingerprint(store: Store) -> None:
     assert search("timeout") == search("100% took") == search("ONE") == [1]
     assert search("brown fox") == search("k_b") == search("two") == [2]
     assert search("kXb") == search("%_%") == search("fox timeout") == []
+
+
+def test_search_finds_tags(store: Store) -> None:
+    record(store, fingerprint="a", tags={"browser": "Firefox 128", "answer": 42})
+    record(store, fingerprint="b", tags={"browser": "Safari"})
+    for text, found in (
+        ("firefox", ["a"]),
+        ("browser:safari", ["b"]),
+        ("answer:42", ["a"]),
+        ("browser:", ["a", "b"]),
+        ("browser:Chrome", []),
+    ):
+        page = store.errors(ErrorFilter(search=text))
+        assert sorted(error.fingerprint for error in page.errors) == found
+        assert page.counts["open"] == len(found)
+
+
+def test_list_filters_by_what_any_occurrence_of_an_error_had(store: Store) -> None:
+    record(store, fingerprint="a", level="error", environment="live", release="1.0")
+    record(store, fingerprint="a", level="warning", environment="test", release="1.1")
+    record(store, fingerprint="b", level="warning", release=7)
+    for wanted, found in (
+        ({"level": "warning"}, ["a", "b"]),
+        ({"level": "error"}, ["a"]),
+        ({"environment": "live", "release": "1.1"}, ["a"]),
+        ({"environment": "live", "level": "fatal"}, []),
+        ({"level": "%"}, []),
+    ):
+        page = store.errors(ErrorFilter(**wanted))
+        assert sorted(error.fingerprint for error in page.errors) == found
+        assert page.counts["all"] == len(found)
+    assert store.facets() == {
+        "level": ("warning", "error"),
+        "environment": ("test", "live"),
+        "release": ("1.1", "1.0"),
+    }
+    assert [error.level for error in store.errors(ErrorFilter(sort="count")).errors] == [
+        "warning",
+        "warning",
+    ]
+
+
+def test_error_remembers_the_newest_facets_only(store: Store) -> None:
+    occurrences = [
+        parse(release=f"1.{n}", tags={"request": str(n), "shop": "eu"}) for n in range(300)
+    ]
+    store.record(1, occurrences)
+    (releases,) = rows(store, "SELECT COUNT(*) FROM error_facets WHERE name = 'release'")
+    (tags,) = rows(store, "SELECT COUNT(*) FROM error_facets WHERE name = 'tag'")
+    assert (releases[0], tags[0]) == (miniapm.MAX_FACET_VALUES, miniapm.MAX_TAG_VALUES)
+    assert store.facets()["release"][0] == "1.299"
+    for term, count in (("request:299", 1), ("request:5", 0), ("shop:eu", 1)):
+        assert store.errors(ErrorFilter(search=term)).counts["all"] == count
+
+
+def test_deleted_error_leaves_no_facets(store: Store) -> None:
+    record(store, level="warning", tags={f"t{n}": "x" for n in range(150)})
+    store.delete([1])
+    miniapm.Retention(store, 30, 1000).sweep()
+    assert rows(store, "SELECT COUNT(*) FROM error_facets") == [(0,)]
+
+
+def test_report_that_is_sent_again_is_stored_once(store: Store) -> None:
+    other = store.project_of_key(store.create_key("other"))
+    assert other
+    dashed = "01234567-89AB-cdef-0123-456789abcdef"
+    one = parse(event_id=EVENT_ID)
+    again = parse(event_id=dashed, fingerprint="something else")
+    assert store.record(1, [one, again]) == [None, None]
+    assert store.record(1, [one]) == [None]
+    assert store.record(other, [one]) == [None]
+    counts = [error.occurrence_count for error in store.errors(ErrorFilter()).errors]
+    assert counts == [1, 1]
+    stored = store.occurrence(1)
+    assert stored
+    assert stored.occurrence == one
+
+
+def test_report_may_come_again_after_its_error_was_deleted(store: Store) -> None:
+    record(store, event_id=EVENT_ID)
+    store.delete([1])
+    miniapm.Retention(store, 30, 1000).sweep()
+    record(store, event_id=EVENT_ID)
+    assert only_error(store).occurrence_count == 1
 
 
 def test_search_takes_no_more_than_its_limit(store: Store) -> None:
@@ -3617,6 +3753,59 @@ def test_list_filters_by_project_when_there_are_two(client: Client, store: Store
     assert "RuntimeError" not in page
 
 
+def test_list_offers_the_facets_there_are(client: Client) -> None:
+    client.report()
+    assert 'name="level"' not in client.get("/errors").text
+    client.report(level="warning", environment="te<st", fingerprint="other")
+    page = client.get("/errors?level=warning&environment=te%3Cst").text
+    assert page.count('<a class="class"') == 1
+    assert re.search("<option selected>warning</option>", page)
+    assert re.search("<option selected>te&lt;st</option>", page)
+    assert 'name="release"' not in page
+    assert '<span class="badge level">warning</span>' in page
+    assert "environment=te%3Cst" in page[page.index("Resolved") - 200 : page.index("Resolved")]
+    assert "Nothing matches" in client.get("/errors?level=fatal").text
+    assert client.errors("?level=warning")[0]["level"] == "warning"
+
+
+def test_error_page_shows_tags_and_breadcrumbs(client: Client) -> None:
+    client.report(
+        tags={"shop": "e<u>", "n": 5},
+        breadcrumbs=[
+            {"timestamp": "2026-06-01T10:11:12.500Z", "category": "ui", "message": "clicked <b>"},
+            {"type": "http", "level": "error", "data": {"url": "/x", "status_code": 500}},
+            {"timestamp": 7, "message": {"a": 1}, "data": "text", "event_id": None},
+        ],
+        contexts={"runtime": {"name": "node"}, "os": {"name": "Linux"}},
+        modules={f"m{n}": "1.0" for n in range(40)},
+    )
+    page = client.get("/errors/1").text
+    assert f'href="{client.prefix}/errors?status=all&amp;q=shop%3Ae%3Cu%3E"' in page
+    assert "<span>shop</span> e&lt;u&gt;</a>" in page
+    assert "<span>n</span> 5</a>" in page
+    timeline = page[page.index('<ol class="timeline">') :]
+    for text in ("10:11:12.500", "<b>ui</b>", "clicked &lt;b&gt;", "<i>error</i>", "data: text"):
+        assert text in timeline
+    assert "url: /x; status_code: 500" in timeline
+    assert "<h3>Contexts: runtime</h3>" in page
+    assert "<summary>Modules (40)</summary>" in page
+    assert page.count("clicked") == 2  # the timeline and the raw JSON
+    markdown = client.get("/errors/1.md").text
+    assert '## Tags\n\n```json\n{\n  "shop": "e<u>",' in markdown
+    assert "10:11:12.500 ui clicked <b>" in markdown
+
+
+@pytest.mark.parametrize("value", ["text", ["a"], 5, None, {"a": {"b": 1}}, [{}, 7], {}])
+def test_tags_and_breadcrumbs_of_another_shape_are_shown_as_they_are(
+    client: Client, value: Any
+) -> None:
+    client.report(tags=value, breadcrumbs=value, level=value, contexts=value)
+    for path in ("/errors", "/errors/1", "/errors/1.md", "/errors/1.json"):
+        assert client.get(path).status == 200
+    said = client.get("/errors/1.json").json()["occurrence"]["report"]
+    assert (said["tags"], said["breadcrumbs"]) == (value, value)
+
+
 def test_list_pages_through_its_links(client: Client) -> None:
     batch = {"errors": [report(fingerprint=str(n)) for n in range(120)]}
     assert client.post_json("/ingest/errors/batch", batch).status == 202
@@ -3828,6 +4017,7 @@ def test_error_json_is_as_documented(client: Client) -> None:
         "exception_class": "RuntimeError",
         "message": "Something went wrong",
         "location": "app/models/user.rb:42 in save",
+        "level": None,
         "fingerprint": "user_save_runtime_error",
         "status": "open",
         "regressed_at": None,
@@ -3865,7 +4055,7 @@ def test_markdown_holds_the_report_in_code(client: Client) -> None:
     for text in (
         "## Backtrace",
         "## Params",
-        "## Request",
+        "## Overview",
         "- **Occurrences:** 1\n- **Users:** 1\n",
     ):
         assert text in answer.text
