@@ -16,6 +16,7 @@ Contents:
     3. Settings
     4. Occurrences
     5. Backtraces
+    6. Sentry
     7. Schema
     8. Store
     9. Capture
@@ -23,8 +24,8 @@ Contents:
     11. HTTP
     12. Commands
 
-The way of a report: environ -> read_body -> parse_occurrence -> Occurrence -> Store.record ->
-one transaction -> 202. The way of a page: query string -> ErrorFilter -> Store.errors ->
+The way of a report: environ -> read_content -> parse_occurrence (or parse_envelope and
+occurrence_from_sentry) -> Occurrence -> Store.record -> one transaction -> 202. The way of a page: query string -> ErrorFilter -> Store.errors ->
 list of ErrorGroup -> template -> HTML. Times inside are integer milliseconds UTC since 1970
 (suffix `_ms`); in JSON they are ISO 8601 strings that end in Z.
 """
@@ -43,6 +44,7 @@ import functools
 import hashlib
 import hmac
 import http.client
+import importlib
 import importlib.machinery
 import inspect
 import io
@@ -70,6 +72,7 @@ import urllib.parse
 import weakref
 import wsgiref.util
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -104,6 +107,10 @@ MAX_HEADER_BYTES = 16 * _KIBIBYTE
 MAX_FORM_BYTES = 256 * _KIBIBYTE
 MAX_JSON_DEPTH_LEVELS = 64
 MAX_BATCH_ERRORS = 10_000
+MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_bytes
+MAX_ENVELOPE_ITEMS = 100
+MAX_ENVELOPE_HEADER_BYTES = 64 * _KIBIBYTE  # its own, and that of an item
+MAX_EVENT_BYTES = _MEBIBYTE
 
 # What is longer is cut with a visible mark, never refused.
 MAX_CLASS_CHARS = 500
@@ -133,6 +140,7 @@ MAX_DRAIN_S = 10.0
 MAX_CONNECTIONS = 500
 BACKLOG_CONNECTIONS = 1_024
 MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
+MAX_REJECTION_REASONS = 30
 MAX_SEARCH_CHARS = 200
 MAX_SEARCH_TERMS = 8
 MAX_SESSION_S = 30 * 24 * 3600
@@ -214,8 +222,8 @@ class UnsupportedType(MiniAPMError):
     status = 415
 
 
-class TooManyAttempts(MiniAPMError):
-    """The password was wrong too often; try again after `retry_after_s` seconds."""
+class TooManyRequests(MiniAPMError):
+    """Requests came too often, such as wrong passwords; try again after `retry_after_s`."""
 
     status = 429
 
@@ -594,18 +602,23 @@ def _finite(digits: str) -> float:
     return number
 
 
-def decode_json(raw: bytes) -> Any:
-    """Return the value of strict UTF-8 JSON (RFC 8259); BadRequest says what is wrong."""
+def decode_json(raw: bytes, at: str = "") -> Any:
+    """Return the value of strict UTF-8 JSON (RFC 8259); BadRequest says what is wrong.
+
+    `at` is the path of what is decoded when it is not the whole body.
+    """
+    what, field = at or "the body", at or None
     try:
         text = raw.decode("utf-8")
         return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
-        raise BadRequest(f"the body must be UTF-8; byte {error.start} is not") from None
+        said = f"{what} must be UTF-8; byte {error.start} is not"
+        raise BadRequest(said, field=field) from None
     except RecursionError:
-        raise BadRequest("the body is nested too deep") from None
+        raise BadRequest(f"{what} is nested too deep", field=field) from None
     except ValueError as error:
         said = "a number has too many digits" if "set_int_max" in str(error) else str(error)
-        raise BadRequest(f"the body must be JSON: {said}") from None
+        raise BadRequest(f"{what} must be JSON: {said}", field=field) from None
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
@@ -1042,6 +1055,343 @@ def locate(occurrence: Occurrence) -> str:
     if (context := occurrence.source_context) is not None:
         return clip(f"{context.file}:{context.lineno}", MAX_CLASS_CHARS)
     return ""
+
+
+# --- 6. Sentry ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What a Sentry SDK sends in one request: a header, and of each item header and payload."""
+
+    header: Json
+    items: tuple[tuple[Json, memoryview], ...]
+
+
+def _header_line(raw: bytes, start: int, at: str) -> tuple[Json, int]:
+    """Return the JSON object of the line that begins at `start`, and where the next one begins."""
+    end = raw.find(b"\n", start)
+    end = end if end >= 0 else len(raw)
+    if end - start > MAX_ENVELOPE_HEADER_BYTES:
+        raise TooLarge(f"{at} has over {MAX_ENVELOPE_HEADER_BYTES:,} bytes of header", field=at)
+    header = decode_json(raw[start:end], at)
+    if not isinstance(header, dict):
+        raise BadRequest(f"{at} must begin with a line that is a JSON object", field=at)
+    return header, min(end + 1, len(raw))
+
+
+def _payload_end(raw: bytes, start: int, header: Json, at: str) -> int:
+    """Return where a payload ends: by its length, else at the next newline or the end."""
+    length = header.get("length")
+    if not isinstance(length, int) or isinstance(length, bool) or length < 0:
+        newline = raw.find(b"\n", start)
+        return newline if newline >= 0 else len(raw)
+    end = start + length
+    if end > len(raw):
+        raise BadRequest(f"{at} ends before its length of {length:,} bytes", field=at)
+    if raw[end : end + 1] not in (b"", b"\n"):
+        raise BadRequest(f"{at} goes on beyond its length of {length:,} bytes", field=at)
+    return end
+
+
+def parse_envelope(raw: bytes) -> Envelope:
+    """Split an envelope into its items; only their headers are decoded.
+
+    Source: develop.sentry.dev, "Envelopes". A line of JSON, then for each item a line of JSON and
+    a payload: `length` bytes when the item's header says so, else up to the next newline or the
+    end. Blank lines before an item are skipped. BadRequest names the part that is malformed, the
+    envelope or items[2]; TooLarge when there are too many.
+    """
+    view = memoryview(raw)
+    header, position = _header_line(raw, 0, "the envelope")
+    items: list[tuple[Json, memoryview]] = []
+    while position < len(raw):
+        if raw[position : position + 1] == b"\n":
+            position += 1
+            continue
+        at = f"items[{len(items)}]"
+        if len(items) == MAX_ENVELOPE_ITEMS:
+            raise TooLarge(f"the envelope has over {MAX_ENVELOPE_ITEMS} items", field=at)
+        item_header, start = _header_line(raw, position, at)
+        position = _payload_end(raw, start, item_header, at)
+        items.append((item_header, view[start:position]))
+    return Envelope(header, tuple(items))
+
+
+def envelope_of_event(raw: bytes) -> Envelope:
+    """Return a lone event, as SDKs sent it before there were envelopes, as an envelope."""
+    return Envelope({}, (({"type": "event"}, memoryview(raw)),))
+
+
+def read_event(payload: memoryview, at: str) -> Json:
+    """Decode an event; BadRequest or TooLarge when it can't be taken."""
+    if len(payload) > MAX_EVENT_BYTES:
+        raise TooLarge(f"{at} is larger than {MAX_EVENT_BYTES:,} bytes", field=at)
+    event = decode_json(bytes(payload), at)
+    if not isinstance(event, dict):
+        raise BadRequest(f"{at} must be a JSON object", field=at)
+    return event
+
+
+def dsn_of(url: str, key: str, project_id: int) -> str:
+    """Return the address that a Sentry SDK reports to, with a project's key in it."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{urllib.parse.quote(key, safe='')}@{rest}/{project_id}"
+
+
+def key_of_dsn(dsn: Any) -> str:
+    """Return the key in a DSN, empty if it has none."""
+    found = re.match(r"https?://([^@/:]+)(?::[^@/]*)?@", dsn) if isinstance(dsn, str) else None
+    return found[1] if found else ""
+
+
+def key_of_auth(header: str) -> str:
+    """Return the key of a header `Sentry sentry_version=7, sentry_key=…`, empty if it has none."""
+    found = re.match(r"(?i:sentry)\s(?:.*[\s,])?sentry_key=([^\s,]+)", header)
+    return found[1] if found else ""
+
+
+def _object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(value: Any) -> list[Json]:
+    """Return the objects of a list, which SDKs send as it is or within `values`."""
+    values = value.get("values") if isinstance(value, dict) else value
+    return [one for one in values if isinstance(one, dict)] if isinstance(values, list) else []
+
+
+def _text(value: Any) -> str:
+    """Return a value as text; empty for what says nothing."""
+    if value is None or value == {} or value == []:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _pairs(value: Any) -> Json:
+    """Return what SDKs send as an object or as a list of pairs: tags, headers, cookies."""
+    if isinstance(value, list):
+        pairs = [one for one in value if isinstance(one, list) and len(one) == 2]
+        return {_text(name): item for name, item in pairs}
+    return _object(value)
+
+
+def _is_own_frame(frame: Json) -> bool:
+    claimed = frame.get("in_app")
+    if isinstance(claimed, bool):
+        return claimed
+    return is_own_path(_text(frame.get("abs_path")) or _text(frame.get("filename")))
+
+
+def _newest_first(part: Json) -> list[Json]:
+    """Return the frames of an exception or thread, which SDKs send oldest first."""
+    return _objects(_object(part.get("stacktrace")).get("frames"))[::-1]
+
+
+def _frame_place(frame: Json, platform: str) -> tuple[str, str]:
+    """Return a frame's file and function, either of them empty when unknown."""
+    file = _text(frame.get("filename")) or _text(frame.get("abs_path"))
+    function = re.sub(r"\.\?$", ".<anonymous>", _text(frame.get("function"))).removeprefix("?")
+    if platform in ("java", "csharp") and frame.get("module"):  # whose files have no folder
+        function = f"{_text(frame['module'])}.{function}"
+    return " ".join(file.split("\n")), " ".join(function.split("\n"))
+
+
+def _place_of(frames: Sequence[Json], platform: str) -> tuple[str, str] | None:
+    """Return where the first frame is, as fingerprint_of takes it: no host, no query."""
+    if not frames:
+        return None
+    file, function = _frame_place(frames[0], platform)
+    return re.sub(r"^\w+://[^/]*|[?#].*$", "", file), function
+
+
+def _frame_line(frame: Json, platform: str) -> str:
+    """Return a frame in a form that parse_backtrace reads; a mark where the path misleads."""
+    file, function = _frame_place(frame, _text(frame.get("platform")) or platform)
+    lineno = frame.get("lineno")
+    if not file or not isinstance(lineno, int) or not 0 <= lineno < 10**9:
+        return f"{function or '?'} ({file or 'unknown file'})"
+    is_own = _is_own_frame(frame)
+    mark = "" if is_own == is_own_path(file) else " [own]" if is_own else " [library]"
+    return f"{file}:{int(lineno)}:in {function or '?'}{mark}"
+
+
+def _chain_of(event: Json) -> list[Json]:
+    """Return an event's exceptions, the one that was raised last first; at least an empty one.
+
+    Where none has frames, those of the current thread, or of the event, become the first one's.
+    """
+    chain = _objects(event.get("exception"))[::-1] or [{}]
+    if not any(map(_newest_first, chain)):
+        threads = _objects(event.get("threads"))
+        threads = [one for one in threads if one.get("crashed") or one.get("current")]
+        stacks = [one["stacktrace"] for one in (*threads, event) if _newest_first(one)]
+        chain[0] = chain[0] | {"stacktrace": stacks[0] if stacks else None}
+    return chain
+
+
+def _backtrace_of(chain: Sequence[Json], platform: str) -> list[str]:
+    """Return the lines of a chain of exceptions."""
+    lines: list[str] = []
+    for position, error in enumerate(chain):
+        if position:
+            source = _text(_object(error.get("mechanism")).get("source"))
+            how = "One of these" if "[" in source else "Caused by"
+            how = "While handling" if source == "__context__" else how
+            message = " ".join(_text(error.get("value")).split())
+            lines.append(f"{how}: {_text(error.get('type'))}: {message}")
+        lines += [_frame_line(frame, platform) for frame in _newest_first(error)]
+    return lines
+
+
+def _heading_of(event: Json, error: Json) -> tuple[str, str, str]:
+    """Return an event's class, its message, and the message as its fingerprint takes it."""
+    said = _text(error.get("value"))
+    if name := _text(error.get("type")).strip():
+        return name, said, said
+    entry = _object(event.get("logentry")) or _object(event.get("message"))
+    template = _text(entry.get("message")) or (_text(event.get("message")) if not entry else "")
+    message = _text(entry.get("formatted")) or template
+    if not message and said:
+        return "Error", said, said
+    return _text(event.get("logger")).strip() or "Message", message, template or message
+
+
+def _fingerprint_of_event(event: Json, default: str) -> str:
+    parts = event.get("fingerprint")
+    if not isinstance(parts, list) or not any(_text(part).strip() for part in parts):
+        return default
+    return "|".join(
+        default
+        if re.fullmatch(r"\{\{\s*default\s*\}\}", _text(part))
+        else _text(part).replace("|", r"\|")
+        for part in parts
+    )
+
+
+def _user_id_of(user: Json) -> str:
+    known = (_text(user.get(name)) for name in ("id", "username", "email", "ip_address"))
+    return next((value for value in known if value and value != "{{auto}}"), "")
+
+
+def _request_id_of(event: Json) -> str:
+    header = "x-request-id"
+    headers = _pairs(_object(event.get("request")).get("headers"))
+    tags = _pairs(event.get("tags"))
+    said = [value for name, value in headers.items() if name.lower() == header]
+    said += [value for name, value in tags.items() if name.lower() in ("request_id", header)]
+    said.append(_object(_object(event.get("contexts")).get("trace")).get("trace_id"))
+    return next((_text(value) for value in said if _text(value)), "")
+
+
+def _time_of(value: Any) -> str | None:
+    """Return a time, in seconds since 1970 or ISO 8601, as the latter; None if it is neither."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, str):
+            return iso_time(parse_timestamp(value))
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return iso_time(int(value * 1000))
+    return None
+
+
+def _breadcrumbs_of(event: Json) -> list[Json]:
+    """Return the newest breadcrumbs that fit into a field."""
+    kept: list[Json] = []
+    room = MAX_FIELD_CHARS * 3 // 4
+    for crumb in reversed(_objects(event.get("breadcrumbs"))):
+        room -= len(json.dumps(crumb))
+        if room < 0:
+            break
+        time_text = _time_of(crumb.get("timestamp"))
+        kept.append(crumb | ({"timestamp": time_text} if time_text else {}))
+    return kept[::-1]
+
+
+def _source_of(frame: Json) -> Json | None:
+    """Return a frame's source context, None where it brings none."""
+    lineno, line = frame.get("lineno"), frame.get("context_line")
+    if not isinstance(line, str) or not isinstance(lineno, int) or not 0 <= lineno < 2**31:
+        return None
+    around = {
+        name: [_text(one) for one in lines]
+        for name in ("pre_context", "post_context")
+        if isinstance(lines := frame.get(name), list)
+    }
+    file = _text(frame.get("filename")) or _text(frame.get("abs_path"))
+    return {"file": file, "lineno": int(lineno), "context_line": line} | around
+
+
+def _locals_of(frame: Json) -> Json:
+    """Return a frame's variables, without what every Python module has."""
+    return {
+        name: value
+        for name, value in _object(frame.get("vars")).items()
+        if not re.fullmatch("__[a-z]+__", name)
+    }
+
+
+def _surroundings_of(event: Json, error: Json, own_frame: Json) -> Json:
+    """Return what is kept of an event beside what the API has fields for."""
+    sdk, request = _object(event.get("sdk")), _object(event.get("request"))
+    mechanism = _object(error.get("mechanism"))
+    how = {"type": mechanism.get("type"), "handled": mechanism.get("handled")}
+    named = ("environment", "release", "dist", "transaction", "server_name", "logger", "platform")
+    pairs = {name: _pairs(request[name]) for name in ("headers", "cookies") if request.get(name)}
+    found = {
+        "level": _text(event.get("level")) or "error",
+        **{name: _text(event.get(name)) for name in named},
+        "sdk": f"{_text(sdk.get('name'))} {_text(sdk.get('version'))}".strip(),
+        "mechanism": {name: value for name, value in how.items() if value is not None},
+        "tags": {name: _text(value) for name, value in _pairs(event.get("tags")).items()},
+        "user": _object(event.get("user")),
+        "request": request | pairs,
+        "locals": _locals_of(own_frame),
+        "breadcrumbs": _breadcrumbs_of(event),
+        "contexts": {k: v for k, v in _object(event.get("contexts")).items() if v},
+        "extra": _object(event.get("extra")),
+        "log_params": _object(event.get("logentry")).get("params"),
+        "modules": _object(event.get("modules")),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def occurrence_from_sentry(event: Json, received_ms: int) -> Occurrence:
+    """Turn an event of a Sentry SDK into an Occurrence; what has another shape is left out.
+
+    Source: develop.sentry.dev, "Event Payloads". The last exception is the one that was raised.
+
+    | occurrence | event |
+    |---|---|
+    | class, message | type, value of the last exception; else logger, logentry or message |
+    | backtrace | the chain from the last exception on, else the current thread; newest frame first |
+    | source_context, locals | of the newest frame with in_app, else with a path of its own |
+    | fingerprint | fingerprint, with {{ default }} expanded by fingerprint_of |
+    | user_id | user.id, .username, .email, .ip_address, the first there is |
+    | request_id | header X-Request-Id, tag request_id, contexts.trace.trace_id |
+    | occurred_ms, event_id | timestamp, in seconds or ISO 8601; event_id |
+    | extra | _surroundings_of |
+
+    BadRequest when it is nested too deep.
+    """
+    chain, platform = _chain_of(event), _text(event.get("platform"))
+    frames = [frame for error in chain for frame in _newest_first(error)]
+    own = [frame for frame in frames if _is_own_frame(frame)]
+    exception_class, message, template = _heading_of(event, chain[0])
+    default = fingerprint_of(exception_class, template, _place_of(own or frames, platform))
+    report = {
+        "exception_class": exception_class,
+        "message": message,
+        "backtrace": _backtrace_of(chain, platform),
+        "fingerprint": _fingerprint_of_event(event, default),
+        "request_id": _request_id_of(event),
+        "user_id": _user_id_of(_object(event.get("user"))),
+        "timestamp": _time_of(event.get("timestamp")),
+        "source_context": next(filter(None, map(_source_of, own)), None),
+    }
+    if (event_id := read_event_id(event.get("event_id"))) is not None:
+        report["event_id"] = event_id
+    surroundings = _surroundings_of(event, chain[0], own[0] if own else {})
+    return parse_occurrence(report | surroundings, received_ms)
 
 
 # --- 7. Schema ------------------------------------------------------------------------------------
@@ -3249,7 +3599,10 @@ def numbered_source(context: SourceContext) -> list[tuple[int, str, bool]]:
 
 def readable(value: Any) -> str:
     """Return a JSON value as a person reads it: text as it is, all else as indented JSON."""
-    return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    line = json.dumps(value, ensure_ascii=False)
+    return line if len(line) <= 72 else json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def crumb_of(breadcrumb: Json) -> Crumb:
@@ -3341,16 +3694,23 @@ async function reportError(error, context = {}) {
 }
 
 reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
+    "Sentry SDK": """\
+# A program that carries a Sentry SDK reports here with this in its environment:
+export SENTRY_DSN="@DSN@"
+
+# For instance (pip install sentry-sdk):
+python -c 'import sentry_sdk; sentry_sdk.init(); raise RuntimeError("Hello from a Sentry SDK")'""",
 }
 
 
-def snippets(url: str, key: str) -> list[tuple[str, str]]:
+def snippets(url: str, key: str, dsn: str) -> list[tuple[str, str]]:
     """Return (name, text) of ways to send a first report that work when pasted as they are.
 
-    Neither `url` nor `key` may hold quotes, $ or backslashes, which settings and Host exclude.
+    Neither `url`, `key` nor `dsn` may hold quotes, $ or backslashes, which settings and Host exclude.
     """
     return [
-        (name, text.replace("@URL@", url).replace("@KEY@", key)) for name, text in _SNIPPETS.items()
+        (name, text.replace("@URL@", url).replace("@KEY@", key).replace("@DSN@", dsn))
+        for name, text in _SNIPPETS.items()
     ]
 
 
@@ -3459,13 +3819,13 @@ def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
     if occurrence.backtrace:
         text = "\n".join(line.rstrip("\n") for line in occurrence.backtrace)
         yield f"## Backtrace\n\n{_fenced(text)}"
+    if crumbs := [crumb_of(crumb) for crumb in breadcrumbs_of(occurrence)]:
+        text = "\n".join(" ".join(filter(None, dataclasses.astuple(crumb))) for crumb in crumbs)
+        yield f"## Breadcrumbs\n\n{_fenced(text)}"
     for title, rows in [("Tags", list(tags_of(occurrence).items())), *tables(occurrence)]:
         if rows:
             text = json.dumps(dict(rows), indent=2, ensure_ascii=False)
             yield f"## {title}\n\n{_fenced(text, 'json')}"
-    if crumbs := [crumb_of(crumb) for crumb in breadcrumbs_of(occurrence)]:
-        text = "\n".join(" ".join(filter(None, dataclasses.astuple(crumb))) for crumb in crumbs)
-        yield f"## Breadcrumbs\n\n{_fenced(text)}"
 
 
 def markdown(error: ErrorGroup, stored: StoredOccurrence | None) -> str:
@@ -3770,22 +4130,6 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 % else:
 <p class="empty">The report has no backtrace.</p>
 % end
-% for title, rows in tables:
-% is_long = len(rows) > 25
-% if is_long:
-<details class="long"><summary>{{title}} ({{len(rows)}})</summary>
-% else:
-<h3>{{title}}</h3>
-% end
-<table class="values">
-% for name, value in rows:
-<tr><th>{{name}}</th><td><pre>{{value}}</pre></td></tr>
-% end
-</table>
-% if is_long:
-</details>
-% end
-% end
 % if crumbs:
 <h3>Breadcrumbs</h3>
 <ol class="timeline">
@@ -3803,6 +4147,22 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 </li>
 % end
 </ol>
+% end
+% for title, rows in tables:
+% is_long = len(rows) > 25
+% if is_long:
+<details class="long"><summary>{{title}} ({{len(rows)}})</summary>
+% else:
+<h3>{{title}}</h3>
+% end
+<table class="values">
+% for name, value in rows:
+<tr><th>{{name}}</th><td><pre>{{value}}</pre></td></tr>
+% end
+</table>
+% if is_long:
+</details>
+% end
 % end
 <details class="raw"><summary>Raw JSON</summary><pre>{{raw}}</pre></details>
 </section>
@@ -3823,13 +4183,27 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
  appears here.</p>
 % else:
 <p class="lead">Reports go to <code>{{url}}/ingest/errors</code>, several at once to
-<code>{{url}}/ingest/errors/batch</code>, with a project's key.</p>
+<code>{{url}}/ingest/errors/batch</code>, with a project's key. Any Sentry SDK reports to a
+project's DSN.</p>
 % end
-% for project, ways in projects:
+% if rejections:
+<section class="card" id="rejections">
+<h2>Refused since the start</h2>
+<table class="rejections">
+<thead><tr><th>Count</th><th>Status</th><th>Reason</th><th>Last</th></tr></thead>
+<tbody>
+% for one, last in rejections:
+<tr><td>{{f"{one.count:,}"}}</td><td>{{one.status}}</td><td>{{one.reason}}</td>
+<td><time datetime="{{last.iso}}" title="{{last.exact}}">{{last.ago}}</time></td></tr>
+% end
+</tbody></table></section>
+% end
+% for project, keys, ways in projects:
 <section class="card">
 <h2>{{project.name}}</h2>
-% for key in project.keys:
+% for key, dsn in keys:
 <p class="key"><span>API key</span> <code>{{key}}</code></p>
+<p class="key"><span>Sentry DSN</span> <code>{{dsn}}</code></p>
 % end
 % if ways:
 % include("snippets", snippets=ways)
@@ -4012,6 +4386,11 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
 .timeline .time { color: var(--muted); font-size: 13px; margin-right: 6px;
   font-variant-numeric: tabular-nums; }
 .timeline code { display: block; color: var(--muted); }
+.rejections { width: 100%; border-collapse: collapse; }
+.rejections th, .rejections td { text-align: left; vertical-align: top; padding: 6px 16px 6px 0; }
+.rejections td { border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.rejections th { color: var(--muted); font-size: 13px; font-weight: 500; }
+.rejections time { white-space: nowrap; }
 .long { margin-top: 24px; } .long summary { font-size: 14px; font-weight: 650; cursor: pointer; }
 .values { width: 100%; border-collapse: collapse; table-layout: fixed; }
 .values th, .values td { text-align: left; vertical-align: top; padding: 6px 12px 6px 0;
@@ -4028,7 +4407,7 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
 @media (max-width: 720px) {
   .bar { padding: 10px 16px; gap: 16px; } main { padding: 16px; } footer { padding: 0 16px 24px; }
   .filters { flex-wrap: wrap; } .filters input[type=search] { flex-basis: 100%; }
-  .filters select { flex: 1; min-width: 0; }
+  .filters select { flex: 1 1 40%; min-width: 0; }
   .card { padding: 14px; } .tabs { gap: 0; } .tabs a { padding: 4px 8px; }
   .errors thead { display: none; }
   .errors, .errors tbody { display: block; }
@@ -4244,8 +4623,11 @@ PAGE_HEADERS = [
 CORS_HEADERS = [
     ("Access-Control-Allow-Origin", "*"),
     ("Access-Control-Allow-Methods", "POST, OPTIONS"),
-    ("Access-Control-Allow-Headers", "Authorization, Content-Type"),
-    ("Access-Control-Expose-Headers", "Retry-After"),
+    (
+        "Access-Control-Allow-Headers",
+        "Authorization, Content-Type, Content-Encoding, X-Sentry-Auth, sentry-trace, baggage",
+    ),
+    ("Access-Control-Expose-Headers", "Retry-After, X-Sentry-Error"),
     ("Access-Control-Max-Age", "86400"),
 ]
 SESSION_COOKIE = "miniapm_session"
@@ -4283,6 +4665,77 @@ def read_body(environ: Environ, limit: int) -> bytes:
     return body
 
 
+def _inflate(raw: bytes, wbits: int, limit: int) -> bytes:
+    """Undo gzip (wbits 31, RFC 1952), zlib (15, RFC 1950) or bare deflate (-15, RFC 1951)."""
+    engine = zlib.decompressobj(wbits)
+    decoded = engine.decompress(raw, limit + 1)
+    if len(decoded) <= limit and not engine.eof:
+        raise zlib.error("it ends too early")
+    if engine.unused_data:
+        raise zlib.error("something follows its end")
+    return decoded
+
+
+def _deflate(raw: bytes, limit: int) -> bytes:
+    try:
+        return _inflate(raw, zlib.MAX_WBITS, limit)
+    except zlib.error:  # RFC 9110 says zlib's wrapping, many clients leave it out
+        return _inflate(raw, -zlib.MAX_WBITS, limit)
+
+
+def _brotli(raw: bytes, limit: int) -> bytes:
+    """Undo brotli (RFC 7932), where its package is installed in a version that can be bounded."""
+    try:
+        brotli = importlib.import_module("brotli")
+        engine = brotli.Decompressor()
+        step = functools.partial(engine.process, output_buffer_limit=_MEBIBYTE)
+        step(b"")
+    except (ImportError, TypeError):
+        raise UnsupportedType(
+            "Content-Encoding br can't be read here: pip install 'brotli>=1.2' where the tracker"
+            " runs, or send gzip"
+        ) from None
+    decoded = bytearray()
+    try:
+        decoded += step(raw)
+        while len(decoded) <= limit and not engine.is_finished():
+            part = step(b"")
+            if not part and engine.can_accept_more_data():
+                raise zlib.error("it ends too early")
+            decoded += part
+    except brotli.error as error:
+        raise zlib.error(str(error)) from None
+    return bytes(decoded)
+
+
+_DECODERS: dict[str, Callable[..., bytes]] = {
+    "gzip": functools.partial(_inflate, wbits=31),
+    "deflate": _deflate,
+    "br": _brotli,
+}
+
+
+def read_content(environ: Environ, limit: int) -> bytes:
+    """Return the request's body as it was before it was compressed.
+
+    TooLarge when it has more than `limit` bytes, or more than twice that once decoded;
+    UnsupportedType and BadRequest for a Content-Encoding that can't be undone.
+    """
+    encoding = environ.get("HTTP_CONTENT_ENCODING", "").strip().lower().removeprefix("x-")
+    if encoding in ("", "identity"):
+        return read_body(environ, limit)
+    if encoding not in _DECODERS:
+        raise UnsupportedType(f"the Content-Encoding must be one of {', '.join(_DECODERS)}")
+    most = limit * MAX_DECODED_RATIO
+    try:
+        decoded = _DECODERS[encoding](read_body(environ, limit), limit=most)
+    except zlib.error as error:
+        raise BadRequest(f"the body is not {encoding}, as Content-Encoding says: {error}") from None
+    if len(decoded) > most:
+        raise TooLarge(f"the body is larger than {most:,} bytes once decoded")
+    return decoded
+
+
 def read_form(environ: Environ) -> dict[str, list[str]]:
     """Return the fields of a submitted form."""
     try:
@@ -4309,6 +4762,13 @@ def bearer_key(environ: Environ) -> str:
     return key.strip()
 
 
+def sentry_key(environ: Environ) -> str:
+    """Return the key that a Sentry SDK sends in the query or a header, empty if in neither."""
+    headers = (header_text(environ, f"HTTP_{name}") for name in ("X_SENTRY_AUTH", "AUTHORIZATION"))
+    found = [read_query(environ).get("sentry_key", ""), *map(key_of_auth, headers)]
+    return next(filter(None, found), "")
+
+
 def require_json(environ: Environ) -> None:
     """Refuse a body whose Content-Type is not application/json or application/…+json."""
     kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
@@ -4332,8 +4792,8 @@ def refusal_json(refusal: MiniAPMError) -> Json:
     return said if refusal.field is None else {"field": refusal.field} | said
 
 
-def record_batch(store: Store, project_id: int, entries: Sequence[Any]) -> tuple[int, list[Json]]:
-    """Store the good entries in one transaction; return their number and the refusals by index.
+def record_batch(store: Store, project_id: int, entries: Sequence[Any]) -> dict[int, MiniAPMError]:
+    """Store the good entries in one transaction; return the refusals by index, in order.
 
     Raises Unavailable when the store can't take any of them now.
     """
@@ -4344,6 +4804,7 @@ def record_batch(store: Store, project_id: int, entries: Sequence[Any]) -> tuple
             good[index] = parse_occurrence(entry, store.now_ms(), f"errors[{index}]")
         except BadRequest as refusal:
             refusals[index] = refusal
+    outcomes: Sequence[MiniAPMError | None]
     try:
         outcomes = store.record(project_id, list(good.values())) if good else []
     except Unavailable:
@@ -4353,8 +4814,7 @@ def record_batch(store: Store, project_id: int, entries: Sequence[Any]) -> tuple
     for index, outcome in zip(good, outcomes, strict=True):
         if outcome is not None:
             refusals[index] = outcome
-    rejected = [{"index": index} | refusal_json(refusals[index]) for index in sorted(refusals)]
-    return len(entries) - len(rejected), rejected
+    return dict(sorted(refusals.items()))
 
 
 def check_host(environ: Environ, config: Config) -> None:
@@ -4390,6 +4850,45 @@ def check_same_origin(environ: Environ) -> None:
         raise Forbidden("changes are taken from this dashboard's own pages only")
 
 
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Reports that were refused for one reason; the reason is worded as of the last of them."""
+
+    status: int
+    reason: str
+    count: int
+    last_ms: int
+
+
+class Rejections:
+    """Counts refused reports by reason, for people whose SDKs keep silent about them.
+
+    Numbers and names in a reason don't make another one; the MAX_REJECTION_REASONS that came
+    last are kept. Of this process, since it started.
+    """
+
+    def __init__(self, now_ms: Callable[[], int]) -> None:
+        self._now_ms = now_ms
+        self._lock = threading.Lock()
+        self._found: dict[tuple[int, str], Rejection] = {}
+
+    def count(self, refusal: MiniAPMError) -> None:
+        """Count one refused report or request."""
+        reason = clean(str(refusal), MAX_CLASS_CHARS)
+        kind = (refusal.status, fingerprint_of("", reason, ("", "")))
+        with self._lock:
+            before = self._found.pop(kind, None)
+            count = 1 + (before.count if before else 0)
+            self._found[kind] = Rejection(refusal.status, reason, count, self._now_ms())
+            if len(self._found) > MAX_REJECTION_REASONS:
+                del self._found[next(iter(self._found))]
+
+    def listed(self) -> list[Rejection]:
+        """Return what was counted, the latest first."""
+        with self._lock:
+            return list(self._found.values())[::-1]
+
+
 class PasswordGate:
     """Knows one password: checks it, slowly after failures, and issues and checks sessions.
 
@@ -4410,12 +4909,12 @@ class PasswordGate:
         return hashlib.scrypt(data, salt=self._salt, n=2**14, r=8, p=1)
 
     def check(self, password: str, address: str) -> None:
-        """Raise Unauthorized for a wrong password, TooManyAttempts for one that comes too soon."""
+        """Raise Unauthorized for a wrong password, TooManyRequests for one that comes too soon."""
         with self._lock:
             count, wait_until = self._failures.pop(address, (0, 0.0))
             if (wait_s := math.ceil(wait_until - self._now())) > 0:
                 self._failures[address] = (count, wait_until)
-                raise TooManyAttempts(f"Try again in {wait_s} s.", retry_after_s=wait_s)
+                raise TooManyRequests(f"Try again in {wait_s} s.", retry_after_s=wait_s)
             if hmac.compare_digest(self._scrypt(password), self._hash):
                 return
             delay_s = min(MAX_LOGIN_DELAY_S, 2.0 ** min(count - 2, 10)) if count >= 2 else 0.0
@@ -4450,9 +4949,14 @@ def is_public(path: str) -> bool:
     return path == "/login" or path.startswith("/assets/")
 
 
+def is_sentry(path: str) -> bool:
+    """Tell whether a path is one that Sentry SDKs report to."""
+    return path.startswith("/api/")
+
+
 def is_ingest(path: str) -> bool:
     """Tell whether a path takes reports, from pages of any origin."""
-    return path == "/ingest" or path.startswith("/ingest/")
+    return path == "/ingest" or path.startswith("/ingest/") or is_sentry(path)
 
 
 def is_machine_path(path: str) -> bool:
@@ -4468,6 +4972,18 @@ def local_path(text: str) -> str:
 def root_of(environ: Environ) -> str:
     """Return the prefix under which the App is mounted, as it stands in links."""
     return urllib.parse.quote(environ.get("SCRIPT_NAME", "").rstrip("/").encode("latin-1"))
+
+
+def is_about_us(event: Json, environ: Environ) -> bool:
+    """Tell whether a Sentry event reports that we could not take a report.
+
+    An SDK in the tracker's own process sends these: taken, each could cause the next one.
+    """
+    request = event.get("request")
+    url = str(request.get("url")) if isinstance(request, dict) else ""
+    own = environ.get("HTTP_HOST", "").lower() + root_of(environ)
+    address = url.partition("://")[2]
+    return address.lower().startswith(own) and is_ingest(address[len(own) :])
 
 
 def retry_header(refusal: MiniAPMError) -> dict[str, str]:
@@ -4526,9 +5042,10 @@ def answer_json(
 class Ingest:
     """The handlers for programs: reports and health."""
 
-    def __init__(self, store: Store, max_body_bytes: int) -> None:
+    def __init__(self, store: Store, max_body_bytes: int, rejections: Rejections) -> None:
         self._store = store
         self._max_body_bytes = max_body_bytes
+        self._rejections = rejections
         self._started_s = time.monotonic()
 
     def _receive(self) -> tuple[int, Any]:
@@ -4538,7 +5055,7 @@ class Ingest:
         if project_id is None:
             raise Unauthorized("the API key is unknown or revoked")
         require_json(environ)
-        return project_id, decode_json(read_body(environ, self._max_body_bytes))
+        return project_id, decode_json(read_content(environ, self._max_body_bytes))
 
     def error(self) -> bottle.HTTPResponse:
         """Take one report: 202 once it is on disk."""
@@ -4552,13 +5069,17 @@ class Ingest:
     def batch(self) -> bottle.HTTPResponse:
         """Take several reports: 202 when any was good, with a list of those that were not."""
         project_id, data = self._receive()
-        accepted, rejected = record_batch(self._store, project_id, batch_entries(data))
-        if not rejected:
+        entries = batch_entries(data)
+        refusals = record_batch(self._store, project_id, entries)
+        if not refusals:
             return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
-        said = {"accepted": accepted, "rejected": rejected}
-        return answer_json(said, 202 if accepted else 500)
+        for refusal in refusals.values():
+            self._rejections.count(refusal)
+        accepted = len(entries) - len(refusals)
+        rejected = [{"index": index} | refusal_json(one) for index, one in refusals.items()]
+        return answer_json({"accepted": accepted, "rejected": rejected}, 202 if accepted else 500)
 
-    def preflight(self) -> bottle.HTTPResponse:
+    def preflight(self, **_: int) -> bottle.HTTPResponse:
         """Let web pages of any origin report; the App adds the headers that say so."""
         return bottle.HTTPResponse("", 204)
 
@@ -4573,12 +5094,72 @@ class Ingest:
         return answer_json(said | uptime, 200 if said["db_ok"] else 503)
 
 
+class SentryIngest:
+    """The handlers for Sentry SDKs."""
+
+    def __init__(self, store: Store, max_body_bytes: int, rejections: Rejections) -> None:
+        self._store = store
+        self._max_body_bytes = max_body_bytes
+        self._rejections = rejections
+
+    def envelope(self, project_id: int) -> bottle.HTTPResponse:
+        """Take the events of an envelope, and nothing else of it: 200 once they are on disk."""
+        return self._take(project_id, parse_envelope)
+
+    def event(self, project_id: int) -> bottle.HTTPResponse:
+        """Take one event."""
+        return self._take(project_id, envelope_of_event)
+
+    def _admit(self, key: str, project_id: int) -> None:
+        owners = {self._store.project_of_key(one) for one in (key, urllib.parse.unquote(key))}
+        if owners == {None}:
+            raise Unauthorized("the key of the DSN (sentry_key) is missing, unknown or revoked")
+        if project_id not in owners:
+            raise Forbidden(f"the key of the DSN is not one of project {project_id}")
+
+    def _take(self, project_id: int, parse: Callable[[bytes], Envelope]) -> bottle.HTTPResponse:
+        environ = bottle.request.environ
+        if key := sentry_key(environ):
+            self._admit(key, project_id)
+        envelope = parse(read_content(environ, self._max_body_bytes))
+        if not key:
+            self._admit(key_of_dsn(envelope.header.get("dsn")), project_id)
+        taken, refusals = self._read(envelope)
+        refused = [one for one in self._store.record(project_id, taken) if one] if taken else []
+        refusals += refused
+        if refusals and len(refused) == len(taken):
+            raise refusals[0]
+        for refusal in refusals:
+            self._rejections.count(refusal)
+        event_id = taken[0].event_id if taken else read_event_id(envelope.header.get("event_id"))
+        return answer_json({"id": event_id} if event_id else {})
+
+    def _read(self, envelope: Envelope) -> tuple[list[Occurrence], list[MiniAPMError]]:
+        """Return an envelope's occurrences, and why the others can't be taken."""
+        taken: list[Occurrence] = []
+        refusals: list[MiniAPMError] = []
+        for index, (header, payload) in enumerate(envelope.items):
+            if header.get("type") != "event":
+                continue  # sessions, transactions, attachments, logs, …
+            try:
+                event = read_event(payload, f"items[{index}]")
+                known_id = read_event_id(event.get("event_id"))
+                known_id = known_id or read_event_id(envelope.header.get("event_id"))
+                event["event_id"] = known_id or secrets.token_hex(16)
+                if not is_about_us(event, bottle.request.environ):
+                    taken.append(occurrence_from_sentry(event, self._store.now_ms()))
+            except (BadRequest, TooLarge) as refusal:
+                refusals.append(refusal)
+        return taken, refusals
+
+
 class Dashboard:
     """The handlers for people, and their JSON and Markdown forms."""
 
-    def __init__(self, store: Store, gate: PasswordGate | None) -> None:
+    def __init__(self, store: Store, gate: PasswordGate | None, rejections: Rejections) -> None:
         self._store = store
         self._gate = gate
+        self._rejections = rejections
 
     def has_session(self) -> bool:
         """Tell whether the request may see pages: always when there is no password."""
@@ -4680,16 +5261,18 @@ class Dashboard:
     def _setup(self, heading: str, *, is_welcome: bool) -> bottle.HTTPResponse:
         environ = bottle.request.environ
         url = f"{environ['wsgi.url_scheme']}://{environ['HTTP_HOST']}{root_of(environ)}"
-        projects = [
-            (project, snippets(url, project.keys[0]) if project.keys else [])
-            for project in self._store.projects()
-        ]
+        now_ms = self._store.now_ms()
+        projects = []
+        for project in self._store.projects():
+            keys = [(key, dsn_of(url, key, project.id)) for key in project.keys]
+            projects.append((project, keys, snippets(url, *keys[0]) if keys else []))
         return self.html(
             "setup",
             heading=heading,
             is_welcome=is_welcome,
             url=url,
             projects=projects,
+            rejections=[(one, moment(one.last_ms, now_ms)) for one in self._rejections.listed()],
             quote=shlex.quote,
         )
 
@@ -4711,7 +5294,7 @@ class Dashboard:
             return redirect(target)
         try:
             self._gate.check(form.get("password", [""])[0], address)
-        except (Unauthorized, TooManyAttempts) as problem:
+        except (Unauthorized, TooManyRequests) as problem:
             return self._login_form(target, problem)
         return with_session(redirect(target), self._gate.issue(), MAX_SESSION_S)
 
@@ -4744,8 +5327,10 @@ class App:
         gate = None
         if config.password is not None:
             gate = PasswordGate(config.password, store)
-        self._ingest = Ingest(store, config.max_body_bytes)
-        self._dashboard = Dashboard(store, gate)
+        self._rejections = Rejections(store.now_ms)
+        self._ingest = Ingest(store, config.max_body_bytes, self._rejections)
+        self._sentry = SentryIngest(store, config.max_body_bytes, self._rejections)
+        self._dashboard = Dashboard(store, gate, self._rejections)
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._unhandled
         for path, method, handler in self.routes():
@@ -4753,13 +5338,18 @@ class App:
 
     def routes(self) -> tuple[tuple[str, str, Callable[..., bottle.HTTPResponse]], ...]:
         """Return the URL map."""
-        take, show = self._ingest, self._dashboard
+        take, sentry, show = self._ingest, self._sentry, self._dashboard
         error = "/errors/<error_id:re:[0-9]{1,18}>"
+        project = "/api/<project_id:re:[0-9]{1,18}>"
         return (
             ("/ingest/errors", "POST", take.error),
             ("/ingest/errors", "OPTIONS", take.preflight),
             ("/ingest/errors/batch", "POST", take.batch),
             ("/ingest/errors/batch", "OPTIONS", take.preflight),
+            (project + "/envelope<:re:/?>", "POST", sentry.envelope),
+            (project + "/envelope<:re:/?>", "OPTIONS", take.preflight),
+            (project + "/store<:re:/?>", "POST", sentry.event),
+            (project + "/store<:re:/?>", "OPTIONS", take.preflight),
             ("/health", "GET", take.health),
             ("/", "GET", show.home),
             ("/errors", "GET", show.errors),
@@ -4812,11 +5402,16 @@ class App:
     def _refuse(self, refusal: MiniAPMError) -> bottle.HTTPResponse:
         """Say a refusal in the form the path calls for: the one place that maps it to HTTP."""
         request = bottle.request
-        path, headers = request.environ["PATH_INFO"], retry_header(refusal)
+        path, headers, status = request.environ["PATH_INFO"], retry_header(refusal), refusal.status
+        if is_ingest(path):
+            self._rejections.count(refusal)
+        if is_sentry(path):
+            status = TooManyRequests.status if isinstance(refusal, Unavailable) else status
+            headers["X-Sentry-Error"] = ascii(clip(str(refusal), MAX_CLASS_CHARS))[1:-1]
         if is_machine_path(path) or path.endswith(".json"):
-            if is_ingest(path) and refusal.status == Unauthorized.status:
+            if path.startswith("/ingest") and status == Unauthorized.status:
                 headers["WWW-Authenticate"] = "Bearer"
-            return answer_json(refusal_json(refusal), refusal.status, headers)
+            return answer_json(refusal_json(refusal), status, headers)
         if isinstance(refusal, Unauthorized):
             query = f"?{request.query_string}" if request.query_string else ""
             return redirect(f"/login?{urllib.parse.urlencode({'next': path + query})}")
@@ -5184,9 +5779,12 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
         return "\n".join(
             [*lines, "  API key    none; make one: python miniapm.py keys create default"]
         )
-    curl = dict(snippets(url, project.keys[0]))["curl"]
+    key = project.keys[0]
+    dsn = dsn_of(url, key, project.id)
+    curl = dict(snippets(url, key, dsn))["curl"]
     first = "Report a first error by pasting this into another terminal:"
-    return "\n".join([*lines, f"  API key    {project.keys[0]}", "", first, "", curl, ""])
+    lines += [f"  API key    {key}", f"  Sentry DSN {dsn}", "", first, "", curl, ""]
+    return "\n".join(lines)
 
 
 def serve(config: Config) -> int:
@@ -5204,6 +5802,7 @@ def serve(config: Config) -> int:
         cleanup.callback(ServingLock(path).release)
         store = Store(path)
         cleanup.callback(store.close)
+        store.set_setting("url", url)
         store.set_setting("served_by", f"process {os.getpid()} at {url}")
         project = store.ensure_default_project(config.api_key)
         retention = Retention(store, config.retention_days, config.max_occurrences)
@@ -5230,16 +5829,21 @@ def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
     return serve(load_config(vars(parser.parse_args(arguments)), environ))
 
 
-def keys_table(projects: Sequence[Project]) -> str:
-    """Return the projects and their keys in columns."""
-    rows = [(one.name, key) for one in projects for key in one.keys or ["(no key)"]]
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {key}" for name, key in rows) or "no projects yet"
+def keys_table(projects: Sequence[Project], url: str) -> str:
+    """Return the projects, their keys and the keys' DSNs in columns."""
+    rows = [
+        (one.name, key or "(no key)", dsn_of(url, key, one.id) if key else "")
+        for one in projects
+        for key in one.keys or [""]
+    ]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+    lines = (f"{name:<{widths[0]}}  {key:<{widths[1]}}  {dsn}".rstrip() for name, key, dsn in rows)
+    return "\n".join(lines) or "no projects yet"
 
 
 def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """List, create or revoke keys; takes effect at once in a server that runs."""
-    parser = _Parser(prog=name, description="List the projects and their API keys.")
+    parser = _Parser(prog=name, description="List the projects, their API keys and DSNs.")
     commands = parser.add_subparsers(dest="action", metavar="COMMAND")
     listing = commands.add_parser("list", help="list them, as without a command")
     create = commands.add_parser("create", help="make a project, or one more key for it")
@@ -5259,7 +5863,8 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
             count = store.revoke(given.name)
             say(f"{count} key{'' if count == 1 else 's'} revoked")
         else:
-            say(keys_table(store.projects()))
+            url = store.setting("url") or f"http://127.0.0.1:{Config().port}"
+            say(keys_table(store.projects(), url))
     return 0
 
 
