@@ -3699,7 +3699,8 @@ reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});
 export SENTRY_DSN="@DSN@"
 
 # For instance (pip install sentry-sdk):
-python -c 'import sentry_sdk; sentry_sdk.init(); raise RuntimeError("Hello from a Sentry SDK")'""",
+python -c 'import sentry_sdk; sentry_sdk.init()
+sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
 }
 
 
@@ -5459,7 +5460,8 @@ def environ_of_asgi(scope: Mapping[str, Any], body: bytes) -> Environ:
     }
     for name, value in scope["headers"]:
         key = name.decode("latin-1").upper().replace("-", "_")
-        environ[key if key.startswith("CONTENT_") else f"HTTP_{key}"] = value.decode("latin-1")
+        is_bare = key in ("CONTENT_TYPE", "CONTENT_LENGTH")
+        environ[key if is_bare else f"HTTP_{key}"] = value.decode("latin-1")
     return environ | {"CONTENT_LENGTH": str(len(body))}
 
 

@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["bottle>=0.13", "waitress>=3.0", "pytest", "hypothesis", "requests", "playwright",
-#     "flask", "django", "fastapi", "uvicorn", "gunicorn"]
+#     "flask", "django", "fastapi", "uvicorn", "gunicorn", "sentry-sdk", "brotli"]
 # ///
 """Tests of MiniAPM, in the order of the file they test.
 
@@ -25,6 +25,7 @@ import hashlib
 import html.parser
 import http.client
 import http.server
+import importlib
 import io
 import json
 import logging
@@ -45,9 +46,10 @@ import types
 import urllib.parse
 import wsgiref.util
 import wsgiref.validate
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import requests
@@ -76,9 +78,22 @@ def need(tool: str) -> str:
     """Return the path of a program; without it skip the test, or fail where all must run."""
     if found := shutil.which(tool):
         return found
+    missing(tool)
+
+
+def need_module(name: str) -> Any:
+    """Return a module; without it skip the test, or fail where all must run."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        missing(name)
+
+
+def missing(what: str) -> NoReturn:
+    """Skip the test, or fail where all must run."""
     if os.environ.get("MINI_APM_TEST_ALL"):
-        pytest.fail(f"{tool} is not installed")
-    pytest.skip(f"{tool} is not installed")
+        pytest.fail(f"{what} is not installed")
+    pytest.skip(f"{what} is not installed")
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
@@ -158,7 +173,8 @@ class Client:
         if self.cookie:
             environ["HTTP_COOKIE"] = self.cookie
         for name, value in headers.items():
-            environ[name if name.startswith(("CONTENT_", "wsgi")) else f"HTTP_{name}"] = value
+            is_bare = name in ("CONTENT_TYPE", "CONTENT_LENGTH") or name.startswith("wsgi")
+            environ[name if is_bare else f"HTTP_{name}"] = value
         environ = {name: value for name, value in environ.items() if value is not None}
         wsgiref.util.setup_testing_defaults(environ)
         said: list[Any] = []
@@ -1058,6 +1074,420 @@ def test_reporter_s_mark_beats_the_path() -> None:
         ("a.rb", 7, "y", True),
     ]
     assert miniapm.parse_backtrace(["Boom [own]"])[0].file is None
+
+
+# --- 6. Sentry ------------------------------------------------------------------------------------
+
+
+def frame(
+    file: str, lineno: int, function: str, in_app: bool | None = None, **more: Any
+) -> dict[str, Any]:
+    said = {"filename": file, "lineno": lineno, "function": function} | more
+    return said if in_app is None else said | {"in_app": in_app}
+
+
+def exception(name: str, value: str, *frames: dict[str, Any], **mechanism: Any) -> dict[str, Any]:
+    said: dict[str, Any] = {"type": name, "value": value, "mechanism": mechanism}
+    return said | {"stacktrace": {"frames": list(frames)}} if frames else said
+
+
+def event(*exceptions: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"event_id": EVENT_ID, "exception": {"values": list(exceptions)}} | changes
+
+
+def translate(*exceptions: dict[str, Any], **changes: Any) -> miniapm.Occurrence:
+    return miniapm.occurrence_from_sentry(event(*exceptions, **changes), NOW_MS)
+
+
+def framed(*items: tuple[dict[str, Any], bytes], header: Any = None, sized: bool = True) -> bytes:
+    """Return an envelope as SDKs frame it: with a length in each item's header, or without."""
+    parts = [json.dumps(header or {}).encode()]
+    for head, payload in items:
+        length = {"length": len(payload)} if sized else {}
+        parts += [json.dumps(head | length).encode(), payload]
+    return b"\n".join(parts)
+
+
+def items_of(raw: bytes) -> list[tuple[Any, bytes]]:
+    found = miniapm.parse_envelope(raw).items
+    return [({**header, "length": ...}, bytes(payload)) for header, payload in found]
+
+
+SESSION = ({"type": "session"}, b'{"sid": "1"}')
+ATTACHMENT = ({"type": "attachment", "filename": "a.txt"}, b"two\nlines")
+
+
+def test_envelope_is_read_with_lengths_and_without() -> None:
+    for sized in (True, False):
+        for end in (b"", b"\n", b"\n\n\n"):
+            raw = framed(SESSION, ({"type": "event"}, b"{}"), header={"dsn": "x"}, sized=sized)
+            envelope = miniapm.parse_envelope(raw + end)
+            assert envelope.header == {"dsn": "x"}
+            found = [(header["type"], bytes(payload)) for header, payload in envelope.items]
+            assert found == [("session", b'{"sid": "1"}'), ("event", b"{}")]
+
+
+def test_envelope_payload_of_known_length_may_hold_newlines() -> None:
+    raw = framed(ATTACHMENT, ({"type": "empty"}, b""), SESSION)
+    assert [payload for _, payload in items_of(raw)] == [b"two\nlines", b"", b'{"sid": "1"}']
+    assert items_of(b'{}\n{"type":"a"}\n\n{"type":"b"}')[1][1] == b""
+
+
+@pytest.mark.parametrize("length", [-1, 1.0, "5", None, True, {}])
+def test_envelope_length_that_is_no_length_is_passed_over(length: Any) -> None:
+    header = json.dumps({"type": "event", "length": length}).encode()
+    ((_, payload),) = items_of(b"{}\n" + header + b"\n{}\n")
+    assert payload == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("raw", "said", "field"),
+    [
+        (b"", "the envelope must be JSON", "the envelope"),
+        (b"[]", "the envelope must begin with a line that is a JSON object", "the envelope"),
+        (b"\xff\n", "the envelope must be UTF-8", "the envelope"),
+        (b"{}\nx\n", "items[0] must be JSON", "items[0]"),
+        (b'{}\n{"type":"a"}\n1\n7\n', "items[1] must begin with a line", "items[1]"),
+        (b'{}\n{"length":5}\n1234', "items[0] ends before its length of 5 bytes", "items[0]"),
+        (b'{}\n{"length":3}\n1234', "items[0] goes on beyond its length", "items[0]"),
+    ],
+)
+def test_malformed_envelope_is_refused_by_name(raw: bytes, said: str, field: str) -> None:
+    with pytest.raises(miniapm.BadRequest, match=re.escape(said)) as caught:
+        miniapm.parse_envelope(raw)
+    assert caught.value.field == field
+
+
+def test_envelope_is_bounded() -> None:
+    assert len(items_of(framed(*[SESSION] * 100))) == 100
+    for raw in (
+        framed(*[SESSION] * 101),
+        b'{"a": "' + b"x" * 70_000,
+        b'{}\n{"a": "' + b"x" * 70_000 + b'"}\n{}',
+    ):
+        with pytest.raises(miniapm.TooLarge):
+            miniapm.parse_envelope(raw)
+    with pytest.raises(miniapm.TooLarge):
+        miniapm.read_event(memoryview(b'"' + b"x" * 2**20 + b'"'), "items[0]")
+
+
+header_values = st.none() | st.integers(0, 2**40) | st.text(max_size=10)
+envelope_items = st.lists(
+    st.tuples(
+        st.dictionaries(st.sampled_from(["type", "content_type", "x"]), header_values, max_size=3),
+        st.binary(max_size=60),
+    ),
+    max_size=8,
+)
+
+
+@given(items=envelope_items, data=st.data())
+def test_any_split_and_order_of_items_parses_the_same(items: Any, data: Any) -> None:
+    ordered = data.draw(st.permutations(items))
+    cut = data.draw(st.integers(0, len(ordered)))
+    found = []
+    for part in (ordered[:cut], ordered[cut:]):
+        raw = b'{"event_id":null}'
+        for header, payload in part:
+            is_sized = b"\n" in payload or data.draw(st.booleans())
+            head = header | {"length": len(payload)} if is_sized else header
+            blank = b"\n" * data.draw(st.integers(1, 3))
+            raw += blank + json.dumps(head).encode() + b"\n" + payload
+        end = data.draw(st.sampled_from([b"", b"\n"]))
+        if part and part[-1][1] == b"" and not end:
+            raw += b"\n"
+        found += items_of(raw + end)
+    assert found == [({**header, "length": ...}, payload) for header, payload in ordered]
+
+
+@given(st.binary(max_size=300) | st.text(max_size=200).map(str.encode))
+def test_any_bytes_are_an_envelope_or_refused(raw: bytes) -> None:
+    for prefix in (b"", b"{}\n", b'{}\n{"type":"event"}\n'):
+        with contextlib.suppress(miniapm.BadRequest):
+            miniapm.parse_envelope(prefix + raw)
+
+
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+EVENT_NAMES = [
+    *("event_id", "timestamp", "level", "logger", "platform", "release", "environment", "message"),
+    *("logentry", "exception", "threads", "stacktrace", "tags", "extra", "contexts", "breadcrumbs"),
+    *("user", "request", "sdk", "modules", "fingerprint", "transaction", "server_name", "type"),
+]
+INNER_NAMES = [
+    *("values", "type", "value", "stacktrace", "frames", "filename", "lineno", "function"),
+    *("in_app", "context_line", "pre_context", "vars", "mechanism", "source", "current", "url"),
+    *("formatted", "params", "headers", "id", "trace", "timestamp", "data", "module", "abs_path"),
+]
+shaped_json = st.recursive(
+    any_json,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(INNER_NAMES), inner, max_size=6)
+    ),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.sampled_from(EVENT_NAMES), shaped_json, max_size=12))
+@settings(max_examples=300)
+def test_any_event_becomes_an_occurrence(said: dict[str, Any]) -> None:
+    occurrence = miniapm.occurrence_from_sentry(said, NOW_MS)
+    assert occurrence.exception_class.strip()
+    assert occurrence.fingerprint
+    text = miniapm.dump_occurrence(occurrence)
+    assert miniapm.load_occurrence(text, b"").message == occurrence.message
+    assert miniapm.parse_occurrence(miniapm.to_payload(occurrence), NOW_MS).message is not None
+
+
+def test_event_is_the_last_exception_with_its_whole_chain() -> None:
+    occurrence = translate(
+        exception("KeyError", "'a'", frame("db.py", 3, "load"), frame("db.py", 9, "get")),
+        exception("ValueError", "bad\ncart", frame("app.py", 1, "main"), frame("app.py", 7, "buy")),
+    )
+    assert (occurrence.exception_class, occurrence.message) == ("ValueError", "bad\ncart")
+    assert occurrence.backtrace == (
+        "app.py:7:in buy",
+        "app.py:1:in main",
+        "Caused by: KeyError: 'a'",
+        "db.py:9:in get",
+        "db.py:3:in load",
+    )
+    assert occurrence.event_id == EVENT_ID
+    assert miniapm.locate(occurrence) == "app.py:7 in buy"
+    assert occurrence.fingerprint == "ValueError|app.py:buy|bad cart"
+
+
+def test_event_says_how_exceptions_hang_together() -> None:
+    occurrence = translate(
+        exception("A", "1", source="exceptions[0]"),
+        exception("B", "2", source="__context__"),
+        exception("ExceptionGroup", "many", frame("app.py", 7, "buy")),
+    )
+    assert occurrence.backtrace == ("app.py:7:in buy", "While handling: B: 2", "One of these: A: 1")
+
+
+def test_event_s_in_app_beats_the_path() -> None:
+    occurrence = translate(
+        exception(
+            "E",
+            "",
+            frame("vendor/gems/shop/cart.rb", 5, "mine", in_app=True),
+            frame("flask/app.py", 9, "dispatch", in_app=False),
+            frame("pay.py", 2, "pay", abs_path="/x/site-packages/pay.py"),
+        )
+    )
+    assert occurrence.backtrace == (
+        "pay.py:2:in pay [library]",
+        "flask/app.py:9:in dispatch [library]",
+        "vendor/gems/shop/cart.rb:5:in mine [own]",
+    )
+    assert [f.is_own for f in miniapm.parse_backtrace(occurrence.backtrace)] == [False, False, True]
+    assert miniapm.locate(occurrence) == "vendor/gems/shop/cart.rb:5 in mine"
+    assert occurrence.fingerprint == "E|vendor/gems/shop/cart.rb:mine|"
+
+
+def test_event_s_source_and_locals_are_of_the_newest_own_frame() -> None:
+    source = {"context_line": "boom()", "pre_context": ["def f():"], "post_context": [""]}
+    occurrence = translate(
+        exception(
+            "E",
+            "m",
+            frame("a.py", 4, "f", in_app=True, vars={"n": "3", "__name__": "x"}, **source),
+            frame("lib.py", 9, "g", in_app=False, vars={"x": "1"}, context_line="no"),
+        )
+    )
+    context = miniapm.SourceContext("a.py", 4, "boom()", ("def f():",), ("",))
+    assert occurrence.source_context == context
+    assert occurrence.extra["locals"] == {"n": "3"}
+
+
+def test_event_without_an_exception_is_a_message() -> None:
+    thread = {"current": True, "stacktrace": {"frames": [frame("a.py", 1, "f")]}}
+    synthetic = {"value": "hello", "stacktrace": {"frames": [frame("a.js", 2, "g")]}}
+    entry = {"message": "lost %s", "formatted": "lost x", "params": ["x"]}
+    for said, expected in (
+        (event(message="hello"), ("Message", "hello", (), "Message|hello")),
+        (
+            event(message="hello", threads={"values": [{"id": 1}, thread]}),
+            ("Message", "hello", ("a.py:1:in f",), "Message|a.py:f|hello"),
+        ),
+        (
+            event(synthetic, message="hello"),
+            ("Message", "hello", ("a.js:2:in g",), "Message|a.js:g|hello"),
+        ),
+        (event(logentry=entry, logger="shop"), ("shop", "lost x", (), "shop|lost %s")),
+        (event(message={"message": "plain"}), ("Message", "plain", (), "Message|plain")),
+        (event({"value": "no type"}), ("Error", "no type", (), "Error|no type")),
+        (event(), ("Message", "", (), "Message|")),
+    ):
+        found = miniapm.occurrence_from_sentry(said, NOW_MS)
+        shown = (found.exception_class, found.message, found.backtrace, found.fingerprint)
+        assert shown == expected
+
+
+def test_event_s_fingerprint_is_honoured() -> None:
+    error = exception("E", "order 7", frame("a.py", 4, "f"))
+    default = "E|a.py:f|order <number>"
+    for said, expected in (
+        (None, default),
+        ([], default),
+        ([" "], default),
+        (["{{ default }}"], default),
+        (["{{default}}", "eu"], default + "|eu"),
+        (["checkout", 7], "checkout|7"),
+        (["a|b"], r"a\|b"),
+    ):
+        assert translate(error, fingerprint=said).fingerprint == expected
+
+
+def test_event_s_default_fingerprint_knows_no_host_or_query() -> None:
+    for file in ("https://a.example/js/x.js?v=1", "http://localhost:80/js/x.js#y", "/js/x.js"):
+        error = exception("E", "m", frame(file, 4, "f"))
+        assert translate(error).fingerprint == "E|/js/x.js:f|m"
+    assert translate(exception("E", "m", frame("http://[", 1, "f"))).fingerprint
+
+
+def test_event_s_user_is_the_best_id_there_is() -> None:
+    user = {"id": 7, "username": "eve", "email": "e@x", "ip_address": "10.0.0.1"}
+    for name, found in (("id", "7"), ("username", "eve"), ("email", "e@x"), ("", "10.0.0.1")):
+        assert translate(user=user).user_id == found
+        user.pop(name, None)
+    for nobody in ({"ip_address": "{{auto}}"}, {"id": None}, "eve", None):
+        assert translate(user=nobody).user_id is None
+
+
+def test_event_s_request_id_is_the_header_a_tag_or_the_trace() -> None:
+    said: dict[str, Any] = {
+        "contexts": {"trace": {"trace_id": "from-trace"}},
+        "tags": [["Request_Id", "from-tag"]],
+        "request": {"headers": [["x-request-ID", "from-header"]]},
+    }
+    for name, found in (("request", "header"), ("tags", "tag"), ("contexts", "trace")):
+        assert translate(**said).request_id == f"from-{found}"
+        del said[name]
+    assert translate().request_id is None
+
+
+def test_event_s_time_comes_in_both_forms() -> None:
+    for said, found in (
+        (1_700_000_000.25, 1_700_000_000_250),
+        (1_700_000_000, 1_700_000_000_000),
+        ("2023-11-14T22:13:20.25Z", 1_700_000_000_250),
+        ("2023-11-14T22:13:20", 1_700_000_000_000),
+        *((odd, NOW_MS) for odd in (None, "", "noon", 1e300, -1e300, True, [1], 1e14)),
+    ):
+        assert translate(timestamp=said).occurred_ms == found
+    assert translate(timestamp=NOW_MS / 1000 + 86_400).disbelieved_timestamp
+
+
+def test_event_keeps_all_that_surrounds_it() -> None:
+    extra = translate(
+        exception("E", "m", type="generic", handled=False),
+        **{name: name for name in ("environment", "release", "dist", "transaction", "server_name")},
+        logger="shop",
+        platform="python",
+        level="fatal",
+        sdk={"name": "sentry.python", "version": "2.0", "packages": [1]},
+        tags=[["shop", "eu"], ["n", 5], "odd"],
+        user={"id": "7", "email": "e@x"},
+        request={"url": "http://x/", "headers": [["Accept", "*/*"], ["Cookie", "a=b"]]},
+        contexts={"runtime": {"name": "CPython"}, "empty": {}},
+        extra={"cart": {"n": 2}},
+        breadcrumbs={"values": [{"timestamp": 1_700_000_000.5, "message": "clicked"}]},
+        modules={"flask": "3"},
+        _meta={"x": 1},
+    ).extra
+    assert extra == {
+        "level": "fatal",
+        **{name: name for name in ("environment", "release", "dist", "transaction", "server_name")},
+        "logger": "shop",
+        "platform": "python",
+        "sdk": "sentry.python 2.0",
+        "mechanism": {"type": "generic", "handled": False},
+        "tags": {"shop": "eu", "n": "5"},
+        "user": {"id": "7", "email": "e@x"},
+        "request": {"url": "http://x/", "headers": {"Accept": "*/*", "Cookie": "[FILTERED]"}},
+        "breadcrumbs": [{"timestamp": "2023-11-14T22:13:20.500Z", "message": "clicked"}],
+        "contexts": {"runtime": {"name": "CPython"}},
+        "extra": {"cart": {"n": 2}},
+        "modules": {"flask": "3"},
+    }
+    assert translate(exception("E", "m")).extra == {"level": "error"}
+
+
+def test_event_s_newest_breadcrumbs_are_kept() -> None:
+    crumbs = [{"message": f"{n} " + "x" * 990} for n in range(100)]
+    kept = translate(breadcrumbs=crumbs).extra["breadcrumbs"]
+    assert 10 < len(kept) < 40
+    assert kept == crumbs[-len(kept) :]
+
+
+def test_event_s_secrets_are_scrubbed() -> None:
+    occurrence = translate(
+        exception("E", "m", frame("a.py", 4, "f", in_app=True, vars={"password": "'hunter2'"})),
+        request={
+            "url": "http://x/?token=hunter2",
+            "data": {"user": {"api_key": "hunter2"}},
+            "cookies": {"a": "hunter2"},
+            "headers": {"Authorization": "hunter2"},
+        },
+        breadcrumbs=[{"data": {"url": "http://x/?token=hunter2"}}],
+        extra={"deep": [{"secret": "hunter2"}]},
+        tags={"session": "hunter2"},
+    )
+    assert "hunter2" not in miniapm.dump_occurrence(occurrence)
+
+
+def test_frames_of_java_and_without_a_line_are_readable() -> None:
+    occurrence = translate(
+        exception(
+            "E",
+            "m",
+            frame("Cart.java", 7, "buy", module="com.shop.Cart", in_app=True),
+            frame("native", -1, "run", in_app=False),
+            {"function": "Object.?", "filename": "/app/x.js", "lineno": 3},
+            {"module": "x"},
+        ),
+        platform="java",
+    )
+    assert occurrence.backtrace == (
+        "x. (unknown file)",
+        "/app/x.js:3:in Object.<anonymous>",
+        "run (native)",
+        "Cart.java:7:in com.shop.Cart.buy",
+    )
+
+
+def test_dsn_holds_the_key_and_the_project() -> None:
+    assert miniapm.dsn_of("http://127.0.0.1:3000/x", "clé/@", 7) == (
+        "http://cl%C3%A9%2F%40@127.0.0.1:3000/x/7"
+    )
+    assert miniapm.key_of_dsn("http://abc:secret@127.0.0.1:3000/7") == "abc"
+    for odd in ("http://127.0.0.1:3000/7", "", None, 7, "abc@x"):
+        assert miniapm.key_of_dsn(odd) == ""
+    for header in ("Sentry sentry_version=7,sentry_key=abc", "sentry sentry_key=abc, x=y"):
+        assert miniapm.key_of_auth(header) == "abc"
+    for odd in ("Bearer abc", "sentry_key=abc", "Sentry xsentry_key=abc", ""):
+        assert miniapm.key_of_auth(odd) == ""
+
+
+def test_sentry_section_is_used_by_http_and_commands_only() -> None:
+    part = SOURCE[SOURCE.index("# --- 6. Sentry") : SOURCE.index("# --- 7. Schema")]
+    names = {
+        node.name
+        for node in ast.parse(part).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    assert "occurrence_from_sentry" in names
+    others = SOURCE.replace(part, "").partition("# --- 11. HTTP")[0]
+    used = {node.id for node in ast.walk(ast.parse(others)) if isinstance(node, ast.Name)}
+    assert used & names == set()
 
 
 # --- 7. Schema ------------------------------------------------------------------------------------
@@ -4210,7 +4640,7 @@ def test_wrong_passwords_without_end_wait_a_minute_each(store: Store, clock: Clo
     gate._failures["a"] = (5_000, 0.0)
     with pytest.raises(miniapm.Unauthorized):
         gate.check("x", "a")
-    with pytest.raises(miniapm.TooManyAttempts) as caught:
+    with pytest.raises(miniapm.TooManyRequests) as caught:
         gate.check("pw", "a")
     assert caught.value.retry_after_s == 60
 
@@ -4220,6 +4650,259 @@ def test_readme_lists_every_route() -> None:
         assert f"`{path}`" in README or f" {path}`" in README
     for suffix in (".json", ".md"):
         assert f"/errors/<id>{suffix}`" in README
+
+
+# Sentry
+
+
+def envelope(*events: dict[str, Any], **header: Any) -> bytes:
+    items = [({"type": "event"}, json.dumps(one).encode()) for one in events]
+    return framed(*items, header=header)
+
+
+def sentry_post(client: Client, body: bytes, path: str = "/api/1/envelope/", **more: str) -> Answer:
+    given = {"X_SENTRY_AUTH": f"Sentry sentry_version=7, sentry_key={KEY}"} | more
+    return client.request("POST", path, body, **given)
+
+
+BOOM = exception("Boom", "it failed", frame("app.py", 3, "go", in_app=True))
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_envelope_and_event_are_taken(client: Client, slash: str) -> None:
+    body = envelope(event(BOOM), event_id=EVENT_ID)
+    answer = sentry_post(client, body, f"/api/1/envelope{slash}")
+    assert (answer.status, answer.json()) == (200, {"id": EVENT_ID})
+    other = EVENT_ID[::-1]
+    said = json.dumps(event(BOOM, event_id=other)).encode()
+    answer = sentry_post(client, said, f"/api/1/store{slash}", CONTENT_TYPE="text/plain")
+    assert (answer.status, answer.json()) == (200, {"id": other})
+    (error,) = client.errors()
+    assert (error["exception_class"], error["occurrences"]) == ("Boom", 2)
+
+
+def test_same_event_is_stored_once(client: Client) -> None:
+    for _ in range(2):
+        answer = sentry_post(client, envelope(event(BOOM)))
+        assert (answer.status, answer.json()) == (200, {"id": EVENT_ID})
+    assert client.errors()[0]["occurrences"] == 1
+
+
+def test_event_without_an_id_gets_the_envelope_s_or_a_new_one(client: Client) -> None:
+    bare = event(BOOM, event_id=None)
+    assert sentry_post(client, envelope(bare, event_id=EVENT_ID)).json() == {"id": EVENT_ID}
+    for odd in (None, 7, "x"):
+        said = event(BOOM, event_id=odd)
+        found = sentry_post(client, json.dumps(said).encode(), "/api/1/store/").json()["id"]
+        assert re.fullmatch("[0-9a-f]{32}", found)
+        assert found != EVENT_ID
+    assert client.errors()[0]["occurrences"] == 4
+
+
+@pytest.mark.parametrize("path", ["/api/1/envelope/", "/api/1/store"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"X_SENTRY_AUTH": f"Sentry sentry_key={KEY}"},
+        {"AUTHORIZATION": f"Sentry sentry_key={KEY},sentry_version=7"},
+        {"query": f"?sentry_version=7&sentry_key={KEY}"},
+    ],
+    ids=["header", "authorization", "query"],
+)
+def test_sentry_key_may_come_in_three_places(
+    client: Client, path: str, given: dict[str, str]
+) -> None:
+    query = given.get("query", "")
+    headers = {name: value for name, value in given.items() if name != "query"}
+    body = json.dumps(event(BOOM)).encode() if "store" in path else envelope(event(BOOM))
+    assert client.request("POST", path + query, body, **headers).status == 200
+
+
+def test_sentry_key_may_come_in_the_envelope_s_dsn(client: Client, store: Store) -> None:
+    dsn = f"http://{KEY}@127.0.0.1:3000/1"
+    assert client.request("POST", "/api/1/envelope/", envelope(event(BOOM), dsn=dsn)).status == 200
+    store.ensure_default_project("clé/7")
+    dsn = miniapm.dsn_of("http://x", "clé/7", 1)
+    assert client.request("POST", "/api/1/envelope/", envelope(event(BOOM), dsn=dsn)).status == 200
+
+
+def test_sentry_key_must_be_the_project_s(client: Client, store: Store) -> None:
+    store.create_key("other")
+    body = envelope(event(BOOM))
+    for path, headers, status in (
+        ("/api/2/envelope/", {}, 403),
+        ("/api/9/store/", {}, 403),
+        ("/api/1/envelope/", {"X_SENTRY_AUTH": "Sentry sentry_key=other"}, 401),
+        ("/api/1/envelope/", {"X_SENTRY_AUTH": "nonsense"}, 401),
+    ):
+        answer = sentry_post(client, body, path, **headers)
+        assert answer.status == status
+        assert answer.headers["X-Sentry-Error"] == answer.json()["error"]
+        assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert client.errors() == []
+
+
+def test_other_items_are_taken_and_dropped(client: Client, store: Store) -> None:
+    log = ({"type": "log", "item_count": 1}, b'{"items": []}')
+    transaction = ({"type": "transaction"}, json.dumps({"type": "transaction"}).encode())
+    raw = framed(SESSION, ATTACHMENT, log, transaction, header={"event_id": EVENT_ID})
+    answer = sentry_post(client, raw)
+    assert (answer.status, answer.json()) == (200, {"id": EVENT_ID})
+    assert sentry_post(client, framed(SESSION)).json() == {}
+    assert client.errors() == []
+    assert 'id="rejections"' not in client.get("/setup").text
+
+
+def test_good_event_beside_a_bad_one_is_kept(client: Client) -> None:
+    raw = framed(({"type": "event"}, b"[]"), ({"type": "event"}, json.dumps(event(BOOM)).encode()))
+    assert sentry_post(client, raw).json() == {"id": EVENT_ID}
+    assert len(client.errors()) == 1
+    assert "items[0] must be a JSON object" in client.get("/setup").text
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"", 400, "the envelope must be JSON"),
+        (b'{}\n{"type":"event"}\n{', 400, "items[0] must be JSON"),
+        (b'{}\n{"type":"event","length":9}\n{}', 400, "items[0] ends before"),
+        (b'{}\n{"type":"event"}\n' + b"[" * 100_000, 400, "items[0] is nested too deep"),
+        (b'{}\n{"type":"event"}\n{"a":NaN}', 400, "items[0] must be JSON: NaN"),
+        (b'{}\n{"type":"event"}\n"' + b"x" * 2**20 + b'"', 413, "items[0] is larger than"),
+        (framed(*[SESSION] * 101), 413, "the envelope has over 100 items"),
+        (b"\n\r\xff", 400, "the envelope must be JSON"),
+    ],
+)
+def test_bad_envelope_is_answered_in_a_header_too(
+    client: Client, body: bytes, status: int, said: str
+) -> None:
+    answer = sentry_post(client, body)
+    assert answer.status == status
+    assert answer.json()["error"].startswith(said)
+    assert answer.headers["X-Sentry-Error"].startswith(said)
+
+
+def test_overload_is_429_for_sentry(client: Client, store: Store) -> None:
+    store.close()
+    answer = sentry_post(client, envelope(event(BOOM)))
+    assert answer.status == 429
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+@pytest.fixture(scope="module")
+def shared_client(tmp_path_factory: Any) -> Iterator[Client]:
+    with contextlib.closing(Store(str(tmp_path_factory.mktemp("shared") / "test.db"))) as opened:
+        opened.ensure_default_project(KEY)
+        yield Client(App(opened, Config()), "")
+
+
+@given(st.binary(max_size=200), st.sampled_from(["", "gzip", "deflate", "br", "zstd"]))
+def test_any_body_is_200_or_4xx(shared_client: Client, raw: bytes, encoding: str) -> None:
+    for prefix in (b"", b"{}\n", b'{}\n{"type":"event"}\n', b'{}\n{"type":"event"}\n{"message":'):
+        for path in ("/api/1/envelope/", "/api/1/store/"):
+            answer = sentry_post(shared_client, prefix + raw, path, CONTENT_ENCODING=encoding)
+            assert answer.status == 200 or 400 <= answer.status < 500
+
+
+# Compressed bodies
+
+
+def squeeze(raw: bytes, encoding: str) -> bytes:
+    if encoding == "br":
+        return bytes(need_module("brotli").compress(raw))
+    wbits = {"gzip": 31, "x-gzip": 31, "deflate": 15, "deflate (bare)": -15}[encoding]
+    engine = zlib.compressobj(wbits=wbits)
+    return engine.compress(raw) + engine.flush()
+
+
+ENCODINGS = ["gzip", "x-gzip", "deflate", "deflate (bare)", "br"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_compressed_body_is_taken(client: Client, encoding: str) -> None:
+    name = encoding.partition(" ")[0].upper()
+    body = squeeze(envelope(event(BOOM)), encoding)
+    assert sentry_post(client, body, CONTENT_ENCODING=name).status == 200
+    for path, value in (
+        ("/ingest/errors", report()),
+        ("/ingest/errors/batch", {"errors": [report()]}),
+    ):
+        raw = squeeze(json.dumps(value).encode(), encoding)
+        assert client.post_json(path, raw, CONTENT_ENCODING=name).status == 202
+    assert sorted(error["occurrences"] for error in client.errors()) == [1, 2]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_false_compression_is_400(client: Client, encoding: str) -> None:
+    good = squeeze(json.dumps(report()).encode() * 50, encoding)
+    name = encoding.partition(" ")[0]
+    for body in (b"", b"not compressed", good[:-3], good[: len(good) // 2], good + b"more"):
+        answer = client.post_json("/ingest/errors", body, CONTENT_ENCODING=name)
+        assert answer.status == 400
+        assert answer.json()["error"].startswith("the body is not ")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_compressed_body_has_its_limit_once_decoded(store: Store, encoding: str) -> None:
+    client = Client(App(store, Config(max_body_bytes=1_000)), "")
+    name = encoding.partition(" ")[0]
+    for spaces, status in ((1_700, 202), (100_000, 413)):
+        body = squeeze(json.dumps(report()).encode() + b" " * spaces, encoding)
+        assert len(body) < 1_000
+        answer = client.post_json("/ingest/errors", body, CONTENT_ENCODING=name)
+        assert answer.status == status
+    assert answer.json()["error"] == "the body is larger than 2,000 bytes once decoded"
+
+
+def test_unknown_compression_is_415(client: Client) -> None:
+    for encoding in ("zstd", "gzip, gzip", "compress"):
+        answer = client.post_json("/ingest/errors", report(), CONTENT_ENCODING=encoding)
+        assert answer.status == 415
+        assert "must be one of gzip, deflate, br" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("old", [None, object], ids=["missing", "too old"])
+def test_brotli_that_is_missing_is_said(
+    client: Client, monkeypatch: pytest.MonkeyPatch, old: Any
+) -> None:
+    class Decompressor:
+        def process(self, data: bytes) -> bytes:
+            raise AssertionError("unbounded")
+
+    module = old and types.SimpleNamespace(Decompressor=Decompressor, error=ValueError)
+    monkeypatch.setitem(sys.modules, "brotli", module)
+    answer = sentry_post(client, b"x", CONTENT_ENCODING="br")
+    assert answer.status == 415
+    assert "pip install" in answer.headers["X-Sentry-Error"]
+    assert "pip install" in client.get("/setup").text
+
+
+# Rejections
+
+
+def test_refused_reports_are_counted_by_reason(client: Client, clock: Clock) -> None:
+    for message in (5, None):
+        client.post_json("/ingest/errors", report(message=message))
+    client.post_json("/ingest/errors/batch", {"errors": [report(message=5), report(), 7, 7]})
+    client.post_json("/ingest/errors", report(), key="<b>")
+    client.request("POST", "/ingest/eror")
+    page = client.get("/setup").text
+    found = re.findall(r"<tr><td>([\d,]+)</td><td>(\d+)</td><td>(.*?)</td>", page)
+    assert found == [
+        ("1", "404", "there is no such page"),
+        ("1", "401", "the API key is unknown or revoked"),
+        ("2", "400", "errors[3] must be an object"),
+        ("1", "400", "errors[0].message must be a string"),
+        ("2", "400", "message must be a string"),
+    ]
+
+
+def test_rejections_are_bounded() -> None:
+    rejections = miniapm.Rejections(lambda: NOW_MS)
+    for word in range(1_000):
+        rejections.count(miniapm.BadRequest("".join(chr(97 + int(digit)) for digit in str(word))))
+    assert len(rejections.listed()) == miniapm.MAX_REJECTION_REASONS
+    assert rejections.listed()[0].reason == "jjj"
 
 
 # --- 12. Commands ---------------------------------------------------------------------------------
@@ -4384,7 +5067,9 @@ def test_keys_work_while_the_server_runs(start: Callable[..., Server], tmp_path:
     server.key = key
     server.report()
     listed = run("keys", cwd=tmp_path).stdout
-    assert re.search(rf"^shop +{key}$", listed, re.MULTILINE)
+    assert re.search(
+        rf"^shop +{key}  http://{key}@127.0.0.1:{server.port}/2$", listed, re.MULTILINE
+    )
     assert listed.startswith("default")
     assert run("keys", "revoke", "shop", cwd=tmp_path).returncode == 0
     assert server.post(report()).status_code == 401
@@ -4784,15 +5469,23 @@ def test_contract_s_javascript_snippet_works_in_node(
     assert error["location"] == f"file://{program}:17"
 
 
-def test_setup_snippets_work_as_they_are(start: Callable[..., Server], tmp_path: Path) -> None:
+def test_setup_snippets_work_as_they_are(start: Callable[..., Server]) -> None:
+    need_module("sentry_sdk")
     server = start()
     page = html.unescape(requests.get(server.url + "/setup", timeout=10).text)
     texts = re.findall(r"hidden>Copy</button><pre>(.*?)</pre></div>", page, re.DOTALL)
-    commands = [["sh", "-c"], [sys.executable, "-c"], [need("node"), "-e"]]
+    shell = ["sh", "-c"]
+    commands = [shell, [sys.executable, "-c"], [need("node"), "-e"], shell]
+    environ = clean_environ()
+    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
     for command, text in zip(commands, texts, strict=True):
-        subprocess.run([*command, text], cwd=tmp_path, timeout=30, check=True, capture_output=True)
-    messages = sorted(error["message"] for error in server.errors())
-    assert messages == ["Hello from JavaScript", "Hello from curl", "division by zero"]
+        subprocess.run([*command, text], env=environ, timeout=30, check=True, capture_output=True)
+    assert sorted(error["message"] for error in server.errors()) == [
+        "Hello from JavaScript",
+        "Hello from a Sentry SDK",
+        "Hello from curl",
+        "division by zero",
+    ]
 
 
 # --- The dashboard in a browser -------------------------------------------------------------------
@@ -4801,7 +5494,7 @@ def test_setup_snippets_work_as_they_are(start: Callable[..., Server], tmp_path:
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     path = need("chromium")
-    api = pytest.importorskip("playwright.sync_api")
+    api = need_module("playwright.sync_api")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -5064,6 +5757,438 @@ def test_another_origin_can_not_change_or_read_anything(
     assert "own pages only" in page.inner_text("main")
     assert len(server.errors()) == 1
     page.close()
+
+
+# --- The Sentry SDKs ------------------------------------------------------------------------------
+
+PYTHON_SDK = """\
+import logging, sys
+import sentry_sdk
+sentry_sdk.init(release="shop@1.2", environment="staging", send_default_pii=True)
+sentry_sdk.set_user({"id": "7", "email": "eve@example.org"})
+sentry_sdk.set_tag("region", "eu")
+sentry_sdk.set_context("order", {"id": 5})
+sentry_sdk.set_extra("cart", {"items": 2})
+sentry_sdk.add_breadcrumb(category="ui", message="pressed buy", level="info", data={"n": 1})
+
+def load(number):
+    password = "hunter2"
+    raise KeyError(number)  # fails here
+
+def buy(number):
+    try:
+        load(number)
+    except KeyError as error:
+        raise ValueError(f"no cart {number}") from error  # raised here
+"""
+
+
+def dsn_in(server: Server) -> str:
+    found = re.search(r"Sentry DSN (\S+)", server.banner)
+    assert found
+    return found[1]
+
+
+@dataclasses.dataclass
+class Shown:
+    """What the tracker shows of an error: its summary and its newest report."""
+
+    error: dict[str, Any]
+    report: dict[str, Any]
+
+
+def shown(server: Server) -> dict[str, Shown]:
+    """Return every error by its class."""
+    found = {}
+    for error in server.errors():
+        said = requests.get(f"{server.url}/errors/{error['id']}.json", timeout=10).json()
+        found[error["exception_class"]] = Shown(error, said["occurrence"]["report"])
+    return found
+
+
+def nothing_was_refused(server: Server) -> bool:
+    return 'id="rejections"' not in requests.get(server.url + "/setup", timeout=10).text
+
+
+def line_of(program: str, text: str) -> int:
+    (number,) = [n for n, line in enumerate(program.split("\n"), 1) if text in line]
+    return number
+
+
+def run_python_sdk(server: Server, folder: Path, use: str, encoding: str = "gzip") -> str:
+    """Run a program that carries the SDK; return its source."""
+    need_module("sentry_sdk")
+    need_module("brotli")  # with it the SDK sends br, without it gzip
+    hide = "" if encoding == "br" else "import sys; sys.modules['brotli'] = None\n"
+    program = hide + PYTHON_SDK + use
+    (folder / "shop.py").write_text(program)
+    environ = clean_environ() | {"SENTRY_DSN": dsn_in(server)}
+    command = [sys.executable, "shop.py"]
+    subprocess.run(command, cwd=folder, env=environ, timeout=30, check=False, capture_output=True)
+    return program
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br"])
+def test_python_sdk_reports_a_chained_exception(
+    start: Callable[..., Server], tmp_path: Path, encoding: str
+) -> None:
+    server = start()
+    use = """
+for number in (41, 42):
+    try:
+        buy(number)
+    except ValueError as error:
+        sentry_sdk.capture_exception(error)
+"""
+    program = run_python_sdk(server, tmp_path, use, encoding)
+    found = shown(server)
+    assert list(found) == ["ValueError"]
+    error, said = found["ValueError"].error, found["ValueError"].report
+    line = line_of(program, "# raised here")
+    assert (error["occurrences"], error["users"], error["level"]) == (2, 1, "error")
+    assert error["message"] == "no cart 42"
+    assert error["location"] == f"shop.py:{line} in buy"
+    assert said["source_context"]["lineno"] == line
+    assert "# raised here" in said["source_context"]["context_line"]
+    assert said["backtrace"][0] == f"shop.py:{line}:in buy"
+    assert "Caused by: KeyError: 42" in said["backtrace"]
+    assert f"shop.py:{line_of(program, '# fails here')}:in load" in said["backtrace"]
+    assert said["locals"] == {"number": "42"}
+    assert said["user_id"] == "7"
+    assert said["user"] == {"id": "7", "email": "eve@example.org"}
+    assert said["tags"] == {"region": "eu"}
+    assert said["extra"]["cart"] == {"items": 2}
+    assert said["contexts"]["order"] == {"id": 5}
+    assert (said["release"], said["environment"]) == ("shop@1.2", "staging")
+    (crumb,) = said["breadcrumbs"]
+    assert (crumb["category"], crumb["message"], crumb["data"]) == ("ui", "pressed buy", {"n": 1})
+    assert "hunter2" not in json.dumps(said)
+    assert len(server.errors()) == 1
+    assert nothing_was_refused(server)
+
+
+def test_python_sdk_reports_messages_logs_groups_and_what_nobody_catches(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start()
+    use = """
+for name in "ab":
+    sentry_sdk.capture_message(f"hello {name}", "warning", fingerprint=["greeting"])
+logging.getLogger("shop.db").error("lost %s of %d", "x", 3)
+try:
+    buy(1)
+except ValueError:
+    logging.getLogger("shop.db").exception("while buying")
+try:
+    raise ExceptionGroup("many", [TypeError("one"), OSError("two")])
+except ExceptionGroup as error:
+    sentry_sdk.capture_exception(error)
+raise RuntimeError("nobody")  # unhandled
+"""
+    program = run_python_sdk(server, tmp_path, use)
+    found = shown(server)
+    names = ["ExceptionGroup", "Message", "RuntimeError", "ValueError", "shop.db"]
+    assert sorted(found) == names
+    message = found["Message"]
+    assert (message.error["message"], message.error["occurrences"]) == ("hello b", 2)
+    assert (message.error["level"], message.error["fingerprint"]) == ("warning", "greeting")
+    assert found["shop.db"].error["message"] == "lost x of 3"
+    assert found["shop.db"].error["fingerprint"] == "shop.db|lost %s of %d"
+    assert found["ValueError"].report["mechanism"] == {"type": "logging", "handled": True}
+    group = found["ExceptionGroup"].report["backtrace"]
+    assert {"One of these: TypeError: one", "One of these: OSError: two"} < set(group)
+    unhandled = found["RuntimeError"]
+    line = line_of(program, "# unhandled")
+    assert unhandled.error["location"] == f"shop.py:{line} in <module>"
+    assert unhandled.report["mechanism"] == {"type": "excepthook", "handled": False}
+    assert unhandled.report["source_context"]["context_line"].startswith("raise RuntimeError")
+    assert "sys" not in unhandled.report["locals"] or "__name__" not in unhandled.report["locals"]
+    assert len(unhandled.report["breadcrumbs"]) >= 3  # the logged errors are among them
+    for one in found.values():
+        assert (one.report["user_id"], one.report["tags"]) == ("7", {"region": "eu"})
+    assert nothing_was_refused(server)
+
+
+def test_python_sdk_reports_flask_requests(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start()
+    use = """
+import flask
+app = flask.Flask("shop")
+
+@app.post("/buy/<int:number>")
+def page(number):
+    buy(number)
+
+client = app.test_client()
+for number in (8, 9):
+    client.post(f"/buy/{number}?token=hunter2&page=2", json={"password": "hunter2", "item": 3},
+        headers={"X-Request-Id": "req-5", "Cookie": "a=hunter2"})
+"""
+    program = run_python_sdk(server, tmp_path, use)
+    found = shown(server)
+    assert list(found) == ["ValueError"]
+    error, said = found["ValueError"].error, found["ValueError"].report
+    assert (error["occurrences"], error["message"]) == (2, "no cart 9")
+    assert error["location"] == f"shop.py:{line_of(program, '# raised here')} in buy"
+    assert said["transaction"] == "page"
+    assert said["request_id"] == "req-5"
+    assert said["request"]["method"] == "POST"
+    assert said["request"]["url"].endswith("/buy/9")
+    assert said["request"]["query_string"] == "token=[FILTERED]&page=2"
+    assert said["request"]["data"] == {"password": "[FILTERED]", "item": 3}
+    assert "hunter2" not in json.dumps(said)
+    library = [line for line in said["backtrace"] if line.endswith("[library]")]
+    assert any("flask/app.py" in line for line in library)
+    assert not any("shop.py" in line for line in library)
+    assert nothing_was_refused(server)
+
+
+def test_sdk_in_the_tracker_s_own_process_makes_no_loop(tmp_path: Path) -> None:
+    need_module("sentry_sdk")
+    program = f"""\
+import sys, threading, wsgiref.simple_server
+sys.path.insert(0, {str(HERE)!r})
+import miniapm, sentry_sdk
+store = miniapm.Store("loop.db")
+key = store.ensure_default_project().keys[0]
+app, count = miniapm.App(store, miniapm.Config()), 0
+store.record = lambda *_: 1 / 0  # a fault that nobody foresaw
+
+def counting(environ, start_response):
+    global count
+    count += 1
+    return app(environ, start_response)
+
+class Quiet(wsgiref.simple_server.WSGIRequestHandler):
+    def log_message(self, *_): pass
+
+server = wsgiref.simple_server.make_server("127.0.0.1", 0, counting, handler_class=Quiet)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+url = f"http://127.0.0.1:{{server.server_port}}"
+sentry_sdk.init(miniapm.dsn_of(url, key, 1), auto_session_tracking=False)
+sentry_sdk.capture_message("hello", "error")
+sentry_sdk.flush(5)
+before = count
+sentry_sdk.flush(5)
+print(before, count)
+"""
+    (tmp_path / "loop.py").write_text(program)
+    command = [sys.executable, "loop.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=clean_environ(), timeout=60, capture_output=True, check=True
+    )
+    first, last = map(int, done.stdout.split())
+    assert 1 <= first <= last <= 2
+
+
+NODE_PACKAGES = ["@sentry/node@11.12.0", "@sentry/browser@11.12.0", "esbuild@0.28.2"]
+
+
+@pytest.fixture(scope="session")
+def npm(tmp_path_factory: Any) -> Path:
+    """Return a folder into which the JavaScript SDKs and a bundler have been installed."""
+    folder: Path = tmp_path_factory.mktemp("npm")
+    command = [need("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder)]
+    done = subprocess.run(
+        [*command, *NODE_PACKAGES], timeout=240, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        missing(f"the npm packages ({done.stderr.strip()[-200:]})")
+    return folder
+
+
+JAVASCRIPT_SDK = """\
+Sentry.setUser({id: "9", email: "ann@example.org"});
+Sentry.setTag("region", "us");
+Sentry.addBreadcrumb({category: "ui", message: "pressed buy", data: {n: 1}});
+function load(n) { throw new TypeError(`no cart ${n}`); } // fails here
+function buy(n) {
+  try { load(n); } catch (error) { throw new RangeError("can't buy", {cause: error}); }
+}
+"""
+
+
+def check_javascript(one: Shown, release: str) -> None:
+    said = one.report
+    assert said["user_id"] == "9"
+    assert said["tags"] == {"region": "us"}
+    crumb = next(crumb for crumb in said["breadcrumbs"] if crumb.get("category") == "ui")
+    assert (crumb["message"], crumb["data"]) == ("pressed buy", {"n": 1})
+    assert re.fullmatch(r"20\d\d-.*Z", crumb["timestamp"])
+    assert said["release"] == release
+    seen_s = miniapm.parse_timestamp(said["timestamp"]) / 1000
+    assert abs(seen_s - time.time()) < 120
+
+
+def test_node_sdk_reports(start: Callable[..., Server], tmp_path: Path, npm: Path) -> None:
+    server = start()
+    program = (
+        f"const Sentry = require({str(npm / 'node_modules/@sentry/node')!r});\n"
+        'Sentry.init({release: "shop@3", environment: "test"});\n'
+        f"{JAVASCRIPT_SDK}"
+        "for (const n of [1, 2]) try { load(n); } catch (error) { Sentry.captureException(error); }\n"
+        "try { buy(3); } catch (error) { Sentry.captureException(error); }\n"
+        'Sentry.captureMessage("hello from node", "info");\n'
+        'Promise.reject(new Error("nobody waits")); // rejected\n'
+    )
+    path = tmp_path / "shop.js"
+    path.write_text(program)
+    environ = clean_environ() | {"SENTRY_DSN": dsn_in(server)}
+    subprocess.run(
+        [need("node"), str(path)], env=environ, timeout=30, check=False, capture_output=True
+    )
+    found = shown(server)
+    assert sorted(found) == ["Error", "Message", "RangeError", "TypeError"]
+    for one in found.values():
+        check_javascript(one, "shop@3")
+        assert one.report["environment"] == "test"
+    line = line_of(program, "# fails here".replace("#", "//"))
+    thrown = found["TypeError"]
+    assert thrown.error["message"] in ("no cart 1", "no cart 2")  # sent side by side
+    assert thrown.error["occurrences"] == 2
+    assert thrown.error["location"] == f"{path}:{line} in load"
+    assert "// fails here" in thrown.report["source_context"]["context_line"]
+    assert thrown.report["source_context"]["lineno"] == line
+    assert thrown.report["backtrace"][0] == f"{path}:{line}:in load"
+    assert found["RangeError"].error["message"] == "can't buy"
+    assert "Caused by: TypeError: no cart 3" in found["RangeError"].report["backtrace"]
+    hello = found["Message"].error
+    assert (hello["message"], hello["level"]) == ("hello from node", "info")
+    rejected = found["Error"]
+    assert rejected.error["message"] == "nobody waits"
+    assert rejected.report["mechanism"]["handled"] is False
+    assert rejected.error["location"].startswith(f"{path}:{line_of(program, '// rejected')} in ")
+    assert nothing_was_refused(server)
+
+
+def test_browser_sdk_reports_from_another_origin(
+    start: Callable[..., Server], tmp_path: Path, npm: Path, chromium: Any
+) -> None:
+    server = start()
+    (npm / "page.js").write_text(
+        'import * as Sentry from "@sentry/browser";\n'
+        f'Sentry.init({{dsn: "{dsn_in(server)}", release: "web@1",\n'
+        "  integrations: [Sentry.contextLinesIntegration()]});\n"
+        f"{JAVASCRIPT_SDK}"
+        "for (const n of [1, 2]) try { load(n); } catch (error) { Sentry.captureException(error); }\n"
+        'Sentry.captureMessage("hello from a browser", "warning");\n'
+        "document.querySelector('button').onclick = () => { throw new EvalError('on click'); };\n"
+        'Sentry.flush(5000).then((done) => { document.title = "sent"; });\n'
+    )
+    subprocess.run(
+        [str(npm / "node_modules/.bin/esbuild"), "page.js", "--bundle", "--outfile=bundle.js"],
+        cwd=npm,
+        timeout=60,
+        check=True,
+        capture_output=True,
+    )
+    bundle = (npm / "bundle.js").read_text().replace("</script", "<\\/script")
+    page_text = (
+        "<!doctype html>\n<html>\n<head><title>Shop</title><link rel=icon href=data:,></head>\n"
+        f"<body><button>Buy</button>\n<script>\n{bundle}\n</script></body></html>"
+    )
+    (tmp_path / "index.html").write_text(page_text)
+    handler_class = type(
+        "Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None}
+    )
+    handler = functools.partial(handler_class, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        page = chromium.new_page()
+        address = f"http://localhost:{site.server_address[1]}/"
+        page.goto(address)
+        page.wait_for_function("document.title === 'sent'")
+        page.evaluate("setTimeout(() => document.querySelector('button').click())")
+        wait_until(lambda: len(server.errors()) == 3)
+        page.close()
+        site.shutdown()
+    found = shown(server)
+    assert sorted(found) == ["EvalError", "Message", "TypeError"]
+    for one in found.values():
+        check_javascript(one, "web@1")
+    line = line_of(page_text, "throw new TypeError(`no cart")
+    thrown = found["TypeError"]
+    assert thrown.error["message"] in ("no cart 1", "no cart 2")  # sent side by side
+    assert thrown.error["occurrences"] == 2
+    assert thrown.error["location"] == f"{address}:{line} in load"
+    assert "throw new TypeError(`no cart" in thrown.report["source_context"]["context_line"]
+    assert found["Message"].error["level"] == "warning"
+    assert found["EvalError"].report["mechanism"]["handled"] is False
+    assert nothing_was_refused(server)
+
+
+def peak_memory(server: Server) -> int:
+    """Return the most bytes a server has had resident, and begin to measure anew."""
+    folder = Path(f"/proc/{server.process.pid}")
+    found = re.search(r"VmHWM:\s+(\d+) kB", (folder / "status").read_text())
+    assert found
+    (folder / "clear_refs").write_text("5")
+    return int(found[1]) * 1024
+
+
+def bombs() -> Iterator[tuple[str, str, bytes]]:
+    """Yield (name, Content-Encoding, body) of what is small on the wire or costly to decode."""
+    head = b'{}\n{"type":"event"}\n'
+    for encoding in ("gzip", "deflate", "br"):
+        yield f"{encoding} of zeros", encoding, squeeze(b"\0" * 200_000_000, encoding)
+        yield (
+            f"{encoding} of lists",
+            encoding,
+            squeeze(head + b"[],".ljust(3) * 6_000_000, encoding),
+        )
+        yield (
+            f"{encoding} twice",
+            encoding,
+            squeeze(squeeze(b"\0" * 50_000_000, encoding), encoding),
+        )
+    lists = b"[" + b"[]," * 349_000 + b"[]]"
+    events = head[:3] + (head[3:] + b'{"extra":{"x":' + lists + b"}}\n") * 9
+    yield "events of lists", "", events
+    yield "compressed events of lists", "gzip", squeeze(events * 2, "gzip")[:10_000_000]
+    yield "newlines", "", b"{}" + b"\n" * 10_000_000
+    yield "one line", "", b'{"a":"' + b"x" * 10_000_000
+    yield (
+        "attachment",
+        "gzip",
+        squeeze(framed(({"type": "attachment"}, os.urandom(9_000_000))), "gzip"),
+    )
+
+
+def test_bombs_cost_bounded_memory(start: Callable[..., Server]) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc")
+    server = start()
+    url = f"{server.url}/api/1/envelope/?sentry_key={server.key}"
+    small = envelope(event(BOOM))
+    assert requests.post(url, data=small, timeout=20).status_code == 200
+    for name, encoding, body in bombs():
+        peak_memory(server)
+        before = peak_memory(server)
+        headers = {"Content-Encoding": encoding} if encoding else {}
+        answer = requests.post(url, data=body, headers=headers, timeout=60)
+        assert answer.status_code == 200 or 400 <= answer.status_code < 500, name
+        assert peak_memory(server) - before <= 64 * 2**20, name
+    assert requests.post(url, data=small, timeout=20).status_code == 200
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_envelope_arrives_in_chunks_of_any_size(start: Callable[..., Server], size: int) -> None:
+    server = start()
+    raw = framed(SESSION, ATTACHMENT, ({"type": "event"}, json.dumps(event(BOOM)).encode()))
+    chunks = (raw[at : at + size] for at in range(0, len(raw), size))
+    url = f"{server.url}/api/1/envelope?sentry_key={server.key}"
+    assert requests.post(url, data=chunks, timeout=20).json() == {"id": EVENT_ID}
+    assert server.errors()[0]["exception_class"] == "Boom"
+
+
+def test_same_event_from_many_at_once_is_stored_once(start: Callable[..., Server]) -> None:
+    server = start()
+    url = f"{server.url}/api/1/envelope/?sentry_key={server.key}"
+    body = envelope(event(BOOM))
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: requests.post(url, data=body, timeout=20), range(36)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert server.errors()[0]["occurrences"] == 1
 
 
 # --- The README -----------------------------------------------------------------------------------
