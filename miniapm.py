@@ -4660,6 +4660,8 @@ def read_body(environ: Environ, limit: int) -> bytes:
     while remaining > 0 and (part := environ["wsgi.input"].read(min(remaining, _MEBIBYTE))):
         parts.append(part)
         remaining -= len(part)
+    # Who reads it again, as Sentry's integration for Bottle does, must not wait for ever.
+    environ["wsgi.input"] = io.BytesIO()
     body = b"".join(parts)
     if len(body) > limit:
         raise refusal
