@@ -5978,7 +5978,7 @@ print(before, count)
         command, cwd=tmp_path, env=clean_environ(), timeout=60, capture_output=True, check=True
     )
     first, last = map(int, done.stdout.split())
-    assert 1 <= first <= last <= 2
+    assert 1 <= first <= last <= 5  # a loop makes hundreds; the SDK also sends its sessions
 
 
 NODE_PACKAGES = ["@sentry/node@11.12.0", "@sentry/browser@11.12.0", "esbuild@0.28.2"]
