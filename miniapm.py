@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import base64
 import collections
 import contextlib
 import contextvars
@@ -111,6 +112,11 @@ MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_byt
 MAX_ENVELOPE_ITEMS = 100
 MAX_ENVELOPE_HEADER_BYTES = 64 * _KIBIBYTE  # its own, and that of an item
 MAX_EVENT_BYTES = _MEBIBYTE
+MAX_EXCEPTIONS = 50  # of an event; the last ones, as of all lists here
+MAX_THREADS = 1_000
+MAX_BREADCRUMBS = 1_000
+MAX_PAIRS = 200  # tags, headers, cookies
+MAX_FINGERPRINT_PARTS = 50
 
 # What is longer is cut with a visible mark, never refused.
 MAX_CLASS_CHARS = 500
@@ -130,6 +136,7 @@ MAX_KEY_CHARS = 200
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
 MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
 MAX_TAG_VALUES = 200
+MAX_TAGS = 50  # of one report, that are remembered
 SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
@@ -602,7 +609,7 @@ def _finite(digits: str) -> float:
     return number
 
 
-def decode_json(raw: bytes, at: str = "") -> Any:
+def decode_json(raw: bytes | bytearray, at: str = "") -> Any:
     """Return the value of strict UTF-8 JSON (RFC 8259); BadRequest says what is wrong.
 
     `at` is the path of what is decoded when it is not the whole body.
@@ -633,6 +640,13 @@ def _is_deeper(value: Any, limit: int) -> bool:
             for child in (node.values() if isinstance(node, dict) else node)
         ]
     return True
+
+
+def refuse_depth(value: Any, at: str) -> None:
+    """Raise BadRequest for a value that is nested deeper than the pages and JSON can follow."""
+    if _is_deeper(value, MAX_JSON_DEPTH_LEVELS):
+        where = at or "the body"
+        raise BadRequest(f"{where} is nested over {MAX_JSON_DEPTH_LEVELS} deep", field=at or None)
 
 
 class _Fields:
@@ -791,9 +805,7 @@ def parse_occurrence(data: Any, received_ms: int, at: str = "") -> Occurrence:
     the body (errors[3]). Unknown fields are kept in `extra`.
     """
     fields = _Fields(data, at)
-    if _is_deeper(data, MAX_JSON_DEPTH_LEVELS):
-        where = at or "the body"
-        raise BadRequest(f"{where} is nested over {MAX_JSON_DEPTH_LEVELS} deep", field=at or None)
+    refuse_depth(data, at)
     exception_class = fields.text("exception_class", "a string that is not empty")
     message = fields.text("message", "a string", empty=True)
     backtrace = fields.lines("backtrace", required=True)
@@ -909,6 +921,7 @@ class Frame:
 # Where package managers and runtimes keep code that is not the application's.
 _LIBRARY = re.compile(
     r"/(?:site|dist)-packages/|/lib/python3[^/]*/|/Python3\d*/Lib/|^<frozen |(?:^|/)miniapm\.py$"
+    r"|/go/pkg/mod/|/\.cargo/registry/|^/rustc/"  # Go, Rust
     r"|/gems/|/rubygems/|/lib/ruby/|/vendor/bundle/|^<internal:"  # Ruby
     r"|(?:^|/)node_modules/|^node:|^internal/|^native$|^<anonymous>$|-extension://"  # JavaScript
 )
@@ -1051,7 +1064,8 @@ def locate(occurrence: Occurrence) -> str:
     frame = top_frame(parse_backtrace(occurrence.backtrace))
     if frame is not None:
         function = f" in {frame.function}" if frame.function else ""
-        return clip(f"{frame.file}:{frame.lineno}{function}", MAX_CLASS_CHARS)
+        line = f":{frame.lineno}" if frame.lineno else ""
+        return clip(f"{frame.file}{line}{function}", MAX_CLASS_CHARS)
     if (context := occurrence.source_context) is not None:
         return clip(f"{context.file}:{context.lineno}", MAX_CLASS_CHARS)
     return ""
@@ -1060,15 +1074,44 @@ def locate(occurrence: Occurrence) -> str:
 # --- 6. Sentry ------------------------------------------------------------------------------------
 
 
+def _object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(value: Any, most: int) -> list[Json]:
+    """Return the last objects of a list, which SDKs send as it is or within `values`."""
+    values = value.get("values") if isinstance(value, dict) else value
+    values = values[-most:] if isinstance(values, list) else []
+    return [one for one in values if isinstance(one, dict)]
+
+
+def _text(value: Any) -> str:
+    """Return a value as text; empty for what says nothing."""
+    if value is None or value == {} or value == []:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _pairs(value: Any) -> Json:
+    """Return what SDKs send as an object or as a list of pairs: tags, headers, cookies."""
+    if isinstance(value, dict):
+        return dict(itertools.islice(value.items(), MAX_PAIRS))
+    pairs = value[:MAX_PAIRS] if isinstance(value, list) else []
+    return {_text(one[0]): one[1] for one in pairs if isinstance(one, list) and len(one) == 2}
+
+
+_NEWLINES = re.compile(rb"\n+")
+
+
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What a Sentry SDK sends in one request: a header, and of each item header and payload."""
+    """What a Sentry SDK sends in one request: a header, and each item's type and payload."""
 
     header: Json
-    items: tuple[tuple[Json, memoryview], ...]
+    items: tuple[tuple[str, memoryview], ...]
 
 
-def _header_line(raw: bytes, start: int, at: str) -> tuple[Json, int]:
+def _header_line(raw: bytes | bytearray, start: int, at: str) -> tuple[Json, int]:
     """Return the JSON object of the line that begins at `start`, and where the next one begins."""
     end = raw.find(b"\n", start)
     end = end if end >= 0 else len(raw)
@@ -1080,7 +1123,7 @@ def _header_line(raw: bytes, start: int, at: str) -> tuple[Json, int]:
     return header, min(end + 1, len(raw))
 
 
-def _payload_end(raw: bytes, start: int, header: Json, at: str) -> int:
+def _payload_end(raw: bytes | bytearray, start: int, header: Json, at: str) -> int:
     """Return where a payload ends: by its length, else at the next newline or the end."""
     length = header.get("length")
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
@@ -1094,7 +1137,7 @@ def _payload_end(raw: bytes, start: int, header: Json, at: str) -> int:
     return end
 
 
-def parse_envelope(raw: bytes) -> Envelope:
+def parse_envelope(raw: bytes | bytearray) -> Envelope:
     """Split an envelope into its items; only their headers are decoded.
 
     Source: develop.sentry.dev, "Envelopes". A line of JSON, then for each item a line of JSON and
@@ -1104,23 +1147,30 @@ def parse_envelope(raw: bytes) -> Envelope:
     """
     view = memoryview(raw)
     header, position = _header_line(raw, 0, "the envelope")
-    items: list[tuple[Json, memoryview]] = []
+    items: list[tuple[str, memoryview]] = []
     while position < len(raw):
-        if raw[position : position + 1] == b"\n":
-            position += 1
+        if blank := _NEWLINES.match(raw, position):
+            position = blank.end()
             continue
         at = f"items[{len(items)}]"
         if len(items) == MAX_ENVELOPE_ITEMS:
             raise TooLarge(f"the envelope has over {MAX_ENVELOPE_ITEMS} items", field=at)
         item_header, start = _header_line(raw, position, at)
         position = _payload_end(raw, start, item_header, at)
-        items.append((item_header, view[start:position]))
+        items.append((_text(item_header.get("type")), view[start:position]))
     return Envelope(header, tuple(items))
 
 
-def envelope_of_event(raw: bytes) -> Envelope:
-    """Return a lone event, as SDKs sent it before there were envelopes, as an envelope."""
-    return Envelope({}, (({"type": "event"}, memoryview(raw)),))
+def envelope_of_event(raw: bytes | bytearray) -> Envelope:
+    """Return a lone event, as SDKs sent it before there were envelopes, as an envelope.
+
+    Some sent it as zlib's compression in Base64, and said so nowhere.
+    """
+    if raw[:1] not in (b"{", b" ", b"\n"):
+        with contextlib.suppress(ValueError, zlib.error):
+            packed = base64.b64decode(raw, validate=True)
+            raw = zlib.decompressobj().decompress(packed, MAX_EVENT_BYTES + 1)
+    return Envelope({}, (("event", memoryview(raw)),))
 
 
 def read_event(payload: memoryview, at: str) -> Json:
@@ -1130,6 +1180,7 @@ def read_event(payload: memoryview, at: str) -> Json:
     event = decode_json(bytes(payload), at)
     if not isinstance(event, dict):
         raise BadRequest(f"{at} must be a JSON object", field=at)
+    refuse_depth(event, at)
     return event
 
 
@@ -1151,69 +1202,60 @@ def key_of_auth(header: str) -> str:
     return found[1] if found else ""
 
 
-def _object(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def _objects(value: Any) -> list[Json]:
-    """Return the objects of a list, which SDKs send as it is or within `values`."""
-    values = value.get("values") if isinstance(value, dict) else value
-    return [one for one in values if isinstance(one, dict)] if isinstance(values, list) else []
-
-
-def _text(value: Any) -> str:
-    """Return a value as text; empty for what says nothing."""
-    if value is None or value == {} or value == []:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _pairs(value: Any) -> Json:
-    """Return what SDKs send as an object or as a list of pairs: tags, headers, cookies."""
-    if isinstance(value, list):
-        pairs = [one for one in value if isinstance(one, list) and len(one) == 2]
-        return {_text(name): item for name, item in pairs}
-    return _object(value)
+# Where in_app means little: the SDKs of Go and Rust set it for all they don't know.
+_PACKAGE_CACHE = re.compile(r"/go/pkg/mod/|/\.cargo/(?:registry|git)/|^/rustc/")
+_LIBRARY_MODULE = re.compile(  # of Java and .NET, whose files have no folder
+    r"(?:javax?|jdk|sun|com\.sun|kotlinx?|scala|groovy|org\.slf4j|ch\.qos\.logback|org\.apache"
+    r"|org\.springframework|io\.sentry|System|Microsoft)\."
+)
 
 
 def _is_own_frame(frame: Json) -> bool:
+    file = _text(frame.get("abs_path")) or _text(frame.get("filename"))
     claimed = frame.get("in_app")
     if isinstance(claimed, bool):
-        return claimed
-    return is_own_path(_text(frame.get("abs_path")) or _text(frame.get("filename")))
+        return claimed and not _PACKAGE_CACHE.search(file)
+    return is_own_path(file) and not _LIBRARY_MODULE.match(_text(frame.get("module")))
 
 
 def _newest_first(part: Json) -> list[Json]:
     """Return the frames of an exception or thread, which SDKs send oldest first."""
-    return _objects(_object(part.get("stacktrace")).get("frames"))[::-1]
+    frames = _object(part.get("stacktrace")).get("frames")
+    return _objects(frames, MAX_BACKTRACE_LINES)[::-1]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(clip(text, MAX_CLASS_CHARS).split("\n"))
 
 
 def _frame_place(frame: Json, platform: str) -> tuple[str, str]:
     """Return a frame's file and function, either of them empty when unknown."""
     file = _text(frame.get("filename")) or _text(frame.get("abs_path"))
-    function = re.sub(r"\.\?$", ".<anonymous>", _text(frame.get("function"))).removeprefix("?")
-    if platform in ("java", "csharp") and frame.get("module"):  # whose files have no folder
+    file = file or _text(frame.get("package"))
+    function = _text(frame.get("function")) or _text(frame.get("instruction_addr"))
+    function = re.sub(r"^(|.*\.)\?$", r"\1<anonymous>", function)
+    if platform in ("java", "csharp") and frame.get("module"):
         function = f"{_text(frame['module'])}.{function}"
-    return " ".join(file.split("\n")), " ".join(function.split("\n"))
+    return _one_line(file), _one_line(function)
 
 
 def _place_of(frames: Sequence[Json], platform: str) -> tuple[str, str] | None:
     """Return where the first frame is, as fingerprint_of takes it: no host, no query."""
-    if not frames:
+    file, function = _frame_place(frames[0], platform) if frames else ("", "")
+    if not file and (not function or frames[0].get("instruction_addr")):
         return None
-    file, function = _frame_place(frames[0], platform)
-    return re.sub(r"^\w+://[^/]*|[?#].*$", "", file), function
+    return clip(re.sub(r"^\w+://[^/]*|[?#].*$", "", file), MAX_CLASS_CHARS), function
 
 
 def _frame_line(frame: Json, platform: str) -> str:
     """Return a frame in a form that parse_backtrace reads; a mark where the path misleads."""
     file, function = _frame_place(frame, _text(frame.get("platform")) or platform)
-    lineno = frame.get("lineno")
-    if not file or not isinstance(lineno, int) or not 0 <= lineno < 10**9:
-        return f"{function or '?'} ({file or 'unknown file'})"
-    is_own = _is_own_frame(frame)
+    if not file:
+        return f"{function or '?'} (unknown file)"
+    lineno, is_own = frame.get("lineno"), _is_own_frame(frame)
+    known = int(lineno) if isinstance(lineno, int) and 0 <= lineno < 10**9 else 0
     mark = "" if is_own == is_own_path(file) else " [own]" if is_own else " [library]"
-    return f"{file}:{int(lineno)}:in {function or '?'}{mark}"
+    return f"{file}:{known}:in {function or '?'}{mark}"
 
 
 def _chain_of(event: Json) -> list[Json]:
@@ -1221,13 +1263,21 @@ def _chain_of(event: Json) -> list[Json]:
 
     Where none has frames, those of the current thread, or of the event, become the first one's.
     """
-    chain = _objects(event.get("exception"))[::-1] or [{}]
+    chain = _objects(event.get("exception"), MAX_EXCEPTIONS)[::-1] or [{}]
     if not any(map(_newest_first, chain)):
-        threads = _objects(event.get("threads"))
+        threads = _objects(event.get("threads"), MAX_THREADS)
         threads = [one for one in threads if one.get("crashed") or one.get("current")]
         stacks = [one["stacktrace"] for one in (*threads, event) if _newest_first(one)]
         chain[0] = chain[0] | {"stacktrace": stacks[0] if stacks else None}
     return chain
+
+
+def _relation_of(error: Json) -> str:
+    mechanism = _object(error.get("mechanism"))
+    kind, source = _text(mechanism.get("type")), _text(mechanism.get("source"))
+    if source == "__context__":
+        return "While handling"
+    return {"suppressed": "Suppressed"}.get(kind, "One of these" if "[" in source else "Caused by")
 
 
 def _backtrace_of(chain: Sequence[Json], platform: str) -> list[str]:
@@ -1235,13 +1285,24 @@ def _backtrace_of(chain: Sequence[Json], platform: str) -> list[str]:
     lines: list[str] = []
     for position, error in enumerate(chain):
         if position:
-            source = _text(_object(error.get("mechanism")).get("source"))
-            how = "One of these" if "[" in source else "Caused by"
-            how = "While handling" if source == "__context__" else how
-            message = " ".join(_text(error.get("value")).split())
-            lines.append(f"{how}: {_text(error.get('type'))}: {message}")
+            message = _one_line(_text(error.get("value")))
+            lines.append(f"{_relation_of(error)}: {_text(error.get('type'))}: {message}")
         lines += [_frame_line(frame, platform) for frame in _newest_first(error)]
     return lines
+
+
+def _logged(event: Json) -> tuple[str, str]:
+    """Return an event's message, of a log or by itself, and the template it was made of."""
+    entry = _object(event.get("logentry")) or _object(event.get("message"))
+    if not entry:
+        return _text(event.get("message")), _text(event.get("message"))
+    template, params = _text(entry.get("message")), entry.get("params")
+    values = iter(params if isinstance(params, list) else [])
+    filled = re.sub(
+        r"%[-+ #0-9.]{0,8}[a-z]|\{\}", lambda found: _text(next(values, found[0])), template
+    )
+    message = _text(entry.get("formatted")) or filled
+    return message, template or message
 
 
 def _heading_of(event: Json, error: Json) -> tuple[str, str, str]:
@@ -1249,12 +1310,17 @@ def _heading_of(event: Json, error: Json) -> tuple[str, str, str]:
     said = _text(error.get("value"))
     if name := _text(error.get("type")).strip():
         return name, said, said
-    entry = _object(event.get("logentry")) or _object(event.get("message"))
-    template = _text(entry.get("message")) or (_text(event.get("message")) if not entry else "")
-    message = _text(entry.get("formatted")) or template
+    message, template = _logged(event)
     if not message and said:
         return "Error", said, said
-    return _text(event.get("logger")).strip() or "Message", message, template or message
+    return _text(event.get("logger")).strip() or "Message", message, template
+
+
+def _level_of(event: Json) -> str:
+    """Return an event's level by its present name; old SDKs send those of Python's logging."""
+    level = _text(event.get("level")).lower() or "error"
+    names = {"10": "debug", "20": "info", "30": "warning", "40": "error", "50": "fatal"}
+    return (names | {"warn": "warning", "critical": "fatal"}).get(level, level)
 
 
 def _fingerprint_of_event(event: Json, default: str) -> str:
@@ -1265,7 +1331,7 @@ def _fingerprint_of_event(event: Json, default: str) -> str:
         default
         if re.fullmatch(r"\{\{\s*default\s*\}\}", _text(part))
         else _text(part).replace("|", r"\|")
-        for part in parts
+        for part in parts[:MAX_FINGERPRINT_PARTS]
     )
 
 
@@ -1287,9 +1353,11 @@ def _request_id_of(event: Json) -> str:
 def _time_of(value: Any) -> str | None:
     """Return a time, in seconds since 1970 or ISO 8601, as the latter; None if it is neither."""
     with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}(?:\.[0-9]{0,12})?", value):
+            value = float(value)
         if isinstance(value, str):
             return iso_time(parse_timestamp(value))
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
             return iso_time(int(value * 1000))
     return None
 
@@ -1298,7 +1366,7 @@ def _breadcrumbs_of(event: Json) -> list[Json]:
     """Return the newest breadcrumbs that fit into a field."""
     kept: list[Json] = []
     room = MAX_FIELD_CHARS * 3 // 4
-    for crumb in reversed(_objects(event.get("breadcrumbs"))):
+    for crumb in reversed(_objects(event.get("breadcrumbs"), MAX_BREADCRUMBS)):
         room -= len(json.dumps(crumb))
         if room < 0:
             break
@@ -1330,29 +1398,41 @@ def _locals_of(frame: Json) -> Json:
     }
 
 
-def _surroundings_of(event: Json, error: Json, own_frame: Json) -> Json:
+def _surroundings_of(event: Json, error: Json, frame: Json) -> Json:
     """Return what is kept of an event beside what the API has fields for."""
     sdk, request = _object(event.get("sdk")), _object(event.get("request"))
     mechanism = _object(error.get("mechanism"))
-    how = {"type": mechanism.get("type"), "handled": mechanism.get("handled")}
     named = ("environment", "release", "dist", "transaction", "server_name", "logger", "platform")
     pairs = {name: _pairs(request[name]) for name in ("headers", "cookies") if request.get(name)}
     found = {
-        "level": _text(event.get("level")) or "error",
+        "level": _level_of(event),
         **{name: _text(event.get(name)) for name in named},
         "sdk": f"{_text(sdk.get('name'))} {_text(sdk.get('version'))}".strip(),
-        "mechanism": {name: value for name, value in how.items() if value is not None},
+        "exception_module": _text(error.get("module")),
+        "log_message": _logged(event)[0] if error.get("type") else "",
+        "log_params": _object(event.get("logentry")).get("params"),
+        "mechanism": {n: mechanism.get(n) for n in ("type", "handled", "data") if n in mechanism},
         "tags": {name: _text(value) for name, value in _pairs(event.get("tags")).items()},
         "user": _object(event.get("user")),
         "request": request | pairs,
-        "locals": _locals_of(own_frame),
+        "locals": _locals_of(frame),
         "breadcrumbs": _breadcrumbs_of(event),
         "contexts": {k: v for k, v in _object(event.get("contexts")).items() if v},
         "extra": _object(event.get("extra")),
-        "log_params": _object(event.get("logentry")).get("params"),
         "modules": _object(event.get("modules")),
     }
     return {name: value for name, value in found.items() if value}
+
+
+_OLD_NAMES = {"sentry.interfaces.Message": "logentry", "sentry.interfaces.Http": "request"}
+
+
+def _with_present_names(event: Json) -> Json:
+    """Return an event with the names of before 2016, sentry.interfaces.Exception, replaced."""
+    return {
+        _OLD_NAMES.get(name) or name.removeprefix("sentry.interfaces.").lower(): value
+        for name, value in event.items()
+    }
 
 
 def occurrence_from_sentry(event: Json, received_ms: int) -> Occurrence:
@@ -1364,7 +1444,7 @@ def occurrence_from_sentry(event: Json, received_ms: int) -> Occurrence:
     |---|---|
     | class, message | type, value of the last exception; else logger, logentry or message |
     | backtrace | the chain from the last exception on, else the current thread; newest frame first |
-    | source_context, locals | of the newest frame with in_app, else with a path of its own |
+    | source_context, locals | of the newest frame that is the application's, else of the newest |
     | fingerprint | fingerprint, with {{ default }} expanded by fingerprint_of |
     | user_id | user.id, .username, .email, .ip_address, the first there is |
     | request_id | header X-Request-Id, tag request_id, contexts.trace.trace_id |
@@ -1373,11 +1453,13 @@ def occurrence_from_sentry(event: Json, received_ms: int) -> Occurrence:
 
     BadRequest when it is nested too deep.
     """
+    event = _with_present_names(event)
     chain, platform = _chain_of(event), _text(event.get("platform"))
     frames = [frame for error in chain for frame in _newest_first(error)]
-    own = [frame for frame in frames if _is_own_frame(frame)]
+    frames = [frame for frame in frames if _is_own_frame(frame)] or frames
     exception_class, message, template = _heading_of(event, chain[0])
-    default = fingerprint_of(exception_class, template, _place_of(own or frames, platform))
+    class_cut = clip(exception_class, MAX_CLASS_CHARS)
+    default = fingerprint_of(class_cut, template, _place_of(frames, platform))
     report = {
         "exception_class": exception_class,
         "message": message,
@@ -1386,11 +1468,11 @@ def occurrence_from_sentry(event: Json, received_ms: int) -> Occurrence:
         "request_id": _request_id_of(event),
         "user_id": _user_id_of(_object(event.get("user"))),
         "timestamp": _time_of(event.get("timestamp")),
-        "source_context": next(filter(None, map(_source_of, own)), None),
+        "source_context": next(filter(None, map(_source_of, frames)), None),
     }
     if (event_id := read_event_id(event.get("event_id"))) is not None:
         report["event_id"] = event_id
-    surroundings = _surroundings_of(event, chain[0], own[0] if own else {})
+    surroundings = _surroundings_of(event, chain[0], frames[0] if frames else {})
     return parse_occurrence(report | surroundings, received_ms)
 
 
@@ -1513,14 +1595,14 @@ SELECT_NEWEST_ID = "SELECT MAX(id) FROM occurrences WHERE error_id = :error_id"
 SELECT_BUCKETS = """
     SELECT error_id, hour, count FROM json_each(:ids) JOIN buckets ON error_id = json_each.value
     WHERE hour >= :since_hour"""
-# Goes from one value to the next in the index, however many errors share it.
+# Goes from one value to the next in the index, however many errors share it; 10,000 at most.
 SELECT_FACETS = """
     WITH RECURSIVE found (value) AS (
         SELECT MIN(value) FROM error_facets WHERE name = :name AND name <> 'tag'
         UNION ALL
         SELECT (SELECT MIN(value) FROM error_facets
             WHERE name = :name AND name <> 'tag' AND value > found.value)
-        FROM found WHERE value IS NOT NULL LIMIT 1000)
+        FROM found WHERE value IS NOT NULL LIMIT 10000)
     SELECT value FROM found WHERE value IS NOT NULL
     ORDER BY (SELECT MAX(id) FROM error_facets
         WHERE name = :name AND name <> 'tag' AND value = found.value) DESC LIMIT :most"""
@@ -1957,7 +2039,7 @@ def facets_of(occurrence: Occurrence) -> list[tuple[str, str]]:
     """Return the (name, value) pairs that an error remembers; a tag's value is name:value."""
     found = [(name, facet_of(occurrence, name)) for name in FACETS]
     tags = [f"{name}:{value}" for name, value in tags_of(occurrence).items()]
-    found += [("tag", clip(text, MAX_FACET_CHARS)) for text in tags[:MAX_TAG_VALUES]]
+    found += [("tag", clip(text, MAX_FACET_CHARS)) for text in tags[:MAX_TAGS]]
     return [(name, value) for name, value in found if value]
 
 
@@ -1979,25 +2061,41 @@ def _row_of(project_id: int, occurrence: Occurrence) -> Json:
     }
 
 
-def _record_facets(db: sqlite3.Connection, error_id: int, facets: list[tuple[str, str]]) -> None:
-    for name, value in facets:
-        values = {"error_id": error_id, "name": name, "value": value}
-        if db.execute(RECORD_FACET, values).rowcount:
-            most = MAX_TAG_VALUES if name == "tag" else MAX_FACET_VALUES
-            db.execute(FORGET_FACETS, values | {"most": most})
+class _Facets:
+    """What the errors of one transaction were seen with; no more of each than is remembered."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, str], dict[str, None]] = {}
+
+    def add(self, error_id: int, facets: Iterable[tuple[str, str]]) -> None:
+        for name, value in facets:
+            values = self._found.setdefault((error_id, name), {})
+            values.pop(value, None)
+            values[value] = None
+            if len(values) > self._most(name):
+                del values[next(iter(values))]
+
+    def record(self, db: sqlite3.Connection) -> None:
+        for (error_id, name), values in self._found.items():
+            part = {"error_id": error_id, "name": name}
+            if db.executemany(RECORD_FACET, [part | {"value": value} for value in values]).rowcount:
+                db.execute(FORGET_FACETS, part | {"most": self._most(name)})
+
+    def _most(self, name: str) -> int:
+        return MAX_TAG_VALUES if name == "tag" else MAX_FACET_VALUES
 
 
-def _record_one(db: sqlite3.Connection, values: Json) -> None:
+def _record_one(db: sqlite3.Connection, values: Json) -> int | None:
+    """Write one row; return the error's id, None when the report had been stored before."""
     if values["event_id"] is not None and db.execute(SELECT_EVENT, values).fetchone():
-        return  # sent before: its answer got lost
-    facets = values.pop("facets")
+        return None  # sent again, for its answer got lost
     known = db.execute(RECORD_AGAIN, values).fetchone()
     values["error_id"] = (known or db.execute(RECORD_FIRST, values).fetchone())["id"]
     db.execute(RECORD_OCCURRENCE, values)
     db.execute(RECORD_BUCKET, values)
     if values["user_id"] is not None and db.execute(RECORD_USER, values).rowcount:
         db.execute(COUNT_USER, values)
-    _record_facets(db, values["error_id"], facets)
+    return int(values["error_id"])
 
 
 class Store:
@@ -2070,17 +2168,20 @@ class Store:
         return outcomes
 
     def _record_all(self, rows: list[Json], db: sqlite3.Connection) -> list[Exception | None]:
-        received_ms = self.now_ms()
+        received_ms, facets = self.now_ms(), _Facets()
         outcomes: list[Exception | None] = []
         for row in rows:
             try:
                 with _savepoint(db):
-                    _record_one(db, row | {"received_ms": received_ms})
+                    error_id = _record_one(db, row | {"received_ms": received_ms})
+                if error_id is not None:
+                    facets.add(error_id, row["facets"])
                 outcomes.append(None)
             except sqlite3.Error as error:
                 if not db.in_transaction:
                     raise
                 outcomes.append(_refusal_of(error))
+        facets.record(db)
         self._reports_since_surplus += len(rows)
         if self._reports_since_surplus >= SWEEP_AFTER_REPORTS:
             self._reports_since_surplus = 0
@@ -3622,32 +3723,26 @@ def crumb_of(breadcrumb: Json) -> Crumb:
     )
 
 
-def readable_rows(values: Json) -> list[tuple[str, str]]:
-    """Return the fields of a JSON object for a table."""
-    return [(name, readable(value)) for name, value in values.items()]
-
-
-def tables(occurrence: Occurrence) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the (title, rows) of what an occurrence carries beside its backtrace.
+def sections_of(occurrence: Occurrence) -> list[tuple[str, Json]]:
+    """Return the (title, values) of what an occurrence carries beside its backtrace.
 
     Tags and breadcrumbs are left out: they have forms of their own.
     """
-    ids = [("user_id", occurrence.user_id), ("request_id", occurrence.request_id)]
-    overview = [(name, value) for name, value in ids if value is not None]
-    sections = {"Overview": overview, "Params": readable_rows(occurrence.params or {})}
+    ids = {"user_id": occurrence.user_id, "request_id": occurrence.request_id}
+    overview: Json = {name: value for name, value in ids.items() if value is not None}
+    sections: dict[str, Json] = {"Overview": overview, "Params": occurrence.params or {}}
     shown = {"tags": tags_of(occurrence), "breadcrumbs": breadcrumbs_of(occurrence)}
     for name, value in occurrence.extra.items():
         title = name.replace("_", " ").capitalize()
         if shown.get(name):
             continue
         if not isinstance(value, dict) or not value:
-            overview.append((name, readable(value)))
+            overview[name] = value
         elif all(isinstance(part, dict) and part for part in value.values()):
-            for part_name, part in value.items():
-                sections[f"{title}: {part_name}"] = readable_rows(part)
+            sections |= {f"{title}: {part_name}": part for part_name, part in value.items()}
         else:
-            sections[title] = sections.get(title, []) + readable_rows(value)
-    return [(title, rows) for title, rows in sections.items() if rows]
+            sections[title] = sections.get(title, {}) | value
+    return [(title, values) for title, values in sections.items() if values]
 
 
 _SNIPPETS = {
@@ -3823,9 +3918,9 @@ def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
     if crumbs := [crumb_of(crumb) for crumb in breadcrumbs_of(occurrence)]:
         text = "\n".join(" ".join(filter(None, dataclasses.astuple(crumb))) for crumb in crumbs)
         yield f"## Breadcrumbs\n\n{_fenced(text)}"
-    for title, rows in [("Tags", list(tags_of(occurrence).items())), *tables(occurrence)]:
-        if rows:
-            text = json.dumps(dict(rows), indent=2, ensure_ascii=False)
+    for title, values in [("Tags", tags_of(occurrence)), *sections_of(occurrence)]:
+        if values:
+            text = json.dumps(values, indent=2, ensure_ascii=False)
             yield f"## {title}\n\n{_fenced(text, 'json')}"
 
 
@@ -4007,7 +4102,7 @@ Nothing here.
 % for frame in group:
 % if frame.file:
 <div class="frame {{'own' if frame.is_own else 'library'}}">
-<code>{{frame.file}}<b>:{{frame.lineno}}</b></code>
+<code>{{frame.file}}<b>{{f":{frame.lineno}" if frame.lineno else ""}}</b></code>
 % if frame.function:
 <span>in <code>{{frame.function}}</code></span>
 % end
@@ -4149,7 +4244,7 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 % end
 </ol>
 % end
-% for title, rows in tables:
+% for title, rows in sections:
 % is_long = len(rows) > 25
 % if is_long:
 <details class="long"><summary>{{title}} ({{len(rows)}})</summary>
@@ -4565,7 +4660,10 @@ def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
             (name, value, filter_query(ErrorFilter("all", _tag_search(name, value))))
             for name, value in tags_of(one).items()
         ],
-        "tables": tables(one),
+        "sections": [
+            (title, [(name, readable(value)) for name, value in values.items()])
+            for title, values in sections_of(one)
+        ],
         "crumbs": [crumb_of(crumb) for crumb in breadcrumbs_of(one)],
         "raw": json.dumps(to_payload(one), indent=2, ensure_ascii=False),
     }
@@ -4686,7 +4784,7 @@ def _deflate(raw: bytes, limit: int) -> bytes:
         return _inflate(raw, -zlib.MAX_WBITS, limit)
 
 
-def _brotli(raw: bytes, limit: int) -> bytes:
+def _brotli(raw: bytes, limit: int) -> bytearray:
     """Undo brotli (RFC 7932), where its package is installed in a version that can be bounded."""
     try:
         brotli = importlib.import_module("brotli")
@@ -4701,6 +4799,7 @@ def _brotli(raw: bytes, limit: int) -> bytes:
     decoded = bytearray()
     try:
         decoded += step(raw)
+        del raw
         while len(decoded) <= limit and not engine.is_finished():
             part = step(b"")
             if not part and engine.can_accept_more_data():
@@ -4708,17 +4807,17 @@ def _brotli(raw: bytes, limit: int) -> bytes:
             decoded += part
     except brotli.error as error:
         raise zlib.error(str(error)) from None
-    return bytes(decoded)
+    return decoded
 
 
-_DECODERS: dict[str, Callable[..., bytes]] = {
+_DECODERS: dict[str, Callable[..., bytes | bytearray]] = {
     "gzip": functools.partial(_inflate, wbits=31),
     "deflate": _deflate,
     "br": _brotli,
 }
 
 
-def read_content(environ: Environ, limit: int) -> bytes:
+def read_content(environ: Environ, limit: int) -> bytes | bytearray:
     """Return the request's body as it was before it was compressed.
 
     TooLarge when it has more than `limit` bytes, or more than twice that once decoded;
@@ -4977,6 +5076,9 @@ def root_of(environ: Environ) -> str:
     return urllib.parse.quote(environ.get("SCRIPT_NAME", "").rstrip("/").encode("latin-1"))
 
 
+_REPORTING_PATH = re.compile(r"/api/[0-9]+/(?:envelope|store)/?|/ingest/errors(?:/batch)?")
+
+
 def is_about_us(event: Json, environ: Environ) -> bool:
     """Tell whether a Sentry event reports that we could not take a report.
 
@@ -4984,9 +5086,17 @@ def is_about_us(event: Json, environ: Environ) -> bool:
     """
     request = event.get("request")
     url = str(request.get("url")) if isinstance(request, dict) else ""
-    own = environ.get("HTTP_HOST", "").lower() + root_of(environ)
-    address = url.partition("://")[2]
-    return address.lower().startswith(own) and is_ingest(address[len(own) :])
+    address = url.partition("://")[2].partition("?")[0].lower()
+    own = (environ.get("HTTP_HOST", "") + root_of(environ)).lower()
+    return address.startswith(own) and bool(_REPORTING_PATH.fullmatch(address[len(own) :]))
+
+
+def leave_untraced() -> None:
+    """Keep a Sentry SDK in this process from tracing the request: its trace would be the next."""
+    sdk = sys.modules.get("sentry_sdk")
+    transaction = sdk.get_current_scope().transaction if sdk is not None else None
+    if transaction is not None:
+        transaction.sampled = False
 
 
 def retry_header(refusal: MiniAPMError) -> dict[str, str]:
@@ -5120,40 +5230,44 @@ class SentryIngest:
         if project_id not in owners:
             raise Forbidden(f"the key of the DSN is not one of project {project_id}")
 
-    def _take(self, project_id: int, parse: Callable[[bytes], Envelope]) -> bottle.HTTPResponse:
+    def _take(
+        self, project_id: int, parse: Callable[[bytes | bytearray], Envelope]
+    ) -> bottle.HTTPResponse:
         environ = bottle.request.environ
         if key := sentry_key(environ):
             self._admit(key, project_id)
         envelope = parse(read_content(environ, self._max_body_bytes))
         if not key:
             self._admit(key_of_dsn(envelope.header.get("dsn")), project_id)
-        taken, refusals = self._read(envelope)
-        refused = [one for one in self._store.record(project_id, taken) if one] if taken else []
-        refusals += refused
-        if refusals and len(refused) == len(taken):
-            raise refusals[0]
-        for refusal in refusals:
-            self._rejections.count(refusal)
-        event_id = taken[0].event_id if taken else read_event_id(envelope.header.get("event_id"))
-        return answer_json({"id": event_id} if event_id else {})
-
-    def _read(self, envelope: Envelope) -> tuple[list[Occurrence], list[MiniAPMError]]:
-        """Return an envelope's occurrences, and why the others can't be taken."""
-        taken: list[Occurrence] = []
+        known_id = read_event_id(envelope.header.get("event_id"))
+        ids: list[str] = []
         refusals: list[MiniAPMError] = []
-        for index, (header, payload) in enumerate(envelope.items):
-            if header.get("type") != "event":
+        for index, (kind, payload) in enumerate(envelope.items):
+            if kind != "event":
                 continue  # sessions, transactions, attachments, logs, …
             try:
-                event = read_event(payload, f"items[{index}]")
-                known_id = read_event_id(event.get("event_id"))
-                known_id = known_id or read_event_id(envelope.header.get("event_id"))
-                event["event_id"] = known_id or secrets.token_hex(16)
-                if not is_about_us(event, bottle.request.environ):
-                    taken.append(occurrence_from_sentry(event, self._store.now_ms()))
+                spare_id = known_id if not ids and known_id else secrets.token_hex(16)
+                ids.append(self._take_event(project_id, payload, f"items[{index}]", spare_id))
             except (BadRequest, TooLarge) as refusal:
                 refusals.append(refusal)
-        return taken, refusals
+        for beside in refusals if ids else refusals[1:]:
+            self._rejections.count(beside)
+        if refusals and not ids:
+            raise refusals[0]
+        answer_id = ids[0] if ids else known_id
+        return answer_json({"id": answer_id} if answer_id else {})
+
+    def _take_event(self, project_id: int, payload: memoryview, at: str, spare_id: str) -> str:
+        """Store one event, and before the next is decoded: together they'd be large; return its id."""
+        event = read_event(payload, at)
+        event_id = read_event_id(event.get("event_id")) or spare_id
+        if not is_about_us(event, bottle.request.environ):
+            event["event_id"] = event_id
+            occurrence = occurrence_from_sentry(event, self._store.now_ms())
+            (refusal,) = self._store.record(project_id, [occurrence])
+            if refusal is not None:
+                raise refusal
+        return event_id
 
 
 class Dashboard:
@@ -5383,6 +5497,8 @@ class App:
     def _answer(
         self, handler: Callable[..., bottle.HTTPResponse], **arguments: str
     ) -> bottle.HTTPResponse:
+        if is_sentry(bottle.request.environ["PATH_INFO"]):
+            attempt(leave_untraced)
         try:
             self._admit(bottle.request.environ)
             numbers = {name: int(v) for name, v in arguments.items() if name.endswith("_id")}
@@ -5409,7 +5525,9 @@ class App:
         if is_ingest(path):
             self._rejections.count(refusal)
         if is_sentry(path):
-            status = TooManyRequests.status if isinstance(refusal, Unavailable) else status
+            if status >= MiniAPMError.status:  # SDKs send again what they are asked to wait with
+                status = TooManyRequests.status
+                headers = {"Retry-After": "30"} | headers
             headers["X-Sentry-Error"] = ascii(clip(str(refusal), MAX_CLASS_CHARS))[1:-1]
         if is_machine_path(path) or path.endswith(".json"):
             if path.startswith("/ingest") and status == Unauthorized.status:
@@ -5430,7 +5548,8 @@ class App:
         )
         refusal.status = status
         answer = self._refuse(refusal)
-        bottle.response.content_type = answer.content_type
+        for name, value in answer.headerlist:
+            bottle.response.set_header(name, value)
         return answer.body
 
 
