@@ -25,9 +25,10 @@ Contents:
     12. Commands
 
 The way of a report: environ -> read_content -> parse_occurrence (or parse_envelope and
-occurrence_from_sentry) -> Occurrence -> Store.record -> one transaction -> 202. The way of a page: query string -> ErrorFilter -> Store.errors ->
-list of ErrorGroup -> template -> HTML. Times inside are integer milliseconds UTC since 1970
-(suffix `_ms`); in JSON they are ISO 8601 strings that end in Z.
+occurrence_from_sentry) -> Occurrence -> Store.record -> one transaction -> 202. The way of a page:
+query string -> ErrorFilter -> Store.errors -> list of ErrorGroup -> template -> HTML. Times inside
+are integer milliseconds UTC since 1970 (suffix `_ms`); in JSON they are ISO 8601 strings that end
+in Z.
 """
 
 from __future__ import annotations
@@ -80,7 +81,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, NoReturn, TextIO, TypedDict, Unpack
 
-import bottle  # type: ignore[import-untyped]
+try:
+    import bottle  # type: ignore[import-untyped]
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("miniapm.py: the package bottle is missing; pip install bottle waitress")
 
 __version__ = "0.1.0"
 __all__ = [
@@ -107,6 +113,7 @@ MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it
 MAX_HEADER_BYTES = 16 * _KIBIBYTE
 MAX_FORM_BYTES = 256 * _KIBIBYTE
 MAX_JSON_DEPTH_LEVELS = 64
+MAX_JSON_VALUES = 1_000_000  # commas and opening brackets of a body
 MAX_BATCH_ERRORS = 10_000
 MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_bytes
 MAX_ENVELOPE_ITEMS = 100
@@ -115,6 +122,7 @@ MAX_EVENT_BYTES = _MEBIBYTE
 MAX_EXCEPTIONS = 50  # of an event; the last ones, as of all lists here
 MAX_THREADS = 1_000
 MAX_BREADCRUMBS = 1_000
+MAX_BREADCRUMB_CHARS = 4 * _KIBIBYTE
 MAX_PAIRS = 200  # tags, headers, cookies
 MAX_FINGERPRINT_PARTS = 50
 
@@ -471,8 +479,13 @@ _SECRET_WORDS = (
     r"|private[_.\- ]?key|credential"
 )
 _SECRET_NAME = re.compile(rf"{_SECRET_WORDS}|^(?:auth|pass|sid|jwt)$", re.IGNORECASE)
-_SECRET_HINT = re.compile(
-    rf"{_SECRET_WORDS}|bearer|basic|://|proj_|\b(?:auth|pass|sid|jwt)=", re.IGNORECASE
+# One of these is in every text that a pattern below could match: most texts have none, and to
+# look for them takes a tenth of the time that the patterns take.
+_SECRET_HINTS = (
+    *("passw", "passphrase", "pwd", "secret", "token", "authorization", "cookie", "session"),
+    *("csrf", "xsrf", "credential", "bearer", "basic", "://", "proj_"),
+    *("auth=", "pass=", "sid=", "jwt=", "-----begin"),
+    *(f"{word}{between}key" for word in ("api", "private") for between in ("", *"_.- ")),
 )
 # Every repetition before a mandatory part is bounded: matching stays linear on hostile text.
 _PART = r"[\w.\[\]%-]{0,40}"
@@ -506,9 +519,18 @@ _PRIVATE_KEY = re.compile(
 )
 
 
+def may_hold_secret(text: str) -> bool:
+    """Tell whether a text needs scrub_text; False means that it would stay as it is."""
+    folded = text.casefold()
+    for hint in _SECRET_HINTS:  # any() takes twice as long
+        if hint in folded:
+            return True
+    return False
+
+
 def scrub_text(text: str) -> str:
     """Return the text with the secrets in it replaced; the number of lines stays the same."""
-    if not _SECRET_HINT.search(text):
+    if not may_hold_secret(text):
         return text
     text = _PRIVATE_KEY.sub(lambda found: FILTERED + "\n" * found[0].count("\n"), text)
     for pattern, replacement in _SECRETS_IN_TEXT:
@@ -521,6 +543,14 @@ def clip(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… [{len(text) - limit:,} more cut]"
 
 
+def _displayable(text: str) -> str:
+    if text.isprintable():
+        return text
+    if "\r" in text:
+        text = text.replace("\r\n", "\n")
+    return text.translate(_DISPLAY) if _UNSAFE.search(text) else text
+
+
 def clean(text: str, limit: int) -> str:
     """Return the text without secrets, at most `limit` characters, safe to store and to show."""
     if len(text) > limit:
@@ -529,9 +559,7 @@ def clean(text: str, limit: int) -> str:
         text = f"{kept}… [{len(text) - limit:,} more cut]"
     else:
         text = scrub_text(text)
-    if "\r" in text:
-        text = text.replace("\r\n", "\n")
-    return text.translate(_DISPLAY) if _UNSAFE.search(text) else text
+    return _displayable(text)
 
 
 def _is_secret(name: str, value: Any) -> bool:
@@ -615,6 +643,9 @@ def decode_json(raw: bytes | bytearray, at: str = "") -> Any:
     `at` is the path of what is decoded when it is not the whole body.
     """
     what, field = at or "the body", at or None
+    if len(raw) > MAX_JSON_VALUES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        # Decoded, each of them takes some hundred bytes.
+        raise TooLarge(f"{what} has over {MAX_JSON_VALUES:,} values", field=field)
     try:
         text = raw.decode("utf-8")
         return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
@@ -713,6 +744,8 @@ def _bounded_lines(lines: list[str]) -> tuple[str, ...]:
     limit = MAX_LINE_CHARS
     if sum(map(len, lines)) > MAX_BACKTRACE_CHARS:
         limit = min(limit, MAX_BACKTRACE_CHARS // len(lines))
+    if max(map(len, lines), default=0) <= limit and not may_hold_secret("\n".join(lines)):
+        return tuple(map(_displayable, lines))
     return tuple(clean(line, limit) for line in lines)
 
 
@@ -880,8 +913,8 @@ FACETS = ("level", "environment", "release")  # unknown fields by which the list
 
 
 def facet_of(occurrence: Occurrence, name: str) -> str:
-    """Return an occurrence's level, environment or release, empty when it has none."""
-    value = occurrence.extra.get(name)
+    """Return an occurrence's level (by default error), environment or release, empty if none."""
+    value = occurrence.extra.get(name) or (name == "level" and "error")
     return clip(value, MAX_FACET_CHARS) if isinstance(value, str) else ""
 
 
@@ -918,10 +951,11 @@ class Frame:
     is_own: bool = False
 
 
+PACKAGE_CACHE = re.compile(r"/go/pkg/mod/|/\.cargo/(?:registry|git)/|^/rustc/")
 # Where package managers and runtimes keep code that is not the application's.
 _LIBRARY = re.compile(
+    PACKAGE_CACHE.pattern + "|"
     r"/(?:site|dist)-packages/|/lib/python3[^/]*/|/Python3\d*/Lib/|^<frozen |(?:^|/)miniapm\.py$"
-    r"|/go/pkg/mod/|/\.cargo/registry/|^/rustc/"  # Go, Rust
     r"|/gems/|/rubygems/|/lib/ruby/|/vendor/bundle/|^<internal:"  # Ruby
     r"|(?:^|/)node_modules/|^node:|^internal/|^native$|^<anonymous>$|-extension://"  # JavaScript
 )
@@ -1008,12 +1042,23 @@ def parse_backtrace(lines: Iterable[str]) -> tuple[Frame, ...]:
     return tuple(frames)
 
 
-def top_frame(frames: Sequence[Frame]) -> Frame | None:
-    """Return the application's innermost frame, else the innermost of all, else None."""
-    located = [frame for frame in frames if frame.file]
-    if located and located[0].language == "python":  # the only one that prints the newest last
-        located.reverse()
-    return next((frame for frame in located if frame.is_own), located[0] if located else None)
+def top_frame(lines: Sequence[str]) -> Frame | None:
+    """Return a backtrace's innermost own frame, else the innermost of all, else None.
+
+    Reads no more lines than it must.
+    """
+    physical = [part for line in lines for part in line.split("\n")]
+    physical = cut_middle(physical, MAX_FRAMES)
+    first = next((frame for frame in map(_frame, physical) if frame.file), None)
+    if first is None or first.is_own and first.language != "python":
+        return first
+    frames: Iterable[Frame | None] = map(_frame, physical)
+    if first.language == "python":  # the only one that prints the newest last
+        frames = map(_python_frame, reversed(physical))
+    located = (frame for frame in frames if frame is not None and frame.file)
+    innermost = next(located, None)
+    own = (frame for frame in itertools.chain([innermost], located) if frame and frame.is_own)
+    return next(own, innermost)
 
 
 # What differs from one occurrence of an error to the next, most telling form first.
@@ -1061,7 +1106,7 @@ def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | 
 
 def locate(occurrence: Occurrence) -> str:
     """Return where an occurrence happened, `app/models/user.rb:42 in save`, or an empty text."""
-    frame = top_frame(parse_backtrace(occurrence.backtrace))
+    frame = top_frame(occurrence.backtrace)
     if frame is not None:
         function = f" in {frame.function}" if frame.function else ""
         line = f":{frame.lineno}" if frame.lineno else ""
@@ -1168,7 +1213,7 @@ def envelope_of_event(raw: bytes | bytearray) -> Envelope:
     """
     if raw[:1] not in (b"{", b" ", b"\n"):
         with contextlib.suppress(ValueError, zlib.error):
-            packed = base64.b64decode(raw, validate=True)
+            packed = base64.b64decode(b"".join(raw.split()), validate=True)
             raw = zlib.decompressobj().decompress(packed, MAX_EVENT_BYTES + 1)
     return Envelope({}, (("event", memoryview(raw)),))
 
@@ -1190,6 +1235,20 @@ def dsn_of(url: str, key: str, project_id: int) -> str:
     return f"{scheme}://{urllib.parse.quote(key, safe='')}@{rest}/{project_id}"
 
 
+def sdk_snippet(dsn: str) -> tuple[str, str]:
+    """Return (name, text) of a way to send a first report by an SDK, as snippets() does."""
+    return (
+        "Sentry SDK",
+        f"""\
+# A program that starts a Sentry SDK reports here with this in its environment:
+export SENTRY_DSN="{dsn}"
+
+# For instance (pip install sentry-sdk):
+python -c 'import sentry_sdk; sentry_sdk.init()
+sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
+    )
+
+
 def key_of_dsn(dsn: Any) -> str:
     """Return the key in a DSN, empty if it has none."""
     found = re.match(r"https?://([^@/:]+)(?::[^@/]*)?@", dsn) if isinstance(dsn, str) else None
@@ -1202,8 +1261,6 @@ def key_of_auth(header: str) -> str:
     return found[1] if found else ""
 
 
-# Where in_app means little: the SDKs of Go and Rust set it for all they don't know.
-_PACKAGE_CACHE = re.compile(r"/go/pkg/mod/|/\.cargo/(?:registry|git)/|^/rustc/")
 _LIBRARY_MODULE = re.compile(  # of Java and .NET, whose files have no folder
     r"(?:javax?|jdk|sun|com\.sun|kotlinx?|scala|groovy|org\.slf4j|ch\.qos\.logback|org\.apache"
     r"|org\.springframework|io\.sentry|System|Microsoft)\."
@@ -1214,7 +1271,8 @@ def _is_own_frame(frame: Json) -> bool:
     file = _text(frame.get("abs_path")) or _text(frame.get("filename"))
     claimed = frame.get("in_app")
     if isinstance(claimed, bool):
-        return claimed and not _PACKAGE_CACHE.search(file)
+        # The SDKs of Go and Rust claim all that they don't know.
+        return claimed and not PACKAGE_CACHE.search(file)
     return is_own_path(file) and not _LIBRARY_MODULE.match(_text(frame.get("module")))
 
 
@@ -1363,15 +1421,19 @@ def _time_of(value: Any) -> str | None:
 
 
 def _breadcrumbs_of(event: Json) -> list[Json]:
-    """Return the newest breadcrumbs that fit into a field."""
+    """Return the newest breadcrumbs that fit into a field, and how many more there were."""
+    crumbs = _objects(event.get("breadcrumbs"), MAX_BREADCRUMBS)
     kept: list[Json] = []
     room = MAX_FIELD_CHARS * 3 // 4
-    for crumb in reversed(_objects(event.get("breadcrumbs"), MAX_BREADCRUMBS)):
-        room -= len(json.dumps(crumb))
+    for crumb in reversed(crumbs):
+        size = len(json.dumps(crumb))
+        room -= min(size, MAX_BREADCRUMB_CHARS)
         if room < 0:
+            kept.append({"message": f"… [{len(crumbs) - len(kept):,} older ones left out]"})
             break
+        cut = crumb if size <= MAX_BREADCRUMB_CHARS else scrub(crumb, MAX_BREADCRUMB_CHARS)
         time_text = _time_of(crumb.get("timestamp"))
-        kept.append(crumb | ({"timestamp": time_text} if time_text else {}))
+        kept.append(cut | ({"timestamp": time_text} if time_text else {}))
     return kept[::-1]
 
 
@@ -1443,7 +1505,7 @@ def occurrence_from_sentry(event: Json, received_ms: int) -> Occurrence:
     | occurrence | event |
     |---|---|
     | class, message | type, value of the last exception; else logger, logentry or message |
-    | backtrace | the chain from the last exception on, else the current thread; newest frame first |
+    | backtrace | the chain from the last exception on, else the current thread; newest first |
     | source_context, locals | of the newest frame that is the application's, else of the newest |
     | fingerprint | fingerprint, with {{ default }} expanded by fingerprint_of |
     | user_id | user.id, .username, .email, .ip_address, the first there is |
@@ -1529,7 +1591,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "ALTER TABLE errors ADD COLUMN level TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE occurrences ADD COLUMN project_id INTEGER",  # with an event_id, else NULL
+        "ALTER TABLE occurrences ADD COLUMN project_id INTEGER",  # NULL in rows from before
         "ALTER TABLE occurrences ADD COLUMN event_id BLOB",
         """CREATE UNIQUE INDEX occurrences_by_event ON occurrences (event_id, project_id)
             WHERE event_id IS NOT NULL""",
@@ -1575,7 +1637,8 @@ RECORD_FACET = """
 FORGET_FACETS = """
     DELETE FROM error_facets WHERE id IN
         (SELECT id FROM error_facets WHERE error_id = :error_id AND name = :name
-        ORDER BY id DESC LIMIT -1 OFFSET :most)"""
+        ORDER BY value IN (SELECT value FROM json_each(:seen)) DESC, id DESC
+        LIMIT -1 OFFSET :most)"""
 COUNT_USER = "UPDATE errors SET user_count = user_count + 1 WHERE id = :error_id"
 
 _ERROR_COLUMNS = """id, project_id,
@@ -2079,7 +2142,8 @@ class _Facets:
         for (error_id, name), values in self._found.items():
             part = {"error_id": error_id, "name": name}
             if db.executemany(RECORD_FACET, [part | {"value": value} for value in values]).rowcount:
-                db.execute(FORGET_FACETS, part | {"most": self._most(name)})
+                seen = json.dumps(list(values))
+                db.execute(FORGET_FACETS, part | {"most": self._most(name), "seen": seen})
 
     def _most(self, name: str) -> int:
         return MAX_TAG_VALUES if name == "tag" else MAX_FACET_VALUES
@@ -2159,7 +2223,8 @@ class Store:
     ) -> list[MiniAPMError | None]:
         """Commit occurrences to disk in one transaction; return the refusal or None for each.
 
-        One whose event_id the project has already is not stored again, and not refused. Raises Unavailable or MiniAPMError when none was stored.
+        One whose event_id the project has already is not stored again, and not refused. Raises
+        Unavailable or MiniAPMError when none was stored.
         """
         rows = [_row_of(project_id, occurrence) for occurrence in occurrences]
         outcomes: list[MiniAPMError | None] = self.write(
@@ -2254,7 +2319,7 @@ class Store:
         return found
 
     def facets(self) -> dict[str, tuple[str, ...]]:
-        """Return the levels, environments and releases there are, the newest of each first."""
+        """Return levels, environments and releases, of each the newest of its first 10,000."""
         with self.reading() as db:
             return {
                 name: tuple(
@@ -3730,7 +3795,7 @@ def sections_of(occurrence: Occurrence) -> list[tuple[str, Json]]:
     """
     ids = {"user_id": occurrence.user_id, "request_id": occurrence.request_id}
     overview: Json = {name: value for name, value in ids.items() if value is not None}
-    sections: dict[str, Json] = {"Overview": overview, "Params": occurrence.params or {}}
+    sections: dict[str, Json] = {"Params": occurrence.params or {}}
     shown = {"tags": tags_of(occurrence), "breadcrumbs": breadcrumbs_of(occurrence)}
     for name, value in occurrence.extra.items():
         title = name.replace("_", " ").capitalize()
@@ -3742,7 +3807,8 @@ def sections_of(occurrence: Occurrence) -> list[tuple[str, Json]]:
             sections |= {f"{title}: {part_name}": part for part_name, part in value.items()}
         else:
             sections[title] = sections.get(title, {}) | value
-    return [(title, values) for title, values in sections.items() if values]
+    found = [("Overview", overview), *sections.items()]
+    return [(title, values) for title, values in found if values]
 
 
 _SNIPPETS = {
@@ -3789,24 +3855,16 @@ async function reportError(error, context = {}) {
 }
 
 reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
-    "Sentry SDK": """\
-# A program that carries a Sentry SDK reports here with this in its environment:
-export SENTRY_DSN="@DSN@"
-
-# For instance (pip install sentry-sdk):
-python -c 'import sentry_sdk; sentry_sdk.init()
-sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
 }
 
 
-def snippets(url: str, key: str, dsn: str) -> list[tuple[str, str]]:
+def snippets(url: str, key: str) -> list[tuple[str, str]]:
     """Return (name, text) of ways to send a first report that work when pasted as they are.
 
-    Neither `url`, `key` nor `dsn` may hold quotes, $ or backslashes, which settings and Host exclude.
+    Neither `url` nor `key` may hold quotes, $ or backslashes, which settings and Host exclude.
     """
     return [
-        (name, text.replace("@URL@", url).replace("@KEY@", key).replace("@DSN@", dsn))
-        for name, text in _SNIPPETS.items()
+        (name, text.replace("@URL@", url).replace("@KEY@", key)) for name, text in _SNIPPETS.items()
     ]
 
 
@@ -3819,7 +3877,7 @@ def error_json(error: ErrorGroup, root: str) -> Json:
         "exception_class": error.exception_class,
         "message": error.message,
         "location": error.location,
-        "level": error.level or None,
+        "level": error.level or "error",
         "fingerprint": error.fingerprint,
         "status": error.status,
         "regressed_at": iso_time(error.regressed_ms) if error.regressed_ms is not None else None,
@@ -4001,7 +4059,8 @@ _TEMPLATE_SOURCES = {
 % for name, values in facets.items():
 <select name="{{name}}" aria-label="{{name.capitalize()}}"><option value="">Any {{name}}</option>
 % for value in values:
-<option {{'selected' if value == getattr(wanted, name) else ''}}>{{value}}</option>
+<option value="{{value}}" {{'selected' if value == getattr(wanted, name) else ''}}>
+{{value}}</option>
 % end
 </select>
 % end
@@ -4059,7 +4118,10 @@ Nothing here.
 <span class="badge {{error.status}}">{{error.status}}</span>
 % end
 <span class="message">{{row['message']}}</span>
-<span class="where"><code>{{error.location}}</code>
+<span class="where">
+% if error.location:
+<code>{{error.location}}</code>
+% end
 % if len(projects) > 1:
 <span class="project">{{error.project}}</span>
 % end
@@ -4070,7 +4132,8 @@ Nothing here.
  data-label="{{'time' if error.occurrence_count == 1 else 'times'}}">{{row['count']}}</td>
 <td class="number users"
  data-label="{{'user' if error.user_count == 1 else 'users'}}">{{row['users']}}</td>
-<td class="number seen"><time datetime="{{row['seen'].iso}}" title="{{row['seen'].exact}}">{{row['seen'].ago}}</time>
+<td class="number seen">
+<time datetime="{{row['seen'].iso}}" title="{{row['seen'].exact}}">{{row['seen'].ago}}</time>
 </td>
 </tr>
 % end
@@ -4210,6 +4273,9 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 % for name, value, query in tags:
 <li><a href="{{root}}/errors{{query}}"><span>{{name}}</span> {{value}}</a></li>
 % end
+% for name, value in more_tags:
+<li><b><span>{{name}}</span> {{value}}</b></li>
+% end
 </ul>
 % end
 % if source:
@@ -4279,8 +4345,7 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
  appears here.</p>
 % else:
 <p class="lead">Reports go to <code>{{url}}/ingest/errors</code>, several at once to
-<code>{{url}}/ingest/errors/batch</code>, with a project's key. Any Sentry SDK reports to a
-project's DSN.</p>
+<code>{{url}}/ingest/errors/batch</code>, with a project's key.</p>
 % end
 % if rejections:
 <section class="card" id="rejections">
@@ -4297,9 +4362,8 @@ project's DSN.</p>
 % for project, keys, ways in projects:
 <section class="card">
 <h2>{{project.name}}</h2>
-% for key, dsn in keys:
-<p class="key"><span>API key</span> <code>{{key}}</code></p>
-<p class="key"><span>Sentry DSN</span> <code>{{dsn}}</code></p>
+% for label, text in keys:
+<p class="key"><span>{{label}}</span> <code>{{text}}</code></p>
 % end
 % if ways:
 % include("snippets", snippets=ways)
@@ -4428,7 +4492,8 @@ button.plain { border: 0; background: none; color: var(--muted); padding: 4px; }
 .what .where code { font-size: 12px; }
 .project { margin-left: 8px; font-size: 13px; }
 .trend svg { width: 92px; height: 24px; display: block; }
-polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
+polyline { fill: none; stroke: var(--accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; }
 .errors td.number { white-space: nowrap; } .errors td.seen { font-size: 14px; }
 .empty { color: var(--muted); padding: 28px 0; text-align: center; margin: 0; }
 .pager { display: flex; justify-content: center; gap: 24px; padding: 16px; }
@@ -4461,7 +4526,8 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
   border-radius: 8px; overflow: hidden; }
 .frames li { border-top: 1px solid var(--line); } .frames li:first-child { border-top: 0; }
 .frame { padding: 7px 12px; } .frame > code { font-weight: 600; } .frame > code b { font: inherit; }
-.frame span { color: var(--muted); font-size: 14px; } .frame pre { margin-top: 2px; padding-left: 12px; }
+.frame span { color: var(--muted); font-size: 14px; }
+.frame pre { margin-top: 2px; padding-left: 12px; }
 .frame.own { border-left: 3px solid var(--accent); }
 .frame.library, .frame.text { border-left: 3px solid transparent; color: var(--muted); }
 .frame.library > code { font-weight: 400; } .frame.text pre { padding: 0; margin: 0; }
@@ -4469,7 +4535,8 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
   color: var(--muted); font-size: 14px; }
 .frames summary code { font-size: 12px; }
 .chips { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 12px 0; padding: 0; }
-.chips a { display: block; padding: 1px 10px; border: 1px solid var(--line); border-radius: 99px;
+.chips a, .chips b { display: block; font-weight: 400; padding: 1px 10px;
+  border: 1px solid var(--line); border-radius: 99px;
   background: var(--soft); color: var(--text); text-decoration: none; font-size: 13px;
   overflow-wrap: anywhere; }
 .chips a:hover { border-color: var(--accent); } .chips span { color: var(--muted); }
@@ -4515,6 +4582,7 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
   .errors td.what { grid-column: 2 / -1; font-size: 15px; min-width: 0; }
   .errors td.trend { grid-column: 2; } .trend svg { width: 64px; }
   td[data-label]::after { content: " " attr(data-label); color: var(--muted); }
+  .snippet pre { padding-top: 48px; }
   .links { margin-left: 0; } .values th { width: 38%; }
   .pick input, #pick-all { width: 18px; height: 18px; }
 }
@@ -4546,7 +4614,8 @@ offerPickAll();
 // The list stays current while nobody is selecting or choosing in it.
 if (live) {
   setInterval(async () => {
-    const inUse = boxes().some((box) => box.checked) || live.querySelector("details[open], :focus-visible");
+    const inUse = boxes().some((box) => box.checked)
+      || live.querySelector("details[open], :focus-visible");
     if (document.hidden || inUse) return;
     try {
       const answer = await fetch(location.href, {headers: {"Accept": "text/html"}});
@@ -4593,6 +4662,16 @@ def render(template: str, root: str, **values: Any) -> str:
     shared = {"root": root, "assets": ASSET_NAMES, "version": __version__}
     defaults = {"show_nav": True, "show_logout": False}
     return str(_TEMPLATES[template].render(defaults | shared | values))
+
+
+def shown_facets(facets: Mapping[str, Sequence[str]], wanted: ErrorFilter) -> dict[str, list[str]]:
+    """Return the choices of each facet that is worth a choice: more than errors, or one chosen."""
+    shown = {}
+    for name, values in facets.items():
+        chosen = getattr(wanted, name)
+        if chosen or values not in ((), ("error",)):
+            shown[name] = [*values, *([chosen] if chosen and chosen not in values else [])]
+    return shown
 
 
 def _row_values(error: ErrorGroup, buckets: Mapping[int, int], now_ms: int) -> Json:
@@ -4658,8 +4737,9 @@ def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
         "frames": fold_frames(parse_backtrace(one.backtrace)),
         "tags": [
             (name, value, filter_query(ErrorFilter("all", _tag_search(name, value))))
-            for name, value in tags_of(one).items()
+            for name, value in list(tags_of(one).items())[:MAX_TAGS]
         ],
+        "more_tags": list(tags_of(one).items())[MAX_TAGS:],  # not searched for: no links
         "sections": [
             (title, [(name, readable(value)) for name, value in values.items()])
             for title, values in sections_of(one)
@@ -4965,8 +5045,8 @@ class Rejection:
 class Rejections:
     """Counts refused reports by reason, for people whose SDKs keep silent about them.
 
-    Numbers and names in a reason don't make another one; the MAX_REJECTION_REASONS that came
-    last are kept. Of this process, since it started.
+    Where the data is at fault, numbers and names in a reason don't make another one. The
+    MAX_REJECTION_REASONS that came last are kept. Of this process, since it started.
     """
 
     def __init__(self, now_ms: Callable[[], int]) -> None:
@@ -4977,7 +5057,8 @@ class Rejections:
     def count(self, refusal: MiniAPMError) -> None:
         """Count one refused report or request."""
         reason = clean(str(refusal), MAX_CLASS_CHARS)
-        kind = (refusal.status, fingerprint_of("", reason, ("", "")))
+        is_about_data = refusal.status in (BadRequest.status, TooLarge.status)
+        kind = (refusal.status, fingerprint_of("", reason, ("", "")) if is_about_data else reason)
         with self._lock:
             before = self._found.pop(kind, None)
             count = 1 + (before.count if before else 0)
@@ -5052,8 +5133,8 @@ def is_public(path: str) -> bool:
 
 
 def is_sentry(path: str) -> bool:
-    """Tell whether a path is one that Sentry SDKs report to."""
-    return path.startswith("/api/")
+    """Tell whether a path is one that Sentry SDKs report to, be it by a DSN that is wrong."""
+    return path.startswith("/api/") or bool(re.search(r"/api/[^/]*/(?:envelope|store)/?$", path))
 
 
 def is_ingest(path: str) -> bool:
@@ -5226,7 +5307,10 @@ class SentryIngest:
     def _admit(self, key: str, project_id: int) -> None:
         owners = {self._store.project_of_key(one) for one in (key, urllib.parse.unquote(key))}
         if owners == {None}:
-            raise Unauthorized("the key of the DSN (sentry_key) is missing, unknown or revoked")
+            problem = "is unknown or revoked" if key else "is missing"
+            raise Unauthorized(
+                f"the key of the DSN (sentry_key) for project {project_id} {problem}"
+            )
         if project_id not in owners:
             raise Forbidden(f"the key of the DSN is not one of project {project_id}")
 
@@ -5258,7 +5342,7 @@ class SentryIngest:
         return answer_json({"id": answer_id} if answer_id else {})
 
     def _take_event(self, project_id: int, payload: memoryview, at: str, spare_id: str) -> str:
-        """Store one event, and before the next is decoded: together they'd be large; return its id."""
+        """Store one event, before the next is decoded: together they'd be large; return its id."""
         event = read_event(payload, at)
         event_id = read_event_id(event.get("event_id")) or spare_id
         if not is_about_us(event, bottle.request.environ):
@@ -5314,7 +5398,7 @@ class Dashboard:
         if not page.errors and (wanted.after or wanted.before):  # a page that has emptied
             return redirect("/errors" + filter_query(wanted))
         values = list_values(page, wanted, buckets, now_ms)
-        facets = {name: found for name, found in self._store.facets().items() if found}
+        facets = shown_facets(self._store.facets(), wanted)
         return self.html("errors", projects=self._store.projects(), facets=facets, **values)
 
     def errors_json(self) -> bottle.HTTPResponse:
@@ -5381,8 +5465,13 @@ class Dashboard:
         now_ms = self._store.now_ms()
         projects = []
         for project in self._store.projects():
-            keys = [(key, dsn_of(url, key, project.id)) for key in project.keys]
-            projects.append((project, keys, snippets(url, *keys[0]) if keys else []))
+            keys: list[tuple[str, str]] = []
+            ways: list[tuple[str, str]] = []
+            for key in project.keys:
+                dsn = dsn_of(url, key, project.id)
+                keys += [("API key", key), ("Sentry DSN", dsn)]
+                ways = ways or [*snippets(url, key), sdk_snippet(dsn)]
+            projects.append((project, keys, ways))
         return self.html(
             "setup",
             heading=heading,
@@ -5542,10 +5631,10 @@ class App:
     def _unhandled(self, error: bottle.HTTPError) -> Any:
         """Say what Bottle refuses (404, 405) and what no handler foresaw (500)."""
         status = error.status_code
+        path = bottle.request.environ["PATH_INFO"]
         known = {404: "there is no such page", 405: "this address does not take that method"}
-        refusal = MiniAPMError(
-            known.get(status, "something went wrong; the server's log says more")
-        )
+        said = known.get(status, "something went wrong; the server's log says more")
+        refusal = MiniAPMError(f"{said}: {path}" if is_ingest(path) and status in known else said)
         refusal.status = status
         answer = self._refuse(refusal)
         for name, value in answer.headerlist:
@@ -5829,7 +5918,8 @@ class Server:
 
     Beside waitress's documented settings it relies on: `wasyncore.loop`; of the server
     `active_channels`, `channel_class`, `handle_accept`, `pull_trigger` and `task_dispatcher`; of
-    a channel `requests`, `request`, `last_activity`, `creation_time`, `total_outbufs_len`, `handle_close`.
+    a channel `requests`, `request`, `last_activity`, `creation_time`, `total_outbufs_len`,
+    `handle_close`.
     """
 
     def __init__(
@@ -5904,7 +5994,7 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
         )
     key = project.keys[0]
     dsn = dsn_of(url, key, project.id)
-    curl = dict(snippets(url, key, dsn))["curl"]
+    curl = dict(snippets(url, key))["curl"]
     first = "Report a first error by pasting this into another terminal:"
     lines += [f"  API key    {key}", f"  Sentry DSN {dsn}", "", first, "", curl, ""]
     return "\n".join(lines)
