@@ -3723,6 +3723,8 @@ def test_unavailable_tracker_is_tried_again_and_refusal_is_not(tracker: Any, cap
         miniapm.record_error(ValueError(name))
         assert client.flush(10)
     assert [status for status, _ in tracker.batches] == [503, 500, 202, 401, 202]
+    ids = [errors[0]["event_id"] for _, errors in tracker.batches]
+    assert ids[0] == ids[1] == ids[2] != ids[3]  # so that the tracker stores it once
     assert accepted(tracker) == ["kept", "next"]
     errors = capsys.readouterr().err
     assert errors.count("reports wait, will try again") == 1
