@@ -144,6 +144,10 @@ MAX_KEY_CHARS = 200
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
 MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
 MAX_TAG_VALUES = 200
+MAX_REMEMBERED = {
+    **dict.fromkeys(("level", "environment", "release"), MAX_FACET_VALUES),
+    "tag": MAX_TAG_VALUES,
+}
 MAX_TAGS = 50  # of one report, that are remembered
 SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 
@@ -165,6 +169,7 @@ MAX_LOGIN_ADDRESSES = 1_000
 PAGE_ERRORS = 50  # rows on one page of the list
 SWEEP_STEP_ROWS = 100  # what retention removes in one transaction
 SWEEP_INTERVAL_S = 60.0
+MAX_SAMPLES_BYTES = 8 * _MEBIBYTE  # of first reports, kept in memory to compress others by
 MAX_WAL_BYTES = 4 * _MEBIBYTE  # what the write-ahead log shrinks to after a burst
 SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
 
@@ -889,10 +894,17 @@ def to_payload(occurrence: Occurrence) -> Json:
     return {name: value for name, value in payload.items() if value is not None} | extra
 
 
+_STORED_FIELDS = (
+    *("exception_class", "message", "backtrace", "fingerprint", "occurred_ms", "request_id"),
+    *("user_id", "params", "extra", "disbelieved_timestamp"),
+)
+
+
 def dump_occurrence(occurrence: Occurrence) -> str:
     """Return an occurrence as the JSON text that is stored, but for what has its own column."""
-    values = {one.name: getattr(occurrence, one.name) for one in dataclasses.fields(occurrence)}
-    del values["grouping_key"], values["event_id"]
+    values = {
+        name: value for name in _STORED_FIELDS if (value := getattr(occurrence, name)) is not None
+    }
     if occurrence.source_context is not None:
         values["source_context"] = dataclasses.asdict(occurrence.source_context)
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
@@ -901,12 +913,26 @@ def dump_occurrence(occurrence: Occurrence) -> str:
 def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None) -> Occurrence:
     """Return the occurrence that dump_occurrence wrote."""
     values = json.loads(text)
-    if (context := values["source_context"]) is not None:
+    if (context := values.get("source_context")) is not None:
         for name in ("pre_context", "post_context"):
             context[name] = tuple(context[name])
         values["source_context"] = SourceContext(**context)
     values["backtrace"] = tuple(values["backtrace"])
     return Occurrence(**values, grouping_key=grouping_key, event_id=event_id)
+
+
+def pack(text: str, sample: bytes | None) -> bytes:
+    """Compress a stored text (zlib, RFC 1950), by what it has in common with a sample."""
+    data = text.encode()
+    # A small memory level: the default would clear 256 KiB for each text.
+    options = (3, zlib.DEFLATED, zlib.MAX_WBITS, 5, zlib.Z_DEFAULT_STRATEGY)
+    engine = zlib.compressobj(*options) if sample is None else zlib.compressobj(*options, sample)
+    return engine.compress(data) + engine.flush()
+
+
+def unpack(packed: bytes, sample: bytes | None) -> str:
+    """Return the text that pack() compressed with the same sample."""
+    return zlib.decompressobj(zdict=sample or b"").decompress(packed).decode()
 
 
 FACETS = ("level", "environment", "release")  # unknown fields by which the list can be filtered
@@ -1599,6 +1625,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE error_facets (
             id INTEGER PRIMARY KEY, error_id INTEGER NOT NULL, name TEXT NOT NULL,
             value TEXT NOT NULL, UNIQUE (error_id, name, value))""",
+        # The first report of an error, by which its later ones are compressed; it never changes.
+        "CREATE TABLE samples (error_id INTEGER PRIMARY KEY, body BLOB NOT NULL)",
         "CREATE INDEX facets_by_value ON error_facets (name, value) WHERE name <> 'tag'",
     ),
 )
@@ -1607,10 +1635,10 @@ RECORD_AGAIN = """
     UPDATE errors SET
         exception_class = :exception_class, message = :message, location = :location,
         level = :level,
-        first_seen_ms = MIN(first_seen_ms, :occurred_ms),
-        last_seen_ms = MAX(last_seen_ms, :occurred_ms),
-        occurrence_count = occurrence_count + 1,
-        stored_count = stored_count + 1,
+        first_seen_ms = MIN(first_seen_ms, :first_ms),
+        last_seen_ms = MAX(last_seen_ms, :last_ms),
+        occurrence_count = occurrence_count + :count,
+        stored_count = stored_count + :count,
         regressed_ms = CASE status WHEN 'resolved' THEN :received_ms ELSE regressed_ms END,
         status_ms = CASE status WHEN 'resolved' THEN :received_ms ELSE status_ms END,
         status = CASE status WHEN 'resolved' THEN 'open' ELSE status END
@@ -1621,16 +1649,18 @@ RECORD_FIRST = """
     INSERT INTO errors (project_id, grouping_key, fingerprint, exception_class, message, location,
         level, first_seen_ms, last_seen_ms, occurrence_count, stored_count, status_ms)
     VALUES (:project_id, :grouping_key, :fingerprint, :exception_class, :message, :location,
-        :level, :occurred_ms, :occurred_ms, 1, 1, :received_ms)
+        :level, :first_ms, :last_ms, :count, :count, :received_ms)
     RETURNING id"""
+SELECT_SAMPLE = "SELECT body FROM samples WHERE error_id = :error_id"
+RECORD_SAMPLE = "INSERT INTO samples (error_id, body) VALUES (:error_id, :body)"
 SELECT_EVENT = """
     SELECT id FROM occurrences WHERE event_id = :event_id AND project_id = :project_id"""
 RECORD_OCCURRENCE = """
     INSERT INTO occurrences (error_id, received_ms, body, project_id, event_id)
     VALUES (:error_id, :received_ms, :body, :project_id, :event_id)"""
 RECORD_BUCKET = """
-    INSERT INTO buckets (error_id, hour, count) VALUES (:error_id, :hour, 1)
-    ON CONFLICT (error_id, hour) DO UPDATE SET count = count + 1"""
+    INSERT INTO buckets (error_id, hour, count) VALUES (:error_id, :hour, :count)
+    ON CONFLICT (error_id, hour) DO UPDATE SET count = count + :count"""
 RECORD_USER = "INSERT OR IGNORE INTO error_users (error_id, user_id) VALUES (:error_id, :user_id)"
 RECORD_FACET = """
     INSERT OR IGNORE INTO error_facets (error_id, name, value) VALUES (:error_id, :name, :value)"""
@@ -1639,7 +1669,7 @@ FORGET_FACETS = """
         (SELECT id FROM error_facets WHERE error_id = :error_id AND name = :name
         ORDER BY value IN (SELECT value FROM json_each(:seen)) DESC, id DESC
         LIMIT -1 OFFSET :most)"""
-COUNT_USER = "UPDATE errors SET user_count = user_count + 1 WHERE id = :error_id"
+COUNT_USERS = "UPDATE errors SET user_count = user_count + :count WHERE id = :error_id"
 
 _ERROR_COLUMNS = """id, project_id,
     (SELECT name FROM projects WHERE projects.id = project_id) AS project,
@@ -1648,6 +1678,7 @@ _ERROR_COLUMNS = """id, project_id,
 SELECT_ERROR = f"SELECT {_ERROR_COLUMNS} FROM errors WHERE id = :id AND status <> 'deleted'"
 SELECT_OCCURRENCE = """
     SELECT occurrences.id, error_id, received_ms, body, grouping_key, hex(event_id) AS event_id,
+        (SELECT body FROM samples WHERE samples.error_id = occurrences.error_id) AS sample,
         (SELECT MIN(id) FROM occurrences WHERE error_id = :error_id) AS first_id,
         (SELECT MAX(id) FROM occurrences WHERE error_id = :error_id AND id < :id) AS older_id,
         (SELECT MIN(id) FROM occurrences WHERE error_id = :error_id AND id > :id) AS newer_id,
@@ -1724,6 +1755,7 @@ DELETE_USERS = """
 DELETE_FACETS = """
     DELETE FROM error_facets WHERE id IN
         (SELECT id FROM error_facets WHERE error_id = :error_id LIMIT :step)"""
+DELETE_SAMPLE = "DELETE FROM samples WHERE error_id = :error_id"
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
 
 # --- 8. Store -------------------------------------------------------------------------------------
@@ -1984,6 +2016,7 @@ class Writer:
         self._jobs: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
         self._locked_since_s = math.inf  # by another process
+        self.after_undo: Callable[[], None] = lambda: None  # called when what was written is not
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="miniapm-writer", daemon=True)
         self._thread.start()
@@ -2064,6 +2097,7 @@ class Writer:
             with contextlib.suppress(sqlite3.Error):
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
+            self.after_undo()
             self._fail(jobs, error)
             return
         for job, (result, failure) in zip(jobs, outcomes, strict=True):
@@ -2081,6 +2115,7 @@ class Writer:
             with _savepoint(self._db):
                 return work(self._db), None
         except Exception as error:  # one job's failure must not take its neighbours down
+            self.after_undo()
             if not self._db.in_transaction:
                 raise
             return None, _refusal_of(error)
@@ -2106,60 +2141,151 @@ def facets_of(occurrence: Occurrence) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
-def _row_of(project_id: int, occurrence: Occurrence) -> Json:
-    return {
-        "project_id": project_id,
-        "grouping_key": occurrence.grouping_key,
-        "fingerprint": occurrence.fingerprint,
-        "exception_class": occurrence.exception_class,
-        "message": occurrence.message,
-        "location": locate(occurrence),
-        "level": facet_of(occurrence, "level"),
-        "occurred_ms": occurrence.occurred_ms,
-        "hour": occurrence.occurred_ms // HOUR_MS,
-        "user_id": occurrence.user_id,
-        "event_id": bytes.fromhex(occurrence.event_id) if occurrence.event_id else None,
-        "body": dump_occurrence(occurrence),
-        "facets": facets_of(occurrence),
-    }
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One report on its way to the disk."""
+
+    project_id: int
+    occurrence: Occurrence
+    location: str
+    body: str
+    event_id: bytes | None
 
 
-class _Facets:
-    """What the errors of one transaction were seen with; no more of each than is remembered."""
+def _row_of(project_id: int, one: Occurrence) -> _Row:
+    event_id = bytes.fromhex(one.event_id) if one.event_id else None
+    return _Row(project_id, one, locate(one), dump_occurrence(one), event_id)
+
+
+class _Samples:
+    """The samples of the errors that were reported last, some megabytes of them."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, str], dict[str, None]] = {}
+        self._known: dict[int, bytes] = {}
+        self._size = 0
 
-    def add(self, error_id: int, facets: Iterable[tuple[str, str]]) -> None:
-        for name, value in facets:
-            values = self._found.setdefault((error_id, name), {})
+    def of(self, db: sqlite3.Connection, error_id: int) -> bytes | None:
+        """Return the sample of an error, None if it has none yet."""
+        sample = self._known.pop(error_id, None)
+        if sample is None:
+            row = db.execute(SELECT_SAMPLE, {"error_id": error_id}).fetchone()
+            if row is None:
+                return None
+            sample = zlib.decompress(row["body"])
+            self._size += len(sample)
+        self._known[error_id] = sample
+        while self._size > MAX_SAMPLES_BYTES:
+            self._size -= len(self._known.pop(next(iter(self._known))))
+        return sample
+
+    def forget(self) -> None:
+        """Forget all: what a transaction wrote that was undone is not there."""
+        self._known.clear()
+        self._size = 0
+
+
+def _record_facets(db: sqlite3.Connection, error_id: int, rows: Sequence[_Row]) -> None:
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for name, value in facets_of(row.occurrence):
+            values = found.setdefault(name, {})
             values.pop(value, None)
             values[value] = None
-            if len(values) > self._most(name):
+            if len(values) > MAX_REMEMBERED[name]:
                 del values[next(iter(values))]
-
-    def record(self, db: sqlite3.Connection) -> None:
-        for (error_id, name), values in self._found.items():
-            part = {"error_id": error_id, "name": name}
-            if db.executemany(RECORD_FACET, [part | {"value": value} for value in values]).rowcount:
-                seen = json.dumps(list(values))
-                db.execute(FORGET_FACETS, part | {"most": self._most(name), "seen": seen})
-
-    def _most(self, name: str) -> int:
-        return MAX_TAG_VALUES if name == "tag" else MAX_FACET_VALUES
+    for name, values in found.items():
+        part = {"error_id": error_id, "name": name}
+        if db.executemany(RECORD_FACET, [part | {"value": value} for value in values]).rowcount:
+            seen = json.dumps(list(values))
+            db.execute(FORGET_FACETS, part | {"most": MAX_REMEMBERED[name], "seen": seen})
 
 
-def _record_one(db: sqlite3.Connection, values: Json) -> int | None:
-    """Write one row; return the error's id, None when the report had been stored before."""
-    if values["event_id"] is not None and db.execute(SELECT_EVENT, values).fetchone():
-        return None  # sent again, for its answer got lost
-    known = db.execute(RECORD_AGAIN, values).fetchone()
-    values["error_id"] = (known or db.execute(RECORD_FIRST, values).fetchone())["id"]
-    db.execute(RECORD_OCCURRENCE, values)
-    db.execute(RECORD_BUCKET, values)
-    if values["user_id"] is not None and db.execute(RECORD_USER, values).rowcount:
-        db.execute(COUNT_USER, values)
-    return int(values["error_id"])
+def _record_error(
+    db: sqlite3.Connection, samples: _Samples, rows: Sequence[_Row], received_ms: int
+) -> None:
+    """Write reports of one error, in order of receipt: what they have in common only once."""
+    last, times = rows[-1].occurrence, [row.occurrence.occurred_ms for row in rows]
+    shared = {
+        "project_id": rows[-1].project_id,
+        "grouping_key": last.grouping_key,
+        "fingerprint": last.fingerprint,
+        "exception_class": last.exception_class,
+        "message": last.message,
+        "location": rows[-1].location,
+        "level": facet_of(last, "level"),
+        "first_ms": min(times),
+        "last_ms": max(times),
+        "count": len(rows),
+        "received_ms": received_ms,
+    }
+    known = db.execute(RECORD_AGAIN, shared).fetchone()
+    error_id = (known or db.execute(RECORD_FIRST, shared).fetchone())["id"]
+    shared["error_id"] = error_id
+    if (sample := samples.of(db, error_id)) is None:
+        body = pack(rows[0].body, None)
+        db.execute(RECORD_SAMPLE, {"error_id": error_id, "body": body})
+        sample = samples.of(db, error_id)
+    packed = [{"body": pack(row.body, sample), "event_id": row.event_id} for row in rows]
+    db.executemany(RECORD_OCCURRENCE, [shared | one for one in packed])
+    hours = collections.Counter(time_ms // HOUR_MS for time_ms in times)
+    buckets = [{"error_id": error_id, "hour": n, "count": hours[n]} for n in hours]
+    db.executemany(RECORD_BUCKET, buckets)
+    users = {row.occurrence.user_id for row in rows} - {None}
+    new = [{"error_id": error_id, "user_id": user_id} for user_id in users]
+    if new and (count := db.executemany(RECORD_USER, new).rowcount):
+        db.execute(COUNT_USERS, {"error_id": error_id, "count": count})
+    _record_facets(db, error_id, rows)
+
+
+def _record_rows(
+    db: sqlite3.Connection, samples: _Samples, rows: Iterable[_Row], received_ms: int
+) -> None:
+    """Write reports, those of one error together; one that was sent before is passed over."""
+    groups: dict[tuple[int, bytes], list[_Row]] = {}
+    seen: set[tuple[int, bytes]] = set()
+    for row in rows:
+        if row.event_id is not None:
+            key = (row.project_id, row.event_id)
+            values = {"project_id": row.project_id, "event_id": row.event_id}
+            if key in seen or db.execute(SELECT_EVENT, values).fetchone():
+                continue
+            seen.add(key)
+        groups.setdefault((row.project_id, row.occurrence.grouping_key), []).append(row)
+    for group in groups.values():
+        _record_error(db, samples, group, received_ms)
+
+
+class _Recorder:
+    """Writes reports within the writer's transactions."""
+
+    def __init__(self, now_ms: Callable[[], int]) -> None:
+        self._now_ms = now_ms
+        self._samples = _Samples()
+        self.forget = self._samples.forget
+
+    def write(self, rows: Sequence[_Row], db: sqlite3.Connection) -> list[Exception | None]:
+        """Write all rows together or, when one of them can't be, each by itself."""
+        received_ms = self._now_ms()
+        try:
+            with _savepoint(db):
+                _record_rows(db, self._samples, rows, received_ms)
+        except sqlite3.Error:
+            self.forget()
+            if not db.in_transaction:
+                raise
+            return [self._write_one(row, received_ms, db) for row in rows]
+        return [None] * len(rows)
+
+    def _write_one(self, row: _Row, received_ms: int, db: sqlite3.Connection) -> Exception | None:
+        try:
+            with _savepoint(db):
+                _record_rows(db, self._samples, [row], received_ms)
+        except sqlite3.Error as error:
+            self.forget()
+            if not db.in_transaction:
+                raise
+            return _refusal_of(error)
+        return None
 
 
 class Store:
@@ -2182,6 +2308,8 @@ class Store:
         self.write = self._writer.run
         self.has_surplus = threading.Event()  # there may be something for Retention to remove
         self._reports_since_surplus = 0
+        self._recorder = _Recorder(self.now_ms)
+        self._writer.after_undo = self._recorder.forget
 
     def now_ms(self) -> int:
         """Return the time that `now` gives, in milliseconds."""
@@ -2228,25 +2356,8 @@ class Store:
         """
         rows = [_row_of(project_id, occurrence) for occurrence in occurrences]
         outcomes: list[MiniAPMError | None] = self.write(
-            functools.partial(self._record_all, rows), len(rows)
+            functools.partial(self._recorder.write, rows), len(rows)
         )
-        return outcomes
-
-    def _record_all(self, rows: list[Json], db: sqlite3.Connection) -> list[Exception | None]:
-        received_ms, facets = self.now_ms(), _Facets()
-        outcomes: list[Exception | None] = []
-        for row in rows:
-            try:
-                with _savepoint(db):
-                    error_id = _record_one(db, row | {"received_ms": received_ms})
-                if error_id is not None:
-                    facets.add(error_id, row["facets"])
-                outcomes.append(None)
-            except sqlite3.Error as error:
-                if not db.in_transaction:
-                    raise
-                outcomes.append(_refusal_of(error))
-        facets.record(db)
         self._reports_since_surplus += len(rows)
         if self._reports_since_surplus >= SWEEP_AFTER_REPORTS:
             self._reports_since_surplus = 0
@@ -2305,8 +2416,11 @@ class Store:
         if row is None:
             return None
         values = dict(row)
+        body, sample = values.pop("body"), values.pop("sample")
+        if isinstance(body, bytes):  # a text is from before reports were compressed
+            body = unpack(body, sample and zlib.decompress(sample))
         event_id = values.pop("event_id").lower() or None
-        occurrence = load_occurrence(values.pop("body"), values.pop("grouping_key"), event_id)
+        occurrence = load_occurrence(body, values.pop("grouping_key"), event_id)
         return StoredOccurrence(**values, occurrence=occurrence)
 
     def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
@@ -2438,6 +2552,7 @@ def _remove_deleted(db: sqlite3.Connection) -> int:
         left -= db.execute(DELETE_USERS, values).rowcount
         left -= db.execute(DELETE_FACETS, values).rowcount
         if left > 0:  # so nothing of it is left
+            db.execute(DELETE_SAMPLE, values)
             left -= db.execute(DELETE_ERROR, values).rowcount
     return SWEEP_STEP_ROWS - left
 

@@ -1090,7 +1090,7 @@ backtrace_lines = st.lists(
 
 @given(backtrace_lines)
 def test_top_frame_is_the_one_that_the_whole_backtrace_tells(lines: list[str]) -> None:
-    located = [frame for frame in miniapm.parse_backtrace(lines) if frame.file]
+    located = [frame for line in lines if (frame := miniapm._frame(line)).file]
     if located and located[0].language == "python":
         located = [frame for frame in located if frame.language == "python"][::-1]
     own = [frame for frame in located if frame.is_own]
@@ -1722,7 +1722,7 @@ def test_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
             "INSERT INTO errors VALUES"
             " (1, 1, x'00', 'f', 'E', 'm', '', 5, 5, 1, 1, 0, 'open', 5, NULL)"
         )
-        body = miniapm.dump_occurrence(parse(message="from before"))
+        body = json.dumps(json.loads(miniapm.dump_occurrence(parse(message="from before"))))
         db.execute("INSERT INTO occurrences VALUES (1, 1, 5, ?)", [body])
     with contextlib.closing(Store(path)) as store:
         error, stored = only_error(store), store.occurrence(1)
@@ -2041,6 +2041,57 @@ def test_deleted_error_leaves_no_facets(store: Store) -> None:
     assert rows(store, "SELECT COUNT(*) FROM error_facets") == [(0,)]
 
 
+@given(text=st.text(max_size=50), sample=st.none() | st.text(max_size=50).map(str.encode))
+def test_packed_text_round_trips(text: str, sample: bytes | None) -> None:
+    assert miniapm.unpack(miniapm.pack(text, sample), sample) == text
+
+
+def test_later_reports_of_an_error_are_stored_by_what_differs(store: Store) -> None:
+    frames = [f"app/models/user_{n}.rb:{n}:in `save_{n}'" for n in range(40)]
+    made = [parse(message=f"no user {n}", backtrace=frames, request_id=str(n)) for n in range(50)]
+    for one in made[:3]:
+        store.record(1, [one])
+    store.record(1, made[3:])
+    sizes = [size for (size,) in rows(store, "SELECT length(body) FROM occurrences ORDER BY id")]
+    assert max(sizes) < 100 < len(miniapm.dump_occurrence(made[0])) / 10
+    found = [store.occurrence(1, number) for number in range(1, 51)]
+    assert [one.occurrence for one in found if one] == made
+    with contextlib.closing(Store(store.path)) as again:  # which remembers no sample yet
+        again.record(1, [made[7]])
+        newest = again.occurrence(1)
+    assert newest
+    assert newest.occurrence == made[7]
+
+
+def test_sample_of_a_transaction_that_was_undone_is_forgotten(store: Store) -> None:
+    store.write(
+        lambda db: db.execute(POISON.replace("LIKE '%poison%'", "= 'x'").format("ROLLBACK"))
+    )
+    lost = [parse(message="the first text"), parse(fingerprint="other", message="x")]
+    with pytest.raises(miniapm.MiniAPMError):
+        store.record(1, lost)
+    for message in ("another text", "the first text"):
+        record(store, message=message, fingerprint=lost[0].fingerprint)
+        stored = store.occurrence(1)
+        assert stored
+        assert stored.occurrence.message == message
+
+
+def test_samples_in_memory_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(miniapm, "MAX_SAMPLES_BYTES", 1_000)
+    made = [parse(fingerprint=str(n % 9), message=f"{n} {n % 9}") for n in range(27)]
+    for one in made:
+        store.record(1, [one])
+        assert len(store._recorder._samples._known) < 9
+    texts = [
+        stored.occurrence.message
+        for error in range(1, 10)
+        for number in range(1, 28)
+        if (stored := store.occurrence(error, number))
+    ]
+    assert sorted(texts) == sorted(one.message for one in made)
+
+
 def test_report_that_is_sent_again_is_stored_once(store: Store) -> None:
     other = store.project_of_key(store.create_key("other"))
     assert other
@@ -2122,7 +2173,7 @@ def test_writer_commits_what_waits_as_one_group(store: Store) -> None:
 
 
 POISON = """
-    CREATE TRIGGER poison BEFORE INSERT ON occurrences WHEN NEW.body LIKE '%poison%'
+    CREATE TRIGGER poison BEFORE INSERT ON errors WHEN NEW.message LIKE '%poison%'
     BEGIN SELECT RAISE({}, 'poisoned'); END"""
 
 
@@ -2333,7 +2384,7 @@ def test_retention_removes_empty_errors_but_ignored_ones(store: Store, clock: Cl
 
 
 def test_retention_gives_space_back_to_the_disk(store: Store) -> None:
-    store.record(1, [parse(message="m" * 5_000) for _ in range(400)])
+    store.record(1, [parse(message=os.urandom(2_500).hex()) for _ in range(400)])
     pages = rows(store, "PRAGMA page_count")[0][0]
     store.delete([1])
     sweep(store)
@@ -2487,9 +2538,10 @@ def reports_in(path: Path) -> list[dict[str, Any]]:
     """Return every kept occurrence in order of receipt, as it would be shown."""
     if not path.exists():
         return []
-    with contextlib.closing(Store(str(path))) as store, store.reading() as db:
-        found = db.execute("SELECT body FROM occurrences ORDER BY id").fetchall()
-    return [miniapm.to_payload(miniapm.load_occurrence(row["body"], b"")) for row in found]
+    with contextlib.closing(Store(str(path))) as store:
+        found = rows(store, "SELECT error_id, id FROM occurrences ORDER BY id")
+        stored = [store.occurrence(*ids) for ids in found]
+    return [miniapm.to_payload(one.occurrence) for one in stored if one]
 
 
 @pytest.fixture
@@ -5538,12 +5590,11 @@ def test_kill_9_loses_no_acknowledged_report(start: Callable[..., Server]) -> No
     server.process.wait()
     with contextlib.closing(sqlite3.connect(server.db)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        bodies = [json.loads(row[0]) for row in db.execute("SELECT body FROM occurrences")]
         counted = db.execute("SELECT SUM(occurrence_count) FROM errors").fetchone()[0]
-    stored = collections.Counter(body["request_id"] for body in bodies)
+    stored = collections.Counter(body["request_id"] for body in reports_in(server.db))
     assert acknowledged <= set(stored)
     assert max(stored.values()) == 1
-    assert counted == len(bodies)
+    assert counted == sum(stored.values())
     assert len(start().errors()) == 7  # it serves again
 
 
