@@ -1,8 +1,10 @@
-"""Measures what capture costs its host: ratios within one run, each the median of alternations.
+"""Measures speed as ratios within one run, each the median of alternations.
 
-    python .ci/bench.py [--rounds N] [--json FILE]
+    python .ci/bench.py [--rounds N] [--seconds S] [--only ingest|capture] [--json FILE]
 
-Needs bottle and waitress. Compares, in turn and beside each other:
+Needs bottle and waitress and, for ingest, wrk. Compares, in turn and beside each other:
+- reports a second, over 1, 8 and 32 connections, one a request, in batches of 100 and as Sentry's
+  envelopes, with a waitress that reads the body and stores nothing, and with SQLite alone;
 - importing miniapm with importing bottle;
 - one record_error on the calling thread with one logging.exception to a file;
 - a request to a plain WSGI application with the same application wrapped, called in process and
@@ -18,6 +20,9 @@ import io
 import json
 import logging
 import os
+import re
+import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -156,10 +161,237 @@ def compare_recording(folder: Path, rounds: int) -> dict[str, Any]:
     return result("record_error / logging.exception to a file", pairs[1:])
 
 
+NO_OP = """\
+import sys, waitress
+
+def app(environ, start_response):
+    environ["wsgi.input"].read()
+    start_response("202 Accepted", [("Content-Length", "0")])
+    return [b""]
+
+waitress.serve(app, listen=f"127.0.0.1:{sys.argv[1]}", threads=4)
+"""
+# Sends the bodies of a file in turn, each thread from another place on.
+WRK_SCRIPT = """\
+local count = 0
+function setup(thread) thread:set("number", count); count = count + 1 end
+function init(arguments)
+  bodies, at = {}, number * 37
+  for line in io.lines(arguments[1]) do bodies[#bodies + 1] = line:gsub("\\1", "\\n") end
+  headers = {["Content-Type"] = "application/json", ["Authorization"] = arguments[2]}
+end
+function request()
+  at = at % #bodies + 1
+  sent = (sent or 0) + 1
+  -- An event id that comes again would be passed over.
+  local id = string.format("%08x%08x%08x%08x", number, os.time(), sent, math.random(0, 2^31))
+  return wrk.format("POST", nil, headers, (bodies[at]:gsub(string.rep("E", 32), id)))
+end
+"""
+
+
+def report(number: int) -> dict[str, Any]:
+    """Return a report of 1.8 KB, of one of 20 errors, that differs as real ones do."""
+    error = number % 20
+    return {
+        "exception_class": f"Shop::Order{error}Error",
+        "message": f"Could not charge order {number * 7919} of user {number % 500}",
+        "backtrace": [
+            *(f"app/services/order_{error}_{n}.rb:{10 + n}:in `charge_{n}`" for n in range(12)),
+            *(
+                f"/usr/lib/ruby/gems/3.2.0/gems/rack-3.0/lib/rack/{n}.rb:{n}:in `call`"
+                for n in range(8)
+            ),
+        ],
+        "fingerprint": f"order_{error}",
+        "request_id": f"{number * 2654435761 % 2**32:08x}-{number:08x}",
+        "user_id": str(number % 500),
+        "params": {"id": number, "page": number % 10, "filter": {"name": f"n{number}", "on": True}},
+        "timestamp": f"2026-11-23T12:{number % 60:02}:{number // 60 % 60:02}Z",
+        "source_context": {
+            "file": f"app/services/order_{error}_0.rb",
+            "lineno": 10,
+            "pre_context": ["  def charge", "    total = cart.sum"],
+            "context_line": "    raise OrderError unless paid?(total)",
+            "post_context": ["  end", ""],
+        },
+    }
+
+
+def sentry_envelope(number: int) -> str:
+    """Return an envelope such as sentry-sdk sends for an exception with five frames."""
+    frames = [
+        {
+            "filename": f"shop/part{n}.py",
+            "abs_path": f"/srv/shop/part{n}.py",
+            "function": f"step{n}",
+            "module": f"shop.part{n}",
+            "lineno": 10 + n,
+            "pre_context": [f"    line {m} before" for m in range(5)],
+            "context_line": f"    return step{n + 1}(order)",
+            "post_context": [f"    line {m} after" for m in range(5)],
+            "vars": {"order": f"<Order {number}>", "total": str(number)},
+            "in_app": n > 1,
+        }
+        for n in range(5)
+    ]
+    event_id = "E" * 32  # filled in when it is sent
+    event = {
+        "level": "error",
+        "exception": {
+            "values": [
+                {
+                    "mechanism": {"type": "flask", "handled": False},
+                    "module": None,
+                    "type": f"Order{number % 20}Error",
+                    "value": f"could not charge order {number}",
+                    "stacktrace": {"frames": frames},
+                }
+            ]
+        },
+        "event_id": event_id,
+        "timestamp": "2026-11-23T12:00:00.929748Z",
+        "contexts": {
+            "trace": {"trace_id": event_id, "span_id": "bb0418ffc9718637"},
+            "runtime": {"name": "CPython", "version": "3.11.7", "build": "3.11.7 (main)"},
+        },
+        "user": {"id": str(number % 500)},
+        "tags": {"region": "eu", "plan": "pro"},
+        "breadcrumbs": {
+            "values": [{"category": "ui", "message": f"clicked {n}"} for n in range(5)]
+        },
+        "modules": {f"package{n}": f"1.{n}" for n in range(30)},
+        "release": "shop@1.2",
+        "environment": "production",
+        "server_name": "web-1",
+        "sdk": {"name": "sentry.python.flask", "version": "2.75.0"},
+        "platform": "python",
+    }
+    text = json.dumps(event)
+    head = json.dumps({"event_id": event_id, "sent_at": "2026-11-23T12:00:00Z"})
+    return f'{head}\1{{"type":"event","length":{len(text)}}}\1{text}'
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int) -> Iterator[int]:
+    """Run a server until the block ends; yield its process id."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(1_000):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.01)
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def load(url: str, connections: int, script: Path, bodies: Path, seconds: int) -> dict[str, Any]:
+    """Send requests as fast as they are answered; return rate, p99 in ms, and failures."""
+    threads = min(2, connections)
+    command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds}", "--latency", "-s"]
+    done = subprocess.run(
+        [*command, str(script), url, "--", str(bodies), f"Bearer {KEY}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    p99, unit = re.search(r"99%\s+([\d.]+)(us|ms|s)", done.stdout).groups()
+    failed = re.search(r"Non-2xx or 3xx responses: (\d+)", done.stdout)
+    return {
+        "rate": float(re.search(r"Requests/sec:\s+([\d.]+)", done.stdout)[1]),
+        "p99_ms": float(p99) * {"us": 0.001, "ms": 1, "s": 1000}[unit],
+        "failed": int(failed[1]) if failed else 0,
+    }
+
+
+def raw_sqlite(folder: Path, each: int, seconds: int) -> float:
+    """Return the reports a second of SQLite alone, synchronous=FULL, `each` a transaction."""
+    path = folder / f"raw-{time.monotonic_ns()}.db"
+    text = json.dumps(report(1))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("CREATE TABLE reports (id INTEGER PRIMARY KEY, error_id INTEGER, body TEXT)")
+        db.execute("CREATE INDEX by_error ON reports (error_id)")
+        count, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            db.execute("BEGIN IMMEDIATE")
+            rows = [(number % 20, text) for number in range(count, count + each)]
+            db.executemany("INSERT INTO reports (error_id, body) VALUES (?, ?)", rows)
+            db.execute("COMMIT")
+            count += each
+        return count / (time.perf_counter() - began)
+
+
+KEY = "bench-key"
+
+
+def compare_ingest(folder: Path, rounds: int, seconds: int) -> list[dict[str, Any]]:
+    """Compare ways to send reports with the server that stores nothing and with SQLite."""
+    script = folder / "send.lua"
+    script.write_text(WRK_SCRIPT)
+    singles, batches, envelopes = (folder / f"{name}.txt" for name in ("one", "hundred", "sentry"))
+    singles.write_text("".join(json.dumps(report(n)) + "\n" for n in range(1_000)))
+    hundreds = [[report(n) for n in range(at, at + 100)] for at in range(0, 1_000, 100)]
+    batches.write_text("".join(json.dumps({"errors": some}) + "\n" for some in hundreds))
+    envelopes.write_text("".join(sentry_envelope(n) + "\n" for n in range(500)))
+    (folder / "no_op.py").write_text(NO_OP)
+    idle, ours = free_port(), free_port()
+    command = [sys.executable, str(ROOT / "miniapm.py"), "--port", str(ours), "--api-key", KEY]
+    found: dict[str, list[float]] = {}
+
+    def keep(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    with (
+        running([sys.executable, str(folder / "no_op.py"), str(idle)], idle),
+        running([*command, "--db", str(folder / "ingest.db")], ours),
+    ):
+        base = f"http://127.0.0.1:{ours}"
+        for _ in range(rounds):
+            none = load(f"http://127.0.0.1:{idle}/", 8, script, singles, seconds)
+            keep("no-op, 8 connections: requests/s", none["rate"])
+            keep("SQLite alone, one a transaction: reports/s", raw_sqlite(folder, 1, seconds))
+            keep("SQLite alone, 100 a transaction: reports/s", raw_sqlite(folder, 100, seconds))
+            for connections in (1, 8, 32):
+                one = load(base + "/ingest/errors", connections, script, singles, seconds)
+                keep(
+                    f"single reports, {connections} connections / no-op", one["rate"] / none["rate"]
+                )
+                keep("failed", one["failed"])
+                alone = found["SQLite alone, one a transaction: reports/s"][-1]
+                keep(f"single reports, {connections} connections / SQLite", one["rate"] / alone)
+                if connections == 8:
+                    keep("p99, 8 connections / no-op", one["p99_ms"] / none["p99_ms"])
+            many = load(base + "/ingest/errors/batch", 4, script, batches, seconds)
+            alone = found["SQLite alone, 100 a transaction: reports/s"][-1]
+            keep("batches of 100, 4 connections / SQLite", 100 * many["rate"] / alone)
+            url = f"{base}/api/1/envelope/?sentry_key={KEY}"
+            sentry = load(url, 8, script, envelopes, seconds)
+            keep("Sentry envelopes, 8 connections / no-op", sentry["rate"] / none["rate"])
+            keep("failed", many["failed"] + sentry["failed"])
+    rows = []
+    for name, values in found.items():
+        rows.append({"name": name, "ratio": round(statistics.median(values), 2)})
+        print(f"{rows[-1]['ratio']:>8}  {name}")
+    return rows
+
+
 def main() -> None:
     """Measure everything and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=int, default=2, help="of each load")
+    parser.add_argument("--only", choices=("ingest", "capture"))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     rows = []
@@ -169,13 +401,16 @@ def main() -> None:
 
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        measure("import miniapm / import bottle", import_of("miniapm"), import_of("bottle"), 3)
-        rows.append(compare_recording(Path(folder), given.rounds))
-        undo = miniapm.init(str(Path(folder) / "bench.db"))
-        measure("wrap, in process", call(miniapm.wrap(plain_app)), call(plain_app), 3_000)
-        with served(miniapm.wrap(plain_app)) as wrapped, served(plain_app) as plain:
-            measure("wrap, 400 requests served by waitress", wrapped, plain, 2)
-        undo()
+        if given.only != "capture":
+            rows += compare_ingest(Path(folder), given.rounds, given.seconds)
+        if given.only != "ingest":
+            measure("import miniapm / import bottle", import_of("miniapm"), import_of("bottle"), 3)
+            rows.append(compare_recording(Path(folder), given.rounds))
+            undo = miniapm.init(str(Path(folder) / "bench.db"))
+            measure("wrap, in process", call(miniapm.wrap(plain_app)), call(plain_app), 3_000)
+            with served(miniapm.wrap(plain_app)) as wrapped, served(plain_app) as plain:
+                measure("wrap, 400 requests served by waitress", wrapped, plain, 2)
+            undo()
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
 
