@@ -41,6 +41,7 @@ import contextlib
 import contextvars
 import dataclasses
 import email.message
+import email.utils
 import errno
 import functools
 import hashlib
@@ -154,6 +155,8 @@ SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
 MAX_WAITING_REPORTS = 2 * MAX_BATCH_ERRORS
 MAX_WAIT_S = 4.0  # what a write waits for its turn before it is refused
+MAX_FAST_BYTES = 256 * _KIBIBYTE  # a larger body is none of the server's loop
+MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread to end
 LOCK_STEP_S = 0.2  # how often the writer looks whether another process's lock is gone
 MAX_DRAIN_S = 10.0
 MAX_CONNECTIONS = 500
@@ -2015,6 +2018,7 @@ class Writer:
         self._file = _file_identity(path)
         self._jobs: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
+        self._turn = threading.Lock()  # held while the connection is used
         self._locked_since_s = math.inf  # by another process
         self.after_undo: Callable[[], None] = lambda: None  # called when what was written is not
         self._is_closed = False
@@ -2044,6 +2048,23 @@ class Writer:
                 raise Unavailable("the database is locked or busy", retry_after_s=2) from None
             return job.future.result()
 
+    def run_here(self, work: Work) -> Any:
+        """Do what run() does in the calling thread; Unavailable unless it can be done at once."""
+        if not self._turn.acquire(timeout=MAX_TURN_S):
+            raise Unavailable("the database is busy", retry_after_s=1)
+        try:
+            self.refuse_if_closed()
+            if self._locked_since_s < math.inf:
+                raise Unavailable("the database is locked by another process", retry_after_s=2)
+            self._begin()
+            job = _Job(work, 0)
+            self._commit([job])
+        except sqlite3.Error as error:
+            raise _refusal_of(error) from error
+        finally:
+            self._turn.release()
+        return job.future.result()
+
     def refuse_if_closed(self) -> None:
         """Raise Unavailable when close() has been called."""
         if self._is_closed:
@@ -2059,17 +2080,25 @@ class Writer:
     def _run(self) -> None:
         _is_busy_here.set(True)
         while self._wait_for_jobs():
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-            except sqlite3.Error as error:
-                if _is_busy(error):
-                    self._locked_since_s = min(self._locked_since_s, time.monotonic())
+            with self._turn:
+                try:
+                    self._begin()
+                except sqlite3.Error as error:
+                    if not _is_busy(error):
+                        self._fail(self._take(), error)
                 else:
-                    self._fail(self._take(), error)
-                continue
-            self._locked_since_s = math.inf
-            self._commit(self._take())
-        self._db.close()
+                    self._commit(self._take())
+        with self._turn:
+            self._db.close()
+
+    def _begin(self) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            if _is_busy(error):
+                self._locked_since_s = min(self._locked_since_s, time.monotonic())
+            raise
+        self._locked_since_s = math.inf
 
     def _wait_for_jobs(self) -> bool:
         """Wait until there is something to do; False when the writer is to end."""
@@ -2263,29 +2292,41 @@ class _Recorder:
         self._samples = _Samples()
         self.forget = self._samples.forget
 
+    def write_together(self, rows: Sequence[_Row], db: sqlite3.Connection) -> None:
+        """Write all rows or none."""
+        _record_rows(db, self._samples, rows, self._now_ms())
+
     def write(self, rows: Sequence[_Row], db: sqlite3.Connection) -> list[Exception | None]:
         """Write all rows together or, when one of them can't be, each by itself."""
-        received_ms = self._now_ms()
         try:
             with _savepoint(db):
-                _record_rows(db, self._samples, rows, received_ms)
+                self.write_together(rows, db)
         except sqlite3.Error:
             self.forget()
             if not db.in_transaction:
                 raise
-            return [self._write_one(row, received_ms, db) for row in rows]
+            return [self._write_one(row, db) for row in rows]
         return [None] * len(rows)
 
-    def _write_one(self, row: _Row, received_ms: int, db: sqlite3.Connection) -> Exception | None:
+    def _write_one(self, row: _Row, db: sqlite3.Connection) -> Exception | None:
         try:
             with _savepoint(db):
-                _record_rows(db, self._samples, [row], received_ms)
+                self.write_together([row], db)
         except sqlite3.Error as error:
             self.forget()
             if not db.in_transaction:
                 raise
             return _refusal_of(error)
         return None
+
+
+def owner_of(key: str, keys: Iterable[tuple[int, bytes]]) -> int | None:
+    """Return the id of the project a key belongs to, compared in constant time."""
+    presented, owner = key.encode("utf-8", "surrogatepass"), None
+    for project_id, known in keys:
+        if hmac.compare_digest(presented, known):
+            owner = project_id
+    return owner
 
 
 class Store:
@@ -2358,11 +2399,23 @@ class Store:
         outcomes: list[MiniAPMError | None] = self.write(
             functools.partial(self._recorder.write, rows), len(rows)
         )
-        self._reports_since_surplus += len(rows)
+        self._count_surplus(len(rows))
+        return outcomes
+
+    def record_here(self, reports: Sequence[tuple[int, Occurrence]]) -> None:
+        """Commit occurrences, each with its project's id, in the calling thread: all or none.
+
+        Raises MiniAPMError when one can't be stored, and where record() would wait.
+        """
+        rows = [_row_of(project_id, occurrence) for project_id, occurrence in reports]
+        self._writer.run_here(functools.partial(self._recorder.write_together, rows))
+        self._count_surplus(len(rows))
+
+    def _count_surplus(self, count: int) -> None:
+        self._reports_since_surplus += count
         if self._reports_since_surplus >= SWEEP_AFTER_REPORTS:
             self._reports_since_surplus = 0
             self.has_surplus.set()
-        return outcomes
 
     # Triage
 
@@ -2462,14 +2515,14 @@ class Store:
             rows = [dict(row) for row in db.execute(SELECT_PROJECTS)]
         return tuple(Project(**row | {"keys": tuple(json.loads(row["keys"]))}) for row in rows)
 
-    def project_of_key(self, key: str) -> int | None:
-        """Return the id of the project a key belongs to, compared in constant time."""
-        presented, owner = key.encode("utf-8", "surrogatepass"), None
+    def keys(self) -> list[tuple[int, bytes]]:
+        """Return the (project's id, key) of every key that is accepted now."""
         with self.reading() as db:
-            for project_id, known in db.execute(SELECT_KEYS):
-                if hmac.compare_digest(presented, known.encode()):
-                    owner = project_id
-        return owner
+            return [(project_id, key.encode()) for project_id, key in db.execute(SELECT_KEYS)]
+
+    def project_of_key(self, key: str) -> int | None:
+        """Return the id of the project a key belongs to, None for an unknown one."""
+        return owner_of(key, self.keys())
 
     def create_key(self, name: str) -> str:
         """Add a new key to the project called `name`, made if there is none; return the key."""
@@ -5357,10 +5410,9 @@ class Ingest:
         self._rejections = rejections
         self._started_s = time.monotonic()
 
-    def _receive(self) -> tuple[int, Any]:
+    def receive(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> tuple[int, Any]:
         """Return the id of the project that reports, and the body's JSON value."""
-        environ = bottle.request.environ
-        project_id = self._store.project_of_key(bearer_key(environ))
+        project_id = owner_of(bearer_key(environ), keys)
         if project_id is None:
             raise Unauthorized("the API key is unknown or revoked")
         require_json(environ)
@@ -5368,7 +5420,7 @@ class Ingest:
 
     def error(self) -> bottle.HTTPResponse:
         """Take one report: 202 once it is on disk."""
-        project_id, data = self._receive()
+        project_id, data = self.receive(bottle.request.environ, self._store.keys())
         occurrence = parse_occurrence(data, self._store.now_ms())
         (refusal,) = self._store.record(project_id, [occurrence])
         if refusal is not None:
@@ -5377,7 +5429,7 @@ class Ingest:
 
     def batch(self) -> bottle.HTTPResponse:
         """Take several reports: 202 when any was good, with a list of those that were not."""
-        project_id, data = self._receive()
+        project_id, data = self.receive(bottle.request.environ, self._store.keys())
         entries = batch_entries(data)
         refusals = record_batch(self._store, project_id, entries)
         if not refusals:
@@ -5419,8 +5471,9 @@ class SentryIngest:
         """Take one event."""
         return self._take(project_id, envelope_of_event)
 
-    def _admit(self, key: str, project_id: int) -> None:
-        owners = {self._store.project_of_key(one) for one in (key, urllib.parse.unquote(key))}
+    def admit(self, key: str, project_id: int, keys: Sequence[tuple[int, bytes]]) -> None:
+        """Refuse a key that is not one of the project's."""
+        owners = {owner_of(one, keys) for one in (key, urllib.parse.unquote(key))}
         if owners == {None}:
             problem = "is unknown or revoked" if key else "is missing"
             raise Unauthorized(
@@ -5429,44 +5482,109 @@ class SentryIngest:
         if project_id not in owners:
             raise Forbidden(f"the key of the DSN is not one of project {project_id}")
 
+    def read(self, environ: Environ, parse: Callable[[bytes | bytearray], Envelope]) -> Envelope:
+        """Return the envelope that a request brings."""
+        return parse(read_content(environ, self._max_body_bytes))
+
+    def occurrence(self, environ: Environ, envelope: Envelope, index: int) -> Occurrence | None:
+        """Return the event at an index of an envelope, None for one about our own endpoints."""
+        event = read_event(envelope.items[index][1], f"items[{index}]")
+        if is_about_us(event, environ):
+            return None
+        spare_id = read_event_id(envelope.header.get("event_id"))
+        is_first = all(kind != "event" for kind, _ in envelope.items[:index])
+        if read_event_id(event.get("event_id")) is None:
+            event["event_id"] = (is_first and spare_id) or secrets.token_hex(16)
+        return occurrence_from_sentry(event, self._store.now_ms())
+
     def _take(
         self, project_id: int, parse: Callable[[bytes | bytearray], Envelope]
     ) -> bottle.HTTPResponse:
-        environ = bottle.request.environ
+        environ, keys = bottle.request.environ, self._store.keys()
         if key := sentry_key(environ):
-            self._admit(key, project_id)
-        envelope = parse(read_content(environ, self._max_body_bytes))
+            self.admit(key, project_id, keys)
+        envelope = self.read(environ, parse)
         if not key:
-            self._admit(key_of_dsn(envelope.header.get("dsn")), project_id)
-        known_id = read_event_id(envelope.header.get("event_id"))
-        ids: list[str] = []
+            self.admit(key_of_dsn(envelope.header.get("dsn")), project_id, keys)
+        ids: list[str | None] = []
         refusals: list[MiniAPMError] = []
-        for index, (kind, payload) in enumerate(envelope.items):
+        for index, (kind, _) in enumerate(envelope.items):
             if kind != "event":
                 continue  # sessions, transactions, attachments, logs, …
             try:
-                spare_id = known_id if not ids and known_id else secrets.token_hex(16)
-                ids.append(self._take_event(project_id, payload, f"items[{index}]", spare_id))
+                ids.append(self._store_event(project_id, self.occurrence(environ, envelope, index)))
             except (BadRequest, TooLarge) as refusal:
                 refusals.append(refusal)
         for beside in refusals if ids else refusals[1:]:
             self._rejections.count(beside)
         if refusals and not ids:
             raise refusals[0]
-        answer_id = ids[0] if ids else known_id
+        answer_id = ids[0] if ids else read_event_id(envelope.header.get("event_id"))
         return answer_json({"id": answer_id} if answer_id else {})
 
-    def _take_event(self, project_id: int, payload: memoryview, at: str, spare_id: str) -> str:
+    def _store_event(self, project_id: int, occurrence: Occurrence | None) -> str | None:
         """Store one event, before the next is decoded: together they'd be large; return its id."""
-        event = read_event(payload, at)
-        event_id = read_event_id(event.get("event_id")) or spare_id
-        if not is_about_us(event, bottle.request.environ):
-            event["event_id"] = event_id
-            occurrence = occurrence_from_sentry(event, self._store.now_ms())
-            (refusal,) = self._store.record(project_id, [occurrence])
-            if refusal is not None:
-                raise refusal
-        return event_id
+        if occurrence is None:
+            return None
+        (refusal,) = self._store.record(project_id, [occurrence])
+        if refusal is not None:
+            raise refusal
+        return occurrence.event_id
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A request that needs nothing but to be stored, and the body of its answer when it is."""
+
+    reports: list[tuple[int, Occurrence]]  # each with its project's id
+    status: str
+    body: bytes
+
+
+_SENTRY_PATH = re.compile(r"/api/([0-9]{1,18})/(envelope|store)/?")
+
+
+class Intake:
+    """Reads requests that report, without answering: for who stores several of them at once."""
+
+    def __init__(self, store: Store, ingest: Ingest, sentry: SentryIngest) -> None:
+        self._store, self._ingest, self._sentry = store, ingest, sentry
+
+    def read(self, environ: Environ, keys: Sequence[tuple[int, bytes]]) -> Delivery | None:
+        """Return what a request brings, None when its answer is more than that all is stored.
+
+        Raises MiniAPMError for what is to be refused.
+        """
+        path = environ["PATH_INFO"]
+        if path == "/ingest/errors":
+            project_id, data = self._ingest.receive(environ, keys)
+            reports = [(project_id, parse_occurrence(data, self._store.now_ms()))]
+            return Delivery(reports, "202 Accepted", b"")
+        if path == "/ingest/errors/batch":
+            project_id, data = self._ingest.receive(environ, keys)
+            now_ms = self._store.now_ms()
+            entries = enumerate(batch_entries(data))
+            good = [parse_occurrence(one, now_ms, f"errors[{index}]") for index, one in entries]
+            return Delivery([(project_id, one) for one in good], "202 Accepted", b"")
+        found = _SENTRY_PATH.fullmatch(path)
+        return self._read_sentry(environ, keys, int(found[1]), found[2]) if found else None
+
+    def _read_sentry(
+        self, environ: Environ, keys: Sequence[tuple[int, bytes]], project_id: int, kind: str
+    ) -> Delivery | None:
+        if not (key := sentry_key(environ)):
+            return None
+        self._sentry.admit(key, project_id, keys)
+        envelope = self._sentry.read(
+            environ, parse_envelope if kind == "envelope" else envelope_of_event
+        )
+        if [kind for kind, _ in envelope.items] != ["event"]:
+            return None
+        occurrence = self._sentry.occurrence(environ, envelope, 0)
+        if occurrence is None:
+            return None
+        body = json.dumps({"id": occurrence.event_id}).encode()
+        return Delivery([(project_id, occurrence)], "200 OK", body)
 
 
 class Dashboard:
@@ -5652,6 +5770,7 @@ class App:
         self._ingest = Ingest(store, config.max_body_bytes, self._rejections)
         self._sentry = SentryIngest(store, config.max_body_bytes, self._rejections)
         self._dashboard = Dashboard(store, gate, self._rejections)
+        self.intake = Intake(store, self._ingest, self._sentry)
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._unhandled
         for path, method, handler in self.routes():
@@ -5973,17 +6092,14 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _channel_class(max_body_bytes: int) -> Any:
-    """Return waitress's channel with two differences that programs which report rely on.
+def _parser_class(max_body_bytes: int) -> Any:
+    """Return waitress's parser, but for bodies that are too large.
 
-    A body that is too large is read to its end: cut off in the middle of sending, most clients
-    never see the 413. What is beyond the limit is dropped, and one byte too many tells the App.
-    And what waitress refuses by itself it says in JSON, to pages of any origin.
+    They are read to their end: cut off in the middle of sending, most clients never see the 413.
+    What is beyond the limit is dropped, and one byte too many tells the App.
     """
     import waitress.buffers  # type: ignore[import-untyped]
-    import waitress.channel  # type: ignore[import-untyped]
     import waitress.parser  # type: ignore[import-untyped]
-    import waitress.task  # type: ignore[import-untyped]
 
     class Buffer(waitress.buffers.OverflowableBuffer):  # type: ignore[misc]
         def append(self, data: bytes) -> None:
@@ -5994,6 +6110,30 @@ def _channel_class(max_body_bytes: int) -> Any:
             super().parse_header(header)
             if self.body_rcv is not None:
                 self.body_rcv.buf = Buffer(self.adj.inbuf_overflow)
+
+    return Parser
+
+
+class _Answered:
+    """Stands in for a waitress task when the whole answer is there already."""
+
+    close_on_finish, wrote_header = False, True
+
+    def __init__(self, channel: Any, data: bytes) -> None:
+        self._channel, self._data = channel, data
+
+    def service(self) -> None:
+        self._channel.write_soon(self._data)
+
+
+def _channel_class(max_body_bytes: int) -> Any:
+    """Return waitress's channel with three differences.
+
+    Large bodies are read to their end. What waitress refuses by itself it says in JSON, to pages
+    of any origin. And a request whose `answer` is set is answered with that.
+    """
+    import waitress.channel  # type: ignore[import-untyped]
+    import waitress.task  # type: ignore[import-untyped]
 
     class ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         def execute(self) -> None:
@@ -6006,10 +6146,127 @@ def _channel_class(max_body_bytes: int) -> Any:
             self.write(body)
 
     class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-        parser_class = Parser
+        parser_class = _parser_class(max_body_bytes)
         error_task_class = ErrorTask
+        answer: bytes | None = None  # to the first request, when FastIngest has one
+
+        def task_class(self, channel: Any, request: Any) -> Any:
+            data, self.answer = self.answer, None
+            if data is None:
+                return waitress.task.WSGITask(channel, request)
+            return _Answered(channel, data)
 
     return Channel
+
+
+def fast_answer(delivery: Delivery, now_s: float) -> bytes:
+    """Return the whole HTTP/1.1 answer to a delivery that is stored, as the App would give it."""
+    headers = [
+        ("Content-Type", "application/json"),
+        ("Content-Length", str(len(delivery.body))),
+        ("Date", email.utils.formatdate(now_s, usegmt=True)),
+        *([("Cache-Control", "no-store")] if delivery.body else []),
+        *EVERY_HEADERS,
+        *CORS_HEADERS,
+    ]
+    lines = [f"HTTP/1.1 {delivery.status}", *(f"{name}: {text}" for name, text in headers)]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + delivery.body
+
+
+class FastIngest:
+    """Stores the reports that one round of the server's loop has read in one transaction.
+
+    It works in the loop's own thread: to hand a report to another thread costs more than to store
+    it. What is large, compressed or not plainly to be stored goes to the thread pool, where the
+    App answers it as all else. Of waitress it relies on, beside what Server names:
+    `server.add_task`, which is called with a channel whose first request is complete; of a channel
+    `requests` and `service`, which makes a `task_class`; of a request `command`, `path`, `query`,
+    `version`, `headers`, `error` and `get_body_stream`.
+    """
+
+    def __init__(self, server: Any, intake: Intake, store: Store) -> None:
+        self._server, self._intake, self._store = server, intake, store
+        self._pool_task = server.add_task
+        self._waiting: collections.deque[Any] = collections.deque()
+        server.add_task = self.add_task
+
+    def add_task(self, channel: Any) -> None:
+        """Take a channel's first request, or leave it to the pool; called from any thread."""
+        if self._is_plain(channel.requests[0]):
+            self._waiting.append(channel)
+        else:
+            self._pool_task(channel)
+
+    def _is_plain(self, request: Any) -> bool:
+        if request.error is not None or request.command != "POST" or request.version != "1.1":
+            return False
+        headers = request.headers
+        return (
+            is_ingest(request.path)
+            and int(headers.get("CONTENT_LENGTH") or 0) <= MAX_FAST_BYTES
+            and "CONTENT_ENCODING" not in headers
+            and headers.get("CONNECTION", "keep-alive").lower() == "keep-alive"
+        )
+
+    def run(self) -> None:
+        """Store and answer what waits; an answer may let a connection's next request in."""
+        while self._waiting:
+            channels = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            now_s = time.time()
+            wake, self._server.pull_trigger = self._server.pull_trigger, lambda: None  # it is awake
+            try:
+                for channel, delivery in self._stored(channels):
+                    if delivery is None:
+                        self._pool_task(channel)
+                    else:
+                        channel.answer = fast_answer(delivery, now_s)
+                        channel.service()
+            finally:
+                self._server.pull_trigger = wake
+
+    def _stored(self, channels: list[Any]) -> list[tuple[Any, Delivery | None]]:
+        """Store what channels bring; with each return its delivery, None if it is not stored."""
+        try:
+            keys = self._store.keys()
+            read = [(channel, self._read(channel.requests[0], keys)) for channel in channels]
+            reports = [report for _, one in read if one is not None for report in one.reports]
+            if reports:
+                self._store.record_here(reports)
+        except Exception:  # noqa: BLE001 - the loop must go on; in the pool the App says why
+            return [(channel, None) for channel in channels]
+        return read
+
+    def _read(self, request: Any, keys: Sequence[tuple[int, bytes]]) -> Delivery | None:
+        stream = request.get_body_stream()
+        environ = {f"HTTP_{name}": value for name, value in request.headers.items()}
+        environ |= {
+            "REQUEST_METHOD": request.command,
+            "PATH_INFO": request.path,
+            "QUERY_STRING": request.query,
+            "SCRIPT_NAME": "",
+            "CONTENT_TYPE": request.headers.get("CONTENT_TYPE", ""),
+            "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH", ""),
+            "wsgi.input": stream,
+        }
+        try:
+            return self._intake.read(environ, keys)
+        except Exception:  # noqa: BLE001 - whatever it is, the App refuses it properly
+            return None
+        finally:
+            stream.seek(0)
+
+
+def missing_for_fast_ingest(server: Any) -> str:
+    """Return the first thing that FastIngest needs and this waitress lacks, empty if none."""
+    channel_class = server.channel_class
+    needed = (
+        (server, "add_task"),
+        (server, "pull_trigger"),
+        (channel_class, "service"),
+        (channel_class, "write_soon"),
+        (channel_class.parser_class, "get_body_stream"),
+    )
+    return next((name for owner, name in needed if not hasattr(owner, name)), "")
 
 
 class Shutdown:
@@ -6038,7 +6295,12 @@ class Server:
     """
 
     def __init__(
-        self, app: App, listener: socket.socket, max_body_bytes: int, shutdown: Shutdown
+        self,
+        app: App,
+        store: Store,
+        listener: socket.socket,
+        max_body_bytes: int,
+        shutdown: Shutdown,
     ) -> None:
         # Here and not above: a program that only embeds the App needs no server.
         import waitress.wasyncore  # type: ignore[import-untyped]
@@ -6063,14 +6325,26 @@ class Server:
             clear_untrusted_proxy_headers=True,
         )
         self._server.channel_class = _channel_class(max_body_bytes)
+        self._fast = None
+        if missing := missing_for_fast_ingest(self._server):
+            say(
+                f"miniapm: this waitress has no {missing}; reports take the slower path", sys.stderr
+            )
+        else:
+            self._fast = FastIngest(self._server, app.intake, store)
         self._shutdown = shutdown
         shutdown.wake = self._server.pull_trigger
 
     def run(self) -> None:
         """Serve, then drain."""
         while not self._shutdown.is_asked:
-            self._loop(timeout=1.0)
+            self._round(1.0)
         self._drain()
+
+    def _round(self, timeout_s: float) -> None:
+        self._loop(timeout=timeout_s)
+        if self._fast is not None:
+            self._fast.run()
 
     def _drain(self) -> None:
         """Answer every request that has arrived, for MAX_DRAIN_S at most."""
@@ -6083,7 +6357,7 @@ class Server:
         self._server.accepting = False
         self._server.socket.close()
         del self._map[self._server._fileno]
-        self._loop(timeout=0.0)
+        self._round(0.0)
         while self._server.active_channels and time.monotonic() < end_s:
             for channel in list(self._server.active_channels.values()):
                 # What still arrives counts as received while its bytes keep coming.
@@ -6092,7 +6366,7 @@ class Server:
                 arrives = arrives and time.time() - channel.last_activity < 1
                 if not (channel.requests or channel.total_outbufs_len or arrives):
                     channel.handle_close()
-            self._loop(timeout=0.05)
+            self._round(0.05)
         self._server.task_dispatcher.shutdown(timeout=max(0.1, end_s - time.monotonic()))
 
 
@@ -6135,7 +6409,7 @@ def serve(config: Config) -> int:
         project = store.ensure_default_project(config.api_key)
         retention = Retention(store, config.retention_days, config.max_occurrences)
         cleanup.callback(retention.stop)
-        server = Server(App(store, config), listener, config.max_body_bytes, shutdown)
+        server = Server(App(store, config), store, listener, config.max_body_bytes, shutdown)
         retention.start()
         say(welcome(url, store.path, project, config))
         server.run()

@@ -5027,7 +5027,7 @@ def test_database_error_is_429_for_sentry(client: Client, monkeypatch: Any) -> N
     def fail(*_: Any) -> None:
         raise miniapm.MiniAPMError("the database refused: disk is full")
 
-    monkeypatch.setattr(Store, "project_of_key", fail)
+    monkeypatch.setattr(Store, "keys", fail)
     answer = sentry_post(client, envelope(event(BOOM)))
     assert (answer.status, answer.headers["Retry-After"]) == (429, "30")
     assert answer.headers["X-Sentry-Error"] == "the database refused: disk is full"
@@ -5662,6 +5662,180 @@ def test_chunked_report_is_taken(start: Callable[..., Server]) -> None:
     data = iter([json.dumps(report()).encode()])
     url = server.url + "/ingest/errors"
     assert requests.post(url, data=data, headers=headers, timeout=20).status_code == 202
+
+
+# What the server's loop takes by itself and what its thread pool answers
+
+
+def exchange(server: Server, *requests_sent: bytes, count: int = 1) -> list[bytes]:
+    """Send bytes over one connection; return as many answers as asked for, without their dates."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        for part in requests_sent:
+            connection.sendall(part)
+        stream = connection.makefile("rb")
+        answers = []
+        for _ in range(count):
+            head = b"".join(iter(stream.readline, b"\r\n"))
+            length = re.search(rb"Content-Length: (\d+)", head)
+            body = stream.read(int(length[1])) if length else b""
+            lines = [line for line in head.split(b"\r\n") if not line.startswith(b"Date: ")]
+            answers.append(b"\r\n".join([lines[0], *sorted(lines[1:])]) + b"\r\n\r\n" + body)
+        return answers
+
+
+def request_bytes(
+    server: Server, path: str, body: bytes, method: str = "POST", key: str = "", more: str = ""
+) -> bytes:
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key or server.key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+    )
+    return head.encode() + body
+
+
+GOOD = json.dumps(report()).encode()
+BAD = json.dumps(report(message=5)).encode()
+BOTH = b'{"errors": [' + GOOD + b", " + BAD + b"]}"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/ingest/errors", GOOD),
+        ("/ingest/errors", BAD),
+        ("/ingest/errors", b""),
+        ("/ingest/errors", b"[" * 10_000),
+        ("/ingest/errors?x=1", GOOD),
+        ("/ingest/error", GOOD),
+        ("/ingest/errors/batch", b'{"errors": [' + GOOD + b"]}"),
+        ("/ingest/errors/batch", b'{"errors": []}'),
+        ("/ingest/errors/batch", BOTH),
+        ("/ingest/errors/batch", b'{"errors": [7]}'),
+        ("/api/1/envelope/?sentry_key=KEY", envelope(event(exception("Boom", "m")))),
+        ("/api/1/envelope?sentry_key=KEY", b"{}"),
+        ("/api/1/envelope/?sentry_key=KEY", b"{"),
+        ("/api/1/envelope/?sentry_key=nobody", envelope(event(exception("Boom", "m")))),
+        ("/api/9/store/?sentry_key=KEY", b"{}"),
+        ("/api/1/store/?sentry_key=KEY", json.dumps(event(exception("Boom", "m"))).encode()),
+    ],
+)
+def test_loop_and_pool_answer_alike(start: Callable[..., Server], path: str, body: bytes) -> None:
+    server = start()
+    path = path.replace("KEY", server.key)
+    (fast,) = exchange(server, request_bytes(server, path, body))
+    (pool,) = exchange(
+        server, request_bytes(server, path, body, more="Content-Encoding: identity\r\n")
+    )
+    assert fast == pool
+    assert b"HTTP/1.1 " in fast
+
+
+def test_requests_that_come_in_one_piece_are_answered_in_order(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    good, bad = (request_bytes(server, "/ingest/errors", body) for body in (GOOD, BAD))
+    page = request_bytes(server, "/health", b"", "GET")
+    answers = exchange(server, good + bad + good + page + good + good, count=6)
+    statuses = [int(answer[9:12]) for answer in answers]
+    assert statuses == [202, 400, 202, 200, 202, 202]
+    assert server.errors()[0]["occurrences"] == 4
+
+
+def test_loop_keeps_to_connection_and_version(start: Callable[..., Server]) -> None:
+    server = start()
+    good = request_bytes(server, "/ingest/errors", GOOD)
+    for changed, kept in (
+        (good, True),
+        (good.replace(b"\r\nHost", b"\r\nConnection: Keep-Alive\r\nHost"), True),
+        (good.replace(b"\r\nHost", b"\r\nConnection: close\r\nHost"), False),
+        (good.replace(b"HTTP/1.1", b"HTTP/1.0"), False),
+        (good.replace(b"HTTP/1.1\r\n", b"HTTP/1.0\r\nConnection: keep-alive\r\n"), True),
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.sendall(changed)
+            assert b" 202 Accepted" in connection.recv(4096)
+            if kept:
+                connection.sendall(changed)
+                assert b" 202 Accepted" in connection.recv(4096)
+            else:
+                assert connection.recv(4096) == b""
+
+
+def test_loop_takes_expect_and_chunks(start: Callable[..., Server]) -> None:
+    server = start()
+    good = request_bytes(server, "/ingest/errors", b"", more="Expect: 100-continue\r\n")
+    good = good.replace(b"Content-Length: 0", f"Content-Length: {len(GOOD)}".encode())
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(good)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 100 Continue")
+        connection.sendall(GOOD)
+        assert b" 202 Accepted" in connection.recv(4096)
+    headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
+    url = server.url + "/ingest/errors"
+    answer = requests.post(url, data=iter([GOOD[:9], GOOD[9:]]), headers=headers, timeout=20)
+    assert answer.status_code == 202
+    assert server.errors()[0]["occurrences"] == 2
+
+
+def test_loop_s_neighbours_of_a_poisoned_report_are_stored_once(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    with contextlib.closing(sqlite3.connect(server.db)) as db:
+        db.execute(POISON.format("ABORT"))
+    texts = ["poison" if n % 4 == 0 else f"good {n}" for n in range(40)]
+    bodies = [json.dumps(report(message=text, fingerprint=text)).encode() for text in texts]
+    sent = [request_bytes(server, "/ingest/errors", body) for body in bodies]
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda part: exchange(server, part)[0], sent))
+    statuses = [int(answer[9:12]) for answer in answers]
+    assert statuses == [500 if text == "poison" else 202 for text in texts]
+    assert sorted(error["message"] for error in server.errors()) == sorted(set(texts) - {"poison"})
+    assert {error["occurrences"] for error in server.errors()} == {1}
+
+
+def test_pages_answer_while_a_lock_keeps_the_loop_from_storing(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    with locked(server.db), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(server.post, report()) for _ in range(4)]
+        assert requests.get(server.url + "/errors", timeout=2).status_code == 200
+        assert {future.result().status_code for future in futures} == {503}
+    server.report()
+    assert server.errors()[0]["occurrences"] == 1
+
+
+def test_waitress_that_is_other_inside_takes_the_slower_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import waitress.channel
+
+    server = types.SimpleNamespace(add_task=1, pull_trigger=1, channel_class=None)
+    server.channel_class = waitress.channel.HTTPChannel
+    assert miniapm.missing_for_fast_ingest(server) == ""
+    monkeypatch.setattr(miniapm, "missing_for_fast_ingest", lambda _: "add_task")
+    with contextlib.closing(Store(str(tmp_path / "slow.db"))) as store, socket.socket() as listener:
+        store.ensure_default_project(KEY)
+        listener.bind(("127.0.0.1", 0))
+        shutdown = types.SimpleNamespace(is_asked=False, wake=None)
+        app = App(store, Config())
+        slow = miniapm.Server(app, store, listener, 10**7, shutdown)  # type: ignore[arg-type]
+        assert "no add_task; reports take the slower path" in capsys.readouterr().err
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/ingest/errors"
+        thread = threading.Thread(target=slow.run)
+        thread.start()
+        answer = requests.post(
+            url, json=report(), headers={"Authorization": f"Bearer {KEY}"}, timeout=9
+        )
+        shutdown.is_asked = True
+        shutdown.wake()
+        thread.join()
+        slow._server.trigger.close()
+        assert answer.status_code == 202
+        assert only_error(store).occurrence_count == 1
+    assert miniapm.missing_for_fast_ingest(types.SimpleNamespace(channel_class=object)) != ""
 
 
 # --- The contract's examples ----------------------------------------------------------------------
