@@ -964,6 +964,61 @@ def test_text_without_a_hint_has_nothing_to_scrub(text: str) -> None:
         assert miniapm.may_hold_secret(text)
 
 
+plain_texts = st.text(alphabet='ab \\/"<é\n\t', max_size=12)
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "exception_class": plain_texts.filter(str.strip) | st.just("x" * 600),
+            "message": plain_texts | secretive | st.just("y" * 7_000),
+            "backtrace": st.lists(plain_texts, max_size=3) | st.just(["a.rb:1"] * 600),
+            "fingerprint": plain_texts.filter(str.strip) | st.just("z" * 1_100),
+        },
+        optional={
+            "user_id": plain_texts | st.integers() | st.just("u" * 300),
+            "params": st.dictionaries(
+                st.sampled_from(["auth", "Sid", "jwt", "pass", "a", "author"]) | plain_texts,
+                st.sampled_from(["x", "y", 5]) | st.lists(st.sampled_from(["auth", "x"])),
+                max_size=3,
+            ),
+            "extra": plain_texts | st.just([[]] * 30),
+            "source_context": st.fixed_dictionaries(
+                {
+                    "file": plain_texts,
+                    "lineno": st.integers(0, 9),
+                    "context_line": plain_texts,
+                    "pre_context": st.lists(plain_texts, max_size=2) | st.just(["-"] * 90),
+                }
+            ),
+            "timestamp": st.sampled_from(["2026-11-23T12:00:00Z", "2099-01-01T00:00:00Z"]),
+        },
+    ),
+    st.booleans(),
+)
+@settings(max_examples=400)
+def test_plain_report_is_read_as_any_other(said: dict[str, Any], as_ascii: bool) -> None:
+    text = json.dumps(said, ensure_ascii=as_ascii)
+    plain = miniapm.is_plain(text)
+    found = miniapm.parse_occurrence(json.loads(text), NOW_MS, plain=plain)
+    assert found == miniapm.parse_occurrence(said, NOW_MS)
+    for value, shown in ((said.get("params"), found.params), ({"extra": 0} | said, found.extra)):
+        copied = miniapm._Scrubber(miniapm.MAX_PARAMS_CHARS).copy(value)
+        if shown is found.extra:
+            copied = {"extra": copied["extra"]} if "extra" in said else {}
+        assert shown == copied
+
+
+def test_most_reports_are_plain_and_odd_ones_are_not() -> None:
+    assert miniapm.is_plain(json.dumps(report(source_context=CONTEXT, params={"id": "1"})))
+    for odd in (
+        *("password", "\u202e", "\u0000", "é", "x" * 9_000, "http://x", "\r"),
+        functools.reduce(lambda inner, _: [inner], range(70), []),
+    ):
+        assert not miniapm.is_plain(json.dumps(report(params={"a": odd})))
+    assert miniapm.is_plain(json.dumps(report(message="é\n\t"), ensure_ascii=False))
+
+
 @given(st.lists(st.lists(secretive, max_size=6).map("".join), max_size=4))
 def test_lines_are_scrubbed_together_as_each_alone(lines: list[str]) -> None:
     expected = tuple(miniapm.clean(line, miniapm.MAX_LINE_CHARS) for line in lines)
