@@ -6370,6 +6370,7 @@ class Server:
             ident=None,
             threads=8,
             backlog=BACKLOG_CONNECTIONS,
+            recv_bytes=64 * _KIBIBYTE,
             connection_limit=MAX_CONNECTIONS,
             channel_timeout=MAX_IDLE_S,
             cleanup_interval=5,
