@@ -156,7 +156,9 @@ SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
 MAX_WAITING_REPORTS = 2 * MAX_BATCH_ERRORS
 MAX_WAIT_S = 4.0  # what a write waits for its turn before it is refused
-MAX_FAST_BYTES = 256 * _KIBIBYTE  # a larger body is none of the server's loop
+MAX_FAST_BYTES = 32 * _KIBIBYTE  # a larger body is none of the server's loop
+MAX_ROUND_BYTES = 256 * _KIBIBYTE  # of bodies in one transaction of the loop
+MAX_UNSENT_BYTES = 64 * _KIBIBYTE  # with more waitress makes who writes wait for the loop
 MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread to end
 LOCK_STEP_S = 0.2  # how often the writer looks whether another process's lock is gone
 MAX_DRAIN_S = 10.0
@@ -483,11 +485,13 @@ def _display_table() -> dict[int, str]:
 _DISPLAY = _display_table()
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# ASCII, or ignoring the case would take a dotless ı for an i, which casefold() does not.
 _SECRET_WORDS = (
-    r"passw|passphrase|pwd|secret|token|api[_.\- ]?key|authorization|cookie|session|csrf|xsrf"
-    r"|private[_.\- ]?key|credential"
+    r"(?a:passw|passphrase|pwd|secret|token|api[_.\- ]?key|authorization|cookie|session|csrf|xsrf"
+    r"|private[_.\- ]?key|credential)"
 )
-_SECRET_NAME = re.compile(rf"{_SECRET_WORDS}|^(?:auth|pass|sid|jwt)$", re.IGNORECASE)
+_SHORT_NAMES = "(?a:auth|pass|sid|jwt)"
+_SECRET_NAME = re.compile(rf"{_SECRET_WORDS}|^{_SHORT_NAMES}\Z", re.IGNORECASE)
 # One of these, or "key" with one of the others, is in every text that a pattern below could match.
 # Most texts have none, and to look for them takes a tenth of the time that the patterns take.
 _SECRET_HINTS = (
@@ -500,7 +504,7 @@ _KEY_HINTS = ("api", "private")
 _PART = r"[\w.\[\]%-]{0,40}"
 # a=1&token=x, as in a URL; not the keyword argument token=token
 _QUERY_SECRET = (
-    rf"(?i:((?:^|[?&;#\s])({_PART}(?:{_SECRET_WORDS}){_PART}|auth|pass|sid|jwt)=)"
+    rf"(?i:((?:^|[?&;#\s])({_PART}(?:{_SECRET_WORDS}){_PART}|{_SHORT_NAMES})=)"
     r"(?!\2(?:[\s,)&;#]|$)|[\"'\s])[^\s&;#]+)"
 )
 # password = "x", "token": "x", 'secret' => 'x', as in source, JSON and reprs
@@ -510,7 +514,7 @@ _QUOTED_SECRET = (
 )
 # {\"token\": \"x\"}: JSON that was put into JSON
 _ESCAPED_SECRET = rf'(?i:((?:{_SECRET_WORDS}){_PART}\\"\s{{0,3}}:\s{{0,3}}\\")[^"\\\n]+)'
-_HEADER_SECRET = r"(?i:\b((?:authorization|cookie)\s{0,3}:\s{0,3})(?![\s\"'])[^\n]+)"
+_HEADER_SECRET = r"(?i:\b((?a:authorization|cookie)\s{0,3}:\s{0,3})(?![\s\"'])[^\n]+)"
 _SECRET_PATTERNS = (
     (r"(://[^\s/@:?#]*):[^\s/?#]+@", rf"\1:{FILTERED}@"),  # postgres://user:x@host
     (_HEADER_SECRET, rf"\1{FILTERED}"),
@@ -571,8 +575,8 @@ def clean(text: str, limit: int) -> str:
     return _displayable(text)
 
 
-# All but \n, \t, \", \/ and \\ may stand for what _displayable replaces.
-_ODD_ESCAPE = re.compile(r"\\[^nt\"/\\]")
+# All but \n, \t, \" and \\ may stand for what _displayable replaces or, as \/, hide a hint.
+_ODD_ESCAPE = re.compile(r"\\[^nt\"\\]")
 
 
 def is_plain(text: str) -> bool:
@@ -1132,12 +1136,12 @@ def top_frame(lines: Sequence[str]) -> Frame | None:
     first = next((frame for frame in map(_frame, physical) if frame.file), None)
     if first is None or first.is_own and first.language != "python":
         return first
-    frames: Iterable[Frame | None] = map(_frame, physical)
-    if first.language == "python":  # the only one that prints the newest last
-        frames = map(_python_frame, reversed(physical))
-    located = (frame for frame in frames if frame is not None and frame.file)
+    frames: Iterable[Frame] = map(_frame, physical)
+    if is_python := first.language == "python":  # the only one that prints the newest last
+        frames = map(_frame, reversed(physical))
+    located = (one for one in frames if one.file and (one.language == "python" or not is_python))
     innermost = next(located, None)
-    own = (frame for frame in itertools.chain([innermost], located) if frame and frame.is_own)
+    own = (one for one in itertools.chain([innermost], located) if one and one.is_own)
     return next(own, innermost)
 
 
@@ -6171,8 +6175,8 @@ class _Answered:
 
     close_on_finish, wrote_header = False, True
 
-    def __init__(self, channel: Any, data: bytes) -> None:
-        self._channel, self._data = channel, data
+    def __init__(self, channel: Any, request: Any, data: bytes) -> None:
+        self._channel, self.request, self._data = channel, request, data
 
     def service(self) -> None:
         self._channel.write_soon(self._data)
@@ -6206,7 +6210,7 @@ def _channel_class(max_body_bytes: int) -> Any:
             data, self.answer = self.answer, None
             if data is None:
                 return waitress.task.WSGITask(channel, request)
-            return _Answered(channel, data)
+            return _Answered(channel, request, data)
 
     return Channel
 
@@ -6233,8 +6237,8 @@ class FastIngest:
     it. What is large, compressed or not plainly to be stored goes to the thread pool, where the
     App answers it as all else. Of waitress it relies on, beside what Server names:
     `server.add_task`, which is called with a channel whose first request is complete; of a channel
-    `requests` and `service`, which makes a `task_class`; of a request `command`, `path`, `query`,
-    `version`, `headers`, `error` and `get_body_stream`.
+    `requests`, `total_outbufs_len`, `will_close` and `service`, which makes a `task_class`; of a
+    request `command`, `path`, `query`, `version`, `headers`, `error` and `get_body_stream`.
     """
 
     def __init__(self, server: Any, intake: Intake, store: Store) -> None:
@@ -6261,21 +6265,37 @@ class FastIngest:
             and headers.get("CONNECTION", "keep-alive").lower() == "keep-alive"
         )
 
+    def has_waiting(self) -> bool:
+        """Tell whether there is something to do, such as a connection's next request."""
+        return bool(self._waiting)
+
     def run(self) -> None:
-        """Store and answer what waits; an answer may let a connection's next request in."""
-        while self._waiting:
-            channels = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            now_s = int(time.time())
-            wake, self._server.pull_trigger = self._server.pull_trigger, lambda: None  # it is awake
-            try:
-                for channel, delivery in self._stored(channels):
-                    if delivery is None:
-                        self._pool_task(channel)
-                    else:
-                        channel.answer = fast_answer(delivery.status, delivery.body, now_s)
-                        channel.service()
-            finally:
-                self._server.pull_trigger = wake
+        """Store and answer what waits, as far as one transaction is to go."""
+        channels, size = [], 0
+        while self._waiting and size < MAX_ROUND_BYTES:
+            channel = self._waiting.popleft()
+            if channel.total_outbufs_len > MAX_UNSENT_BYTES:
+                self._pool_task(channel)
+            else:
+                channels.append(channel)
+                size += int(channel.requests[0].headers.get("CONTENT_LENGTH") or 0)
+        wake, self._server.pull_trigger = self._server.pull_trigger, lambda: None  # it is awake
+        try:
+            for channel, delivery in self._stored(channels):
+                if delivery is None:
+                    self._pool_task(channel)
+                else:
+                    self._answer(channel, delivery)
+        finally:
+            self._server.pull_trigger = wake
+
+    def _answer(self, channel: Any, delivery: Delivery) -> None:
+        channel.answer = fast_answer(delivery.status, delivery.body, int(time.time()))
+        try:
+            channel.service()
+        except Exception as error:  # noqa: BLE001 - the report is stored, the loop must go on
+            say(f"miniapm: an answer could not be sent: {type(error).__name__}", sys.stderr)
+            channel.will_close = True
 
     def _stored(self, channels: list[Any]) -> list[tuple[Any, Delivery | None]]:
         """Store what channels bring; with each return its delivery, None if it is not stored."""
@@ -6379,15 +6399,17 @@ class Server:
             clear_untrusted_proxy_headers=True,
         )
         self._server.channel_class = _channel_class(max_body_bytes)
-        self._fast = None
+        self._fast = self._fast_ingest(app, store)
+        self._shutdown = shutdown
+        shutdown.wake = self._server.pull_trigger
+
+    def _fast_ingest(self, app: App, store: Store) -> FastIngest | None:
         if missing := missing_for_fast_ingest(self._server):
             say(
                 f"miniapm: this waitress has no {missing}; reports take the slower path", sys.stderr
             )
-        else:
-            self._fast = FastIngest(self._server, app.intake, store)
-        self._shutdown = shutdown
-        shutdown.wake = self._server.pull_trigger
+            return None
+        return FastIngest(self._server, app.intake, store)
 
     def run(self) -> None:
         """Serve, then drain."""
@@ -6396,7 +6418,8 @@ class Server:
         self._drain()
 
     def _round(self, timeout_s: float) -> None:
-        self._loop(timeout=timeout_s)
+        has_waiting = self._fast is not None and self._fast.has_waiting()
+        self._loop(timeout=0.0 if has_waiting else timeout_s)
         if self._fast is not None:
             self._fast.run()
 

@@ -954,6 +954,15 @@ secretive = st.sampled_from(
 )
 
 
+@pytest.mark.parametrize(
+    "name", ["sess\u0131on", "auth\n", "S\u0130D", "\u017fecret", "cook\u0130e"]
+)
+def test_name_is_secret_by_every_way_or_by_none(name: str) -> None:
+    copied = miniapm._Scrubber(1_000).copy({name: "x"})
+    assert miniapm.scrub({name: "x"}, 1_000) == copied
+    assert parse(params={name: "x"}).params == copied
+
+
 @given(st.lists(secretive, max_size=8).map("".join))
 @settings(max_examples=500)
 def test_text_without_a_hint_has_nothing_to_scrub(text: str) -> None:
@@ -1011,6 +1020,8 @@ def test_plain_report_is_read_as_any_other(said: dict[str, Any], as_ascii: bool)
 
 def test_most_reports_are_plain_and_odd_ones_are_not() -> None:
     assert miniapm.is_plain(json.dumps(report(source_context=CONTEXT, params={"id": "1"})))
+    for escaped in ("postgres:\\/\\/user:hunter2@db\\/x", "p\\u0061ssword"):
+        assert not miniapm.is_plain(json.dumps(report(message="MARK")).replace("MARK", escaped))
     for odd in (
         *("password", "\u202e", "\u0000", "é", "x" * 9_000, "http://x", "\r"),
         functools.reduce(lambda inner, _: [inner], range(70), []),
@@ -1153,6 +1164,13 @@ def test_top_frame_is_the_one_that_the_whole_backtrace_tells(lines: list[str]) -
     found = miniapm.top_frame(["\n".join(lines)])
     shown = [(one.file, one.lineno, one.is_own) if one else None for one in (found, expected)]
     assert shown[0] == shown[1]
+
+
+def test_mark_of_a_python_frame_is_seen() -> None:
+    lines = ['File "/app/a.py", line 1, in f', 'File "/app/lib/b.py", line 2, in g [library]']
+    top = miniapm.top_frame(lines)
+    assert top
+    assert (top.file, top.function) == ("/app/a.py", "f")
 
 
 def test_top_frame_of_python_is_the_last_own_one() -> None:
@@ -5848,6 +5866,24 @@ def test_loop_s_neighbours_of_a_poisoned_report_are_stored_once(
     assert statuses == [500 if text == "poison" else 202 for text in texts]
     assert sorted(error["message"] for error in server.errors()) == sorted(set(texts) - {"poison"})
     assert {error["occurrences"] for error in server.errors()} == {1}
+
+
+def test_loop_leaves_a_client_that_does_not_read_to_the_pool(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    server.report(params={"x": "y" * 60_000})
+    page = request_bytes(server, "/errors/1.json", b"", "GET")
+    good = request_bytes(server, "/ingest/errors", GOOD)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(page * 60 + good * 3)
+        wait_until(lambda: requests.get(server.url + "/health", timeout=5).status_code == 200)
+        received = b""
+        while received.count(b" 202 Accepted") < 3:
+            part = connection.recv(2**20)
+            assert part
+            received += part
+    assert server.errors()[0]["occurrences"] == 4
 
 
 def test_pages_answer_while_a_lock_keeps_the_loop_from_storing(
