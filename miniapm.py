@@ -1386,7 +1386,7 @@ def _place_of(frames: Sequence[Json], platform: str) -> tuple[str, str] | None:
     file, function = _frame_place(frames[0], platform) if frames else ("", "")
     if not file and (not function or frames[0].get("instruction_addr")):
         return None
-    return clip(re.sub(r"^\w+://[^/]*|[?#].*$", "", file), MAX_CLASS_CHARS), function
+    return re.sub(r"^\w+://[^/]*|[?#].*$", "", file), function
 
 
 def _frame_line(frame: Json, platform: str) -> str:
@@ -2062,9 +2062,10 @@ class _Job:
 
 
 class Writer:
-    """The one thread that writes: whatever waits is committed as one group.
+    """The one connection that writes, and its thread: what waits is committed as one group.
 
-    A job that fails is undone alone; when the commit fails, every job of the group has failed.
+    Another thread may have its turn with run_here(). A job that fails is undone alone; when the
+    commit fails, every job of the group has failed.
     """
 
     def __init__(self, db: sqlite3.Connection, path: str) -> None:
@@ -2353,20 +2354,15 @@ class _Recorder:
 
     def write(self, rows: Sequence[_Row], db: sqlite3.Connection) -> list[Exception | None]:
         """Write all rows together or, when one of them can't be, each by itself."""
+        refusal = self._attempt(rows, db)
+        if refusal is None or len(rows) == 1:
+            return [refusal] * len(rows)
+        return [self._attempt([row], db) for row in rows]
+
+    def _attempt(self, rows: Sequence[_Row], db: sqlite3.Connection) -> Exception | None:
         try:
             with _savepoint(db):
                 self.write_together(rows, db)
-        except sqlite3.Error:
-            self.forget()
-            if not db.in_transaction:
-                raise
-            return [self._write_one(row, db) for row in rows]
-        return [None] * len(rows)
-
-    def _write_one(self, row: _Row, db: sqlite3.Connection) -> Exception | None:
-        try:
-            with _savepoint(db):
-                self.write_together([row], db)
         except sqlite3.Error as error:
             self.forget()
             if not db.in_transaction:
@@ -2574,10 +2570,6 @@ class Store:
         """Return the (project's id, key) of every key that is accepted now."""
         with self.reading() as db:
             return [(project_id, key.encode()) for project_id, key in db.execute(SELECT_KEYS)]
-
-    def project_of_key(self, key: str) -> int | None:
-        """Return the id of the project a key belongs to, None for an unknown one."""
-        return owner_of(key, self.keys())
 
     def create_key(self, name: str) -> str:
         """Add a new key to the project called `name`, made if there is none; return the key."""
@@ -4940,10 +4932,6 @@ def list_values(
     }
 
 
-def _tag_search(name: str, value: str) -> str:
-    return f"{name}:{value}"[:MAX_SEARCH_CHARS]
-
-
 def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
     one = stored.occurrence
     return {
@@ -4959,7 +4947,7 @@ def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
         "source": numbered_source(one.source_context) if one.source_context else [],
         "frames": fold_frames(parse_backtrace(one.backtrace)),
         "tags": [
-            (name, value, filter_query(ErrorFilter("all", _tag_search(name, value))))
+            (name, value, filter_query(ErrorFilter("all", f"{name}:{value}"[:MAX_SEARCH_CHARS])))
             for name, value in list(tags_of(one).items())[:MAX_TAGS]
         ],
         "more_tags": list(tags_of(one).items())[MAX_TAGS:],  # not searched for: no links
@@ -5626,13 +5614,13 @@ class Intake:
         return self._read_sentry(environ, keys, int(found[1]), found[2]) if found else None
 
     def _read_sentry(
-        self, environ: Environ, keys: Sequence[tuple[int, bytes]], project_id: int, kind: str
+        self, environ: Environ, keys: Sequence[tuple[int, bytes]], project_id: int, form: str
     ) -> Delivery | None:
         if not (key := sentry_key(environ)):
             return None
         self._sentry.admit(key, project_id, keys)
         envelope = self._sentry.read(
-            environ, parse_envelope if kind == "envelope" else envelope_of_event
+            environ, parse_envelope if form == "envelope" else envelope_of_event
         )
         if [kind for kind, _ in envelope.items] != ["event"]:
             return None
@@ -5904,7 +5892,7 @@ class App:
         if is_ingest(path):
             self._rejections.count(refusal)
         if is_sentry(path):
-            if status >= MiniAPMError.status:  # SDKs send again what they are asked to wait with
+            if status >= MiniAPMError.status:  # which an SDK in our own process would report
                 status = TooManyRequests.status
                 headers = {"Retry-After": "30"} | headers
             headers["X-Sentry-Error"] = ascii(clip(str(refusal), MAX_CLASS_CHARS))[1:-1]
@@ -6249,12 +6237,12 @@ class FastIngest:
 
     def add_task(self, channel: Any) -> None:
         """Take a channel's first request, or leave it to the pool; called from any thread."""
-        if self._is_plain(channel.requests[0]):
+        if self._may_take(channel.requests[0]):
             self._waiting.append(channel)
         else:
             self._pool_task(channel)
 
-    def _is_plain(self, request: Any) -> bool:
+    def _may_take(self, request: Any) -> bool:
         if request.error is not None or request.command != "POST" or request.version != "1.1":
             return False
         headers = request.headers
@@ -6337,6 +6325,8 @@ def missing_for_fast_ingest(server: Any) -> str:
         (server, "pull_trigger"),
         (channel_class, "service"),
         (channel_class, "write_soon"),
+        (channel_class, "total_outbufs_len"),
+        (channel_class, "will_close"),
         (channel_class.parser_class, "get_body_stream"),
     )
     return next((name for owner, name in needed if not hasattr(owner, name)), "")
