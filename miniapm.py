@@ -143,6 +143,8 @@ MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
 MAX_PLAIN_CHARS = 8_000  # a report's JSON; below the limits of all but its short fields
+MAX_REMEMBERED_TEXTS = 20_000  # that PlainTexts knows, some megabytes
+MAX_REMEMBERED_CHARS = 200  # of one of them
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
 MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
 MAX_TAG_VALUES = 200
@@ -156,7 +158,8 @@ SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
 MAX_WAITING_REPORTS = 2 * MAX_BATCH_ERRORS
 MAX_WAIT_S = 4.0  # what a write waits for its turn before it is refused
-MAX_FAST_BYTES = 32 * _KIBIBYTE  # a larger body is none of the server's loop
+MAX_FAST_BYTES = 256 * _KIBIBYTE  # a larger body is none of the server's loop
+MAX_CLEANED_BYTES = 32 * _KIBIBYTE  # nor is a larger one that holds something to clean
 MAX_ROUND_BYTES = 256 * _KIBIBYTE  # of bodies in one transaction of the loop
 MAX_UNSENT_BYTES = 64 * _KIBIBYTE  # with more waitress makes who writes wait for the loop
 MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread to end
@@ -175,7 +178,8 @@ MAX_LOGIN_ADDRESSES = 1_000
 PAGE_ERRORS = 50  # rows on one page of the list
 SWEEP_STEP_ROWS = 100  # what retention removes in one transaction
 SWEEP_INTERVAL_S = 60.0
-MAX_SAMPLES_BYTES = 8 * _MEBIBYTE  # of first reports, kept in memory to compress others by
+MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # of what is kept in memory about the errors reported last
+KNOWN_OVERHEAD_BYTES = 200  # of each thing in it
 MAX_WAL_BYTES = 4 * _MEBIBYTE  # what the write-ahead log shrinks to after a burst
 SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
 
@@ -455,7 +459,8 @@ class Occurrence:
 
     `fingerprint` is for display; `grouping_key`, the SHA-256 of what the client sent, decides.
     `event_id`, 32 hexadecimal digits, is the same when the same report is sent again.
-    `disbelieved_timestamp` is what the client claimed when that lay in the future.
+    `disbelieved_timestamp` is what the client claimed when that lay in the future. `sent` is the
+    report's JSON as it came, where nothing in it had to be changed, and then what is stored.
     """
 
     exception_class: str
@@ -471,6 +476,7 @@ class Occurrence:
     extra: Json = field(default_factory=dict)
     disbelieved_timestamp: str | None = None
     event_id: str | None = None
+    sent: str | None = field(default=None, compare=False, repr=False)
 
 
 def _display_table() -> dict[int, str]:
@@ -576,7 +582,21 @@ def clean(text: str, limit: int) -> str:
 
 
 # All but \n, \t, \" and \\ may stand for what _displayable replaces or, as \/, hide a hint.
-_ODD_ESCAPE = re.compile(r"\\[^nt\"\\]")
+_ODD_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\[^nt\"\\]")
+
+
+def is_harmless(text: str) -> bool:
+    """Tell whether there is nothing in a JSON text that is to be scrubbed or replaced."""
+    is_odd = not text.isprintable() or ("\\" in text and _ODD_ESCAPE.search(text))
+    return not (is_odd or may_hold_secret(text))
+
+
+def is_small(text: str) -> bool:
+    """Tell whether a report's JSON text holds nothing that is to be cut."""
+    return (
+        len(text) <= MAX_PLAIN_CHARS
+        and text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
+    )
 
 
 def is_plain(text: str) -> bool:
@@ -585,13 +605,32 @@ def is_plain(text: str) -> bool:
     But for the fields with short limits. Most reports are so, and to see it once for all takes
     a tenth of the time that it takes to look at every string.
     """
-    return (
-        len(text) <= MAX_PLAIN_CHARS
-        and text.isprintable()
-        and text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
-        and not may_hold_secret(text)
-        and not _ODD_ESCAPE.search(text)
-    )
+    return is_small(text) and is_harmless(text)
+
+
+class PlainTexts:
+    """Finds plain reports in less time than is_plain(), for it remembers what it has looked at.
+
+    What stands between two quotation marks comes again in the next report of the same error. No
+    hint of a secret goes beyond one, so that what is new is all that is to be looked at.
+    """
+
+    def __init__(self) -> None:
+        self._harmless: set[str] = set()
+
+    def includes(self, text: str) -> bool:
+        """Return what is_plain() does."""
+        return is_small(text) and self.are_harmless(text)
+
+    def are_harmless(self, text: str) -> bool:
+        """Return what is_harmless() does, of a text with one report or several."""
+        new = set(text.split('"')) - self._harmless
+        if not is_harmless('"'.join(new) + '"'):
+            return False
+        if len(self._harmless) + len(new) > MAX_REMEMBERED_TEXTS:
+            self._harmless = set()
+        self._harmless.update(one for one in new if len(one) <= MAX_REMEMBERED_CHARS)
+        return True
 
 
 def _cut(text: str, limit: int) -> str:
@@ -689,21 +728,27 @@ def _finite(digits: str) -> float:
 _JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
-def decode_json(raw: bytes | bytearray, at: str = "") -> Any:
-    """Return the value of strict UTF-8 JSON (RFC 8259); BadRequest says what is wrong.
+def read_text(raw: bytes | bytearray, at: str = "") -> str:
+    """Return the text of a JSON body; BadRequest or TooLarge when it can't be taken.
 
-    `at` is the path of what is decoded when it is not the whole body.
+    `at` is the path of what is read when it is not the whole body.
     """
     what, field = at or "the body", at or None
     if len(raw) > MAX_JSON_VALUES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         # Decoded, each of them takes some hundred bytes.
         raise TooLarge(f"{what} has over {MAX_JSON_VALUES:,} values", field=field)
     try:
-        text = raw.decode("utf-8")
-        return _JSON_DECODER.decode(text)
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         said = f"{what} must be UTF-8; byte {error.start} is not"
         raise BadRequest(said, field=field) from None
+
+
+def parse_json(text: str, at: str = "") -> Any:
+    """Return the value of strict JSON (RFC 8259); BadRequest says what is wrong."""
+    what, field = at or "the body", at or None
+    try:
+        return _JSON_DECODER.decode(text)
     except RecursionError:
         raise BadRequest(f"{what} is nested too deep", field=field) from None
     except ValueError as error:
@@ -765,6 +810,8 @@ class _Fields:
             return []
         if not isinstance(value, list):
             raise self.refuse(name, "an array of strings")
+        if set(map(type, value)) <= {str}:  # a tenth of the time that it takes to look at each
+            return value
         for position, line in enumerate(value):
             if not isinstance(line, str):
                 raise self.refuse(f"{name}[{position}]", "a string")
@@ -885,17 +932,18 @@ def _unknown_fields(data: Json, context: Json) -> Json:
 
 
 def parse_occurrence(
-    data: Any, received_ms: int, at: str = "", *, plain: bool = False
+    data: Any, received_ms: int, at: str = "", *, plain: str | None = None
 ) -> Occurrence:
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
     `data` is the JSON value, `received_ms` the time of receipt, `at` the report's own path in
-    the body (errors[3]), `plain` what is_plain() says of its text. Unknown fields are kept in
+    the body (errors[3]), `plain` its text if is_plain() says so. Unknown fields are kept in
     `extra`.
     """
-    tidy = _cut if plain else clean
+    is_known_plain = plain is not None
+    tidy = _cut if is_known_plain else clean
     fields = _Fields(data, at, tidy)
-    if not plain:
+    if not is_known_plain:
         refuse_depth(data, at)
     exception_class = fields.text("exception_class", "a string that is not empty")
     message = fields.text("message", "a string", empty=True)
@@ -907,8 +955,8 @@ def parse_occurrence(
     source = None
     if context is not None:
         context_at = f"{at}.source_context" if at else "source_context"
-        source = _parse_source_context(context, context_at, plain=plain)
-    is_short = plain and len(backtrace) <= MAX_BACKTRACE_LINES
+        source = _parse_source_context(context, context_at, plain=is_known_plain)
+    is_short = is_known_plain and len(backtrace) <= MAX_BACKTRACE_LINES
     return Occurrence(
         exception_class=tidy(exception_class, MAX_CLASS_CHARS),
         message=tidy(message, MAX_MESSAGE_CHARS),
@@ -918,11 +966,12 @@ def parse_occurrence(
         occurred_ms=occurred_ms,
         request_id=fields.identifier("request_id"),
         user_id=fields.identifier("user_id"),
-        params=params if params is None or plain else scrub(params, MAX_PARAMS_CHARS),
+        params=params if params is None or is_known_plain else scrub(params, MAX_PARAMS_CHARS),
         source_context=source,
-        extra=extra if plain else scrub_fields(extra),
+        extra=extra if is_known_plain else scrub_fields(extra),
         disbelieved_timestamp=disbelieved,
         event_id=read_event_id(data.get("event_id")),
+        sent=plain,
     )
 
 
@@ -958,8 +1007,13 @@ _STORED_FIELDS = (
 )
 
 
+_AS_SENT = "="  # what a stored text begins with when a report's own JSON follows
+
+
 def dump_occurrence(occurrence: Occurrence) -> str:
-    """Return an occurrence as the JSON text that is stored, but for what has its own column."""
+    """Return an occurrence as the text that is stored, but for what has its own column."""
+    if occurrence.sent is not None:
+        return _AS_SENT + occurrence.sent
     values = {
         name: value for name in _STORED_FIELDS if (value := getattr(occurrence, name)) is not None
     }
@@ -968,8 +1022,13 @@ def dump_occurrence(occurrence: Occurrence) -> str:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
-def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None) -> Occurrence:
+def load_occurrence(
+    text: str, grouping_key: bytes, received_ms: int, event_id: str | None = None
+) -> Occurrence:
     """Return the occurrence that dump_occurrence wrote."""
+    if text.startswith(_AS_SENT):
+        sent = text.removeprefix(_AS_SENT)
+        return parse_occurrence(json.loads(sent), received_ms, plain=sent)
     values = json.loads(text)
     if (context := values.get("source_context")) is not None:
         for name in ("pre_context", "post_context"):
@@ -1095,12 +1154,19 @@ def _javascript_frame(line: str) -> Frame | None:
 _MARK = re.compile(r" \[(own|library)\]$")
 
 
-def _frame(line: str) -> Frame:
+def _read_frame(line: str) -> Frame:
     mark = _MARK.search(line)
     for read in (_python_frame, _javascript_frame, _ruby_frame):
         if found := read(line[: mark.start()] if mark else line):
             return dataclasses.replace(found, is_own=mark[1] == "own") if mark else found
     return Frame(line)
+
+
+_read_short_frame = functools.lru_cache(1_000)(_read_frame)  # they come again with the next report
+
+
+def _frame(line: str) -> Frame:
+    return _read_short_frame(line) if len(line) <= MAX_REMEMBERED_CHARS else _read_frame(line)
 
 
 def _is_code_of(frame: Frame, line: str) -> bool:
@@ -1131,8 +1197,7 @@ def top_frame(lines: Sequence[str]) -> Frame | None:
 
     Reads no more lines than it must.
     """
-    physical = [part for line in lines for part in line.split("\n")]
-    physical = cut_middle(physical, MAX_FRAMES)
+    physical = cut_middle("\n".join(lines).split("\n"), MAX_FRAMES)
     first = next((frame for frame in map(_frame, physical) if frame.file), None)
     if first is None or first.is_own and first.language != "python":
         return first
@@ -1246,7 +1311,7 @@ def _header_line(raw: bytes | bytearray, start: int, at: str) -> tuple[Json, int
     end = end if end >= 0 else len(raw)
     if end - start > MAX_ENVELOPE_HEADER_BYTES:
         raise TooLarge(f"{at} has over {MAX_ENVELOPE_HEADER_BYTES:,} bytes of header", field=at)
-    header = decode_json(raw[start:end], at)
+    header = parse_json(read_text(raw[start:end], at), at)
     if not isinstance(header, dict):
         raise BadRequest(f"{at} must begin with a line that is a JSON object", field=at)
     return header, min(end + 1, len(raw))
@@ -1306,7 +1371,7 @@ def read_event(payload: memoryview, at: str) -> Json:
     """Decode an event; BadRequest or TooLarge when it can't be taken."""
     if len(payload) > MAX_EVENT_BYTES:
         raise TooLarge(f"{at} is larger than {MAX_EVENT_BYTES:,} bytes", field=at)
-    event = decode_json(bytes(payload), at)
+    event = parse_json(read_text(bytes(payload), at), at)
     if not isinstance(event, dict):
         raise BadRequest(f"{at} must be a JSON object", field=at)
     refuse_depth(event, at)
@@ -1702,6 +1767,15 @@ RECORD_AGAIN = """
         status = CASE status WHEN 'resolved' THEN 'open' ELSE status END
     WHERE project_id = :project_id AND grouping_key = :grouping_key
     RETURNING id"""
+# What RECORD_AGAIN comes to for most reports; it leaves all indexes but two alone.
+RECORD_KNOWN = """
+    UPDATE errors SET
+        exception_class = :exception_class, message = :message, location = :location,
+        level = :level,
+        last_seen_ms = MAX(last_seen_ms, :last_ms),
+        occurrence_count = occurrence_count + :count,
+        stored_count = stored_count + :count
+    WHERE id = :error_id AND status IN ('open', 'ignored') AND first_seen_ms <= :first_ms"""
 # Not one upsert: each conflict would use up an id of errors.
 RECORD_FIRST = """
     INSERT INTO errors (project_id, grouping_key, fingerprint, exception_class, message, location,
@@ -2242,91 +2316,17 @@ def _row_of(project_id: int, one: Occurrence) -> _Row:
     return _Row(project_id, one, locate(one), dump_occurrence(one), event_id)
 
 
-class _Samples:
-    """The samples of the errors that were reported last, some megabytes of them."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, bytes] = {}
-        self._size = 0
-
-    def of(self, db: sqlite3.Connection, error_id: int) -> bytes | None:
-        """Return the sample of an error, None if it has none yet."""
-        sample = self._known.pop(error_id, None)
-        if sample is None:
-            row = db.execute(SELECT_SAMPLE, {"error_id": error_id}).fetchone()
-            if row is None:
-                return None
-            sample = zlib.decompress(row["body"])
-            self._size += len(sample)
-        self._known[error_id] = sample
-        while self._size > MAX_SAMPLES_BYTES:
-            self._size -= len(self._known.pop(next(iter(self._known))))
-        return sample
-
-    def forget(self) -> None:
-        """Forget all: what a transaction wrote that was undone is not there."""
-        self._known.clear()
-        self._size = 0
+def _sample_of(error_id: int, first_body: str, db: sqlite3.Connection) -> bytes:
+    """Return an error's sample, which is its first report: the one given where it has none yet."""
+    if (row := db.execute(SELECT_SAMPLE, {"error_id": error_id}).fetchone()) is not None:
+        return zlib.decompress(row["body"])
+    packed = pack(first_body, None)
+    db.execute(RECORD_SAMPLE, {"error_id": error_id, "body": packed})
+    return first_body.encode()
 
 
-def _record_facets(db: sqlite3.Connection, error_id: int, rows: Sequence[_Row]) -> None:
-    found: dict[str, dict[str, None]] = {}
-    for row in rows:
-        for name, value in facets_of(row.occurrence):
-            values = found.setdefault(name, {})
-            values.pop(value, None)
-            values[value] = None
-            if len(values) > MAX_REMEMBERED[name]:
-                del values[next(iter(values))]
-    for name, values in found.items():
-        part = {"error_id": error_id, "name": name}
-        if db.executemany(RECORD_FACET, [part | {"value": value} for value in values]).rowcount:
-            seen = json.dumps(list(values))
-            db.execute(FORGET_FACETS, part | {"most": MAX_REMEMBERED[name], "seen": seen})
-
-
-def _record_error(
-    db: sqlite3.Connection, samples: _Samples, rows: Sequence[_Row], received_ms: int
-) -> None:
-    """Write reports of one error, in order of receipt: what they have in common only once."""
-    last, times = rows[-1].occurrence, [row.occurrence.occurred_ms for row in rows]
-    shared = {
-        "project_id": rows[-1].project_id,
-        "grouping_key": last.grouping_key,
-        "fingerprint": last.fingerprint,
-        "exception_class": last.exception_class,
-        "message": last.message,
-        "location": rows[-1].location,
-        "level": facet_of(last, "level"),
-        "first_ms": min(times),
-        "last_ms": max(times),
-        "count": len(rows),
-        "received_ms": received_ms,
-    }
-    known = db.execute(RECORD_AGAIN, shared).fetchone()
-    error_id = (known or db.execute(RECORD_FIRST, shared).fetchone())["id"]
-    shared["error_id"] = error_id
-    if (sample := samples.of(db, error_id)) is None:
-        body = pack(rows[0].body, None)
-        db.execute(RECORD_SAMPLE, {"error_id": error_id, "body": body})
-        sample = samples.of(db, error_id)
-    packed = [{"body": pack(row.body, sample), "event_id": row.event_id} for row in rows]
-    db.executemany(RECORD_OCCURRENCE, [shared | one for one in packed])
-    hours = collections.Counter(time_ms // HOUR_MS for time_ms in times)
-    buckets = [{"error_id": error_id, "hour": n, "count": hours[n]} for n in hours]
-    db.executemany(RECORD_BUCKET, buckets)
-    users = {row.occurrence.user_id for row in rows} - {None}
-    new = [{"error_id": error_id, "user_id": user_id} for user_id in users]
-    if new and (count := db.executemany(RECORD_USER, new).rowcount):
-        db.execute(COUNT_USERS, {"error_id": error_id, "count": count})
-    _record_facets(db, error_id, rows)
-
-
-def _record_rows(
-    db: sqlite3.Connection, samples: _Samples, rows: Iterable[_Row], received_ms: int
-) -> None:
-    """Write reports, those of one error together; one that was sent before is passed over."""
-    groups: dict[tuple[int, bytes], list[_Row]] = {}
+def _without_repeated(rows: Iterable[_Row], db: sqlite3.Connection) -> Iterator[_Row]:
+    """Leave out what was sent before, by its event id."""
     seen: set[tuple[int, bytes]] = set()
     for row in rows:
         if row.event_id is not None:
@@ -2335,22 +2335,65 @@ def _record_rows(
             if key in seen or db.execute(SELECT_EVENT, values).fetchone():
                 continue
             seen.add(key)
-        groups.setdefault((row.project_id, row.occurrence.grouping_key), []).append(row)
-    for group in groups.values():
-        _record_error(db, samples, group, received_ms)
+        yield row
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of an error without asking the database."""
+
+    id: int
+    sample: bytes  # by which its reports are compressed
+    seen: dict[str, set[str]]  # values that are stored, by facet; its users under "user"
+
+
+class _KnownErrors:
+    """The errors that were reported last, some megabytes of them, by project and grouping key."""
+
+    def __init__(self) -> None:
+        self._errors: dict[tuple[int, bytes], _Known] = {}
+        self._size = 0
+
+    def get(self, key: tuple[int, bytes]) -> _Known | None:
+        """Return an error, None when nothing is known of it."""
+        if (known := self._errors.pop(key, None)) is not None:
+            self._errors[key] = known
+        return known
+
+    def add(self, key: tuple[int, bytes], known: _Known) -> None:
+        """Remember an error."""
+        self._errors[key] = known
+        self._grow(len(known.sample))
+
+    def add_seen(self, known: _Known, name: str, values: Iterable[str]) -> None:
+        """Remember what is stored of an error."""
+        for value in values:
+            known.seen[name].add(value)
+            self._grow(len(value))
+
+    def _grow(self, size: int) -> None:
+        self._size += size + KNOWN_OVERHEAD_BYTES
+        if self._size > MAX_KNOWN_BYTES:
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget all: what a transaction wrote that was undone is not there."""
+        self._errors.clear()
+        self._size = 0
 
 
 class _Recorder:
-    """Writes reports within the writer's transactions."""
+    """Writes reports within the writer's transactions.
+
+    What it knows of the errors that were reported last spares most statements. It asks anew
+    after a rollback, and when another process has written.
+    """
 
     def __init__(self, now_ms: Callable[[], int]) -> None:
         self._now_ms = now_ms
-        self._samples = _Samples()
-        self.forget = self._samples.forget
-
-    def write_together(self, rows: Sequence[_Row], db: sqlite3.Connection) -> None:
-        """Write all rows or none."""
-        _record_rows(db, self._samples, rows, self._now_ms())
+        self._known = _KnownErrors()
+        self._data_version = -1
+        self.forget = self._known.forget
 
     def write(self, rows: Sequence[_Row], db: sqlite3.Connection) -> list[Exception | None]:
         """Write all rows together or, when one of them can't be, each by itself."""
@@ -2369,6 +2412,91 @@ class _Recorder:
                 raise
             return _refusal_of(error)
         return None
+
+    def write_together(self, rows: Sequence[_Row], db: sqlite3.Connection) -> None:
+        """Write all rows or none, but for those that were sent before."""
+        if (version := _pragma(db, "data_version")) != self._data_version:
+            self.forget()
+            self._data_version = version
+        groups: dict[tuple[int, bytes], list[_Row]] = {}
+        for row in _without_repeated(rows, db):
+            groups.setdefault((row.project_id, row.occurrence.grouping_key), []).append(row)
+        received_ms = self._now_ms()
+        occurrences: list[Json] = []
+        buckets: list[Json] = []
+        for key, group in groups.items():
+            error = self._record_error(key, group, received_ms, db)
+            shared = {"error_id": error.id, "received_ms": received_ms, "project_id": key[0]}
+            for row in group:
+                body = pack(row.body, error.sample)
+                occurrences.append(shared | {"body": body, "event_id": row.event_id})
+            hours = collections.Counter(row.occurrence.occurred_ms // HOUR_MS for row in group)
+            buckets += [{"error_id": error.id, "hour": n, "count": hours[n]} for n in hours]
+            self._record_users(error, group, db)
+            self._record_facets(error, group, db)
+        db.executemany(RECORD_OCCURRENCE, occurrences)
+        db.executemany(RECORD_BUCKET, buckets)
+
+    def _record_error(
+        self,
+        key: tuple[int, bytes],
+        rows: Sequence[_Row],
+        received_ms: int,
+        db: sqlite3.Connection,
+    ) -> _Known:
+        """Write what reports of one error, in order of receipt, say of it; return the error."""
+        last, times = rows[-1].occurrence, [row.occurrence.occurred_ms for row in rows]
+        values = {
+            "exception_class": last.exception_class,
+            "message": last.message,
+            "location": rows[-1].location,
+            "level": facet_of(last, "level"),
+            "first_ms": min(times),
+            "last_ms": max(times),
+            "count": len(rows),
+        }
+        if (known := self._known.get(key)) is not None:
+            values["error_id"] = known.id
+            if db.execute(RECORD_KNOWN, values).rowcount:
+                return known
+        values |= {
+            "project_id": key[0],
+            "grouping_key": key[1],
+            "fingerprint": last.fingerprint,
+            "received_ms": received_ms,
+        }
+        row = db.execute(RECORD_AGAIN, values).fetchone()
+        row = row or db.execute(RECORD_FIRST, values).fetchone()
+        sample = _sample_of(row["id"], rows[0].body, db)
+        known = _Known(row["id"], sample, collections.defaultdict(set))
+        self._known.add(key, known)
+        return known
+
+    def _record_users(self, error: _Known, rows: Sequence[_Row], db: sqlite3.Connection) -> None:
+        users = {row.occurrence.user_id for row in rows} - error.seen["user"] - {None}
+        if not users:
+            return
+        new = [{"error_id": error.id, "user_id": user_id} for user_id in users]
+        if count := db.executemany(RECORD_USER, new).rowcount:
+            db.execute(COUNT_USERS, {"error_id": error.id, "count": count})
+        self._known.add_seen(error, "user", filter(None, users))
+
+    def _record_facets(self, error: _Known, rows: Sequence[_Row], db: sqlite3.Connection) -> None:
+        found: dict[str, dict[str, None]] = {}
+        for row in rows:
+            for name, value in facets_of(row.occurrence):
+                if value not in error.seen[name]:
+                    values = found.setdefault(name, {})
+                    values.pop(value, None)
+                    values[value] = None
+        for name, values in found.items():
+            newest = list(values)[-MAX_REMEMBERED[name] :]
+            part = {"error_id": error.id, "name": name}
+            if db.executemany(RECORD_FACET, [part | {"value": one} for one in newest]).rowcount:
+                part |= {"most": MAX_REMEMBERED[name], "seen": json.dumps(newest)}
+                if db.execute(FORGET_FACETS, part).rowcount:
+                    error.seen[name].clear()
+            self._known.add_seen(error, name, newest)
 
 
 def owner_of(key: str, keys: Iterable[tuple[int, bytes]]) -> int | None:
@@ -2524,7 +2652,8 @@ class Store:
         if isinstance(body, bytes):  # a text is from before reports were compressed
             body = unpack(body, sample and zlib.decompress(sample))
         event_id = values.pop("event_id").lower() or None
-        occurrence = load_occurrence(body, values.pop("grouping_key"), event_id)
+        key = values.pop("grouping_key")
+        occurrence = load_occurrence(body, key, values["received_ms"], event_id)
         return StoredOccurrence(**values, occurrence=occurrence)
 
     def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
@@ -5169,14 +5298,46 @@ def require_json(environ: Environ) -> None:
         raise UnsupportedType("the Content-Type must be application/json")
 
 
-def batch_entries(data: Any) -> list[Any]:
-    """Return the entries of a batch, not looked at yet; BadRequest if it is no batch."""
-    entries = data.get("errors") if isinstance(data, dict) else None
-    if not isinstance(entries, list):
-        raise BadRequest('the body must be {"errors": [...]}', field="errors")
+_BATCH_START = re.compile(r'[ \t\n\r]*\{[ \t\n\r]*"errors"[ \t\n\r]*:[ \t\n\r]*\[[ \t\n\r]*')
+_BATCH_NEXT = re.compile(r"[ \t\n\r]*(?:(,)|\][ \t\n\r]*\}[ \t\n\r]*\Z)[ \t\n\r]*")
+
+# A batch's entry, not looked at yet, and its own text where that is known.
+Entry = tuple[Any, str | None]
+
+
+def _refuse_length(entries: Sequence[Any]) -> None:
     if len(entries) > MAX_BATCH_ERRORS:
         raise TooLarge(f"errors has more than {MAX_BATCH_ERRORS:,} entries", field="errors")
-    return entries
+
+
+def _split_batch(text: str) -> list[Entry] | None:
+    """Return the entries of a batch that has nothing beside them, None for any other text."""
+    found = _BATCH_START.match(text)
+    entries: list[Entry] = []
+    while found:
+        try:
+            value, end = _JSON_DECODER.raw_decode(text, found.end())
+        except (ValueError, RecursionError):
+            return None
+        entries.append((value, text[found.end() : end]))
+        _refuse_length(entries)
+        found = _BATCH_NEXT.match(text, end)
+        if found and not found[1]:
+            return entries
+    return None
+
+
+def batch_entries(text: str) -> list[Entry]:
+    """Return the entries of a batch; BadRequest if it is none."""
+    found = _split_batch(text)
+    if found is None:
+        data = parse_json(text)
+        errors = data.get("errors") if isinstance(data, dict) else None
+        if not isinstance(errors, list):
+            raise BadRequest('the body must be {"errors": [...]}', field="errors")
+        _refuse_length(errors)
+        found = [(entry, None) for entry in errors]
+    return found
 
 
 def refusal_json(refusal: MiniAPMError) -> Json:
@@ -5185,16 +5346,20 @@ def refusal_json(refusal: MiniAPMError) -> Json:
     return said if refusal.field is None else {"field": refusal.field} | said
 
 
-def record_batch(store: Store, project_id: int, entries: Sequence[Any]) -> dict[int, MiniAPMError]:
+def record_batch(
+    store: Store, project_id: int, entries: Sequence[Entry]
+) -> dict[int, MiniAPMError]:
     """Store the good entries in one transaction; return the refusals by index, in order.
 
     Raises Unavailable when the store can't take any of them now.
     """
     refusals: dict[int, MiniAPMError] = {}
     good: dict[int, Occurrence] = {}
-    for index, entry in enumerate(entries):
+    for index, (entry, plain) in enumerate(entries):
         try:
-            good[index] = parse_occurrence(entry, store.now_ms(), f"errors[{index}]")
+            good[index] = parse_occurrence(
+                entry, store.now_ms(), f"errors[{index}]", plain=plain
+            )
         except BadRequest as refusal:
             refusals[index] = refusal
     outcomes: Sequence[MiniAPMError | None]
@@ -5451,21 +5616,38 @@ class Ingest:
         self._store = store
         self._max_body_bytes = max_body_bytes
         self._rejections = rejections
+        self._plain = PlainTexts()
         self._started_s = time.monotonic()
 
-    def receive(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> tuple[int, Any, bool]:
-        """Return the id of the project that reports, the body's JSON value, and is_plain of it."""
+    def _receive(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> tuple[int, str]:
+        """Return the id of the project that reports, and the body's text."""
         project_id = owner_of(bearer_key(environ), keys)
         if project_id is None:
             raise Unauthorized("the API key is unknown or revoked")
         require_json(environ)
-        raw = read_content(environ, self._max_body_bytes)
-        return project_id, decode_json(raw), len(raw) <= MAX_PLAIN_CHARS and is_plain(raw.decode())
+        return project_id, read_text(read_content(environ, self._max_body_bytes))
+
+    def read_error(
+        self, environ: Environ, keys: Iterable[tuple[int, bytes]]
+    ) -> tuple[int, Occurrence]:
+        """Return what a request reports, and the id of the project that does."""
+        project_id, text = self._receive(environ, keys)
+        plain = text if self._plain.includes(text) else None
+        return project_id, parse_occurrence(parse_json(text), self._store.now_ms(), plain=plain)
+
+    def read_batch(
+        self, environ: Environ, keys: Iterable[tuple[int, bytes]]
+    ) -> tuple[int, list[Entry]]:
+        """Return the entries of a batch, with their texts if plain, and the project's id."""
+        project_id, text = self._receive(environ, keys)
+        entries = batch_entries(text)
+        is_harmless = len(text) <= MAX_FAST_BYTES and self._plain.are_harmless(text)
+        is_plain = is_small if is_harmless else self._plain.includes
+        return project_id, [(entry, one if one and is_plain(one) else None) for entry, one in entries]
 
     def error(self) -> bottle.HTTPResponse:
         """Take one report: 202 once it is on disk."""
-        project_id, data, plain = self.receive(bottle.request.environ, self._store.keys())
-        occurrence = parse_occurrence(data, self._store.now_ms(), plain=plain)
+        project_id, occurrence = self.read_error(bottle.request.environ, self._store.keys())
         (refusal,) = self._store.record(project_id, [occurrence])
         if refusal is not None:
             raise refusal
@@ -5473,8 +5655,7 @@ class Ingest:
 
     def batch(self) -> bottle.HTTPResponse:
         """Take several reports: 202 when any was good, with a list of those that were not."""
-        project_id, data, _ = self.receive(bottle.request.environ, self._store.keys())
-        entries = batch_entries(data)
+        project_id, entries = self.read_batch(bottle.request.environ, self._store.keys())
         refusals = record_batch(self._store, project_id, entries)
         if not refusals:
             return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
@@ -5601,15 +5782,18 @@ class Intake:
         """
         path = environ["PATH_INFO"]
         if path == "/ingest/errors":
-            project_id, data, plain = self._ingest.receive(environ, keys)
-            reports = [(project_id, parse_occurrence(data, self._store.now_ms(), plain=plain))]
-            return Delivery(reports, "202 Accepted", b"")
+            return Delivery([self._ingest.read_error(environ, keys)], "202 Accepted", b"")
         if path == "/ingest/errors/batch":
-            project_id, data, _ = self._ingest.receive(environ, keys)
+            project_id, entries = self._ingest.read_batch(environ, keys)
             now_ms = self._store.now_ms()
-            entries = enumerate(batch_entries(data))
-            good = [parse_occurrence(one, now_ms, f"errors[{index}]") for index, one in entries]
-            return Delivery([(project_id, one) for one in good], "202 Accepted", b"")
+            is_costly = any(plain is None for _, plain in entries)
+            if is_costly and int(environ["CONTENT_LENGTH"]) > MAX_CLEANED_BYTES:
+                return None
+            reports = [
+                (project_id, parse_occurrence(entry, now_ms, f"errors[{index}]", plain=plain))
+                for index, (entry, plain) in enumerate(entries)
+            ]
+            return Delivery(reports, "202 Accepted", b"")
         found = _SENTRY_PATH.fullmatch(path)
         return self._read_sentry(environ, keys, int(found[1]), found[2]) if found else None
 
@@ -6298,7 +6482,7 @@ class FastIngest:
         return read
 
     def _read(self, request: Any, keys: Sequence[tuple[int, bytes]]) -> Delivery | None:
-        stream = request.get_body_stream()
+        body = request.body_rcv.getbuf().get() if request.body_rcv is not None else b""
         environ = {f"HTTP_{name}": value for name, value in request.headers.items()}
         environ |= {
             "REQUEST_METHOD": request.command,
@@ -6307,14 +6491,12 @@ class FastIngest:
             "SCRIPT_NAME": "",
             "CONTENT_TYPE": request.headers.get("CONTENT_TYPE", ""),
             "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH", ""),
-            "wsgi.input": stream,
+            "wsgi.input": io.BytesIO(body),
         }
         try:
             return self._intake.read(environ, keys)
         except Exception:  # noqa: BLE001 - whatever it is, the App refuses it properly
             return None
-        finally:
-            stream.seek(0)
 
 
 def missing_for_fast_ingest(server: Any) -> str:

@@ -876,7 +876,7 @@ def test_control_characters_stay_visible() -> None:
 @given(st.binary())
 def test_any_bytes_decode_or_are_refused(raw: bytes) -> None:
     with contextlib.suppress(miniapm.BadRequest):
-        miniapm.decode_json(raw)
+        miniapm.parse_json(miniapm.read_text(raw))
 
 
 @pytest.mark.parametrize(
@@ -888,7 +888,7 @@ def test_any_bytes_decode_or_are_refused(raw: bytes) -> None:
 )
 def test_what_is_not_strict_json_is_refused(raw: bytes) -> None:
     with pytest.raises(miniapm.BadRequest):
-        miniapm.decode_json(raw)
+        miniapm.parse_json(miniapm.read_text(raw))
 
 
 @given(JSON | st.builds(lambda extra: report(**extra), st.dictionaries(st.text(), JSON)))
@@ -899,7 +899,7 @@ def test_any_json_gives_an_occurrence_or_a_refusal(value: Any) -> None:
         return
     text = miniapm.dump_occurrence(one)
     text.encode("utf-8")
-    assert miniapm.load_occurrence(text, one.grouping_key) == one
+    assert miniapm.load_occurrence(text, one.grouping_key, NOW_MS) == one
 
 
 @pytest.mark.parametrize("name", sorted(miniapm._FIELDS))
@@ -1008,9 +1008,11 @@ plain_texts = st.text(alphabet='ab \\/"<é\n\t', max_size=12)
 @settings(max_examples=400)
 def test_plain_report_is_read_as_any_other(said: dict[str, Any], as_ascii: bool) -> None:
     text = json.dumps(said, ensure_ascii=as_ascii)
-    plain = miniapm.is_plain(text)
+    plain = text if miniapm.is_plain(text) else None
     found = miniapm.parse_occurrence(json.loads(text), NOW_MS, plain=plain)
     assert found == miniapm.parse_occurrence(said, NOW_MS)
+    stored = miniapm.dump_occurrence(found)
+    assert miniapm.load_occurrence(stored, found.grouping_key, NOW_MS) == found
     for value, shown in ((said.get("params"), found.params), ({"extra": 0} | said, found.extra)):
         copied = miniapm._Scrubber(miniapm.MAX_PARAMS_CHARS).copy(value)
         if shown is found.extra:
@@ -1028,6 +1030,28 @@ def test_most_reports_are_plain_and_odd_ones_are_not() -> None:
     ):
         assert not miniapm.is_plain(json.dumps(report(params={"a": odd})))
     assert miniapm.is_plain(json.dumps(report(message="é\n\t"), ensure_ascii=False))
+
+
+@given(
+    st.lists(st.lists(secretive | st.sampled_from(['"', "\\", "\n", "\u00e9"]), max_size=9)),
+    st.booleans(),
+)
+@settings(max_examples=400)
+def test_what_was_looked_at_before_changes_no_verdict(said: list[list[str]], as_ascii: bool) -> None:
+    known = miniapm.PlainTexts()
+    for parts in said:
+        text = json.dumps(report(message="".join(parts), extra=parts), ensure_ascii=as_ascii)
+        assert known.includes(text) == known.includes(text) == miniapm.is_plain(text)
+
+
+def test_what_is_remembered_of_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(miniapm, "MAX_REMEMBERED_TEXTS", 100)
+    known = miniapm.PlainTexts()
+    for number in range(200):
+        assert known.includes(json.dumps(report(message=f"no user {number}", more="x" * 1_000)))
+        assert not known.includes(json.dumps(report(message=f"password {number}")))
+        assert len(known._harmless) <= 100
+        assert max(map(len, known._harmless)) <= miniapm.MAX_REMEMBERED_CHARS
 
 
 @given(st.lists(st.lists(secretive, max_size=6).map("".join), max_size=4))
@@ -1387,7 +1411,7 @@ def test_any_event_becomes_an_occurrence(said: dict[str, Any]) -> None:
     assert occurrence.exception_class.strip()
     assert occurrence.fingerprint
     text = miniapm.dump_occurrence(occurrence)
-    assert miniapm.load_occurrence(text, b"").message == occurrence.message
+    assert miniapm.load_occurrence(text, b"", NOW_MS).message == occurrence.message
     assert miniapm.parse_occurrence(miniapm.to_payload(occurrence), NOW_MS).message is not None
 
 
@@ -2151,11 +2175,11 @@ def test_sample_of_a_transaction_that_was_undone_is_forgotten(store: Store) -> N
 
 
 def test_samples_in_memory_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(miniapm, "MAX_SAMPLES_BYTES", 1_000)
+    monkeypatch.setattr(miniapm, "MAX_KNOWN_BYTES", 2_500)
     made = [parse(fingerprint=str(n % 9), message=f"{n} {n % 9}") for n in range(27)]
     for one in made:
         store.record(1, [one])
-        assert len(store._recorder._samples._known) < 9
+        assert len(store._recorder._known._errors) < 9
     texts = [
         stored.occurrence.message
         for error in range(1, 10)
