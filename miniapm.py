@@ -112,6 +112,8 @@ _MEBIBYTE = 1024 * _KIBIBYTE
 MAX_BODY_BYTES = 10 * _MEBIBYTE  # the default of the setting max_body_bytes
 MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it is cut off
 MAX_HEADER_BYTES = 16 * _KIBIBYTE
+MAX_KNOWN_HEADER_BYTES = _KIBIBYTE  # of a request, remembered for the next one
+MAX_KNOWN_HEADERS = 500
 MAX_FORM_BYTES = 256 * _KIBIBYTE
 MAX_JSON_DEPTH_LEVELS = 64
 MAX_JSON_VALUES = 1_000_000  # commas and opening brackets of a body
@@ -143,7 +145,7 @@ MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
 MAX_PLAIN_CHARS = 8_000  # a report's JSON; below the limits of all but its short fields
-MAX_REMEMBERED_TEXTS = 20_000  # that PlainTexts knows, some megabytes
+MAX_REMEMBERED_TEXTS = 5_000  # of each kind that PlainTexts knows, a megabyte
 MAX_REMEMBERED_CHARS = 200  # of one of them
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
 MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
@@ -176,11 +178,13 @@ MAX_LOGIN_DELAY_S = 60.0
 MAX_LOGIN_ADDRESSES = 1_000
 
 PAGE_ERRORS = 50  # rows on one page of the list
-SWEEP_STEP_ROWS = 100  # what retention removes in one transaction
+SWEEP_STEP_ROWS = 500  # what retention removes in one transaction, in a few milliseconds
+SWEEP_STEP_PAGES = 100
 SWEEP_INTERVAL_S = 60.0
 MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # of what is kept in memory about the errors reported last
 KNOWN_OVERHEAD_BYTES = 200  # of each thing in it
-MAX_WAL_BYTES = 4 * _MEBIBYTE  # what the write-ahead log shrinks to after a burst
+MAX_WAL_BYTES = 8 * _MEBIBYTE  # with more in the write-ahead log a commit empties it itself
+CHECKPOINT_COMMITS = 50  # after as many it is copied into the database, beside the commits
 SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
 
 # Capture: what a program that is watched may lose to it.
@@ -594,8 +598,7 @@ def is_harmless(text: str) -> bool:
 def is_small(text: str) -> bool:
     """Tell whether a report's JSON text holds nothing that is to be cut."""
     return (
-        len(text) <= MAX_PLAIN_CHARS
-        and text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
+        len(text) <= MAX_PLAIN_CHARS and text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
     )
 
 
@@ -616,7 +619,8 @@ class PlainTexts:
     """
 
     def __init__(self) -> None:
-        self._harmless: set[str] = set()
+        self._harmless: set[str] = set()  # those that came twice
+        self._once: set[str] = set()
 
     def includes(self, text: str) -> bool:
         """Return what is_plain() does."""
@@ -627,10 +631,17 @@ class PlainTexts:
         new = set(text.split('"')) - self._harmless
         if not is_harmless('"'.join(new) + '"'):
             return False
-        if len(self._harmless) + len(new) > MAX_REMEMBERED_TEXTS:
-            self._harmless = set()
-        self._harmless.update(one for one in new if len(one) <= MAX_REMEMBERED_CHARS)
+        new = {one for one in new if len(one) <= MAX_REMEMBERED_CHARS}
+        self._harmless = self._remember(self._harmless, new & self._once)
+        self._once = self._remember(self._once, new)
         return True
+
+    @staticmethod
+    def _remember(known: set[str], new: set[str]) -> set[str]:
+        if len(known) + len(new) > MAX_REMEMBERED_TEXTS:
+            return set()
+        known |= new
+        return known
 
 
 def _cut(text: str, limit: int) -> str:
@@ -824,10 +835,13 @@ class _Fields:
         return value
 
 
+_EVENT_ID = re.compile("[0-9a-f]{32}")
+
+
 def read_event_id(value: Any) -> str | None:
     """Return an event id as 32 hexadecimal digits, None for what is no UUID (RFC 9562)."""
     digits = value.replace("-", "").lower() if isinstance(value, str) else ""
-    return digits if re.fullmatch("[0-9a-f]{32}", digits) else None
+    return digits if digits and _EVENT_ID.fullmatch(digits) else None
 
 
 def cut_middle(lines: list[str], most: int) -> list[str]:
@@ -851,13 +865,16 @@ def _bounded_lines(lines: list[str]) -> tuple[str, ...]:
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+_TIMESTAMP = re.compile(r"[0-9]{4}-?(?:[0-9]{2}-?[0-9]{2}|W[0-9]{2}-?[0-9])(?:[T ]\S+)?")
+
+
 def parse_timestamp(text: str) -> int:
     """Return the UTC milliseconds of an ISO 8601 time (naive means UTC); ValueError if it is none.
 
     Digits of a second beyond the sixth are dropped.
     """
     text = text.strip().upper()
-    if not re.fullmatch(r"[0-9]{4}-?(?:[0-9]{2}-?[0-9]{2}|W[0-9]{2}-?[0-9])(?:[T ]\S+)?", text):
+    if not _TIMESTAMP.fullmatch(text):
         raise ValueError(text)
     parsed = datetime.fromisoformat(text)
     if parsed.tzinfo is None:
@@ -883,11 +900,13 @@ def _occurred_ms(fields: _Fields, received_ms: int) -> tuple[int, str | None]:
     return claimed_ms, None
 
 
-_CONTEXT_FIELDS = ("file", "lineno", "context_line", "pre_context", "post_context")
+_CONTEXT_FIELDS = {one.name for one in dataclasses.fields(SourceContext)}
 
 
-def _parse_source_context(data: Json, at: str, *, plain: bool) -> SourceContext:
-    fields = _Fields(data, at)
+def _parse_source_context(data: Json | None, at: str, *, plain: bool) -> SourceContext | None:
+    if data is None:
+        return None
+    fields = _Fields(data, f"{at}.source_context" if at else "source_context")
     file = fields.text("file", "a string, the file's path", empty=True)
     lineno = data.get("lineno")
     if not isinstance(lineno, int) or isinstance(lineno, bool) or not 0 <= lineno < 2**31:
@@ -902,7 +921,7 @@ def _parse_source_context(data: Json, at: str, *, plain: bool) -> SourceContext:
         text = scrub_text("\n".join(line[: 2 * limit] for line in lines))
         lines = [clean(line, limit) for line in text.split("\n")]
     return SourceContext(
-        file=clean(file, MAX_LINE_CHARS),
+        file=file if plain else clean(file, MAX_LINE_CHARS),
         lineno=lineno,
         context_line=lines[len(before)],
         pre_context=tuple(lines[: len(before)]),
@@ -910,7 +929,7 @@ def _parse_source_context(data: Json, at: str, *, plain: bool) -> SourceContext:
     )
 
 
-_FIELDS = {
+_FIELDS = {  # of a report
     "exception_class",
     "message",
     "backtrace",
@@ -924,6 +943,8 @@ _FIELDS = {
 
 
 def _unknown_fields(data: Json, context: Json) -> Json:
+    if data.keys() <= _FIELDS and context.keys() <= _CONTEXT_FIELDS:
+        return {}
     extra = {name: value for name, value in data.items() if name not in _FIELDS}
     if read_event_id(extra.get("event_id")) is not None:
         del extra["event_id"]
@@ -952,10 +973,7 @@ def parse_occurrence(
     context, params = fields.mapping("source_context"), fields.mapping("params")
     extra = _unknown_fields(data, context or {})
     occurred_ms, disbelieved = _occurred_ms(fields, received_ms)
-    source = None
-    if context is not None:
-        context_at = f"{at}.source_context" if at else "source_context"
-        source = _parse_source_context(context, context_at, plain=is_known_plain)
+    source = _parse_source_context(context, at, plain=is_known_plain)
     is_short = is_known_plain and len(backtrace) <= MAX_BACKTRACE_LINES
     return Occurrence(
         exception_class=tidy(exception_class, MAX_CLASS_CHARS),
@@ -1018,7 +1036,9 @@ def dump_occurrence(occurrence: Occurrence) -> str:
         name: value for name in _STORED_FIELDS if (value := getattr(occurrence, name)) is not None
     }
     if (context := occurrence.source_context) is not None:  # asdict() takes ten times as long
-        values["source_context"] = {name: getattr(context, name) for name in _CONTEXT_FIELDS}
+        values["source_context"] = {
+            name: getattr(context, name) for name in SourceContext.__slots__
+        }
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -1861,17 +1881,23 @@ SELECT_KEY_OWNER = """
 SELECT_SETTING = "SELECT value FROM settings WHERE name = :name"
 SET_SETTING = "INSERT OR REPLACE INTO settings (name, value) VALUES (:name, :value)"
 
-SELECT_EXPIRED = """
-    SELECT id, error_id FROM occurrences WHERE received_ms < :cutoff_ms
-    ORDER BY received_ms LIMIT :step"""
+# Each of these removes a step of occurrences in one statement, and tells whose they were.
+DELETE_EXPIRED = """
+    DELETE FROM occurrences WHERE id IN
+        (SELECT id FROM occurrences WHERE received_ms < :cutoff_ms
+        ORDER BY received_ms LIMIT :step)
+    RETURNING error_id"""
+DELETE_OLDEST = """
+    DELETE FROM occurrences WHERE id IN
+        (SELECT id FROM occurrences WHERE error_id = :error_id ORDER BY id LIMIT :step)
+    RETURNING error_id"""
+DELETE_SURPLUS = """
+    DELETE FROM occurrences WHERE id IN
+        (SELECT id FROM occurrences WHERE error_id = :error_id ORDER BY id LIMIT
+        (SELECT MAX(0, MIN(:step, stored_count - :most)) FROM errors WHERE id = :error_id))
+    RETURNING error_id"""
 SELECT_CROWDED = """
     SELECT id FROM errors WHERE stored_count > :most AND status <> 'deleted' LIMIT :step"""
-SELECT_OLDEST = """
-    SELECT id, error_id FROM occurrences WHERE error_id = :error_id ORDER BY id LIMIT :step"""
-SELECT_SURPLUS = """
-    SELECT id, error_id FROM occurrences WHERE error_id = :error_id ORDER BY id LIMIT
-        (SELECT MAX(0, MIN(:step, stored_count - :most)) FROM errors WHERE id = :error_id)"""
-DELETE_OCCURRENCE = "DELETE FROM occurrences WHERE id = :id"
 DISCOUNT_STORED = "UPDATE errors SET stored_count = stored_count - :count WHERE id = :error_id"
 DELETE_EMPTY = """
     UPDATE errors SET status = 'deleted', grouping_key = NULL WHERE id IN
@@ -2097,6 +2123,7 @@ def open_database(path: str) -> sqlite3.Connection:
             db = undo.enter_context(contextlib.closing(_connect(path)))
             _migrate(db, path)
             db.execute(f"PRAGMA busy_timeout = {int(LOCK_STEP_S * 1000)}")
+            db.execute(f"PRAGMA wal_autocheckpoint = {MAX_WAL_BYTES // 4096}")
         except sqlite3.Error as error:
             raise MiniAPMError(f"can't use the database {path}: {error}") from None
         undo.pop_all()
@@ -2135,6 +2162,45 @@ class _Job:
     future: Future[Any] = field(default_factory=Future)
 
 
+class Checkpointer:
+    """Copies the write-ahead log into the database, in a thread beside the one that commits.
+
+    A commit that finds much that is not copied yet does it itself: SQLite's own way, which bounds
+    the log where this thread can't keep up.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._commits = 0
+        self._is_due = threading.Event()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="miniapm-checkpoint", daemon=True)
+
+    def count_commit(self) -> None:
+        """Start when there may be something worth copying; called by one thread at a time."""
+        self._commits += 1
+        if self._commits % CHECKPOINT_COMMITS == 0:
+            if self._commits == CHECKPOINT_COMMITS:
+                self._thread.start()
+            self._is_due.set()
+
+    def close(self) -> None:
+        """Finish what is being copied."""
+        self._is_closed = True
+        self._is_due.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        _is_busy_here.set(True)
+        with contextlib.closing(_connect(self._path)) as db:
+            while not self._is_closed:
+                self._is_due.wait()
+                self._is_due.clear()
+                with contextlib.suppress(sqlite3.Error):  # then the commits do it, and say why not
+                    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+
 class Writer:
     """The one connection that writes, and its thread: what waits is committed as one group.
 
@@ -2150,6 +2216,7 @@ class Writer:
         self._changed = threading.Condition()
         self._turn = threading.Lock()  # held while the connection is used
         self._locked_since_s = math.inf  # by another process
+        self._checkpointer = Checkpointer(path)
         self.after_undo: Callable[[], None] = lambda: None  # called when what was written is not
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="miniapm-writer", daemon=True)
@@ -2187,13 +2254,12 @@ class Writer:
             if self._locked_since_s < math.inf:
                 raise Unavailable("the database is locked by another process", retry_after_s=2)
             self._begin()
-            job = _Job(work, 0)
-            self._commit([job])
+            with self._transaction():
+                return work(self._db)
         except sqlite3.Error as error:
             raise _refusal_of(error) from error
         finally:
             self._turn.release()
-        return job.future.result()
 
     def refuse_if_closed(self) -> None:
         """Raise Unavailable when close() has been called."""
@@ -2206,6 +2272,7 @@ class Writer:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
+        self._checkpointer.close()
 
     def _run(self) -> None:
         _is_busy_here.set(True)
@@ -2246,17 +2313,27 @@ class Writer:
             self._jobs.clear()
         return [job for job in jobs if job.future.set_running_or_notify_cancel()]
 
-    def _commit(self, jobs: list[_Job]) -> None:
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Commit what the block writes in the transaction that has begun, or undo it."""
         try:
             if _file_identity(self._path) != self._file:  # SQLite would go on and tell nobody
                 raise MiniAPMError(f"{self._path} was deleted or replaced; start the server anew")
-            outcomes = [self._attempt(job.work) for job in jobs]
+            yield
             self._db.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - the thread must outlive what a disk does
+            self._checkpointer.count_commit()
+        except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
             self.after_undo()
+            raise
+
+    def _commit(self, jobs: list[_Job]) -> None:
+        try:
+            with self._transaction():
+                outcomes = [self._attempt(job.work) for job in jobs]
+        except Exception as error:  # noqa: BLE001 - the thread must outlive what a disk does
             self._fail(jobs, error)
             return
         for job, (result, failure) in zip(jobs, outcomes, strict=True):
@@ -2294,6 +2371,8 @@ def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
 
 def facets_of(occurrence: Occurrence) -> list[tuple[str, str]]:
     """Return the (name, value) pairs that an error remembers; a tag's value is name:value."""
+    if not occurrence.extra:
+        return [("level", "error")]
     found = [(name, facet_of(occurrence, name)) for name in FACETS]
     tags = [f"{name}:{value}" for name, value in tags_of(occurrence).items()]
     found += [("tag", clip(text, MAX_FACET_CHARS)) for text in tags[:MAX_TAGS]]
@@ -2363,16 +2442,16 @@ class _KnownErrors:
     def add(self, key: tuple[int, bytes], known: _Known) -> None:
         """Remember an error."""
         self._errors[key] = known
-        self._grow(len(known.sample))
+        self._grow(len(known.sample) + KNOWN_OVERHEAD_BYTES)
 
     def add_seen(self, known: _Known, name: str, values: Iterable[str]) -> None:
         """Remember what is stored of an error."""
-        for value in values:
-            known.seen[name].add(value)
-            self._grow(len(value))
+        new = set(values) - known.seen[name]
+        known.seen[name] |= new
+        self._grow(sum(map(len, new)) + KNOWN_OVERHEAD_BYTES * len(new))
 
     def _grow(self, size: int) -> None:
-        self._size += size + KNOWN_OVERHEAD_BYTES
+        self._size += size
         if self._size > MAX_KNOWN_BYTES:
             self.forget()
 
@@ -2485,17 +2564,18 @@ class _Recorder:
         found: dict[str, dict[str, None]] = {}
         for row in rows:
             for name, value in facets_of(row.occurrence):
-                if value not in error.seen[name]:
-                    values = found.setdefault(name, {})
-                    values.pop(value, None)
-                    values[value] = None
+                values = found.setdefault(name, {})
+                values.pop(value, None)
+                values[value] = None
         for name, values in found.items():
+            if values.keys() <= error.seen[name]:
+                continue
             newest = list(values)[-MAX_REMEMBERED[name] :]
             part = {"error_id": error.id, "name": name}
-            if db.executemany(RECORD_FACET, [part | {"value": one} for one in newest]).rowcount:
-                part |= {"most": MAX_REMEMBERED[name], "seen": json.dumps(newest)}
-                if db.execute(FORGET_FACETS, part).rowcount:
-                    error.seen[name].clear()
+            db.executemany(RECORD_FACET, [part | {"value": one} for one in newest])
+            part |= {"most": MAX_REMEMBERED[name], "seen": json.dumps(newest)}
+            if db.execute(FORGET_FACETS, part).rowcount:
+                error.seen[name].clear()
             self._known.add_seen(error, name, newest)
 
 
@@ -2762,13 +2842,11 @@ def say(text: str, out: TextIO | None = None) -> None:
 
 
 def _remove_occurrences(db: sqlite3.Connection, statement: str, values: Json) -> int:
-    """Remove the occurrences that a statement selects; return how many they were."""
-    found = db.execute(statement, values).fetchall()
-    db.executemany(DELETE_OCCURRENCE, [{"id": row["id"]} for row in found])
-    removed = collections.Counter(row["error_id"] for row in found)
+    """Remove occurrences as a statement says; return how many they were."""
+    removed = collections.Counter(row["error_id"] for row in db.execute(statement, values))
     counts = [{"error_id": error_id, "count": count} for error_id, count in removed.items()]
     db.executemany(DISCOUNT_STORED, counts)
-    return len(found)
+    return removed.total()
 
 
 def _remove_deleted(db: sqlite3.Connection) -> int:
@@ -2776,7 +2854,7 @@ def _remove_deleted(db: sqlite3.Connection) -> int:
     left = SWEEP_STEP_ROWS
     while left > 0 and (error := db.execute(SELECT_DELETED).fetchone()):
         values = {"error_id": error["id"], "step": left}
-        left -= _remove_occurrences(db, SELECT_OLDEST, values)
+        left -= _remove_occurrences(db, DELETE_OLDEST, values)
         left -= db.execute(DELETE_BUCKETS, values).rowcount
         left -= db.execute(DELETE_USERS, values).rowcount
         left -= db.execute(DELETE_FACETS, values).rowcount
@@ -2787,11 +2865,14 @@ def _remove_deleted(db: sqlite3.Connection) -> int:
 
 
 def _release_pages(db: sqlite3.Connection) -> int:
-    """Give one step of free pages back to the disk; return how many are left."""
-    free = _pragma(db, "freelist_count")
-    for _ in range(min(free, SWEEP_STEP_ROWS)):
+    """Give one step of free pages back to the disk; return how many are left to give.
+
+    A tenth of the file stays free, for the reports that come next.
+    """
+    free = _pragma(db, "freelist_count") - _pragma(db, "page_count") // 10
+    for _ in range(min(free, SWEEP_STEP_PAGES)):
         db.execute("PRAGMA incremental_vacuum(1)")  # however large N is, execute frees one
-    return max(0, free - SWEEP_STEP_ROWS)
+    return max(0, free - SWEEP_STEP_PAGES)
 
 
 class Retention:
@@ -2836,8 +2917,7 @@ class Retention:
         with self._store.reading() as db:
             values = {"most": self._max_occurrences, "step": SWEEP_STEP_ROWS}
             crowded = db.execute(SELECT_CROWDED, values).fetchall()
-        for row in crowded:
-            self._repeat(functools.partial(self._remove_surplus, row["id"]))
+        self._repeat(functools.partial(self._remove_surplus, [row["id"] for row in crowded]))
         self._repeat(lambda db: db.execute(DELETE_EMPTY, {"step": SWEEP_STEP_ROWS}).rowcount)
         self._repeat(_remove_deleted)
         self._repeat(_release_pages)
@@ -2851,11 +2931,17 @@ class Retention:
     def _remove_expired(self, db: sqlite3.Connection) -> int:
         cutoff_ms = self._store.now_ms() - self._retention_ms
         values = {"cutoff_ms": cutoff_ms, "step": SWEEP_STEP_ROWS}
-        return _remove_occurrences(db, SELECT_EXPIRED, values)
+        return _remove_occurrences(db, DELETE_EXPIRED, values)
 
-    def _remove_surplus(self, error_id: int, db: sqlite3.Connection) -> int:
-        values = {"error_id": error_id, "most": self._max_occurrences, "step": SWEEP_STEP_ROWS}
-        return _remove_occurrences(db, SELECT_SURPLUS, values)
+    def _remove_surplus(self, error_ids: list[int], db: sqlite3.Connection) -> int:
+        """Remove a step from the last of the errors; return how many errors are left."""
+        left = SWEEP_STEP_ROWS
+        while error_ids and left > 0:
+            values = {"error_id": error_ids[-1], "most": self._max_occurrences, "step": left}
+            left -= _remove_occurrences(db, DELETE_SURPLUS, values)
+            if left > 0:
+                error_ids.pop()
+        return len(error_ids)
 
 
 # --- 9. Capture -----------------------------------------------------------------------------------
@@ -5357,9 +5443,7 @@ def record_batch(
     good: dict[int, Occurrence] = {}
     for index, (entry, plain) in enumerate(entries):
         try:
-            good[index] = parse_occurrence(
-                entry, store.now_ms(), f"errors[{index}]", plain=plain
-            )
+            good[index] = parse_occurrence(entry, store.now_ms(), f"errors[{index}]", plain=plain)
         except BadRequest as refusal:
             refusals[index] = refusal
     outcomes: Sequence[MiniAPMError | None]
@@ -5643,7 +5727,9 @@ class Ingest:
         entries = batch_entries(text)
         is_harmless = len(text) <= MAX_FAST_BYTES and self._plain.are_harmless(text)
         is_plain = is_small if is_harmless else self._plain.includes
-        return project_id, [(entry, one if one and is_plain(one) else None) for entry, one in entries]
+        return project_id, [
+            (entry, one if one and is_plain(one) else None) for entry, one in entries
+        ]
 
     def error(self) -> bottle.HTTPResponse:
         """Take one report: 202 once it is on disk."""
@@ -6321,23 +6407,41 @@ def url_of(listener: socket.socket) -> str:
 
 
 def _parser_class(max_body_bytes: int) -> Any:
-    """Return waitress's parser, but for bodies that are too large.
+    """Return waitress's parser with two differences.
 
-    They are read to their end: cut off in the middle of sending, most clients never see the 413.
-    What is beyond the limit is dropped, and one byte too many tells the App.
+    Bodies that are too large are read to their end: cut off in the middle of sending, most
+    clients never see the 413. What is beyond the limit is dropped, and one byte too many tells
+    the App. And headers with a body that come again byte for byte, as those of a client with one
+    connection do, are not parsed again.
     """
     import waitress.buffers  # type: ignore[import-untyped]
     import waitress.parser  # type: ignore[import-untyped]
+    from waitress.receiver import FixedStreamReceiver  # type: ignore[import-untyped]
 
     class Buffer(waitress.buffers.OverflowableBuffer):  # type: ignore[misc]
         def append(self, data: bytes) -> None:
             super().append(data[: max(0, max_body_bytes + 1 - self.__len__())])
 
+    known: dict[bytes, dict[str, Any]] = {}  # headers, and what parse_header() made of them
+
     class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         def parse_header(self, header: bytes) -> None:
-            super().parse_header(header)
+            if (parts := known.get(header)) is not None:
+                self.__dict__ |= parts | {"headers": dict(parts["headers"])}
+                self.body_rcv = FixedStreamReceiver(self.content_length, None)
+            else:
+                self._parse_new_header(header)
             if self.body_rcv is not None:
                 self.body_rcv.buf = Buffer(self.adj.inbuf_overflow)
+
+        def _parse_new_header(self, header: bytes) -> None:
+            before = set(self.__dict__) - {"headers"}
+            super().parse_header(header)
+            if self.content_length and not self.chunked and len(header) <= MAX_KNOWN_HEADER_BYTES:
+                if len(known) >= MAX_KNOWN_HEADERS:
+                    known.clear()
+                parts = {name: self.__dict__[name] for name in self.__dict__.keys() - before}
+                known[header] = parts | {"headers": dict(self.headers)}
 
     return Parser
 
@@ -6462,9 +6566,16 @@ class FastIngest:
             self._server.pull_trigger = wake
 
     def _answer(self, channel: Any, delivery: Delivery) -> None:
-        channel.answer = fast_answer(delivery.status, delivery.body, int(time.time()))
+        answer = fast_answer(delivery.status, delivery.body, int(time.time()))
         try:
-            channel.service()
+            if len(channel.requests) > 1 or channel.request or channel.total_outbufs_len:
+                channel.answer = answer
+                channel.service()
+            else:  # nothing stands before or behind it
+                sent = channel.send(answer, do_close=False)
+                channel.requests.pop().close()
+                if sent < len(answer):
+                    channel.write_soon(answer[sent:])
         except Exception as error:  # noqa: BLE001 - the report is stored, the loop must go on
             say(f"miniapm: an answer could not be sent: {type(error).__name__}", sys.stderr)
             channel.will_close = True
