@@ -506,7 +506,7 @@ _SECRET_NAME = re.compile(rf"{_SECRET_WORDS}|^{_SHORT_NAMES}\Z", re.IGNORECASE)
 # Most texts have none, and to look for them takes a tenth of the time that the patterns take.
 _SECRET_HINTS = (
     *("pass", "pwd", "secret", "token", "authorization", "auth=", "cookie", "session", "sid="),
-    *("jwt=", "csrf", "xsrf", "credential", "bearer", "basic", "://", "proj_"),
+    *("jwt=", "csrf", "xsrf", "credential", "bearer", "basic", "proj_"),
     *('auth"', 'sid"', 'jwt"'),  # as names in JSON
 )
 _KEY_HINTS = ("api", "private")
@@ -525,8 +525,9 @@ _QUOTED_SECRET = (
 # {\"token\": \"x\"}: JSON that was put into JSON
 _ESCAPED_SECRET = rf'(?i:((?:{_SECRET_WORDS}){_PART}\\"\s{{0,3}}:\s{{0,3}}\\")[^"\\\n]+)'
 _HEADER_SECRET = r"(?i:\b((?a:authorization|cookie)\s{0,3}:\s{0,3})(?![\s\"'])[^\n]+)"
+_URL_SECRET = r"(://[^\s/@:?#]*):[^\s/?#]+@"  # postgres://user:x@host
 _SECRET_PATTERNS = (
-    (r"(://[^\s/@:?#]*):[^\s/?#]+@", rf"\1:{FILTERED}@"),  # postgres://user:x@host
+    (_URL_SECRET, rf"\1:{FILTERED}@"),
     (_HEADER_SECRET, rf"\1{FILTERED}"),
     (r"(?i:\b(bearer\s{1,3})[\w.~+/=-]{6,})", rf"\1{FILTERED}"),
     (r"\b([Bb]asic\s{1,3})(?=[a-z]{0,99}[A-Z0-9+/=])[\w+/=]{8,}", rf"\1{FILTERED}"),
@@ -542,12 +543,19 @@ _PRIVATE_KEY = re.compile(
 )
 
 
-def may_hold_secret(text: str) -> bool:
+# What that is in a JSON text, where a quotation mark may go on with the next string.
+_HAS_URL_SECRET = re.compile(_URL_SECRET)
+_HAS_URL_SECRET_IN_JSON = re.compile(r'://[^\s/@:?#"]*(?:\\"|:[^\s/?#"]*(?:@|\\"))')
+
+
+def may_hold_secret(text: str, url_secret: re.Pattern[str] = _HAS_URL_SECRET) -> bool:
     """Tell whether a text needs scrub_text; False means that it would stay as it is."""
     folded = text.casefold()
     for hint in _SECRET_HINTS:  # any() takes twice as long
         if hint in folded:
             return True
+    if "://" in folded and url_secret.search(text):
+        return True
     return "key" in folded and any(hint in folded for hint in _KEY_HINTS)
 
 
@@ -592,14 +600,17 @@ _ODD_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\[^nt\"\\]")
 def is_harmless(text: str) -> bool:
     """Tell whether there is nothing in a JSON text that is to be scrubbed or replaced."""
     is_odd = not text.isprintable() or ("\\" in text and _ODD_ESCAPE.search(text))
-    return not (is_odd or may_hold_secret(text))
+    return not (is_odd or may_hold_secret(text, _HAS_URL_SECRET_IN_JSON))
+
+
+def is_shallow(text: str) -> bool:
+    """Tell whether a JSON text has too few brackets to be nested too deep."""
+    return text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
 
 
 def is_small(text: str) -> bool:
     """Tell whether a report's JSON text holds nothing that is to be cut."""
-    return (
-        len(text) <= MAX_PLAIN_CHARS and text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
-    )
+    return len(text) <= MAX_PLAIN_CHARS and is_shallow(text)
 
 
 def is_plain(text: str) -> bool:
@@ -1128,6 +1139,7 @@ _SCRIPT_LOCATION = re.compile(r"(.+?):(\d{1,9}):\d{1,9}$")
 _RUBY_FILE = re.compile(r"\.(?:rb|ru|rake|erb|haml|slim|gemspec)$")
 
 
+@functools.lru_cache(1_000)  # the paths of an application come again
 def is_own_path(file: str) -> bool:
     """Tell the application's files from those of libraries, by where they lie."""
     return not _LIBRARY.search(file.replace("\\", "/"))
@@ -1391,10 +1403,12 @@ def read_event(payload: memoryview, at: str) -> Json:
     """Decode an event; BadRequest or TooLarge when it can't be taken."""
     if len(payload) > MAX_EVENT_BYTES:
         raise TooLarge(f"{at} is larger than {MAX_EVENT_BYTES:,} bytes", field=at)
-    event = parse_json(read_text(bytes(payload), at), at)
+    text = read_text(bytes(payload), at)
+    event = parse_json(text, at)
     if not isinstance(event, dict):
         raise BadRequest(f"{at} must be a JSON object", field=at)
-    refuse_depth(event, at)
+    if not is_shallow(text):
+        refuse_depth(event, at)
     return event
 
 
@@ -1452,7 +1466,7 @@ def _newest_first(part: Json) -> list[Json]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(clip(text, MAX_CLASS_CHARS).split("\n"))
+    return clip(text, MAX_CLASS_CHARS).replace("\n", " ")
 
 
 def _frame_place(frame: Json, platform: str) -> tuple[str, str]:
@@ -1460,7 +1474,8 @@ def _frame_place(frame: Json, platform: str) -> tuple[str, str]:
     file = _text(frame.get("filename")) or _text(frame.get("abs_path"))
     file = file or _text(frame.get("package"))
     function = _text(frame.get("function")) or _text(frame.get("instruction_addr"))
-    function = re.sub(r"^(|.*\.)\?$", r"\1<anonymous>", function)
+    if function.endswith("?"):
+        function = re.sub(r"^(|.*\.)\?$", r"\1<anonymous>", function)
     if platform in ("java", "csharp") and frame.get("module"):
         function = f"{_text(frame['module'])}.{function}"
     return _one_line(file), _one_line(function)
@@ -1577,10 +1592,13 @@ def _request_id_of(event: Json) -> str:
     return next((_text(value) for value in said if _text(value)), "")
 
 
+_SECONDS = re.compile(r"[0-9]{1,12}(?:\.[0-9]{0,12})?")
+
+
 def _time_of(value: Any) -> str | None:
     """Return a time, in seconds since 1970 or ISO 8601, as the latter; None if it is neither."""
     with contextlib.suppress(ValueError, OverflowError):
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,12}(?:\.[0-9]{0,12})?", value):
+        if isinstance(value, str) and _SECONDS.fullmatch(value):
             value = float(value)
         if isinstance(value, str):
             return iso_time(parse_timestamp(value))
@@ -1594,15 +1612,16 @@ def _breadcrumbs_of(event: Json) -> list[Json]:
     crumbs = _objects(event.get("breadcrumbs"), MAX_BREADCRUMBS)
     kept: list[Json] = []
     room = MAX_FIELD_CHARS * 3 // 4
+    are_small = len(json.dumps(crumbs)) <= min(room, MAX_BREADCRUMB_CHARS)
     for crumb in reversed(crumbs):
-        size = len(json.dumps(crumb))
+        size = 0 if are_small else len(json.dumps(crumb))
         room -= min(size, MAX_BREADCRUMB_CHARS)
         if room < 0:
             kept.append({"message": f"… [{len(crumbs) - len(kept):,} older ones left out]"})
             break
         cut = crumb if size <= MAX_BREADCRUMB_CHARS else scrub(crumb, MAX_BREADCRUMB_CHARS)
-        time_text = _time_of(crumb.get("timestamp"))
-        kept.append(cut | ({"timestamp": time_text} if time_text else {}))
+        time_text = _time_of(crumb["timestamp"]) if "timestamp" in crumb else None
+        kept.append(cut | {"timestamp": time_text} if time_text else cut)
     return kept[::-1]
 
 
@@ -1625,7 +1644,7 @@ def _locals_of(frame: Json) -> Json:
     return {
         name: value
         for name, value in _object(frame.get("vars")).items()
-        if not re.fullmatch("__[a-z]+__", name)
+        if not (name.startswith("__") and re.fullmatch("__[a-z]+__", name))
     }
 
 
@@ -1666,12 +1685,12 @@ def _with_present_names(event: Json) -> Json:
     }
 
 
-def occurrence_from_sentry(event: Json, received_ms: int) -> Occurrence:
-    """Turn an event of a Sentry SDK into an Occurrence; what has another shape is left out.
+def report_of_event(event: Json) -> Json:
+    """Turn an event of a Sentry SDK into a report; what has another shape is left out.
 
     Source: develop.sentry.dev, "Event Payloads". The last exception is the one that was raised.
 
-    | occurrence | event |
+    | report | event |
     |---|---|
     | class, message | type, value of the last exception; else logger, logentry or message |
     | backtrace | the chain from the last exception on, else the current thread; newest first |
@@ -1679,10 +1698,8 @@ def occurrence_from_sentry(event: Json, received_ms: int) -> Occurrence:
     | fingerprint | fingerprint, with {{ default }} expanded by fingerprint_of |
     | user_id | user.id, .username, .email, .ip_address, the first there is |
     | request_id | header X-Request-Id, tag request_id, contexts.trace.trace_id |
-    | occurred_ms, event_id | timestamp, in seconds or ISO 8601; event_id |
-    | extra | _surroundings_of |
-
-    BadRequest when it is nested too deep.
+    | timestamp, event_id | timestamp, in seconds or ISO 8601; event_id |
+    | the rest | _surroundings_of |
     """
     event = _with_present_names(event)
     chain, platform = _chain_of(event), _text(event.get("platform"))
@@ -1696,15 +1713,26 @@ def occurrence_from_sentry(event: Json, received_ms: int) -> Occurrence:
         "message": message,
         "backtrace": _backtrace_of(chain, platform),
         "fingerprint": _fingerprint_of_event(event, default),
-        "request_id": _request_id_of(event),
-        "user_id": _user_id_of(_object(event.get("user"))),
+        "request_id": _request_id_of(event) or None,
+        "user_id": _user_id_of(_object(event.get("user"))) or None,
         "timestamp": _time_of(event.get("timestamp")),
+        "event_id": read_event_id(event.get("event_id")),
         "source_context": next(filter(None, map(_source_of, frames)), None),
     }
-    if (event_id := read_event_id(event.get("event_id"))) is not None:
-        report["event_id"] = event_id
     surroundings = _surroundings_of(event, chain[0], frames[0] if frames else {})
-    return parse_occurrence(report | surroundings, received_ms)
+    return {name: value for name, value in report.items() if value is not None} | surroundings
+
+
+_COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def occurrence_from_sentry(
+    event: Json, received_ms: int, is_plain: Callable[[str], bool] = is_plain
+) -> Occurrence:
+    """Turn an event of a Sentry SDK into an Occurrence; BadRequest when it is nested too deep."""
+    report = report_of_event(event)
+    text = _COMPACT_JSON.encode(report)
+    return parse_occurrence(report, received_ms, plain=text if is_plain(text) else None)
 
 
 # --- 7. Schema ------------------------------------------------------------------------------------
@@ -5773,6 +5801,7 @@ class SentryIngest:
         self._store = store
         self._max_body_bytes = max_body_bytes
         self._rejections = rejections
+        self._plain = PlainTexts()
 
     def envelope(self, project_id: int) -> bottle.HTTPResponse:
         """Take the events of an envelope, and nothing else of it: 200 once they are on disk."""
@@ -5806,7 +5835,7 @@ class SentryIngest:
         is_first = all(kind != "event" for kind, _ in envelope.items[:index])
         if read_event_id(event.get("event_id")) is None:
             event["event_id"] = (is_first and spare_id) or secrets.token_hex(16)
-        return occurrence_from_sentry(event, self._store.now_ms())
+        return occurrence_from_sentry(event, self._store.now_ms(), self._plain.includes)
 
     def _take(
         self, project_id: int, parse: Callable[[bytes | bytearray], Envelope]

@@ -252,13 +252,28 @@ def rows(store: Store, sql: str) -> list[Any]:
         return [tuple(row) for row in db.execute(sql)]
 
 
-class Server:
-    """`python miniapm.py` as a process of its own, on a free port."""
+SLOW_SERVER = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import miniapm
+miniapm.missing_for_fast_ingest = lambda server: "something"
+sys.exit(miniapm.main())
+"""
 
-    def __init__(self, folder: Path, *arguments: str, **environ: str) -> None:
+
+class Server:
+    """`python miniapm.py` as a process of its own, on a free port.
+
+    With `is_slow` it thinks that its waitress lacks something that the faster path needs.
+    """
+
+    def __init__(
+        self, folder: Path, *arguments: str, is_slow: bool = False, **environ: str
+    ) -> None:
         self.db = folder / "miniapm.db"
+        program = ["-c", SLOW_SERVER] if is_slow else [str(HERE / "miniapm.py")]
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "miniapm.py"), "--port", "0", *arguments],
+            [sys.executable, *program, "--port", "0", *arguments],
             cwd=folder,
             env=clean_environ() | environ,
             stdout=subprocess.PIPE,
@@ -307,12 +322,14 @@ def clean_environ() -> dict[str, str]:
     return kept | {"PYTHONDONTWRITEBYTECODE": "1"}
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+@pytest.fixture(params=["loop", "pool"])
+def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Server]]:
+    """Start servers; each test runs with reports taken by the loop and by the thread pool."""
     running: list[Server] = []
 
     def starter(*arguments: str, **environ: str) -> Server:
-        running.append(Server(tmp_path, *arguments, **environ))
+        is_slow = request.param == "pool"
+        running.append(Server(tmp_path, *arguments, is_slow=is_slow, **environ))
         return running[-1]
 
     yield starter
@@ -950,6 +967,7 @@ secretive = st.sampled_from(
             "abcDEF123=",
         ),
         *("://u:p@h", "proj_0123456789abcdef0", "-----BEGIN RSA PRIVATE KEY-----", '\\"', "=>"),
+        *("://", "u:p", ":", "@h", '"', "/"),
     ]
 )
 
@@ -1025,11 +1043,13 @@ def test_most_reports_are_plain_and_odd_ones_are_not() -> None:
     for escaped in ("postgres:\\/\\/user:hunter2@db\\/x", "p\\u0061ssword"):
         assert not miniapm.is_plain(json.dumps(report(message="MARK")).replace("MARK", escaped))
     for odd in (
-        *("password", "\u202e", "\u0000", "é", "x" * 9_000, "http://x", "\r"),
+        *("password", "\u202e", "\u0000", "é", "x" * 9_000, "http://u:p@x", "\r", 'a://u:"p@x'),
+        *('a://"u:p@x', 'a://u:p"@x'),
         functools.reduce(lambda inner, _: [inner], range(70), []),
     ):
         assert not miniapm.is_plain(json.dumps(report(params={"a": odd})))
-    assert miniapm.is_plain(json.dumps(report(message="é\n\t"), ensure_ascii=False))
+    for usual in ("é\n\t", "http://x", "http://localhost:3000", "http://x:1/a?b=c@d", r"C:\\a\b"):
+        assert miniapm.is_plain(json.dumps(report(message=usual), ensure_ascii=False))
 
 
 @given(
