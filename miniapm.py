@@ -6456,7 +6456,7 @@ def _parser_class(max_body_bytes: int) -> Any:
     class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         def parse_header(self, header: bytes) -> None:
             if (parts := known.get(header)) is not None:
-                self.__dict__ |= parts | {"headers": dict(parts["headers"])}
+                self.__dict__.update(parts, headers=dict(parts["headers"]))
                 self.body_rcv = FixedStreamReceiver(self.content_length, None)
             else:
                 self._parse_new_header(header)
@@ -6464,12 +6464,12 @@ def _parser_class(max_body_bytes: int) -> Any:
                 self.body_rcv.buf = Buffer(self.adj.inbuf_overflow)
 
         def _parse_new_header(self, header: bytes) -> None:
-            before = set(self.__dict__) - {"headers"}
+            own = {*self.__dict__, "body_rcv"}  # what is not made of the header alone
             super().parse_header(header)
             if self.content_length and not self.chunked and len(header) <= MAX_KNOWN_HEADER_BYTES:
                 if len(known) >= MAX_KNOWN_HEADERS:
                     known.clear()
-                parts = {name: self.__dict__[name] for name in self.__dict__.keys() - before}
+                parts = {name: self.__dict__[name] for name in self.__dict__.keys() - own}
                 known[header] = parts | {"headers": dict(self.headers)}
 
     return Parser
@@ -6542,8 +6542,9 @@ class FastIngest:
     it. What is large, compressed or not plainly to be stored goes to the thread pool, where the
     App answers it as all else. Of waitress it relies on, beside what Server names:
     `server.add_task`, which is called with a channel whose first request is complete; of a channel
-    `requests`, `total_outbufs_len`, `will_close` and `service`, which makes a `task_class`; of a
-    request `command`, `path`, `query`, `version`, `headers`, `error` and `get_body_stream`.
+    `requests`, `request` (the one that is still arriving), `total_outbufs_len`, `will_close`,
+    `send`, `write_soon` and `service`, which makes a `task_class`; of a request `command`, `path`,
+    `query`, `version`, `headers`, `error`, `close` and `body_rcv`, whose `getbuf` holds the body.
     """
 
     def __init__(self, server: Any, intake: Intake, store: Store) -> None:
@@ -6641,16 +6642,12 @@ class FastIngest:
 
 def missing_for_fast_ingest(server: Any) -> str:
     """Return the first thing that FastIngest needs and this waitress lacks, empty if none."""
-    channel_class = server.channel_class
-    needed = (
-        (server, "add_task"),
-        (server, "pull_trigger"),
-        (channel_class, "service"),
-        (channel_class, "write_soon"),
-        (channel_class, "total_outbufs_len"),
-        (channel_class, "will_close"),
-        (channel_class.parser_class, "get_body_stream"),
-    )
+    channel = server.channel_class
+    parser = getattr(channel, "parser_class", None)
+    needed = [(server, name) for name in ("add_task", "pull_trigger")]
+    of_channel = ("request", "total_outbufs_len", "will_close", "send", "write_soon", "service")
+    needed += [(channel, name) for name in of_channel]
+    needed += [(parser, name) for name in ("version", "error", "close", "body_rcv")]
     return next((name for owner, name in needed if not hasattr(owner, name)), "")
 
 

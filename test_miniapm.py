@@ -43,6 +43,7 @@ import sys
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 import urllib.parse
 import wsgiref.util
@@ -5946,14 +5947,79 @@ def test_pages_answer_while_a_lock_keeps_the_loop_from_storing(
     assert server.errors()[0]["occurrences"] == 1
 
 
+HEADERS = [
+    *("Content-Length: 2", "Content-Length: 7", "Content-Length: 0", "Transfer-Encoding: chunked"),
+    *("Connection: close", "Expect: 100-continue", "X-A: 1", "X-A: 2", "x-long: " + "y" * 990),
+]
+
+
+@given(st.lists(st.tuples(st.lists(st.sampled_from(HEADERS), max_size=4), st.integers(1, 60))))
+def test_headers_that_come_again_are_read_as_the_first_time(
+    sent: list[tuple[list[str], int]],
+) -> None:
+    import waitress.adjustments
+    import waitress.parser
+
+    parser_class = miniapm._parser_class(100)
+    adj = waitress.adjustments.Adjustments()
+    for headers, cut in sent:
+        lines = ["POST /ingest/errors?x=1 HTTP/1.1", "Host: localhost", *headers, "", "{}xxxxx"]
+        text = "\r\n".join(lines).encode()
+        parsers = [parser_class(adj), parser_class(adj), waitress.parser.HTTPRequestParser(adj)]
+        bodies = []
+        for one in parsers:
+            for part in (text[:cut], text[cut:]):
+                while part and not one.completed:
+                    part = part[one.received(part) :]
+            found = one.__dict__.pop("body_rcv", None)
+            bodies.append(found is None or (type(found), found.getbuf().get(), found.completed))
+            error = one.__dict__.get("error")
+            one.__dict__["error"] = error and (type(error), error.body)
+        assert parsers[0].__dict__ == parsers[1].__dict__ == parsers[2].__dict__
+        assert bodies[0] == bodies[1] == bodies[2]
+        parsers[0].headers.clear()
+
+
+def test_headers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import waitress.adjustments
+
+    monkeypatch.setattr(miniapm, "MAX_KNOWN_HEADERS", 10)
+    parser_class = miniapm._parser_class(2**20)
+    adj = waitress.adjustments.Adjustments()
+    body = b"x" * 2**20
+    tracemalloc.start()
+    try:
+        for number in range(50):
+            text = f"POST / HTTP/1.1\r\nX: {number}\r\nContent-Length: {len(body)}\r\n\r\n"
+            parser = parser_class(adj)
+            parser.received(text.encode())
+            parser.received(body)
+            parser.close()
+        del parser
+        assert tracemalloc.get_traced_memory()[0] < 2**18
+    finally:
+        tracemalloc.stop()
+
+
 def test_waitress_that_is_other_inside_takes_the_slower_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     import waitress.channel
 
-    server = types.SimpleNamespace(add_task=1, pull_trigger=1, channel_class=None)
-    server.channel_class = waitress.channel.HTTPChannel
+    channel_class = types.SimpleNamespace(**vars(waitress.channel.HTTPChannel), send=1)
+    server = types.SimpleNamespace(add_task=1, pull_trigger=1, channel_class=channel_class)
     assert miniapm.missing_for_fast_ingest(server) == ""
+    for owner in (server, channel_class):
+        for name in set(vars(owner)) & {
+            "add_task",
+            "pull_trigger",
+            "service",
+            "write_soon",
+            "send",
+        }:
+            value = vars(owner).pop(name)
+            assert miniapm.missing_for_fast_ingest(server) == name
+            setattr(owner, name, value)
     monkeypatch.setattr(miniapm, "missing_for_fast_ingest", lambda _: "add_task")
     with contextlib.closing(Store(str(tmp_path / "slow.db"))) as store, socket.socket() as listener:
         store.ensure_default_project(KEY)
