@@ -144,7 +144,7 @@ MAX_PARAMS_CHARS = 64 * _KIBIBYTE
 MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
-MAX_PLAIN_CHARS = 8_000  # a report's JSON; below the limits of all but its short fields
+MAX_PLAIN_CHARS = MAX_FIELD_CHARS  # a report's JSON of which no field can be too large
 MAX_REMEMBERED_TEXTS = 5_000  # of each kind that PlainTexts knows, a megabyte
 MAX_REMEMBERED_CHARS = 200  # of one of them
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
@@ -609,14 +609,14 @@ def is_shallow(text: str) -> bool:
 
 
 def is_small(text: str) -> bool:
-    """Tell whether a report's JSON text holds nothing that is to be cut."""
-    return len(text) <= MAX_PLAIN_CHARS and is_shallow(text)
+    """Tell whether a report's JSON text holds nothing to cut, but for strings with own limits."""
+    return len(text) <= MAX_PLAIN_CHARS
 
 
 def is_plain(text: str) -> bool:
     """Tell whether a report's JSON text holds nothing that is to be cleaned, scrubbed or cut.
 
-    But for the fields with short limits. Most reports are so, and to see it once for all takes
+    But for the strings with own limits. Most reports are so, and to see it once for all takes
     a tenth of the time that it takes to look at every string.
     """
     return is_small(text) and is_harmless(text)
@@ -625,8 +625,8 @@ def is_plain(text: str) -> bool:
 class PlainTexts:
     """Finds plain reports in less time than is_plain(), for it remembers what it has looked at.
 
-    What stands between two quotation marks comes again in the next report of the same error. No
-    hint of a secret goes beyond one, so that what is new is all that is to be looked at.
+    What stands between the commas of two strings comes again in the next report of the same
+    error. No hint of a secret goes beyond one, so that only what is new is to be looked at.
     """
 
     def __init__(self) -> None:
@@ -639,7 +639,9 @@ class PlainTexts:
 
     def are_harmless(self, text: str) -> bool:
         """Return what is_harmless() does, of a text with one report or several."""
-        new = set(text.split('"')) - self._harmless
+        # JSON is written with spaces or without; within a string \ stands before these marks.
+        separator = '", "' if '", "' in text else '","'
+        new = set(text.split(separator)) - self._harmless
         if not is_harmless('"'.join(new) + '"'):
             return False
         new = {one for one in new if len(one) <= MAX_REMEMBERED_CHARS}
@@ -779,17 +781,15 @@ def parse_json(text: str, at: str = "") -> Any:
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit + 1):
-        nested = [node for node in level if isinstance(node, (dict, list))]
-        if not nested:
-            return False
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(limit):
         level = [
             child
-            for node in nested
+            for node in level
             for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
         ]
-    return True
+    return bool(level)
 
 
 def refuse_depth(value: Any, at: str) -> None:
@@ -926,13 +926,13 @@ def _parse_source_context(data: Json | None, at: str, *, plain: bool) -> SourceC
     before = fields.lines("pre_context", required=False)[-MAX_CONTEXT_LINES:]
     after = fields.lines("post_context", required=False)[:MAX_CONTEXT_LINES]
     lines = [text.rstrip("\r\n").replace("\n", " ") for text in (*before, line, *after)]
-    if not plain:
-        limit = min(MAX_LINE_CHARS, MAX_CONTEXT_CHARS // len(lines))
+    limit = min(MAX_LINE_CHARS, MAX_CONTEXT_CHARS // len(lines))
+    if not plain or max(map(len, lines)) > limit:
         # Scrubbed as one text, for a private key in the source spans lines.
         text = scrub_text("\n".join(line[: 2 * limit] for line in lines))
         lines = [clean(line, limit) for line in text.split("\n")]
     return SourceContext(
-        file=file if plain else clean(file, MAX_LINE_CHARS),
+        file=_cut(file, MAX_LINE_CHARS) if plain else clean(file, MAX_LINE_CHARS),
         lineno=lineno,
         context_line=lines[len(before)],
         pre_context=tuple(lines[: len(before)]),
@@ -975,7 +975,7 @@ def parse_occurrence(
     is_known_plain = plain is not None
     tidy = _cut if is_known_plain else clean
     fields = _Fields(data, at, tidy)
-    if not is_known_plain:
+    if plain is None or not is_shallow(plain):
         refuse_depth(data, at)
     exception_class = fields.text("exception_class", "a string that is not empty")
     message = fields.text("message", "a string", empty=True)
@@ -986,6 +986,7 @@ def parse_occurrence(
     occurred_ms, disbelieved = _occurred_ms(fields, received_ms)
     source = _parse_source_context(context, at, plain=is_known_plain)
     is_short = is_known_plain and len(backtrace) <= MAX_BACKTRACE_LINES
+    is_short = is_short and max(map(len, backtrace), default=0) <= MAX_LINE_CHARS
     return Occurrence(
         exception_class=tidy(exception_class, MAX_CLASS_CHARS),
         message=tidy(message, MAX_MESSAGE_CHARS),
@@ -5277,15 +5278,21 @@ def header_text(environ: Environ, name: str) -> str:
         return value
 
 
+_DIGITS = re.compile("[0-9]{1,18}")
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body is larger than {limit:,} bytes")
+
+
 def read_body(environ: Environ, limit: int) -> bytes:
     """Return the request's body; TooLarge when it has more than `limit` bytes."""
-    refusal = TooLarge(f"the body is larger than {limit:,} bytes")
     declared = environ.get("CONTENT_LENGTH") or ""
-    if declared and not re.fullmatch(r"[0-9]{1,18}", declared):
+    if declared and not _DIGITS.fullmatch(declared):
         raise BadRequest("Content-Length must be a whole number")
-    if declared and int(declared) > limit:
-        raise refusal
     remaining = int(declared) if declared else 0
+    if remaining > limit:
+        raise _too_large(limit)
     if not declared and environ.get("wsgi.input_terminated"):  # chunked, not by waitress
         remaining = limit + 1
     parts = []
@@ -5296,7 +5303,7 @@ def read_body(environ: Environ, limit: int) -> bytes:
     environ["wsgi.input"] = io.BytesIO()
     body = b"".join(parts)
     if len(body) > limit:
-        raise refusal
+        raise _too_large(limit)
     return body
 
 

@@ -999,8 +999,9 @@ plain_texts = st.text(alphabet='ab \\/"<é\n\t', max_size=12)
     st.fixed_dictionaries(
         {
             "exception_class": plain_texts.filter(str.strip) | st.just("x" * 600),
-            "message": plain_texts | secretive | st.just("y" * 7_000),
-            "backtrace": st.lists(plain_texts, max_size=3) | st.just(["a.rb:1"] * 600),
+            "message": plain_texts | secretive | st.just("y" * 12_000),
+            "backtrace": st.lists(plain_texts | st.just("b" * 11_000), max_size=3)
+            | st.just(["a.rb:1"] * 600),
             "fingerprint": plain_texts.filter(str.strip) | st.just("z" * 1_100),
         },
         optional={
@@ -1010,13 +1011,14 @@ plain_texts = st.text(alphabet='ab \\/"<é\n\t', max_size=12)
                 st.sampled_from(["x", "y", 5]) | st.lists(st.sampled_from(["auth", "x"])),
                 max_size=3,
             ),
-            "extra": plain_texts | st.just([[]] * 30),
+            "extra": plain_texts | st.just([[]] * 30) | st.just([{"a": []}] * 90),
             "source_context": st.fixed_dictionaries(
                 {
-                    "file": plain_texts,
+                    "file": plain_texts | st.just("f" * 11_000),
                     "lineno": st.integers(0, 9),
                     "context_line": plain_texts,
-                    "pre_context": st.lists(plain_texts, max_size=2) | st.just(["-"] * 90),
+                    "pre_context": st.lists(plain_texts, max_size=2)
+                    | st.just(["-"] * 90 + ["-" * 3_000]),
                 }
             ),
             "timestamp": st.sampled_from(["2026-11-23T12:00:00Z", "2099-01-01T00:00:00Z"]),
@@ -1044,9 +1046,8 @@ def test_most_reports_are_plain_and_odd_ones_are_not() -> None:
     for escaped in ("postgres:\\/\\/user:hunter2@db\\/x", "p\\u0061ssword"):
         assert not miniapm.is_plain(json.dumps(report(message="MARK")).replace("MARK", escaped))
     for odd in (
-        *("password", "\u202e", "\u0000", "é", "x" * 9_000, "http://u:p@x", "\r", 'a://u:"p@x'),
-        *('a://"u:p@x', 'a://u:p"@x'),
-        functools.reduce(lambda inner, _: [inner], range(70), []),
+        *("password", "\u202e", "\u0000", "é", "http://u:p@x", "\r", 'a://u:"p@x'),
+        *('a://"u:p@x', 'a://u:p"@x', "x" * 40_000),
     ):
         assert not miniapm.is_plain(json.dumps(report(params={"a": odd})))
     for usual in ("é\n\t", "http://x", "http://localhost:3000", "http://x:1/a?b=c@d", r"C:\\a\b"):
