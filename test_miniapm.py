@@ -2214,6 +2214,45 @@ def test_samples_in_memory_are_bounded(store: Store, monkeypatch: pytest.MonkeyP
     assert sorted(texts) == sorted(one.message for one in made)
 
 
+def test_report_in_which_nothing_is_changed_is_stored_as_it_was_sent(store: Store) -> None:
+    more = json.dumps(report(user_id=7, more="é"), ensure_ascii=False)[1:]
+    text = '{"params": {"a": 1.10, "b": [ ]}, ' + more
+    secret = text.replace("user_save", "password=hunter2 user_save")
+    client = Client(App(store, Config()), "")
+    for body in (text, secret):
+        assert client.post_json("/ingest/errors", body.encode()).status == 202
+    packed = rows(store, "SELECT body FROM samples ORDER BY error_id")
+    stored = [miniapm.unpack(body, None) for (body,) in packed]
+    assert stored[0] == "=" + text
+    assert stored[1].startswith('{"exception_class":')
+    assert "hunter2" not in stored[1]
+    for number, body in ((1, text), (2, secret)):
+        found = store.occurrence(number)
+        assert found
+        assert found.occurrence == miniapm.parse_occurrence(json.loads(body), NOW_MS)
+
+
+def test_two_writers_of_one_database_see_what_the_other_wrote(store: Store, clock: Clock) -> None:
+    tags = {f"t{n}": "x" for n in range(miniapm.MAX_TAGS)}
+    with contextlib.closing(Store(store.path, clock)) as other:
+        for one in (store, other) * 3:
+            record(one, user_id="u1", tags={"first": "x"})
+        assert (only_error(store).occurrence_count, only_error(store).user_count) == (6, 1)
+        for n in range(1 + miniapm.MAX_TAG_VALUES // miniapm.MAX_TAGS):
+            record(other, tags={f"{n}{name}": "x" for name in tags})
+        assert store.errors(ErrorFilter(search="first:x")).counts["all"] == 0
+        record(store, user_id="u1", tags={"first": "x"})
+        assert store.errors(ErrorFilter(search="first:x")).counts["all"] == 1
+        other.set_status([1], "resolved")
+        record(store, timestamp="2020-01-01T00:00:00Z")
+        assert only_error(store).status == "open"
+        assert only_error(store).regressed_ms == NOW_MS
+        assert miniapm.iso_time(only_error(store).first_seen_ms).startswith("2020-01-01")
+        other.delete([1])
+        record(store)
+        assert (only_error(store).id, only_error(store).occurrence_count) == (2, 1)
+
+
 def test_report_that_is_sent_again_is_stored_once(store: Store) -> None:
     other = miniapm.owner_of(store.create_key("other"), store.keys())
     assert other
@@ -2517,6 +2556,14 @@ def test_retention_gives_space_back_to_the_disk(store: Store) -> None:
     assert os.path.getsize(store.path) < pages * 4096 / 10
 
 
+def test_retention_leaves_a_tenth_of_the_file_to_the_next_reports(store: Store) -> None:
+    store.record(1, [parse(message=os.urandom(2_500).hex()) for _ in range(400)])
+    sweep(store, most=200)
+    ((pages,),) = rows(store, "PRAGMA page_count")
+    ((free,),) = rows(store, "PRAGMA freelist_count")
+    assert pages // 20 < free < pages // 6
+
+
 def test_retention_works_in_short_steps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.record(1, [parse() for _ in range(1_700)])
     steps = []
@@ -2540,6 +2587,22 @@ def test_retention_is_not_held_up_by_a_clock_that_was_ahead(store: Store, clock:
     clock.seconds += 31 * 86_400
     sweep(store)
     assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(300,)]
+
+
+def test_log_is_copied_into_the_database_beside_the_commits(store: Store) -> None:
+    size = os.path.getsize(store.path)
+    for number in range(miniapm.CHECKPOINT_COMMITS):
+        record(store, message=os.urandom(1_000).hex(), fingerprint=str(number))
+    assert os.path.getsize(store.path + "-wal") < miniapm.MAX_WAL_BYTES
+    wait_until(lambda: os.path.getsize(store.path) > size + 50_000)
+
+
+def test_store_that_is_closed_leaves_no_thread(store: Store) -> None:
+    for _ in range(miniapm.CHECKPOINT_COMMITS):
+        record(store)
+    store.close()
+    names = {thread.name for thread in threading.enumerate()}
+    assert not names & {"miniapm-writer", "miniapm-checkpoint"}
 
 
 def test_retention_lets_the_log_shrink(store: Store) -> None:
