@@ -63,10 +63,12 @@ import re
 import runpy
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -171,6 +173,7 @@ MAX_CONNECTIONS = 500
 BACKLOG_CONNECTIONS = 1_024
 MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
 MAX_REJECTION_REASONS = 30
+REJECTION_LOG_INTERVAL_S = 60.0
 MAX_SEARCH_CHARS = 200
 MAX_SEARCH_TERMS = 8
 MAX_SESSION_S = 30 * 24 * 3600
@@ -182,6 +185,8 @@ SWEEP_STEP_ROWS = 500  # what retention removes in one transaction, in a few mil
 SWEEP_STEP_PAGES = 100
 SWEEP_INTERVAL_S = 60.0
 MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # of what is kept in memory about the errors reported last
+MIN_FREE_BYTES = 16 * _MEBIBYTE  # of the disk, or a tenth of a small one: kept for deleting
+MAX_FULL_WAIT_S = 30
 KNOWN_OVERHEAD_BYTES = 200  # of each thing in it
 MAX_WAL_BYTES = 8 * _MEBIBYTE  # with more in the write-ahead log a commit empties it itself
 CHECKPOINT_COMMITS = 50  # after as many it is copied into the database, beside the commits
@@ -304,6 +309,12 @@ def _read_api_key(text: str) -> str:
     return text
 
 
+def _read_switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(text)
+    return text == "1"
+
+
 def _read_hosts(text: str) -> tuple[str, ...]:
     hosts = tuple(name.strip().lower() for name in text.split(",") if name.strip())
     if not all(re.fullmatch(r"[\w.-]+|\[?[0-9a-f:.]+\]?", name) for name in hosts):
@@ -379,6 +390,8 @@ class Config:
         1_000, _whole_number(1, 1_000_000), "newest occurrences that are kept of one error"
     )
 
+    verbose: bool = _setting(False, (_read_switch, "1 or 0"), "log every request, on stderr")
+
     @property
     def is_local(self) -> bool:
         """True when only programs on this machine can connect."""
@@ -404,9 +417,12 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> Non
         if names and setting.name not in names:
             continue
         default = "none" if setting.default in (None, ()) else setting.default
+        more: dict[str, Any] = {"metavar": "VALUE"}
+        if setting.default is False:
+            more, default = {"nargs": "?", "const": "1", "metavar": "1|0"}, "0"
         parser.add_argument(
             flag_of(setting.name),
-            metavar="VALUE",
+            **more,
             default=argparse.SUPPRESS,
             help=f"{setting.metadata['help']} [{variable_of(setting.name)}; default: {default}]",
         )
@@ -1801,6 +1817,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE samples (error_id INTEGER PRIMARY KEY, body BLOB NOT NULL)",
         "CREATE INDEX facets_by_value ON error_facets (name, value) WHERE name <> 'tag'",
     ),
+    # Reports may be stored as they were sent, which older programs can't read.
+    (),
 )
 
 RECORD_AGAIN = """
@@ -1944,6 +1962,24 @@ DELETE_FACETS = """
         (SELECT id FROM error_facets WHERE error_id = :error_id LIMIT :step)"""
 DELETE_SAMPLE = "DELETE FROM samples WHERE error_id = :error_id"
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
+
+# What `check` finds of errors whose numbers are not those of their rows; none in a whole database.
+SELECT_MISCOUNTED = """
+    SELECT id, occurrence_count, stored_count, user_count,
+        (SELECT COALESCE(SUM(count), 0) FROM buckets WHERE error_id = errors.id) AS hours,
+        (SELECT COUNT(*) FROM occurrences WHERE error_id = errors.id) AS kept,
+        (SELECT COUNT(*) FROM error_users WHERE error_id = errors.id) AS users
+    FROM errors WHERE status <> 'deleted'
+        AND (occurrence_count <> hours OR stored_count <> kept OR user_count <> users)"""
+SELECT_STORED = """
+    SELECT occurrences.id, received_ms, occurrences.body, grouping_key, samples.body AS sample
+    FROM occurrences JOIN errors ON errors.id = occurrences.error_id
+    LEFT JOIN samples ON samples.error_id = errors.id
+    WHERE status <> 'deleted' ORDER BY occurrences.error_id"""
+SELECT_TOTALS = """
+    SELECT (SELECT COUNT(*) FROM projects) AS projects,
+        (SELECT COUNT(*) FROM errors WHERE status <> 'deleted') AS errors,
+        (SELECT COUNT(*) FROM occurrences) AS occurrences"""
 
 # --- 8. Store -------------------------------------------------------------------------------------
 
@@ -2121,20 +2157,75 @@ def _pragma(db: sqlite3.Connection, name: str) -> int:
     return int(db.execute(f"PRAGMA {name}").fetchone()[0])
 
 
+def say(text: str, out: TextIO | None = None) -> None:
+    """Print at once, on stdout if not told where, and whether or not anybody can read it."""
+    out = out or sys.stdout
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or none at all
+        encoding = out.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
+
+
+def back_up(source: sqlite3.Connection, target: str) -> None:
+    """Copy a database, as it is at one moment, into a new file of mode 0600; verified, or no file.
+
+    Safe while others write. Raises MiniAPMError when there is such a file or none can be made.
+    """
+    folder, name = os.path.split(os.path.abspath(target))
+    if os.path.lexists(target):
+        raise MiniAPMError(f"{target} exists; it was not overwritten")
+    try:
+        handle, part = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # of mode 0600
+        try:
+            os.close(handle)
+            with contextlib.closing(_connect(part)) as copy:
+                source.backup(copy)
+                copy.execute("PRAGMA journal_mode = DELETE")  # one file and no other
+                found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if found != "ok":
+                raise MiniAPMError(f"the copy is damaged: {found}")
+            os.link(part, target)  # which does not overwrite
+        finally:
+            os.unlink(part)
+    except FileExistsError:
+        raise MiniAPMError(f"{target} exists; it was not overwritten") from None
+    except (OSError, sqlite3.Error) as error:
+        raise MiniAPMError(f"can't write {target}: {error}") from None
+
+
+def _keep_old_version(db: sqlite3.Connection, path: str) -> None:
+    """Copy a database beside itself before its schema changes."""
+    version = _pragma(db, "user_version")
+    names = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    target = next(
+        name for more in names if not os.path.lexists(name := f"{path}.version{version}{more}")
+    )
+    back_up(db, target)
+    said = f"{path} is brought from version {version} to {len(MIGRATIONS)}; as it was: {target}"
+    say(f"miniapm: {said}", sys.stderr)
+
+
+def refuse_foreign(db: sqlite3.Connection, path: str) -> None:
+    """Raise MiniAPMError for a database of another program, or of a newer version of this one."""
+    if _pragma(db, "application_id") != APPLICATION_ID:
+        raise MiniAPMError(f"{path} is a database of another program; it was not changed")
+    if _pragma(db, "user_version") > len(MIGRATIONS):
+        raise MiniAPMError(f"{path} was written by a newer version of MiniAPM; it was not changed")
+
+
 def _migrate(db: sqlite3.Connection, path: str) -> None:
     """Bring the schema to the newest version in one transaction; refuse what is not ours."""
     is_new = db.execute("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0]
     if is_new:
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # has no effect once there are tables
-    elif _pragma(db, "application_id") != APPLICATION_ID:
-        raise MiniAPMError(f"{path} is a database of another program; it was not changed")
-    elif _pragma(db, "user_version") > len(MIGRATIONS):
-        raise MiniAPMError(f"{path} was written by a newer version of MiniAPM; it was not changed")
+    else:
+        refuse_foreign(db, path)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute(f"PRAGMA journal_size_limit = {MAX_WAL_BYTES}")
     db.execute("PRAGMA synchronous = FULL")
     if _pragma(db, "user_version") == len(MIGRATIONS):
         return
+    if not is_new:
+        _keep_old_version(db, path)
     db.execute("BEGIN IMMEDIATE")
     for statements in MIGRATIONS[_pragma(db, "user_version") :]:  # another process may be ahead
         for statement in statements:
@@ -2182,6 +2273,26 @@ def _file_identity(path: str) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
+
+
+def lack_of_space(path: str) -> str:
+    """Say that the disk of a file is nearly full, empty if it is not.
+
+    What is left then is for deleting, which needs room in SQLite's log.
+    """
+    try:
+        disk = shutil.disk_usage(os.path.dirname(path))
+    except OSError:
+        return ""
+    if disk.free >= min(MIN_FREE_BYTES, disk.total // 10):
+        return ""
+    return f"the disk is nearly full, {disk.free // _MEBIBYTE:,} MiB are left"
+
+
+def refuse_when_full(path: str) -> None:
+    """Raise Unavailable when the disk of a file is nearly full."""
+    if problem := lack_of_space(path):
+        raise Unavailable(problem, retry_after_s=MAX_FULL_WAIT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2246,6 +2357,7 @@ class Writer:
         self._turn = threading.Lock()  # held while the connection is used
         self._locked_since_s = math.inf  # by another process
         self._checkpointer = Checkpointer(path)
+        self.trouble = ""  # why the last transaction was not written
         self.after_undo: Callable[[], None] = lambda: None  # called when what was written is not
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="miniapm-writer", daemon=True)
@@ -2323,6 +2435,7 @@ class Writer:
         except sqlite3.Error as error:
             if _is_busy(error):
                 self._locked_since_s = min(self._locked_since_s, time.monotonic())
+            self.trouble = str(_refusal_of(error))
             raise
         self._locked_since_s = math.inf
 
@@ -2350,8 +2463,11 @@ class Writer:
                 raise MiniAPMError(f"{self._path} was deleted or replaced; start the server anew")
             yield
             self._db.execute("COMMIT")
+            self.trouble = ""
             self._checkpointer.count_commit()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, (sqlite3.Error, MiniAPMError)):
+                self.trouble = str(_refusal_of(error))
             with contextlib.suppress(sqlite3.Error):
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
@@ -2608,6 +2724,38 @@ class _Recorder:
             self._known.add_seen(error, name, newest)
 
 
+def _stored_occurrence(
+    body: bytes | str, sample: bytes | None, key: bytes, received_ms: int, event_id: str | None
+) -> Occurrence:
+    """Return the occurrence that a row holds; `sample` is the error's, compressed."""
+    if isinstance(body, bytes):  # a text is from before reports were compressed
+        body = unpack(body, sample and zlib.decompress(sample))
+    return load_occurrence(body, key, received_ms, event_id)
+
+
+def faults_of(db: sqlite3.Connection) -> Iterator[str]:
+    """Say what is wrong in a database, a line each; nothing when it is whole.
+
+    Looks at the file's structure, at every error's numbers and at every report.
+    """
+    for row in db.execute("PRAGMA integrity_check(20)"):
+        if row[0] != "ok":
+            yield f"integrity: {row[0]}"
+    for row in db.execute(SELECT_MISCOUNTED):
+        yield (
+            f"error {row['id']}: counts {row['occurrence_count']} reports, {row['stored_count']}"
+            f" kept, {row['user_count']} users; there are {row['hours']}, {row['kept']},"
+            f" {row['users']}"
+        )
+    for row in db.execute(SELECT_STORED):
+        try:
+            _stored_occurrence(
+                row["body"], row["sample"], row["grouping_key"], row["received_ms"], None
+            )
+        except (ValueError, TypeError, KeyError, zlib.error, MiniAPMError) as error:
+            yield f"report {row['id']} can't be read: {error}"
+
+
 def owner_of(key: str, keys: Iterable[tuple[int, bytes]]) -> int | None:
     """Return the id of the project a key belongs to, compared in constant time."""
     presented, owner = key.encode("utf-8", "surrogatepass"), None
@@ -2639,6 +2787,11 @@ class Store:
         self._reports_since_surplus = 0
         self._recorder = _Recorder(self.now_ms)
         self._writer.after_undo = self._recorder.forget
+
+    @property
+    def trouble(self) -> str:
+        """Why reports can't be stored, as far as is known now; empty if they can."""
+        return lack_of_space(self.path) or self._writer.trouble
 
     def now_ms(self) -> int:
         """Return the time that `now` gives, in milliseconds."""
@@ -2683,6 +2836,7 @@ class Store:
         One whose event_id the project has already is not stored again, and not refused. Raises
         Unavailable or MiniAPMError when none was stored.
         """
+        refuse_when_full(self.path)
         rows = [_row_of(project_id, occurrence) for occurrence in occurrences]
         outcomes: list[MiniAPMError | None] = self.write(
             functools.partial(self._recorder.write, rows), len(rows)
@@ -2695,6 +2849,7 @@ class Store:
 
         Raises MiniAPMError when one can't be stored, and where record() would wait.
         """
+        refuse_when_full(self.path)
         rows = [_row_of(project_id, occurrence) for project_id, occurrence in reports]
         self._writer.run_here(functools.partial(self._recorder.write_together, rows))
         self._count_surplus(len(rows))
@@ -2757,12 +2912,9 @@ class Store:
         if row is None:
             return None
         values = dict(row)
-        body, sample = values.pop("body"), values.pop("sample")
-        if isinstance(body, bytes):  # a text is from before reports were compressed
-            body = unpack(body, sample and zlib.decompress(sample))
         event_id = values.pop("event_id").lower() or None
-        key = values.pop("grouping_key")
-        occurrence = load_occurrence(body, key, values["received_ms"], event_id)
+        body, sample, key = (values.pop(name) for name in ("body", "sample", "grouping_key"))
+        occurrence = _stored_occurrence(body, sample, key, values["received_ms"], event_id)
         return StoredOccurrence(**values, occurrence=occurrence)
 
     def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
@@ -2860,14 +3012,6 @@ class Store:
     def set_setting(self, name: str, value: str | int) -> None:
         """Remember a value under a name."""
         self.write(lambda db: db.execute(SET_SETTING, {"name": name, "value": value}).rowcount)
-
-
-def say(text: str, out: TextIO | None = None) -> None:
-    """Print at once, on stdout if not told where, and whether or not anybody can read it."""
-    out = out or sys.stdout
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or none at all
-        encoding = out.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
 
 
 def _remove_occurrences(db: sqlite3.Connection, statement: str, values: Json) -> int:
@@ -4486,6 +4630,9 @@ _TEMPLATE_SOURCES = {
 % end
 </header>
 <main>
+% if trouble:
+<p class="trouble" role="alert">Reports are not stored now: {{trouble}}.</p>
+% end
 {{!base}}
 </main>
 <footer>MiniAPM {{version}}</footer>
@@ -4901,6 +5048,8 @@ footer { max-width: 1160px; margin: 0 auto; padding: 0 24px 32px; color: var(--m
   font-size: 13px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 20px; margin: 0 0 16px; }
+.trouble { background: var(--mark); border: 1px solid var(--accent); border-radius: 10px;
+  padding: 10px 16px; margin: 0 0 16px; overflow-wrap: anywhere; }
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 20px; margin-bottom: 12px; }
 .tabs { display: flex; flex-wrap: wrap; gap: 4px; }
 .tabs a { padding: 4px 10px; border-radius: 7px; color: var(--muted); text-decoration: none; }
@@ -5119,7 +5268,7 @@ ASSETS = {
 def render(template: str, root: str, **values: Any) -> str:
     """Return a page as HTML; `root` is the prefix under which the App is mounted."""
     shared = {"root": root, "assets": ASSET_NAMES, "version": __version__}
-    defaults = {"show_nav": True, "show_logout": False}
+    defaults = {"show_nav": True, "show_logout": False, "trouble": ""}
     return str(_TEMPLATES[template].render(defaults | shared | values))
 
 
@@ -5537,6 +5686,9 @@ class Rejection:
     last_ms: int
 
 
+Log = Callable[[str], None]
+
+
 class Rejections:
     """Counts refused reports by reason, for people whose SDKs keep silent about them.
 
@@ -5544,10 +5696,12 @@ class Rejections:
     MAX_REJECTION_REASONS that came last are kept. Of this process, since it started.
     """
 
-    def __init__(self, now_ms: Callable[[], int]) -> None:
+    def __init__(self, now_ms: Callable[[], int], log: Log = lambda _: None) -> None:
         self._now_ms = now_ms
+        self._log = log
         self._lock = threading.Lock()
         self._found: dict[tuple[int, str], Rejection] = {}
+        self._logged: dict[tuple[int, str], tuple[float, int]] = {}  # when, and how many by then
 
     def count(self, refusal: MiniAPMError) -> None:
         """Count one refused report or request."""
@@ -5559,7 +5713,18 @@ class Rejections:
             count = 1 + (before.count if before else 0)
             self._found[kind] = Rejection(refusal.status, reason, count, self._now_ms())
             if len(self._found) > MAX_REJECTION_REASONS:
-                del self._found[next(iter(self._found))]
+                oldest = next(iter(self._found))
+                del self._found[oldest]
+                self._logged.pop(oldest, None)
+            self._log_at_times(kind)
+
+    def _log_at_times(self, kind: tuple[int, str]) -> None:
+        """Say on the log how many were refused, once a minute."""
+        one, now_s = self._found[kind], time.monotonic()
+        logged_s, known = self._logged.get(kind, (-math.inf, 0))
+        if now_s - logged_s >= REJECTION_LOG_INTERVAL_S:
+            self._logged[kind] = now_s, one.count
+            self._log(f"refused {one.count - known:,}: {one.status} {one.reason}")
 
     def listed(self) -> list[Rejection]:
         """Return what was counted, the latest first."""
@@ -5959,7 +6124,9 @@ class Dashboard:
         """Answer with a page."""
         show_nav = self.has_session()
         shown = {"show_nav": show_nav, "show_logout": show_nav and self._gate is not None}
-        text = render(template, root_of(bottle.request.environ), **shown, **values)
+        trouble = self._store.trouble if show_nav else ""
+        root = root_of(bottle.request.environ)
+        text = render(template, root, trouble=trouble, **shown, **values)
         more = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
         return bottle.HTTPResponse(text, status, more | dict(headers or {}))
 
@@ -6106,17 +6273,18 @@ class App:
     """The tracker as a WSGI application (PEP 3333): ingest, dashboard, health.
 
     Works at the root of a server and, by SCRIPT_NAME, under a prefix of another application.
-    Reads host, password, allowed_hosts and max_body_bytes of the settings.
+    Reads host, password, allowed_hosts and max_body_bytes of the settings. `log` takes a line
+    about reports that were refused.
 
     >>> app = App(Store("errors.db"), Config())
     """
 
-    def __init__(self, store: Store, config: Config) -> None:
+    def __init__(self, store: Store, config: Config, log: Log = lambda _: None) -> None:
         self._config = config
         gate = None
         if config.password is not None:
             gate = PasswordGate(config.password, store)
-        self._rejections = Rejections(store.now_ms)
+        self._rejections = Rejections(store.now_ms, log)
         self._ingest = Ingest(store, config.max_body_bytes, self._rejections)
         self._sentry = SentryIngest(store, config.max_body_bytes, self._rejections)
         self._dashboard = Dashboard(store, gate, self._rejections)
@@ -6549,13 +6717,13 @@ class FastIngest:
     it. What is large, compressed or not plainly to be stored goes to the thread pool, where the
     App answers it as all else. Of waitress it relies on, beside what Server names:
     `server.add_task`, which is called with a channel whose first request is complete; of a channel
-    `requests`, `request` (the one that is still arriving), `total_outbufs_len`, `will_close`,
+    `requests`, `request` (that is still arriving), `addr`, `total_outbufs_len`, `will_close`,
     `send`, `write_soon` and `service`, which makes a `task_class`; of a request `command`, `path`,
     `query`, `version`, `headers`, `error`, `close` and `body_rcv`, whose `getbuf` holds the body.
     """
 
-    def __init__(self, server: Any, intake: Intake, store: Store) -> None:
-        self._server, self._intake, self._store = server, intake, store
+    def __init__(self, server: Any, intake: Intake, store: Store, log: Log | None) -> None:
+        self._server, self._intake, self._store, self._log = server, intake, store, log
         self._pool_task = server.add_task
         self._waiting: collections.deque[Any] = collections.deque()
         server.add_task = self.add_task
@@ -6603,6 +6771,9 @@ class FastIngest:
             self._server.pull_trigger = wake
 
     def _answer(self, channel: Any, delivery: Delivery) -> None:
+        if self._log is not None:
+            request = channel.requests[0]
+            self._log(f"{channel.addr[0]} POST {request.path} {delivery.status[:3]} in a group")
         answer = fast_answer(delivery.status, delivery.body, int(time.time()))
         try:
             if len(channel.requests) > 1 or channel.request or channel.total_outbufs_len:
@@ -6658,6 +6829,29 @@ def missing_for_fast_ingest(server: Any) -> str:
     return next((name for owner, name in needed if not hasattr(owner, name)), "")
 
 
+def log_line(text: str) -> None:
+    """Write a line to the log, which is stderr: with the time, without control characters."""
+    shown = clean(text, MAX_LINE_CHARS).replace("\n", "\u240a")
+    say(f"{iso_time(time.time_ns() // 1_000_000)} {shown}", sys.stderr)
+
+
+def logging_requests(app: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a WSGI application: it logs a line a request, without the query, for that holds keys."""
+
+    def logged(environ: Environ, start_response: Callable[..., Any]) -> Any:
+        began_s = time.perf_counter()
+
+        def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            took_ms = (time.perf_counter() - began_s) * 1_000
+            request = f"{environ['REQUEST_METHOD']} {header_text(environ, 'PATH_INFO')}"
+            log_line(f"{environ.get('REMOTE_ADDR')} {request} {status[:3]} {took_ms:.1f} ms")
+            return start_response(status, headers, *rest)
+
+        return app(environ, start)
+
+    return logged
+
+
 class Shutdown:
     """Turns the first SIGINT or SIGTERM into a request to stop, the second into an exit."""
 
@@ -6688,7 +6882,7 @@ class Server:
         app: App,
         store: Store,
         listener: socket.socket,
-        max_body_bytes: int,
+        config: Config,
         shutdown: Shutdown,
     ) -> None:
         # Here and not above: a program that only embeds the App needs no server.
@@ -6700,7 +6894,7 @@ class Server:
             waitress.wasyncore.loop, use_poll=True, map=self._map, count=1
         )
         self._server = waitress.create_server(
-            app,
+            logging_requests(app) if config.verbose else app,
             map=self._map,
             sockets=[listener],
             ident=None,
@@ -6714,18 +6908,18 @@ class Server:
             max_request_body_size=MAX_SWALLOWED_BYTES,
             clear_untrusted_proxy_headers=True,
         )
-        self._server.channel_class = _channel_class(max_body_bytes)
-        self._fast = self._fast_ingest(app, store)
+        self._server.channel_class = _channel_class(config.max_body_bytes)
+        self._fast = self._fast_ingest(app, store, log_line if config.verbose else None)
         self._shutdown = shutdown
         shutdown.wake = self._server.pull_trigger
 
-    def _fast_ingest(self, app: App, store: Store) -> FastIngest | None:
+    def _fast_ingest(self, app: App, store: Store, log: Log | None) -> FastIngest | None:
         if missing := missing_for_fast_ingest(self._server):
             say(
                 f"miniapm: this waitress has no {missing}; reports take the slower path", sys.stderr
             )
             return None
-        return FastIngest(self._server, app.intake, store)
+        return FastIngest(self._server, app.intake, store, log)
 
     def run(self) -> None:
         """Serve, then drain."""
@@ -6802,7 +6996,7 @@ def serve(config: Config) -> int:
         project = store.ensure_default_project(config.api_key)
         retention = Retention(store, config.retention_days, config.max_occurrences)
         cleanup.callback(retention.stop)
-        server = Server(App(store, config), store, listener, config.max_body_bytes, shutdown)
+        server = Server(App(store, config, log_line), store, listener, config, shutdown)
         retention.start()
         say(welcome(url, store.path, project, config))
         server.run()
@@ -6815,9 +7009,10 @@ def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
     parser = _Parser(
         prog=name,
         description="Serve the tracker: ingest and dashboard.",
-        epilog="Commands: serve (the default), keys (list, create and revoke API keys) and run (run"
-        " a program and record what goes wrong in it); each has a --help. A flag beats its"
-        " variable, a variable beats the default.",
+        epilog="Commands: serve (the default), keys (list, create and revoke API keys), backup"
+        " (copy the database), check (say whether it is whole) and run (run a program and record"
+        " what goes wrong in it); each has a --help. A flag beats its variable, a variable beats"
+        " the default.",
     )
     parser.add_argument("--version", action="version", version=f"MiniAPM {__version__}")
     add_flags(parser)
@@ -6861,6 +7056,54 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
             url = store.setting("url") or f"http://127.0.0.1:{Config().port}"
             say(keys_table(store.projects(), url))
     return 0
+
+
+@contextlib.contextmanager
+def existing_database(path: str) -> Iterator[sqlite3.Connection]:
+    """Lend a database that is there, at one moment and as it is; MiniAPMError if it is not ours."""
+    if not os.path.exists(path):
+        raise MiniAPMError(f"there is no database {path}; name it with {flag_of('db')}")
+    try:
+        with contextlib.closing(_connect(os.path.realpath(path))) as db:
+            db.execute("PRAGMA query_only = ON")
+            refuse_foreign(db, path)
+            db.execute("BEGIN")
+            yield db
+    except sqlite3.Error as error:
+        raise MiniAPMError(f"can't use the database {path}: {error}") from None
+
+
+def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
+    """Copy the database into a new file, also while it is served."""
+    parser = _Parser(prog=name, description="Copy the database into a new file, verified.")
+    parser.add_argument("file", metavar="FILE", help="the copy; it must not exist yet")
+    add_flags(parser, ("db",))
+    given = parser.parse_args(arguments)
+    config = load_config(vars(given), environ, ("db",))
+    with existing_database(config.db) as db:
+        back_up(db, given.file)
+    say(f"{given.file}: {os.path.getsize(given.file):,} bytes, verified")
+    return 0
+
+
+def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
+    """Say whether the database is whole: exit status 0 if it is, else 1."""
+    parser = _Parser(prog=name, description="Say whether the database is whole; changes nothing.")
+    add_flags(parser, ("db",))
+    config = load_config(vars(parser.parse_args(arguments)), environ, ("db",))
+    with existing_database(config.db) as db:
+        version = _pragma(db, "user_version")
+        say(f"{config.db}: schema version {version}, this program's is {len(MIGRATIONS)}")
+        if version != len(MIGRATIONS):
+            raise MiniAPMError("nothing else was checked; a start brings an older one up to date")
+        totals = db.execute(SELECT_TOTALS).fetchone()
+        counted = (f"{totals[name]:,} {name}" for name in ("projects", "errors", "occurrences"))
+        say(", ".join(counted))
+        found = 0
+        for found, fault in enumerate(faults_of(db), 1):
+            say(clean(fault, MAX_CLASS_CHARS))
+    say(f"{found} faults" if found else "whole: structure, numbers and reports")
+    return 1 if found else 0
 
 
 def _fresh_main(**values: Any) -> types.ModuleType:
@@ -6944,7 +7187,13 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
     return 0
 
 
-COMMANDS = {"serve": run_serve, "keys": run_keys, "run": run_program}
+COMMANDS = {
+    "serve": run_serve,
+    "keys": run_keys,
+    "backup": run_backup,
+    "check": run_check,
+    "run": run_program,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

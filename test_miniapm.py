@@ -281,7 +281,7 @@ class Server:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.banner = ""
+        self.banner = self.log = ""
         assert self.process.stdout
         for line in self.process.stdout:
             self.banner += line
@@ -315,6 +315,8 @@ class Server:
             self.process.kill()
             for pipe in (self.process.stdout, self.process.stderr):
                 assert pipe
+                if pipe is self.process.stderr and not pipe.closed:
+                    self.log = pipe.read()
                 pipe.close()
 
 
@@ -428,7 +430,7 @@ SETTINGS = [field.name for field in dataclasses.fields(Config)]
 def test_settings_are_the_documented_ones() -> None:
     assert SETTINGS == [
         *("host", "port", "db", "api_key", "password", "allowed_hosts", "max_body_bytes"),
-        *("retention_days", "max_occurrences"),
+        *("retention_days", "max_occurrences", "verbose"),
     ]
     assert Config() == Config(
         host="127.0.0.1", port=3000, db="miniapm.db", retention_days=30, max_occurrences=1000
@@ -455,6 +457,8 @@ def test_setting_flag_beats_variable_beats_default() -> None:
         ("max_body_bytes", "2000", 2000),
         ("retention_days", "7", 7),
         ("max_occurrences", "5", 5),
+        ("verbose", "1", True),
+        ("verbose", "0", False),
     ],
 )
 def test_setting_is_read_from_flag_and_variable(name: str, text: str, value: Any) -> None:
@@ -473,6 +477,7 @@ def test_setting_is_read_from_flag_and_variable(name: str, text: str, value: Any
         *[("retention_days", text) for text in ("0", "-3")],
         *[("max_occurrences", text) for text in ("0", "many")],
         *[("db", text) for text in ("", "a\0b")],
+        *[("verbose", text) for text in ("yes", "", "2")],
         ("password", ""),
         ("host", ""),
     ],
@@ -497,6 +502,7 @@ def test_config_does_not_show_its_secrets() -> None:
 
 def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
     defaults = {"api_key": "generated", "password": "none", "allowed_hosts": "none"}
+    defaults["verbose"] = "`0`"
     for setting in dataclasses.fields(Config):
         default = defaults.get(setting.name, f"`{setting.default}`")
         flag, variable = miniapm.flag_of(setting.name), miniapm.variable_of(setting.name)
@@ -5437,6 +5443,7 @@ def test_help_shows_flag_variable_and_default(tmp_path: Path) -> None:
     assert done.returncode == 0
     for setting in dataclasses.fields(Config):
         default = "none" if setting.default in (None, ()) else setting.default
+        default = "0" if default is False else default
         assert miniapm.flag_of(setting.name) in done.stdout
         shown = f"[{miniapm.variable_of(setting.name)}; default: {default}]"
         assert shown in " ".join(done.stdout.split())
@@ -6090,7 +6097,7 @@ def test_waitress_that_is_other_inside_takes_the_slower_path(
         listener.bind(("127.0.0.1", 0))
         shutdown = types.SimpleNamespace(is_asked=False, wake=None)
         app = App(store, Config())
-        slow = miniapm.Server(app, store, listener, 10**7, shutdown)  # type: ignore[arg-type]
+        slow = miniapm.Server(app, store, listener, Config(), shutdown)  # type: ignore[arg-type]
         assert "no add_task; reports take the slower path" in capsys.readouterr().err
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/ingest/errors"
         thread = threading.Thread(target=slow.run)
@@ -6105,6 +6112,256 @@ def test_waitress_that_is_other_inside_takes_the_slower_path(
         assert answer.status_code == 202
         assert only_error(store).occurrence_count == 1
     assert miniapm.missing_for_fast_ingest(types.SimpleNamespace(channel_class=object)) != ""
+
+
+# Copies, checks, the log
+
+
+def test_backup_is_a_whole_database_of_its_own(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start()
+    server.report(user_id="7")
+    target = tmp_path / "copy.db"
+    done = run("backup", str(target), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    server.report()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    with contextlib.closing(Store(str(target))) as copy:
+        assert only_error(copy).occurrence_count == 1
+    copies = [path.name for path in tmp_path.iterdir() if "copy" in path.name]
+    assert copies == ["copy.db"]
+    assert "whole" in run("check", "--db", str(target), cwd=tmp_path).stdout
+
+
+def test_backup_overwrites_nothing_and_leaves_nothing_behind(store: Store, tmp_path: Path) -> None:
+    target = tmp_path / "there"
+    target.write_text("mine")
+    for file, said in ((target, "exists"), (tmp_path / "none" / "x", "can't write")):
+        done = run("backup", str(file), "--db", store.path, cwd=tmp_path)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert target.read_text() == "mine"
+    done = run("backup", "new", "--db", "other.db", cwd=tmp_path)
+    assert "there is no database other.db" in done.stderr
+    left = {path.name.split(".db")[0] for path in tmp_path.iterdir()}
+    assert left == {"there", "test"}
+
+
+def test_backup_under_load_holds_what_was_acknowledged_before(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start()
+    is_over = threading.Event()
+
+    def send() -> None:
+        while not is_over.is_set():
+            server.report()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        for number in range(3):
+            before = wait_until(lambda: sum(one["occurrences"] for one in server.errors()))
+            assert run("backup", f"{number}.db", cwd=tmp_path).returncode == 0
+            with contextlib.closing(Store(str(tmp_path / f"{number}.db"))) as copy:
+                assert only_error(copy).occurrence_count >= before
+            assert run("check", "--db", f"{number}.db", cwd=tmp_path).returncode == 0
+    finally:
+        is_over.set()
+        sender.join()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("UPDATE errors SET occurrence_count = 5", "error 1: counts 5 reports"),
+        ("UPDATE errors SET stored_count = 5", "5 kept"),
+        ("DELETE FROM error_users", "1 users; there are 1, 1, 0"),
+        ("DELETE FROM buckets", "there are 0, 1, 1"),
+        ("UPDATE occurrences SET body = x'00'", "report 1 can't be read"),
+        ("DELETE FROM samples", "report 1 can't be read"),
+    ],
+)
+def test_check_says_what_is_wrong(store: Store, tmp_path: Path, damage: str, said: str) -> None:
+    record(store, user_id="7")
+    whole = run("check", "--db", store.path, cwd=tmp_path)
+    assert (whole.returncode, whole.stdout.splitlines()[-1][:5]) == (0, "whole")
+    store.write(lambda db: db.execute(damage).rowcount)
+    done = run("check", "--db", store.path, cwd=tmp_path)
+    assert done.returncode == 1
+    assert said in done.stdout
+    assert "1 faults" in done.stdout
+
+
+def test_check_finds_a_damaged_page(store: Store, tmp_path: Path) -> None:
+    for number in range(50):
+        record(store, fingerprint=str(number))
+    store.close()
+    with open(store.path, "r+b") as file:
+        size = os.path.getsize(store.path)
+        for page in range(3, size // 4096):
+            file.seek(page * 4096)
+            file.write(b"\xff" * 512)
+    damaged = Path(store.path).read_bytes()
+    done = run("check", "--db", store.path, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "integrity" in done.stdout or "malformed" in done.stderr
+    assert Path(store.path).read_bytes() == damaged
+
+
+def test_damaged_database_is_said_in_one_line_and_left_as_it_is(
+    store: Store, tmp_path: Path
+) -> None:
+    record(store)
+    store.close()
+    with open(store.path, "r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (os.path.getsize(store.path) - 4096))
+    before = Path(store.path).read_bytes()
+    done = run("--db", store.path, "--port", "0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "malformed" in done.stderr
+    assert Path(store.path).read_bytes() == before
+
+
+def test_old_database_is_kept_beside_the_one_that_is_brought_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path = str(tmp_path / "old.db")
+    for version in range(1, len(miniapm.MIGRATIONS)):
+        with monkeypatch.context() as patch:
+            patch.setattr(miniapm, "MIGRATIONS", miniapm.MIGRATIONS[:version])
+            Store(path).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(miniapm, "MIGRATIONS", miniapm.MIGRATIONS[:-1])
+        Store(str(tmp_path / "old2.db")).close()
+    Store(path).close()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(miniapm.MIGRATIONS) - 1
+    for version in range(1, len(miniapm.MIGRATIONS)):
+        kept = tmp_path / f"old.db.version{version}"
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+        with contextlib.closing(sqlite3.connect(kept)) as db:
+            assert db.execute("PRAGMA user_version").fetchone() == (version,)
+        assert str(kept) in said[version - 1]
+    os.replace(tmp_path / "old2.db", path)
+    Store(path).close()
+    assert (tmp_path / f"old.db.version{len(miniapm.MIGRATIONS) - 1}.2").exists()
+
+
+def test_log_has_a_line_a_request_when_it_is_asked_for(start: Callable[..., Server]) -> None:
+    server = start("--verbose")
+    server.report(message="a message")
+    requests.get(server.url + "/errors?q=searched", timeout=5)
+    requests.get(server.url + "/no\x1b[31m%0d%0a%1b[31mpage", timeout=5)
+    url = f"{server.url}/api/1/envelope/?sentry_key={server.key}"
+    assert requests.post(url, data=envelope(event(exception("Boom", "m"))), timeout=5).ok
+    assert server.stop() == 0
+    lines = server.log.splitlines()
+    for wanted in (
+        r"127\.0\.0\.1 POST /ingest/errors 202",
+        r"127\.0\.0\.1 GET /errors 200 \d+\.\d ms",
+        r"127\.0\.0\.1 POST /api/1/envelope/ 200",
+        r"GET /no␛\[31m␊␛\[31mpage 404",
+    ):
+        found = [line for line in lines if re.search(wanted, line)]
+        assert len(found) == 1, (wanted, lines)
+        assert re.match(r"20\d\d-\d\d-\d\dT[\d:.]+Z ", found[0])
+    assert not re.search(rf"{server.key}|searched|a message", server.log)
+
+
+def test_log_counts_refused_reports_once_a_minute_by_reason(
+    start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    for number in range(5):
+        assert server.post(report(message=number)).status_code == 400
+        assert requests.post(server.url + "/ingest/errors", timeout=5).status_code == 401
+    assert server.stop() == 0
+    texts = sorted(line.partition(" ")[2] for line in server.log.splitlines() if "refused" in line)
+    assert [text[:16] for text in texts] == ["refused 1: 400 m", "refused 1: 401 t"]
+    lines: list[str] = []
+    seconds = iter(range(0, 1_000, 25))
+    monkeypatch.setattr(miniapm.time, "monotonic", lambda: next(seconds))
+    rejections = miniapm.Rejections(lambda: NOW_MS, lines.append)
+    for _ in range(7):
+        rejections.count(miniapm.Unauthorized("no key"))
+    assert lines == [f"refused {count}: 401 no key" for count in (1, 3, 3)]
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a file system of its own of 24 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    if (
+        not shutil.which("mount")
+        or subprocess.run(made, capture_output=True, check=False).returncode
+    ):
+        missing("the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_disk_that_can_not_be_written_is_said_in_one_line(small_disk: Path) -> None:
+    path = small_disk / "miniapm.db"
+    Store(str(path)).close()
+    before = path.read_bytes()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = run("--port", "0", cwd=small_disk)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "Read-only file system" in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_full_disk_is_said_and_recovered_from(
+    start: Callable[..., Server], small_disk: Path
+) -> None:
+    server = start("--db", str(small_disk / "full.db"))
+    server.report(message="before")
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(b"x" * 65_536):
+            pass
+    answer = server.post(report(message="lost"))
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) > 0
+    assert "the disk is nearly full" in answer.json()["error"]
+    page = requests.get(server.url + "/errors", timeout=5)
+    assert page.status_code == 200
+    assert "Reports are not stored now: the disk is nearly full" in page.text
+    filler.unlink()
+    server.report(message="after")
+    assert "Reports are not stored now" not in requests.get(server.url + "/errors", timeout=5).text
+    assert server.errors()[0]["occurrences"] == 2
+
+
+def test_errors_can_be_deleted_on_a_disk_that_reports_have_filled(
+    start: Callable[..., Server], small_disk: Path
+) -> None:
+    server = start("--db", str(small_disk / "full.db"))
+    sent = 0
+    while True:
+        batch = [report(message=os.urandom(4_000).hex(), fingerprint=str(n % 5)) for n in range(50)]
+        answer = server.post({"errors": batch}, "/ingest/errors/batch")
+        if answer.status_code != 202:
+            break
+        sent += len(batch)
+    assert answer.status_code == 503
+    assert sum(error["occurrences"] for error in server.errors()) == sent > 500
+    ids = [error["id"] for error in server.errors()]
+    form = {"action": "delete", "id": ids[:4]}
+    assert requests.post(server.url + "/errors", data=form, timeout=10).status_code == 200
+    wait_until(lambda: server.post(report()).status_code == 202, 30)
+    assert run("check", "--db", str(small_disk / "full.db"), cwd=small_disk).returncode == 0
 
 
 # --- The contract's examples ----------------------------------------------------------------------
