@@ -2276,15 +2276,17 @@ def _file_identity(path: str) -> tuple[int, int] | None:
 
 
 def lack_of_space(path: str) -> str:
-    """Say that the disk of a file is nearly full, empty if it is not.
+    """Say that the disk of a database is nearly full, empty if it is not.
 
-    What is left then is for deleting, which needs room in SQLite's log.
+    What is left then is for deleting, which needs room in SQLite's log, and for what the log
+    holds already and is yet to be copied into the database.
     """
     try:
         disk = shutil.disk_usage(os.path.dirname(path))
+        log_bytes = os.path.getsize(path + "-wal")
     except OSError:
         return ""
-    if disk.free >= min(MIN_FREE_BYTES, disk.total // 10):
+    if disk.free >= min(MIN_FREE_BYTES, disk.total // 10) + log_bytes:
         return ""
     return f"the disk is nearly full, {disk.free // _MEBIBYTE:,} MiB are left"
 
@@ -2314,21 +2316,30 @@ class Checkpointer:
         self._commits = 0
         self._is_due = threading.Event()
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="miniapm-checkpoint", daemon=True)
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None  # from when there is something to copy
 
     def count_commit(self) -> None:
-        """Start when there may be something worth copying; called by one thread at a time."""
+        """Copy when there may be something worth it; called by one thread at a time."""
         self._commits += 1
         if self._commits % CHECKPOINT_COMMITS == 0:
-            if self._commits == CHECKPOINT_COMMITS:
-                self._thread.start()
-            self._is_due.set()
+            self.copy_soon()
+
+    def copy_soon(self) -> None:
+        """Copy, which also shortens the file when there is less in it."""
+        with self._lock:
+            if self._thread is None and not self._is_closed:
+                run = threading.Thread(target=self._run, name="miniapm-checkpoint", daemon=True)
+                self._thread = run
+                run.start()
+        self._is_due.set()
 
     def close(self) -> None:
         """Finish what is being copied."""
-        self._is_closed = True
+        with self._lock:
+            self._is_closed = True
         self._is_due.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:
@@ -2356,7 +2367,7 @@ class Writer:
         self._changed = threading.Condition()
         self._turn = threading.Lock()  # held while the connection is used
         self._locked_since_s = math.inf  # by another process
-        self._checkpointer = Checkpointer(path)
+        self.checkpointer = Checkpointer(path)
         self.trouble = ""  # why the last transaction was not written
         self.after_undo: Callable[[], None] = lambda: None  # called when what was written is not
         self._is_closed = False
@@ -2413,7 +2424,7 @@ class Writer:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
-        self._checkpointer.close()
+        self.checkpointer.close()
 
     def _run(self) -> None:
         _is_busy_here.set(True)
@@ -2464,7 +2475,7 @@ class Writer:
             yield
             self._db.execute("COMMIT")
             self.trouble = ""
-            self._checkpointer.count_commit()
+            self.checkpointer.count_commit()
         except BaseException as error:
             if isinstance(error, (sqlite3.Error, MiniAPMError)):
                 self.trouble = str(_refusal_of(error))
@@ -2783,6 +2794,7 @@ class Store:
         self._readers: list[sqlite3.Connection] = []  # all of them, lent or idle
         self._writer = Writer(open_database(self.path), self.path)
         self.write = self._writer.run
+        self.copy_log = self._writer.checkpointer.copy_soon
         self.has_surplus = threading.Event()  # there may be something for Retention to remove
         self._reports_since_surplus = 0
         self._recorder = _Recorder(self.now_ms)
@@ -3038,14 +3050,15 @@ def _remove_deleted(db: sqlite3.Connection) -> int:
 
 
 def _release_pages(db: sqlite3.Connection) -> int:
-    """Give one step of free pages back to the disk; return how many are left to give.
+    """Give one step of free pages back to the disk; return how many they were.
 
     A tenth of the file stays free, for the reports that come next.
     """
     free = _pragma(db, "freelist_count") - _pragma(db, "page_count") // 10
-    for _ in range(min(free, SWEEP_STEP_PAGES)):
+    step = max(0, min(free, SWEEP_STEP_PAGES))
+    for _ in range(step):
         db.execute("PRAGMA incremental_vacuum(1)")  # however large N is, execute frees one
-    return max(0, free - SWEEP_STEP_PAGES)
+    return step
 
 
 class Retention:
@@ -3093,13 +3106,17 @@ class Retention:
         self._repeat(functools.partial(self._remove_surplus, [row["id"] for row in crowded]))
         self._repeat(lambda db: db.execute(DELETE_EMPTY, {"step": SWEEP_STEP_ROWS}).rowcount)
         self._repeat(_remove_deleted)
-        self._repeat(_release_pages)
+        if self._repeat(_release_pages):
+            self._store.copy_log()
         if len(crowded) == SWEEP_STEP_ROWS:
             self._store.has_surplus.set()
 
-    def _repeat(self, step: Work) -> None:
+    def _repeat(self, step: Work) -> int:
+        """Do a step until nothing is left to do; return how often there was more."""
+        count = 0
         while not self._is_stopped and self._store.write(step):
-            pass
+            count += 1
+        return count
 
     def _remove_expired(self, db: sqlite3.Connection) -> int:
         cutoff_ms = self._store.now_ms() - self._retention_ms
