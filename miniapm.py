@@ -58,6 +58,7 @@ import linecache
 import logging
 import math
 import os
+import pathlib
 import queue
 import re
 import runpy
@@ -1963,20 +1964,20 @@ DELETE_FACETS = """
 DELETE_SAMPLE = "DELETE FROM samples WHERE error_id = :error_id"
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
 
-# What `check` finds of errors whose numbers are not those of their rows; none in a whole database.
-SELECT_MISCOUNTED = """
+# What the command check reads, which is everything. First: errors with numbers not of their rows.
+CHECK_ERRORS = """
     SELECT id, occurrence_count, stored_count, user_count,
         (SELECT COALESCE(SUM(count), 0) FROM buckets WHERE error_id = errors.id) AS hours,
         (SELECT COUNT(*) FROM occurrences WHERE error_id = errors.id) AS kept,
         (SELECT COUNT(*) FROM error_users WHERE error_id = errors.id) AS users
     FROM errors WHERE status <> 'deleted'
         AND (occurrence_count <> hours OR stored_count <> kept OR user_count <> users)"""
-SELECT_STORED = """
+CHECK_REPORTS = """
     SELECT occurrences.id, received_ms, occurrences.body, grouping_key, samples.body AS sample
     FROM occurrences JOIN errors ON errors.id = occurrences.error_id
     LEFT JOIN samples ON samples.error_id = errors.id
     WHERE status <> 'deleted' ORDER BY occurrences.error_id"""
-SELECT_TOTALS = """
+CHECK_TOTALS = """
     SELECT (SELECT COUNT(*) FROM projects) AS projects,
         (SELECT COUNT(*) FROM errors WHERE status <> 'deleted') AS errors,
         (SELECT COUNT(*) FROM occurrences) AS occurrences"""
@@ -2137,7 +2138,11 @@ def _refusal_of(error: Exception) -> Exception:
 
 
 def _connect(path: str) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=MAX_WAIT_S, isolation_level=None, check_same_thread=False)
+    # Not as a mere path: where the file was deleted, another one would be made.
+    uri = f"{pathlib.Path(os.path.abspath(path)).as_uri()}?mode=rw"
+    db = sqlite3.connect(
+        uri, timeout=MAX_WAIT_S, isolation_level=None, check_same_thread=False, uri=True
+    )
     db.row_factory = sqlite3.Row
     return db
 
@@ -2752,13 +2757,13 @@ def faults_of(db: sqlite3.Connection) -> Iterator[str]:
     for row in db.execute("PRAGMA integrity_check(20)"):
         if row[0] != "ok":
             yield f"integrity: {row[0]}"
-    for row in db.execute(SELECT_MISCOUNTED):
+    for row in db.execute(CHECK_ERRORS):
         yield (
             f"error {row['id']}: counts {row['occurrence_count']} reports, {row['stored_count']}"
             f" kept, {row['user_count']} users; there are {row['hours']}, {row['kept']},"
             f" {row['users']}"
         )
-    for row in db.execute(SELECT_STORED):
+    for row in db.execute(CHECK_REPORTS):
         try:
             _stored_occurrence(
                 row["body"], row["sample"], row["grouping_key"], row["received_ms"], None
@@ -7113,7 +7118,7 @@ def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
         say(f"{config.db}: schema version {version}, this program's is {len(MIGRATIONS)}")
         if version != len(MIGRATIONS):
             raise MiniAPMError("nothing else was checked; a start brings an older one up to date")
-        totals = db.execute(SELECT_TOTALS).fetchone()
+        totals = db.execute(CHECK_TOTALS).fetchone()
         counted = (f"{totals[name]:,} {name}" for name in ("projects", "errors", "occurrences"))
         say(", ".join(counted))
         found = 0
