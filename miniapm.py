@@ -116,7 +116,8 @@ MAX_BODY_BYTES = 10 * _MEBIBYTE  # the default of the setting max_body_bytes
 MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it is cut off
 MAX_HEADER_BYTES = 16 * _KIBIBYTE
 MAX_KNOWN_HEADER_BYTES = _KIBIBYTE  # of a request, remembered for the next one
-MAX_KNOWN_HEADERS = 500
+MAX_KNOWN_HEADER_LINES = 30
+MAX_KNOWN_HEADERS = 200
 MAX_FORM_BYTES = 256 * _KIBIBYTE
 MAX_JSON_DEPTH_LEVELS = 64
 MAX_JSON_VALUES = 1_000_000  # commas and opening brackets of a body
@@ -148,7 +149,7 @@ MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
 MAX_PLAIN_CHARS = MAX_FIELD_CHARS  # a report's JSON of which no field can be too large
-MAX_REMEMBERED_TEXTS = 5_000  # of each kind that PlainTexts knows, a megabyte
+MAX_REMEMBERED_TEXTS = 5_000  # of each kind that PlainTexts knows; as a rule a megabyte
 MAX_REMEMBERED_CHARS = 200  # of one of them
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
 MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
@@ -164,7 +165,7 @@ MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
 MAX_WAITING_REPORTS = 2 * MAX_BATCH_ERRORS
 MAX_WAIT_S = 4.0  # what a write waits for its turn before it is refused
 MAX_FAST_BYTES = 256 * _KIBIBYTE  # a larger body is none of the server's loop
-MAX_CLEANED_BYTES = 32 * _KIBIBYTE  # nor is a larger one that holds something to clean
+MAX_CLEANED_BYTES = 32 * _KIBIBYTE  # nor is a larger one, but for a batch with nothing to clean
 MAX_ROUND_BYTES = 256 * _KIBIBYTE  # of bodies in one transaction of the loop
 MAX_UNSENT_BYTES = 64 * _KIBIBYTE  # with more waitress makes who writes wait for the loop
 MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread to end
@@ -182,7 +183,8 @@ MAX_LOGIN_DELAY_S = 60.0
 MAX_LOGIN_ADDRESSES = 1_000
 
 PAGE_ERRORS = 50  # rows on one page of the list
-SWEEP_STEP_ROWS = 500  # what retention removes in one transaction, in a few milliseconds
+SWEEP_STEP_ROWS = 500  # what retention removes in one transaction, fewer where it takes longer
+SWEEP_STEP_S = 0.005
 SWEEP_STEP_PAGES = 100
 SWEEP_INTERVAL_S = 60.0
 MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # of what is kept in memory about the errors reported last
@@ -481,7 +483,8 @@ class Occurrence:
     `fingerprint` is for display; `grouping_key`, the SHA-256 of what the client sent, decides.
     `event_id`, 32 hexadecimal digits, is the same when the same report is sent again.
     `disbelieved_timestamp` is what the client claimed when that lay in the future. `sent` is the
-    report's JSON as it came, where nothing in it had to be changed, and then what is stored.
+    time of receipt and the report's JSON, 1800000000000:{…}, where nothing in it had to be
+    changed, and then what is stored.
     """
 
     exception_class: str
@@ -1018,7 +1021,7 @@ def parse_occurrence(
         extra=extra if is_known_plain else scrub_fields(extra),
         disbelieved_timestamp=disbelieved,
         event_id=read_event_id(data.get("event_id")),
-        sent=plain,
+        sent=None if plain is None else f"{received_ms}:{plain}",
     )
 
 
@@ -1054,7 +1057,7 @@ _STORED_FIELDS = (
 )
 
 
-_AS_SENT = "="  # what a stored text begins with when a report's own JSON follows
+_AS_SENT = "="  # what a stored text begins with when the time and a report's own JSON follow
 
 
 def dump_occurrence(occurrence: Occurrence) -> str:
@@ -1071,13 +1074,11 @@ def dump_occurrence(occurrence: Occurrence) -> str:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
-def load_occurrence(
-    text: str, grouping_key: bytes, received_ms: int, event_id: str | None = None
-) -> Occurrence:
+def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None) -> Occurrence:
     """Return the occurrence that dump_occurrence wrote."""
     if text.startswith(_AS_SENT):
-        sent = text.removeprefix(_AS_SENT)
-        return parse_occurrence(json.loads(sent), received_ms, plain=sent)
+        received, _, sent = text.removeprefix(_AS_SENT).partition(":")
+        return parse_occurrence(json.loads(sent), int(received), plain=sent)
     values = json.loads(text)
     if (context := values.get("source_context")) is not None:
         for name in ("pre_context", "post_context"):
@@ -1157,10 +1158,16 @@ _SCRIPT_LOCATION = re.compile(r"(.+?):(\d{1,9}):\d{1,9}$")
 _RUBY_FILE = re.compile(r"\.(?:rb|ru|rake|erb|haml|slim|gemspec)$")
 
 
-@functools.lru_cache(1_000)  # the paths of an application come again
+def _is_own_path(file: str) -> bool:
+    return not _LIBRARY.search(file.replace("\\", "/"))
+
+
+_is_short_path_own = functools.lru_cache(1_000)(_is_own_path)  # an application's come again
+
+
 def is_own_path(file: str) -> bool:
     """Tell the application's files from those of libraries, by where they lie."""
-    return not _LIBRARY.search(file.replace("\\", "/"))
+    return (_is_short_path_own if len(file) <= MAX_REMEMBERED_CHARS else _is_own_path)(file)
 
 
 def _python_frame(line: str) -> Frame | None:
@@ -1973,7 +1980,7 @@ CHECK_ERRORS = """
     FROM errors WHERE status <> 'deleted'
         AND (occurrence_count <> hours OR stored_count <> kept OR user_count <> users)"""
 CHECK_REPORTS = """
-    SELECT occurrences.id, received_ms, occurrences.body, grouping_key, samples.body AS sample
+    SELECT occurrences.id, occurrences.body, grouping_key, samples.body AS sample
     FROM occurrences JOIN errors ON errors.id = occurrences.error_id
     LEFT JOIN samples ON samples.error_id = errors.id
     WHERE status <> 'deleted' ORDER BY occurrences.error_id"""
@@ -2312,8 +2319,8 @@ class _Job:
 class Checkpointer:
     """Copies the write-ahead log into the database, in a thread beside the one that commits.
 
-    A commit that finds much that is not copied yet does it itself: SQLite's own way, which bounds
-    the log where this thread can't keep up.
+    Where this thread can't keep up, the one that commits waits for it and copies the rest: only
+    a log that is copied to its end begins anew.
     """
 
     def __init__(self, path: str) -> None:
@@ -2321,27 +2328,33 @@ class Checkpointer:
         self._commits = 0
         self._is_due = threading.Event()
         self._is_closed = False
-        self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._copying = threading.Lock()
         self._thread: threading.Thread | None = None  # from when there is something to copy
 
-    def count_commit(self) -> None:
-        """Copy when there may be something worth it; called by one thread at a time."""
+    def count_commit(self, db: sqlite3.Connection) -> None:
+        """Copy when there may be something worth it; called after each commit of `db`."""
         self._commits += 1
-        if self._commits % CHECKPOINT_COMMITS == 0:
-            self.copy_soon()
+        if self._commits % CHECKPOINT_COMMITS:
+            return
+        self.copy_soon()
+        with contextlib.suppress(OSError):
+            if os.path.getsize(self._path + "-wal") > MAX_WAL_BYTES:
+                self._copy(db)
 
     def copy_soon(self) -> None:
         """Copy, which also shortens the file when there is less in it."""
-        with self._lock:
+        with self._starting:
             if self._thread is None and not self._is_closed:
-                run = threading.Thread(target=self._run, name="miniapm-checkpoint", daemon=True)
-                self._thread = run
-                run.start()
+                thread = threading.Thread(target=self._run, name="miniapm-checkpoint", daemon=True)
+                with contextlib.suppress(RuntimeError):  # there may be no more threads to have
+                    thread.start()
+                    self._thread = thread
         self._is_due.set()
 
     def close(self) -> None:
         """Finish what is being copied."""
-        with self._lock:
+        with self._starting:
             self._is_closed = True
         self._is_due.set()
         if self._thread is not None:
@@ -2349,12 +2362,15 @@ class Checkpointer:
 
     def _run(self) -> None:
         _is_busy_here.set(True)
-        with contextlib.closing(_connect(self._path)) as db:
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self._path)) as db:
             while not self._is_closed:
                 self._is_due.wait()
                 self._is_due.clear()
-                with contextlib.suppress(sqlite3.Error):  # then the commits do it, and say why not
-                    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                self._copy(db)
+
+    def _copy(self, db: sqlite3.Connection) -> None:
+        with self._copying, contextlib.suppress(sqlite3.Error):  # the next one will say why not
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
 
 class Writer:
@@ -2479,8 +2495,6 @@ class Writer:
                 raise MiniAPMError(f"{self._path} was deleted or replaced; start the server anew")
             yield
             self._db.execute("COMMIT")
-            self.trouble = ""
-            self.checkpointer.count_commit()
         except BaseException as error:
             if isinstance(error, (sqlite3.Error, MiniAPMError)):
                 self.trouble = str(_refusal_of(error))
@@ -2489,6 +2503,8 @@ class Writer:
                     self._db.execute("ROLLBACK")
             self.after_undo()
             raise
+        self.trouble = ""
+        self.checkpointer.count_commit(self._db)
 
     def _commit(self, jobs: list[_Job]) -> None:
         try:
@@ -2741,12 +2757,12 @@ class _Recorder:
 
 
 def _stored_occurrence(
-    body: bytes | str, sample: bytes | None, key: bytes, received_ms: int, event_id: str | None
+    body: bytes | str, sample: bytes | None, key: bytes, event_id: str | None = None
 ) -> Occurrence:
     """Return the occurrence that a row holds; `sample` is the error's, compressed."""
     if isinstance(body, bytes):  # a text is from before reports were compressed
         body = unpack(body, sample and zlib.decompress(sample))
-    return load_occurrence(body, key, received_ms, event_id)
+    return load_occurrence(body, key, event_id)
 
 
 def faults_of(db: sqlite3.Connection) -> Iterator[str]:
@@ -2765,9 +2781,7 @@ def faults_of(db: sqlite3.Connection) -> Iterator[str]:
         )
     for row in db.execute(CHECK_REPORTS):
         try:
-            _stored_occurrence(
-                row["body"], row["sample"], row["grouping_key"], row["received_ms"], None
-            )
+            _stored_occurrence(row["body"], row["sample"], row["grouping_key"])
         except (ValueError, TypeError, KeyError, zlib.error, MiniAPMError) as error:
             yield f"report {row['id']} can't be read: {error}"
 
@@ -2931,7 +2945,7 @@ class Store:
         values = dict(row)
         event_id = values.pop("event_id").lower() or None
         body, sample, key = (values.pop(name) for name in ("body", "sample", "grouping_key"))
-        occurrence = _stored_occurrence(body, sample, key, values["received_ms"], event_id)
+        occurrence = _stored_occurrence(body, sample, key, event_id)
         return StoredOccurrence(**values, occurrence=occurrence)
 
     def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
@@ -3039,9 +3053,9 @@ def _remove_occurrences(db: sqlite3.Connection, statement: str, values: Json) ->
     return removed.total()
 
 
-def _remove_deleted(db: sqlite3.Connection) -> int:
-    """Remove one step of the rows that belong to deleted errors; return how many they were."""
-    left = SWEEP_STEP_ROWS
+def _remove_deleted(db: sqlite3.Connection, step: int) -> int:
+    """Remove a step of the rows that belong to deleted errors; return how many they were."""
+    left = step
     while left > 0 and (error := db.execute(SELECT_DELETED).fetchone()):
         values = {"error_id": error["id"], "step": left}
         left -= _remove_occurrences(db, DELETE_OLDEST, values)
@@ -3051,7 +3065,7 @@ def _remove_deleted(db: sqlite3.Connection) -> int:
         if left > 0:  # so nothing of it is left
             db.execute(DELETE_SAMPLE, values)
             left -= db.execute(DELETE_ERROR, values).rowcount
-    return SWEEP_STEP_ROWS - left
+    return step - left
 
 
 def _release_pages(db: sqlite3.Connection) -> int:
@@ -3079,6 +3093,7 @@ class Retention:
         self._retention_ms = retention_days * 24 * HOUR_MS
         self._max_occurrences = max_occurrences
         self._is_stopped = False
+        self._step_rows = SWEEP_STEP_ROWS
         self._thread = threading.Thread(target=self._run, name="miniapm-retention", daemon=True)
 
     def start(self) -> None:
@@ -3108,9 +3123,10 @@ class Retention:
         with self._store.reading() as db:
             values = {"most": self._max_occurrences, "step": SWEEP_STEP_ROWS}
             crowded = db.execute(SELECT_CROWDED, values).fetchall()
-        self._repeat(functools.partial(self._remove_surplus, [row["id"] for row in crowded]))
+        if crowded:
+            self._repeat(functools.partial(self._remove_surplus, [row["id"] for row in crowded]))
         self._repeat(lambda db: db.execute(DELETE_EMPTY, {"step": SWEEP_STEP_ROWS}).rowcount)
-        self._repeat(_remove_deleted)
+        self._repeat(lambda db: _remove_deleted(db, self._step_rows))
         if self._repeat(_release_pages):
             self._store.copy_log()
         if len(crowded) == SWEEP_STEP_ROWS:
@@ -3119,18 +3135,27 @@ class Retention:
     def _repeat(self, step: Work) -> int:
         """Do a step until nothing is left to do; return how often there was more."""
         count = 0
-        while not self._is_stopped and self._store.write(step):
+        while not self._is_stopped and self._store.write(functools.partial(self._timed, step)):
             count += 1
         return count
 
+    def _timed(self, step: Work, db: sqlite3.Connection) -> int:
+        """Do a step, and let the next one be as large as takes about SWEEP_STEP_S."""
+        began_s = time.perf_counter()
+        done: int = step(db)
+        is_slow = time.perf_counter() - began_s > SWEEP_STEP_S
+        change = 0.5 if is_slow else 1.25
+        self._step_rows = max(1, min(SWEEP_STEP_ROWS, int(self._step_rows * change) + 1))
+        return done
+
     def _remove_expired(self, db: sqlite3.Connection) -> int:
         cutoff_ms = self._store.now_ms() - self._retention_ms
-        values = {"cutoff_ms": cutoff_ms, "step": SWEEP_STEP_ROWS}
+        values = {"cutoff_ms": cutoff_ms, "step": self._step_rows}
         return _remove_occurrences(db, DELETE_EXPIRED, values)
 
     def _remove_surplus(self, error_ids: list[int], db: sqlite3.Connection) -> int:
         """Remove a step from the last of the errors; return how many errors are left."""
-        left = SWEEP_STEP_ROWS
+        left = self._step_rows
         while error_ids and left > 0:
             values = {"error_id": error_ids[-1], "most": self._max_occurrences, "step": left}
             left -= _remove_occurrences(db, DELETE_SURPLUS, values)
@@ -6090,13 +6115,15 @@ class Intake:
         Raises MiniAPMError for what is to be refused.
         """
         path = environ["PATH_INFO"]
+        is_large = int(environ["CONTENT_LENGTH"] or 0) > MAX_CLEANED_BYTES
+        if is_large and path != "/ingest/errors/batch":
+            return None
         if path == "/ingest/errors":
             return Delivery([self._ingest.read_error(environ, keys)], "202 Accepted", b"")
         if path == "/ingest/errors/batch":
             project_id, entries = self._ingest.read_batch(environ, keys)
             now_ms = self._store.now_ms()
-            is_costly = any(plain is None for _, plain in entries)
-            if is_costly and int(environ["CONTENT_LENGTH"]) > MAX_CLEANED_BYTES:
+            if is_large and any(plain is None for _, plain in entries):
                 return None
             reports = [
                 (project_id, parse_occurrence(entry, now_ms, f"errors[{index}]", plain=plain))
@@ -6663,7 +6690,9 @@ def _parser_class(max_body_bytes: int) -> Any:
         def _parse_new_header(self, header: bytes) -> None:
             own = {*self.__dict__, "body_rcv"}  # what is not made of the header alone
             super().parse_header(header)
-            if self.content_length and not self.chunked and len(header) <= MAX_KNOWN_HEADER_BYTES:
+            is_short = len(header) <= MAX_KNOWN_HEADER_BYTES
+            is_short = is_short and len(self.headers) <= MAX_KNOWN_HEADER_LINES
+            if is_short and self.content_length and not self.chunked:
                 if len(known) >= MAX_KNOWN_HEADERS:
                     known.clear()
                 parts = {name: self.__dict__[name] for name in self.__dict__.keys() - own}
@@ -6739,9 +6768,10 @@ class FastIngest:
     it. What is large, compressed or not plainly to be stored goes to the thread pool, where the
     App answers it as all else. Of waitress it relies on, beside what Server names:
     `server.add_task`, which is called with a channel whose first request is complete; of a channel
-    `requests`, `request` (that is still arriving), `addr`, `total_outbufs_len`, `will_close`,
-    `send`, `write_soon` and `service`, which makes a `task_class`; of a request `command`, `path`,
-    `query`, `version`, `headers`, `error`, `close` and `body_rcv`, whose `getbuf` holds the body.
+    `requests`, `request` (that is still arriving), `addr`, `connected`, `total_outbufs_len`,
+    `will_close`, `send`, `write_soon` and `service`, which makes a `task_class`; of a request
+    `command`, `path`, `query`, `version`, `headers`, `error`, `close` and `body_rcv`, whose
+    `getbuf` holds the body.
     """
 
     def __init__(self, server: Any, intake: Intake, store: Store, log: Log | None) -> None:
@@ -6798,12 +6828,13 @@ class FastIngest:
             self._log(f"{channel.addr[0]} POST {request.path} {delivery.status[:3]} in a group")
         answer = fast_answer(delivery.status, delivery.body, int(time.time()))
         try:
-            if len(channel.requests) > 1 or channel.request or channel.total_outbufs_len:
+            is_alone = len(channel.requests) == 1 and channel.request is None
+            if not is_alone or channel.total_outbufs_len or not channel.connected:
                 channel.answer = answer
                 channel.service()
-            else:  # nothing stands before or behind it
-                sent = channel.send(answer, do_close=False)
+            else:
                 channel.requests.pop().close()
+                sent = channel.send(answer, do_close=False)
                 if sent < len(answer):
                     channel.write_soon(answer[sent:])
         except Exception as error:  # noqa: BLE001 - the report is stored, the loop must go on
