@@ -120,6 +120,7 @@ MAX_KNOWN_HEADER_LINES = 30
 MAX_KNOWN_HEADERS = 200
 MAX_FORM_BYTES = 256 * _KIBIBYTE
 MAX_JSON_DEPTH_LEVELS = 64
+MAX_INDENTED_LEVELS = 20  # JSON that is nested deeper is shown on one line
 MAX_JSON_VALUES = 1_000_000  # commas and opening brackets of a body
 MAX_BATCH_ERRORS = 10_000
 MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_bytes
@@ -897,17 +898,18 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 _TIMESTAMP = re.compile(r"[0-9]{4}-?(?:[0-9]{2}-?[0-9]{2}|W[0-9]{2}-?[0-9])(?:[T ]\S+)?")
+_LEAP_SECOND = re.compile(r"(?:(?<=[T ][0-9]{2}:[0-5][0-9]:)|(?<=[T ][0-9]{2}[0-5][0-9]))60")
 
 
 def parse_timestamp(text: str) -> int:
     """Return the UTC milliseconds of an ISO 8601 time (naive means UTC); ValueError if it is none.
 
-    Digits of a second beyond the sixth are dropped.
+    Digits of a second beyond the sixth are dropped; a leap second counts as the one before it.
     """
     text = text.strip().upper()
     if not _TIMESTAMP.fullmatch(text):
         raise ValueError(text)
-    parsed = datetime.fromisoformat(text)
+    parsed = datetime.fromisoformat(_LEAP_SECOND.sub("59", text))
     if parsed.tzinfo is None:
         parsed = parsed.replace(tzinfo=UTC)
     if parsed.year == 1:  # an offset could lead to before the first year, which has no text
@@ -4413,12 +4415,18 @@ def numbered_source(context: SourceContext) -> list[tuple[int, str, bool]]:
     return [(first + i, line, first + i == context.lineno) for i, line in enumerate(lines)]
 
 
+def indented(value: Any) -> str:
+    """Return a JSON value on several lines; on one where most of them would be indentation."""
+    indent = None if _is_deeper(value, MAX_INDENTED_LEVELS) else 2
+    return json.dumps(value, indent=indent, ensure_ascii=False)
+
+
 def readable(value: Any) -> str:
     """Return a JSON value as a person reads it: text as it is, all else as indented JSON."""
     if isinstance(value, str):
         return value
     line = json.dumps(value, ensure_ascii=False)
-    return line if len(line) <= 72 else json.dumps(value, indent=2, ensure_ascii=False)
+    return line if len(line) <= 72 else indented(value)
 
 
 def crumb_of(breadcrumb: Json) -> Crumb:
@@ -4615,6 +4623,9 @@ def _code(text: str) -> str:
     return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
+_WORDS = re.compile(r"[A-Za-z0-9 :-]+")  # nothing that Markdown could take for its own
+
+
 def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
     if occurrence.source_context is not None:
         lines = numbered_source(occurrence.source_context)
@@ -4628,8 +4639,8 @@ def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
         yield f"## Breadcrumbs\n\n{_fenced(text)}"
     for title, values in [("Tags", tags_of(occurrence)), *sections_of(occurrence)]:
         if values:
-            text = json.dumps(values, indent=2, ensure_ascii=False)
-            yield f"## {title}\n\n{_fenced(text, 'json')}"
+            heading = title if _WORDS.fullmatch(title) else _code(title)
+            yield f"## {heading}\n\n{_fenced(indented(values), 'json')}"
 
 
 def markdown(error: ErrorGroup, stored: StoredOccurrence | None) -> str:
@@ -5396,7 +5407,7 @@ def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
             for title, values in sections_of(one)
         ],
         "crumbs": [crumb_of(crumb) for crumb in breadcrumbs_of(one)],
-        "raw": json.dumps(to_payload(one), indent=2, ensure_ascii=False),
+        "raw": indented(to_payload(one)),
     }
 
 
@@ -5560,7 +5571,7 @@ def read_content(environ: Environ, limit: int) -> bytes | bytearray:
     TooLarge when it has more than `limit` bytes, or more than twice that once decoded;
     UnsupportedType and BadRequest for a Content-Encoding that can't be undone.
     """
-    encoding = environ.get("HTTP_CONTENT_ENCODING", "").strip().lower().removeprefix("x-")
+    encoding = environ.get("HTTP_CONTENT_ENCODING", "").strip(" \t").lower().removeprefix("x-")
     if encoding in ("", "identity"):
         return read_body(environ, limit)
     if encoding not in _DECODERS:
@@ -5596,9 +5607,10 @@ def read_query(environ: Environ) -> dict[str, str]:
 def bearer_key(environ: Environ) -> str:
     """Return the key of an Authorization header (RFC 6750); Unauthorized if there is none."""
     scheme, _, key = header_text(environ, "HTTP_AUTHORIZATION").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
+    key = key.strip(" \t")
+    if scheme.lower() != "bearer" or not key:
         raise Unauthorized("the header Authorization must be: Bearer <api_key>")
-    return key.strip()
+    return key
 
 
 def sentry_key(environ: Environ) -> str:
@@ -5610,8 +5622,8 @@ def sentry_key(environ: Environ) -> str:
 
 def require_json(environ: Environ) -> None:
     """Refuse a body whose Content-Type is not application/json or application/…+json."""
-    kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not re.fullmatch(r"application/[\w.-]+\+json", kind):
+    kind = environ.get("CONTENT_TYPE", "").partition(";")[0].strip(" \t").lower()
+    if kind != "application/json" and not re.fullmatch(r"(?a:application/[\w.-]+\+json)", kind):
         raise UnsupportedType("the Content-Type must be application/json")
 
 
@@ -5718,7 +5730,7 @@ def check_same_origin(environ: Environ) -> None:
     own = environ.get("HTTP_HOST", "").lower()
     # same-site is not enough: every port of localhost is the same site.
     if site not in (None, "same-origin", "none") or (
-        origin is not None and origin.lower().partition("://")[2] != own
+        origin is not None and origin.lower() not in (f"http://{own}", f"https://{own}")
     ):
         raise Forbidden("changes are taken from this dashboard's own pages only")
 
@@ -6659,8 +6671,45 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _strict_parser_class() -> Any:
+    """Return waitress's parser, that refuses three things more.
+
+    A request that others could think to end elsewhere (RFC 9112, section 6.3); one on which
+    waitress would hang up without a word; and a chunk's size or a trailer that does not end, for
+    it keeps all of these in memory.
+    """
+    import waitress.parser  # type: ignore[import-untyped]
+    import waitress.utilities  # type: ignore[import-untyped]
+
+    class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+        completed: bool
+
+        def received(self, data: bytes) -> int:
+            consumed: int = super().received(data)
+            kept = (getattr(self.body_rcv, name, b"") for name in ("control_line", "trailer"))
+            if self.chunked and sum(map(len, kept)) > MAX_HEADER_BYTES:
+                said = "a chunk's size or the trailer is too long"
+                self.error = waitress.utilities.BadRequest(said)
+                self.completed = True
+            return consumed
+
+        def parse_header(self, header: bytes) -> None:
+            names = {line.partition(b":")[0].lower() for line in header.split(b"\r\n")}
+            try:
+                super().parse_header(header)
+            except ValueError:  # int() of thousands of digits, urlsplit() of http://[
+                raise waitress.parser.ParsingError("Content-Length or address invalid") from None
+            if b"transfer-encoding" in names and (
+                b"content-length" in names or self.version != "1.1"
+            ):
+                said = "Transfer-Encoding is for HTTP/1.1, and not beside a Content-Length"
+                raise waitress.parser.ParsingError(said)
+
+    return Parser
+
+
 def _parser_class(max_body_bytes: int) -> Any:
-    """Return waitress's parser with two differences.
+    """Return the strict parser with two differences.
 
     Bodies that are too large are read to their end: cut off in the middle of sending, most
     clients never see the 413. What is beyond the limit is dropped, and one byte too many tells
@@ -6668,7 +6717,6 @@ def _parser_class(max_body_bytes: int) -> Any:
     connection do, are not parsed again.
     """
     import waitress.buffers  # type: ignore[import-untyped]
-    import waitress.parser  # type: ignore[import-untyped]
     from waitress.receiver import FixedStreamReceiver  # type: ignore[import-untyped]
 
     class Buffer(waitress.buffers.OverflowableBuffer):  # type: ignore[misc]
@@ -6677,7 +6725,7 @@ def _parser_class(max_body_bytes: int) -> Any:
 
     known: dict[bytes, dict[str, Any]] = {}  # headers, and what parse_header() made of them
 
-    class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+    class Parser(_strict_parser_class()):  # type: ignore[misc]
         def parse_header(self, header: bytes) -> None:
             if (parts := known.get(header)) is not None:
                 self.__dict__.update(parts, headers=dict(parts["headers"]))

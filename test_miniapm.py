@@ -28,16 +28,19 @@ import http.client
 import http.server
 import importlib
 import io
+import itertools
 import json
 import logging
 import multiprocessing.process
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -6105,14 +6108,13 @@ def test_headers_that_come_again_are_read_as_the_first_time(
     sent: list[tuple[list[str], int]],
 ) -> None:
     import waitress.adjustments
-    import waitress.parser
 
-    parser_class = miniapm._parser_class(100)
+    parser_class, strict_class = miniapm._parser_class(100), miniapm._strict_parser_class()
     adj = waitress.adjustments.Adjustments()
     for headers, cut in sent:
         lines = ["POST /ingest/errors?x=1 HTTP/1.1", "Host: localhost", *headers, "", "{}xxxxx"]
         text = "\r\n".join(lines).encode()
-        parsers = [parser_class(adj), parser_class(adj), waitress.parser.HTTPRequestParser(adj)]
+        parsers = [parser_class(adj), parser_class(adj), strict_class(adj)]
         bodies = []
         for one in parsers:
             for part in (text[:cut], text[cut:]):
@@ -6438,6 +6440,1730 @@ def test_errors_can_be_deleted_on_a_disk_that_reports_have_filled(
     assert requests.post(server.url + "/errors", data=form, timeout=10).status_code == 200
     wait_until(lambda: server.post(report()).status_code == 202, 30)
     assert run("check", "--db", str(small_disk / "full.db"), cwd=small_disk).returncode == 0
+
+
+# What is on disk after a fault
+
+
+def assert_counts_agree(path: str | Path) -> None:
+    """Check a database's integrity, and that errors, occurrences and buckets count the same."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        counted, stored, kept, hourly = db.execute(
+            """SELECT (SELECT TOTAL(occurrence_count) FROM errors),
+                (SELECT TOTAL(stored_count) FROM errors),
+                (SELECT COUNT(*) FROM occurrences), (SELECT TOTAL(count) FROM buckets)"""
+        ).fetchone()
+    assert counted == stored == kept == hourly
+
+
+def report_until_it_ends(server: Server, prefix: str, acknowledged: list[str]) -> None:
+    """Send reports over one connection until it breaks; note the request ids that got a 202."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
+    with contextlib.closing(connection):
+        for number in range(100_000):
+            name = f"{prefix}-{number}"
+            body = json.dumps(report(request_id=name, fingerprint=f"f{number % 7}"))
+            try:
+                connection.request("POST", "/ingest/errors", body, headers)
+                answer = connection.getresponse()
+                answer.read()
+            except (OSError, http.client.HTTPException):
+                return
+            assert answer.status == 202
+            acknowledged.append(name)
+
+
+@pytest.mark.slow
+def test_kill_9_again_and_again_loses_no_acknowledged_report(start: Callable[..., Server]) -> None:
+    chance, acknowledged = random.Random(1), list[str]()
+    server = start("--max-occurrences", "1000000")
+    for turn in range(20):
+        enough = len(acknowledged) + chance.randint(1, 400)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            futures = [
+                pool.submit(report_until_it_ends, server, f"{turn}.{worker}", acknowledged)
+                for worker in range(8)
+            ]
+            wait_until(lambda enough=enough: len(acknowledged) >= enough, 30)
+            server.process.kill()
+            for future in futures:
+                future.result()
+        server.process.wait()
+        began = time.monotonic()
+        server = start("--max-occurrences", "1000000")
+        server.report(request_id=f"after {turn}")
+        assert time.monotonic() - began < 5
+        acknowledged.append(f"after {turn}")
+    server.process.kill()
+    server.process.wait()
+    assert_counts_agree(server.db)
+    stored = collections.Counter(body["request_id"] for body in reports_in(server.db))
+    assert set(acknowledged) <= stored.keys()
+    assert max(stored.values()) == 1
+
+
+def killed_after_reports(server: Server, chance: random.Random) -> list[list[str]]:
+    """Send single reports and batches one after the other; return their request ids."""
+    sent: list[list[str]] = []
+    for number in range(30):
+        names = [f"r{number}.{index}" for index in range(chance.choice([1, 1, 1, 2, 9]))]
+        errors = [report(request_id=name, fingerprint=f"f{number % 7}") for name in names]
+        if len(names) == 1:
+            server.report(**errors[0])
+        else:
+            assert server.post({"errors": errors}, "/ingest/errors/batch").status_code == 202
+        sent.append(names)
+    server.process.kill()
+    server.process.wait()
+    return sent
+
+
+@pytest.mark.parametrize("tail", ["nothing", "zeros", "noise"])
+def test_log_that_is_cut_anywhere_holds_a_prefix_of_what_was_sent(
+    start: Callable[..., Server], tmp_path: Path, tail: str
+) -> None:
+    server, chance = start(), random.Random(2)
+    sent = killed_after_reports(server, chance)
+    database, log = server.db.read_bytes(), Path(f"{server.db}-wal").read_bytes()
+    prefixes = [list(itertools.chain(*sent[:count])) for count in range(len(sent) + 1)]
+    places = [0, 31, len(log), *(chance.randrange(len(log)) for _ in range(40))]
+    found = []
+    for place in places:
+        copy = tmp_path / f"cut-{place}.db"
+        copy.write_bytes(database)
+        lost = {"nothing": 0, "zeros": len(log) - place, "noise": len(log) - place}[tail]
+        rest = chance.randbytes(lost) if tail == "noise" else bytes(lost)
+        Path(f"{copy}-wal").write_bytes(log[:place] + rest)
+        names = [body["request_id"] for body in reports_in(copy)]
+        assert names in prefixes
+        assert_counts_agree(copy)
+        found.append(len(names))
+    assert found[:3] == [0, 0, len(prefixes[-1])]
+    assert len(set(found)) > 10
+
+
+@contextlib.contextmanager
+def failing_syncs(server: Server, when: str = "1+") -> Iterator[None]:
+    """Let the disk refuse to sync, each thread of the server by itself, as strace counts."""
+    calls = "fsync,fdatasync"
+    watching = subprocess.Popen(
+        ["strace", "-f", "-p", str(server.process.pid), "-o", "/dev/null"]
+        + ["-e", f"trace={calls}", "-e", f"inject={calls}:error=EIO:when={when}"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with watching:
+        try:
+            assert watching.stderr
+            if "attached" not in watching.stderr.readline():
+                missing("a strace that may attach to other processes")
+            yield
+        finally:
+            watching.terminate()
+
+
+def test_reports_whose_sync_fails_are_refused_and_the_next_one_is_stored(
+    start: Callable[..., Server],
+) -> None:
+    need("strace")
+    server = start()
+    server.report(fingerprint="before")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool, failing_syncs(server):
+        statuses = list(pool.map(lambda number: post_raw(server, number), range(8)))
+    assert statuses == [500] * 8
+    assert post_raw(server, 1) == 202  # of an error that was refused
+    server.process.kill()
+    server.process.wait()
+    assert [one["fingerprint"] for one in reports_in(server.db)] == ["before", "f1"]
+    assert_counts_agree(server.db)
+
+
+def test_one_sync_that_fails_costs_no_later_report(start: Callable[..., Server]) -> None:
+    need("strace")
+    server = start()
+    with failing_syncs(server, when="1"):  # where the loop's fails, the pool's does then
+        assert [post_raw(server, number) for number in (1, 1, 2)] == [500, 202, 202]
+    server.process.kill()
+    server.process.wait()
+    assert [one["fingerprint"] for one in reports_in(server.db)] == ["f1", "f2"]
+    assert_counts_agree(server.db)
+
+
+def test_syncs_that_fail_now_and_then_lose_no_acknowledged_report(
+    start: Callable[..., Server],
+) -> None:
+    need("strace")
+    server = start()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool, failing_syncs(server, when="3+5"):
+        statuses = list(pool.map(lambda number: post_raw(server, number), range(400)))
+    server.process.kill()
+    server.process.wait()
+    assert set(statuses) == {202, 500}
+    acknowledged = {f"f{number}" for number, status in enumerate(statuses) if status == 202}
+    stored = collections.Counter(one["fingerprint"] for one in reports_in(server.db))
+    assert acknowledged <= stored.keys()
+    assert max(stored.values()) == 1
+    assert_counts_agree(server.db)
+
+
+def threads_of(server: Server) -> int:
+    return len(os.listdir(f"/proc/{server.process.pid}/task"))
+
+
+@pytest.mark.slow
+def test_lock_of_ten_seconds_is_503_to_every_report_until_it_is_gone(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+
+    def post_timed(number: int) -> tuple[int, int, float]:
+        began = time.monotonic()
+        answer = server.post(report(fingerprint=f"f{number}"))
+        retry_after_s = int(answer.headers.get("Retry-After", 0))
+        return answer.status_code, retry_after_s, time.monotonic() - began
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        assert {status for status, *_ in pool.map(post_timed, range(12))} == {202}
+        before = threads_of(server)
+        with locked(server.db):
+            end, found = time.monotonic() + 10, list[tuple[int, int, float]]()
+            while time.monotonic() < end:
+                found += pool.map(post_timed, range(12))
+        assert {status for status, *_ in found} == {503}
+        assert all(1 <= retry_after_s <= 30 for _, retry_after_s, _ in found)
+        assert max(took_s for *_, took_s in found) < 6
+        assert {status for status, *_ in pool.map(post_timed, range(12))} == {202}
+    assert threads_of(server) <= before
+    assert {error["occurrences"] for error in server.errors()} == {2}
+
+
+def leave(connection: socket.socket, *, at_once: bool) -> None:
+    """Close a connection, by a reset if at once."""
+    if at_once:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["closed", "reset"])
+def test_client_that_leaves_amid_its_body_leaves_nothing(
+    start: Callable[..., Server], at_once: bool
+) -> None:
+    server = start()
+    whole = request_bytes(server, "/ingest/errors", GOOD + b" " * 200)  # so that a part is JSON
+    body_at = whole.index(b"\r\n\r\n") + 4
+    for place in range(10, len(whole), 24):
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        connection.sendall(whole[:place])
+        if place > body_at:
+            wait_until(lambda: has_read_all(server))
+        leave(connection, at_once=at_once)
+    server.report(fingerprint="whole")
+    assert [error["fingerprint"] for error in server.errors()] == ["whole"]
+    assert_counts_agree(server.db)
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["closed", "reset"])
+def test_client_that_leaves_before_the_answer_and_sends_again_is_stored_once(
+    start: Callable[..., Server], at_once: bool
+) -> None:
+    server = start()
+    for number in range(10):
+        body = json.dumps(report(event_id=f"{number:032x}")).encode()
+        whole = request_bytes(server, "/ingest/errors", body)
+        with locked(server.db) if number % 2 else contextlib.nullcontext():
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+            connection.sendall(whole)
+            wait_until(lambda: has_read_all(server))
+            leave(connection, at_once=at_once)
+        (again,) = exchange(server, whole)
+        assert again.startswith(b"HTTP/1.1 202")
+    (error,) = server.errors()
+    assert error["occurrences"] == 10
+    assert_counts_agree(server.db)
+
+
+@pytest.mark.parametrize("tenths", range(10))
+def test_signal_at_any_moment_of_a_start_ends_it_cleanly(tmp_path: Path, tenths: int) -> None:
+    (tmp_path / "first").mkdir()
+    began = time.monotonic()
+    first = Server(tmp_path / "first")
+    whole_s = time.monotonic() - began
+    assert first.stop() == 0
+    command = [sys.executable, str(HERE / "miniapm.py"), "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=clean_environ(), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(whole_s * tenths / 10)
+        process.terminate()
+        _, said = process.communicate(timeout=15)
+    assert (process.returncode, said) in [(0, b""), (-signal.SIGTERM, b"")]
+    with contextlib.closing(Store(str(tmp_path / "miniapm.db"))) as store:
+        project = store.ensure_default_project()
+        assert store.record(project.id, [parse()]) == [None]
+    assert_counts_agree(tmp_path / "miniapm.db")
+
+
+def test_signal_while_much_is_removed_ends_a_server_soon(
+    start: Callable[..., Server], tmp_path: Path, clock: Clock
+) -> None:
+    clock.seconds = time.time() - 40 * 24 * 3600
+    with contextlib.closing(Store(str(tmp_path / "miniapm.db"), clock)) as store:
+        project = store.ensure_default_project()
+        for number in range(40):
+            many = [parse(fingerprint=f"f{number}")] * 1_000
+            assert store.record(project.id, many) == [None] * 1_000
+    server = start()
+    with contextlib.closing(sqlite3.connect(server.db)) as db:
+        count = "SELECT COUNT(*) FROM occurrences"
+        wait_until(lambda: db.execute(count).fetchone()[0] < 39_000)
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 10
+        assert 0 < db.execute(count).fetchone()[0]
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        wrong = """SELECT COUNT(*) FROM errors WHERE stored_count <>
+            (SELECT COUNT(*) FROM occurrences WHERE error_id = errors.id)"""
+        assert db.execute(wrong).fetchone() == (0,)
+
+
+# Hostile framing
+
+LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+IN_CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(GOOD), GOOD)
+SIZED = f"Content-Length: {len(GOOD)}"
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+def framed_post(
+    server: Server,
+    *lines: str,
+    body: bytes = GOOD,
+    version: str = " HTTP/1.1",
+    path: str = "/ingest/errors",
+) -> bytes:
+    """Return a report's request with more header lines and a body just as they are given."""
+    head = [
+        f"POST {path}{version}",
+        "Host: localhost",
+        f"Authorization: Bearer {server.key}",
+        "Content-Type: application/json",
+        *lines,
+    ]
+    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def statuses_of(server: Server, *parts: bytes) -> list[int]:
+    """Send bytes and a last request over one connection; return the statuses of all answers.
+
+    The last request asks the server to hang up: where its 200 is missing, it did that before.
+    """
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        for part in (*parts[:-1], parts[-1] + LAST):
+            connection.sendall(part)
+        stream, found = connection.makefile("rb"), []
+        while line := stream.readline():
+            assert line.startswith(b"HTTP/1."), line
+            found.append(int(line[9:12]))
+            head = b"\n".join(iter(lambda: stream.readline().strip(), b""))
+            length = re.search(rb"Content-Length: (\d+)", head)
+            stream.read(int(length[1]) if length else 0)
+        return found
+
+
+def output_of(server: Server) -> str:
+    """End a server; return what it has said since its start."""
+    server.process.terminate()
+    said, complaints = server.process.communicate(timeout=20)
+    return str(said + complaints)
+
+
+def test_length_that_is_none_is_400_and_ends_the_connection(start: Callable[..., Server]) -> None:
+    server = start()
+    sizes = ("-5", "+5", "0x5", "", "5 5", "1_0", "\xb2", "5, 5", "5, 6", "5.0", "5;a", "9" * 5_000)
+    for size in sizes:
+        assert statuses_of(server, framed_post(server, f"Content-Length: {size}")) == [400], size
+    for other in ("", str(len(GOOD)), "5"):
+        twice = framed_post(server, SIZED, f"content-length: {other}")
+        assert statuses_of(server, twice) == [400], other
+    assert server.errors() == []
+    assert "exception" not in output_of(server)
+
+
+def test_body_shorter_than_its_length_is_waited_for(start: Callable[..., Server]) -> None:
+    server = start()
+    longer = framed_post(server, f"Content-Length: {len(GOOD) + 1}")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(longer)
+        wait_until(lambda: has_read_all(server))
+        server.report(message="of another client")
+        assert [error["occurrences"] for error in server.errors()] == [1]
+        connection.sendall(b" ")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 202 Accepted")
+    assert [error["occurrences"] for error in server.errors()] == [2]
+
+
+def test_what_follows_a_body_s_length_is_no_part_of_it(start: Callable[..., Server]) -> None:
+    server = start()
+    cut = framed_post(server, f"Content-Length: {len(GOOD) - 1}")  # a brace is left for the next
+    assert statuses_of(server, cut) == [400, 400]
+    after = framed_post(server, SIZED, body=GOOD + b"x" * 9)
+    assert statuses_of(server, after) == [202, 400]
+    without = framed_post(server)
+    assert statuses_of(server, without) == [400, 400]
+    assert [error["occurrences"] for error in server.errors()] == [1]
+
+
+def test_body_framed_in_two_ways_is_400_and_ends_the_connection(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    hidden = b"0\r\n\r\n" + framed_post(server, SIZED)
+    for lines in (
+        (SIZED, CHUNKED),
+        (CHUNKED, "Content-Length: 5"),
+        (CHUNKED, "Content-Length: 0"),
+        (SIZED, "transfer-encoding:"),
+        (SIZED, "Transfer-Encoding: ,"),
+        (SIZED, "Transfer-Encoding:\r\n chunked"),
+    ):
+        for body in (IN_CHUNKS, GOOD, hidden):
+            assert statuses_of(server, framed_post(server, *lines, body=body)) == [400], lines
+    assert server.errors() == []
+
+
+@pytest.mark.parametrize("version", [" HTTP/1.0", " HTTP/1.2", " HTTP/2.0", ""])
+def test_chunks_of_another_version_are_400_and_end_the_connection(
+    start: Callable[..., Server], version: str
+) -> None:
+    server = start()
+    for lines in ((CHUNKED,), (CHUNKED, SIZED), (CHUNKED, "Content-Length: 0")):
+        raw = framed_post(server, *lines, "Connection: keep-alive", body=IN_CHUNKS, version=version)
+        assert statuses_of(server, raw) == [400], lines
+    assert server.errors() == []
+
+
+def test_transfer_encoding_other_than_chunked_ends_the_connection(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    for value in (
+        "chunked, identity",
+        "identity, chunked",
+        "gzip, chunked",
+        "xchunked",
+        "identity",
+    ):
+        for lines in ((), (SIZED,)):
+            raw = framed_post(server, f"Transfer-Encoding: {value}", *lines, body=IN_CHUNKS)
+            assert statuses_of(server, raw) == [501], value
+    assert server.errors() == []
+
+
+def test_malformed_header_is_400_and_ends_the_connection(start: Callable[..., Server]) -> None:
+    server = start()
+    lines = [
+        *("Transfer-Encoding : chunked", "Transfer-Encoding: \x0bchunked", "X-A: 1\nX-B: 2"),
+        *("X-A: 1\rX-B: 2", "X-A: 1\0", "X\0A: 1", "X A: 1", ": 1", "X-A", "X-\xe9: 1"),
+    ]
+    for line in lines:
+        for more in ((), (SIZED,)):
+            raw = framed_post(server, *more, line)
+            assert statuses_of(server, raw) == [400], ascii(line)
+    good = framed_post(server, SIZED)
+    for raw in (
+        good.replace(b"\r\n", b"\n"),
+        good.replace(b"\r\nHost", b"\r\n Host", 1),
+        good.replace(b"POST /", b"POST  /", 1),
+        good.replace(b"POST /", b"post /", 1),
+        good.replace(b"POST /", b"POST http://[/", 1),
+    ):
+        assert statuses_of(server, raw) == [400], raw
+    assert server.errors() == []
+    assert "exception" not in output_of(server)
+
+
+def test_folded_header_is_one_line(start: Callable[..., Server]) -> None:
+    server = start()
+    folded = framed_post(server, "X-A: 1\r\n Transfer-Encoding: chunked", SIZED)
+    assert statuses_of(server, folded) == [202, 200]
+    chunks = framed_post(server, "Transfer-Encoding:\r\n\tchunked", body=IN_CHUNKS)
+    assert statuses_of(server, chunks) == [202, 200]
+
+
+def test_headers_with_underscores_frame_nothing(start: Callable[..., Server]) -> None:
+    server = start()
+    for line in ("Transfer_Encoding: chunked", "Content_Length: 5", "Content_Encoding: gzip"):
+        assert statuses_of(server, framed_post(server, line, SIZED)) == [202, 200], line
+
+
+def test_malformed_chunks_are_400_and_end_the_connection(start: Callable[..., Server]) -> None:
+    server = start()
+    size = b"%x" % len(GOOD)
+    for head in (b"-5", b"+5", b"0x5", b"1_0", b" 5", b"5 ", b"5;a\nb", b"5\n", b"g", b"\xb2"):
+        raw = framed_post(server, CHUNKED, body=IN_CHUNKS.replace(size, head, 1))
+        assert statuses_of(server, raw) == [400], head
+    for body in (b"3\r\n" + GOOD, b"3\r\nabc0\r\n\r\n"):
+        assert statuses_of(server, framed_post(server, CHUNKED, body=body)) == [400], body
+    assert server.errors() == []
+
+
+def test_good_chunks_end_where_they_say(start: Callable[..., Server]) -> None:
+    server = start()
+    one_each = b"".join(b"1\r\n%c\r\n" % byte for byte in GOOD) + b"0\r\n\r\n"
+    extended = IN_CHUNKS.replace(b"\r\n", b';name="value"\r\n', 1)
+    trailer = IN_CHUNKS[:-2] + b"Content-Length: 5\r\nX: y\r\n\r\n"
+    for body in (IN_CHUNKS, one_each, extended, trailer, b"00000" + IN_CHUNKS):
+        assert statuses_of(server, framed_post(server, CHUNKED, body=body)) == [202, 200], body
+    assert [error["occurrences"] for error in server.errors()] == [5]
+
+
+@pytest.mark.parametrize("begun", [b"", b"5;a=", b"0\r\nX: "], ids=["size", "extension", "trailer"])
+def test_line_without_an_end_among_chunks_costs_bounded_memory(
+    start: Callable[..., Server], begun: bytes
+) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc")
+    server = start()
+    server.report()
+    peak_memory(server)
+    before = peak_memory(server)
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection,
+        contextlib.suppress(ConnectionError),  # cut off while it sends
+    ):
+        connection.sendall(framed_post(server, CHUNKED, body=begun))
+        for _ in range(24):
+            connection.sendall(b"1" * 2**20)
+        wait_until(lambda: has_read_all(server))
+    assert peak_memory(server) - before <= 4 * 2**20
+    raw = framed_post(server, CHUNKED, body=begun + b"1" * 20_000)
+    assert statuses_of(server, raw) == [400]
+
+
+# Bodies and headers at their limits
+
+
+def spaced(body: bytes, size: int) -> bytes:
+    """Return JSON that spaces make as long as that."""
+    return body + b" " * (size - len(body))
+
+
+def test_body_is_taken_up_to_its_limit_in_every_framing(start: Callable[..., Server]) -> None:
+    most = 70_000
+    server = start("--max-body-bytes", str(most))
+    for size, status in ((most - 1, 202), (most, 202), (most + 1, 413)):
+        body = spaced(GOOD, size)
+        sized, halves = f"Content-Length: {size}", (body[:40_000], body[40_000:])
+        chunked = b"".join(b"%x\r\n%s\r\n" % (len(half), half) for half in halves) + b"0\r\n\r\n"
+        assert statuses_of(server, framed_post(server, sized, body=body)) == [status, 200]
+        assert statuses_of(server, framed_post(server, CHUNKED, body=chunked)) == [status, 200]
+        for line, sent in ((sized, body), (CHUNKED, chunked)):
+            head = framed_post(server, line, "Expect: 100-continue", body=b"")
+            assert statuses_of(server, head, sent) == [100, status, 200]
+    assert [error["occurrences"] for error in server.errors()] == [8]
+
+
+@pytest.mark.parametrize("bound", [miniapm.MAX_CLEANED_BYTES, miniapm.MAX_FAST_BYTES])
+def test_bounds_of_the_loop_are_not_seen_from_outside(
+    start: Callable[..., Server], bound: int
+) -> None:
+    server = start()
+    plain = b'{"errors": [' + GOOD + b"]}"
+    costly = plain.replace(b"Something", b"\\u0007 password=x1y2z3")
+    for size in (bound - 1, bound, bound + 1):
+        for body in (plain, costly):
+            for line, sent in (
+                (f"Content-Length: {size}", spaced(body, size)),
+                (CHUNKED, b"%x\r\n%s\r\n0\r\n\r\n" % (size, spaced(body, size))),
+            ):
+                raw = framed_post(server, line, body=sent, path="/ingest/errors/batch")
+                assert statuses_of(server, raw) == [202, 200], (size, body)
+    assert [error["occurrences"] for error in server.errors()] == [12]
+    texts = [body["message"] for body in reports_in(server.db)]
+    assert len([text for text in texts if "x1y2z3" in text]) == 0
+    assert len([text for text in texts if "[FILTERED]" in text]) == 6
+
+
+def test_batch_of_as_many_as_allowed_is_stored_and_of_one_more_is_not(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    for more, status in ((0, 202), (1, 413)):
+        entries = [report(fingerprint=f"f{number % 3}") for number in range(10_000 + more)]
+        answer = server.post({"errors": entries}, "/ingest/errors/batch")
+        assert answer.status_code == status
+    assert sum(error["occurrences"] for error in server.errors()) == 10_000
+
+
+def test_nesting_has_its_limit_on_every_path(start: Callable[..., Server]) -> None:
+    server = start()
+    sentry = f"/api/1/store/?sentry_key={server.key}"
+    for deep, status in ((64, 200), (65, 400)):
+        value = json.loads("[" * (deep - 2) + "]" * (deep - 2))
+        one = report(params={"a": value})
+        assert server.post(one).status_code == (202 if status == 200 else status)
+        batch = server.post({"errors": [one]}, "/ingest/errors/batch")
+        assert batch.status_code == (202 if status == 200 else 500)
+        sent = server.post({"message": "m", "extra": {"a": value}}, sentry)
+        assert sent.status_code == status
+
+
+def test_header_block_has_its_limit_however_it_arrives(start: Callable[..., Server]) -> None:
+    server = start()
+    shortest = len(framed_post(server, SIZED, "X-Long: ", body=b""))
+    for size, statuses in ((16_383, [202, 200]), (16_384, [431]), (16_385, [431])):
+        raw = framed_post(server, SIZED, "X-Long: " + "x" * (size - shortest))
+        assert len(raw) - len(GOOD) == size
+        assert statuses_of(server, raw) == statuses
+        assert statuses_of(server, raw[:9_000], raw[9_000:]) == statuses
+
+
+# Slow clients
+
+PATIENCE = "miniapm.MAX_IDLE_S = 2\n"
+GET_HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def open_connections(server: Server, count: int, sent: bytes) -> list[socket.socket]:
+    """Open connections on each of which the same has been sent."""
+    found = []
+    for _ in range(count):
+        found.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+        found[-1].sendall(sent)
+    return found
+
+
+def was_closed(connection: socket.socket) -> bool:
+    """Tell whether the server has ended a connection; what it has said before is passed over."""
+    connection.setblocking(False)
+    try:
+        while connection.recv(4096):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+@pytest.fixture(params=["loop", "pool"])
+def hasty(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
+    """A server that ends connections which are idle for two seconds."""
+    lines = SLOW_SERVER.splitlines(keepends=True)
+    at = next(number for number, line in enumerate(lines) if "missing_for" in line)
+    lines[at : at + (request.param == "loop")] = [PATIENCE]
+    monkeypatch.setattr(sys.modules[__name__], "SLOW_SERVER", "".join(lines))
+    server = Server(tmp_path, is_slow=True)
+    yield server
+    server.stop()
+
+
+@pytest.mark.slow
+def test_slow_clients_keep_nobody_from_being_served_and_are_let_go(hasty: Server) -> None:
+    heads = (
+        b"POST /ingest/errors HTTP/1.1\r\nX: ",
+        framed_post(hasty, "Content-Length: 100", body=b""),
+        framed_post(hasty, CHUNKED, body=b"64\r\n"),
+    )
+    with contextlib.ExitStack() as opened:
+        idle = open_connections(hasty, 100, b"") + open_connections(hasty, 100, GET_HEALTH)
+        half = open_connections(hasty, 98, framed_post(hasty, "Content-Length: 999"))
+        slow = [one for head in heads for one in open_connections(hasty, 30, head)]
+        for one in (*idle, *half, *slow):
+            opened.enter_context(one)
+        enough = threading.Event()
+        thread = threading.Thread(target=trickle, args=(slow, enough))
+        thread.start()
+        opened.callback(thread.join)
+        opened.callback(enough.set)
+        for _ in range(20):
+            began = time.monotonic()
+            assert requests.get(hasty.url + "/errors", timeout=10).status_code == 200
+            hasty.report()
+            assert time.monotonic() - began < 2
+        assert not any(was_closed(one) for one in slow)
+        wait_until(lambda: all(map(was_closed, (*idle, *half))), 30)
+        enough.set()
+        wait_until(lambda: all(map(was_closed, slow)), 30)
+    assert [error["occurrences"] for error in hasty.errors()] == [20]
+    assert sockets_of(hasty) < 10
+
+
+def trickle(connections: list[socket.socket], enough: threading.Event) -> None:
+    """Send a byte a second over each connection, for a minute at most."""
+    for _ in range(60):
+        for one in connections:
+            with contextlib.suppress(OSError):
+                one.send(b"1")
+        if enough.wait(1):
+            return
+
+
+def sockets_of(server: Server) -> int:
+    """Return how many sockets a server has open."""
+    folder = Path(f"/proc/{server.process.pid}/fd")
+    if not folder.exists():
+        pytest.skip("needs Linux's /proc")
+    return sum(os.readlink(one).startswith("socket:") for one in folder.iterdir())
+
+
+# Compression that lies
+
+
+def false_bombs() -> Iterator[tuple[str, str, bytes, int]]:
+    """Yield (name, Content-Encoding, body, status) of what is not what it says it is."""
+    good, zeros = GOOD + b" " * 999, b"\0" * 40_000_000
+    for encoding in ("gzip", "deflate", "deflate (bare)", "br"):
+        name, one, bomb = encoding.split()[0], squeeze(good, encoding), squeeze(zeros, encoding)
+        yield f"{encoding} joined", name, one + one, 400
+        yield f"{encoding} joined with a bomb", name, one + bomb, 400
+        yield f"{encoding} bombs joined", name, bomb * 2, 413
+        yield f"{encoding} bomb cut off", name, bomb[:-9], 413
+        yield f"{encoding} ending in garbage", name, one[: len(one) // 2] + b"\xff" * 999, 400
+        yield f"{encoding} unsaid", "", bomb, 400
+        yield f"{encoding} twice", f"{name}, {name}", squeeze(bomb, encoding), 415
+        for other in {"gzip", "deflate", "br"} - {name}:
+            yield f"{encoding} as {other}", other, bomb, 400
+    nested = functools.reduce(lambda raw, _: squeeze(raw, "gzip"), range(5), zeros)
+    yield "five times gzip", "gzip", nested, 400
+    members = squeeze(b"", "gzip") * 200_000
+    yield "empty members", "gzip", members, 400
+    yield "no end of members", "gzip", members + squeeze(zeros, "gzip"), 400
+
+
+def test_bombs_that_lie_are_refused_in_bounded_memory(start: Callable[..., Server]) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc")
+    server = start()
+    server.report()
+    for name, encoding, body, status in false_bombs():
+        headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
+        headers |= {"Content-Encoding": encoding} if encoding else {}
+        peak_memory(server)
+        before = peak_memory(server)
+        url = server.url + "/ingest/errors"
+        answer = requests.post(url, data=body, headers=headers, timeout=60)
+        assert answer.status_code == status, name
+        assert peak_memory(server) - before <= 64 * 2**20, name
+    assert [error["occurrences"] for error in server.errors()] == [1]
+
+
+# Hostile headers, guesses and secrets
+
+ODD_BYTES = ["\xff\xfe", "\xc3\xa9", "\x80", "\xa0", "\x85", "\xe2\x80\xa8", "\xed\xa0\x80"]
+READ_HEADERS = [  # method, path, name, a value that is taken, the status with another value
+    ("POST", "/ingest/errors", "Authorization", "Bearer KEY", 401),
+    ("POST", "/ingest/errors", "Content-Type", "application/json", 415),
+    ("POST", "/ingest/errors", "Content-Type", "application/a+json", 415),
+    ("POST", "/ingest/errors", "Content-Encoding", "identity", 415),
+    ("POST", "/api/1/store/", "X-Sentry-Auth", "Sentry sentry_key=KEY", 401),
+    ("POST", "/api/1/store/", "Authorization", "Sentry sentry_key=KEY", 401),
+    ("GET", "/login", "Host", "localhost", 403),
+    ("POST", "/login", "Host", "localhost", 403),
+    ("POST", "/login", "Origin", "http://localhost", 403),
+    ("POST", "/login", "Sec-Fetch-Site", "same-origin", 403),
+    ("GET", "/errors.json", "Cookie", "SESSION", 401),
+]
+
+
+def with_header(server: Server, method: str, path: str, name: str, value: str) -> bytes:
+    """Return a request with a good report in which one header has another value."""
+    headers = {
+        "Host": "localhost",
+        "Authorization": f"Bearer {server.key}",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(GOOD)),
+    }
+    lines = [f"{one}: {text}" for one, text in (headers | {name: value}).items()]
+    return "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "", ""]).encode("latin-1") + GOOD
+
+
+def new_session(server: Server) -> str:
+    """Log in with the password; return the session as a Cookie header has it."""
+    form = {"password": PASSWORD}
+    answer = requests.post(server.url + "/login", data=form, timeout=20, allow_redirects=False)
+    return f"{miniapm.SESSION_COOKIE}={answer.cookies[miniapm.SESSION_COOKIE]}"
+
+
+PASSWORD = "open sesame 4711"
+
+
+def test_odd_bytes_in_every_header_that_is_read_are_refused(start: Callable[..., Server]) -> None:
+    server = start(MINI_APM_PASSWORD=PASSWORD)
+    session = new_session(server)
+    for method, path, name, good, status in READ_HEADERS:
+        good = good.replace("KEY", server.key).replace("SESSION", session)
+        taken = statuses_of(server, with_header(server, method, path, name, good))
+        assert taken[0] in (200, 202, 303, 401) and taken[1:] == [200], (path, name)
+        for odd in ODD_BYTES:
+            for value in (odd, good[:9] + odd, good[:-3] + odd + good[-3:]):
+                found = statuses_of(server, with_header(server, method, path, name, value))
+                assert found == [status, 200], (path, name, value)
+    assert "Traceback" not in output_of(server)
+
+
+def test_odd_bytes_around_a_good_header_make_it_another(start: Callable[..., Server]) -> None:
+    server = start(MINI_APM_PASSWORD=PASSWORD)
+    for method, path, name, good, status in READ_HEADERS:
+        if path.startswith("/api/") or name == "Cookie":
+            continue  # where white space of any kind ends the key
+        good = good.replace("KEY", server.key)
+        for odd in ODD_BYTES:
+            for value in (good + odd, odd + good):
+                found = statuses_of(server, with_header(server, method, path, name, value))
+                assert found == [status, 200], (path, name, value)
+
+
+def test_odd_bytes_in_headers_that_are_not_read_do_no_harm(start: Callable[..., Server]) -> None:
+    server = start()
+    for name in ("User-Agent", "Referer", "Connection", "Accept", "X-Forwarded-For", "Expect"):
+        for odd in ODD_BYTES:
+            raw = with_header(server, "POST", "/ingest/errors", name, odd)
+            assert statuses_of(server, raw) == [202, 200], (name, odd)
+
+
+def test_line_ends_and_nul_in_every_header_that_is_read_are_400(
+    start: Callable[..., Server],
+) -> None:
+    server = start(MINI_APM_PASSWORD=PASSWORD)
+    for method, path, name, *_ in READ_HEADERS:
+        for odd in ("a\rb", "a\nb", "\nX-A: b", "a\0b", "\0", "a\x0bb", "a\x7fb", "a\x1bb"):
+            raw = with_header(server, method, path, name, odd)
+            assert statuses_of(server, raw) == [400], (path, name, odd)
+    said = output_of(server)
+    assert "Traceback" not in said and "exception" not in said
+
+
+def test_hosts_and_origins_that_come_twice_are_refused(start: Callable[..., Server]) -> None:
+    server = start()
+    server.report()
+    for lines in (
+        ["Host: localhost", "Host: localhost"],
+        ["Host: localhost", "Host: evil.example"],
+        ["Host: localhost, evil.example"],
+        ["X-A: 1"],
+        ["Host: localhost", "Origin: http://localhost", "Origin: http://evil.example"],
+        ["Host: localhost", "Origin: http://localhost/"],
+        ["Host: localhost", "Origin: localhost"],
+        ["Host: localhost", "Origin: ://localhost"],
+        ["Host: localhost", "Origin: capacitor://localhost"],
+        ["Host: localhost", "Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: cross-site"],
+        ["Host: localhost", "Sec-Fetch-Site:"],
+    ):
+        head = ["POST /errors/1 HTTP/1.1", *lines, "Content-Length: 13"]
+        raw = "\r\n".join([*head, "", "action=delete"]).encode()
+        assert statuses_of(server, raw) == [403, 200], lines
+    assert len(server.errors()) == 1
+
+
+def test_thousand_guesses_in_a_moment_are_three(guarded: Client) -> None:
+    answers = [log_in(guarded, f"guess {number}") for number in range(1_000)]
+    assert collections.Counter(answer.status for answer in answers) == {401: 3, 429: 997}
+    assert not any(answer.cookies for answer in answers)
+
+
+def test_guess_each_second_is_soon_one_a_minute(guarded: Client, clock: Clock) -> None:
+    waits, statuses = [], []
+    for number in range(1_000):
+        answer = log_in(guarded, f"guess {number}")
+        statuses.append(answer.status)
+        if answer.status == 429 and statuses[-2] == 401:
+            waits.append(int(answer.headers["Retry-After"]))
+        clock.seconds += 1
+    assert statuses.count(401) <= 25
+    assert waits == sorted(waits)
+    assert waits[-1] in (59, 60)
+
+
+def test_secrets_are_compared_in_constant_time_only() -> None:
+    compared, plainly = [], []
+    secret = re.compile("password|cookie|signature|presented|_hash|api_key|token|digest")
+    for function in ast.walk(ast.parse(SOURCE)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "hmac.compare_digest":
+                compared.append(function.name)
+            if isinstance(node, ast.Compare) and any(
+                isinstance(one, (ast.Eq, ast.NotEq, ast.In, ast.NotIn)) for one in node.ops
+            ):
+                sides = [ast.unparse(one) for one in (node.left, *node.comparators)]
+                if any(secret.search(side) for side in sides):
+                    plainly.append((function.name, ast.unparse(node)))
+    assert compared == ["owner_of", "check", "accepts"]
+    assert plainly == []
+
+
+def test_output_of_a_server_under_attack_holds_no_secret(start: Callable[..., Server]) -> None:
+    server = start(MINI_APM_PASSWORD=PASSWORD)
+    with contextlib.closing(sqlite3.connect(server.db)) as db:
+        db.execute(POISON.format("ABORT"))
+    session = new_session(server)
+    assert server.post(report(message="poison")).status_code == 500
+    raw = framed_post(server, SIZED, f"Cookie: {session}")
+    sentry = f"/api/1/envelope/?sentry_key={server.key}"
+    for sent in (
+        raw.replace(GOOD, GOOD.replace(b"Something", b"poison")),
+        raw.replace(b"Cookie: ", b"Cookie: \r"),
+        raw.replace(b"Content-Length: ", b"Content-Length: " + b"9" * 5_000),
+        raw.replace(b"/ingest/errors", b"/errors", 1),
+        raw.replace(b"/ingest/errors", b"http://[" + server.key.encode(), 1),
+        raw.replace(b"/ingest/errors", sentry.encode(), 1),
+        raw.replace(b"Bearer", b"Bearer \xff"),
+        raw.replace(b"/ingest/errors", b"/login?password=4711", 1),
+    ):
+        assert statuses_of(server, sent)[0] >= 200
+    said = output_of(server)
+    for secret in (server.key, PASSWORD, session.partition("=")[2], session.partition(".")[2]):
+        assert secret not in said
+
+
+# Odd content, from the wire to what a person sees
+
+ODD_TEXTS = {
+    "a NUL": "a\0b",
+    "terminal escapes": "\x1b[2J\x1b]0;owned\x07\x9b31m\x08",
+    "right-to-left overrides": "\u202egpj.exe\u2066x\u2069",
+    "lone surrogates": "a\ud800b\udfff",
+    "separators": "a\r\nb\x0bc\x85d\u2028e\u2029f\rg",
+    "a script": "</pre></title><script>alert(1)</script><img src=x onerror=alert(1)>",
+    "an attribute": "\"' onfocus=alert(1) autofocus style='x' href=javascript:alert(1)>",
+    "a script's URL": "javascript:alert(1)//https://a.example/",
+    "a data URL": "data:text/html,<script>alert(1)</script>",
+    "a template": "{{!x}}\n% import os\n<% x %>\n{{'a'}}",
+    "a fence": "x\n```\n~~~\n````\n# Out\n[x](javascript:alert(1))\n<script>alert(1)</script>",
+    "ticks": "`` ` ```` ```\n`",
+}
+
+
+def odd_fields(text: str) -> dict[str, Any]:
+    """Return a report that has a text wherever one can stand."""
+    return report(
+        exception_class=text,
+        message=text,
+        backtrace=[text, f"{text}.rb:1:in `{text}'", f'File "{text}", line 1, in {text}'],
+        fingerprint=text,
+        user_id=text,
+        request_id=text,
+        params={text: text, "list": [text]},
+        tags={text: text},
+        breadcrumbs=[{"category": text, "level": text, "message": text, "data": {text: text}}],
+        level=text,
+        environment=text,
+        release=text,
+        source_context=CONTEXT | {"file": text, "context_line": text, "pre_context": [text]},
+        contexts={text: {text: {text: text}}, "os": {text: text}},
+        **{text: {text: text, "plain": 1}},
+    )
+
+
+def large_reports() -> dict[str, dict[str, Any]]:
+    """Return reports of which most is to be cut, by what they have much of."""
+    deep = functools.partial(functools.reduce, lambda inner, _: [inner], range(60))
+    fields = {
+        "a long message": {"message": "<&\"'" * 2**18},
+        "a long class": {"exception_class": "\x1b<" * 2**18},
+        "a long backtrace": {"backtrace": [f"<a{n}>" for n in range(100_000)]},
+        "long lines": {"backtrace": ["<" * 1_000_000] * 3},
+        "many tags": {"tags": {f"<t{n}>": f"javascript:{n}" for n in range(10_000)}},
+        "many fields": {f"<f{n}>": {"a": n} for n in range(10_000)},
+        "deep params": {"params": {"a": deep([1])}},
+        "many quotes": {"backtrace": ['"' * 10_000] * 60},
+        "wide and deep params": {"params": {"a": deep([1] * 200_000)}},
+        "wide and deep fields": {f"f{n}": deep([[] for _ in range(20_000)]) for n in range(6)},
+    }
+    return {name: report(**{"fingerprint": name} | said) for name, said in fields.items()}
+
+
+def event_like(said: dict[str, Any]) -> dict[str, Any]:
+    """Return a Sentry event that has what a report has, as far as it may be that large."""
+    frames = [{"filename": line[:8_000]} for line in said["backtrace"][:10_000]]
+    error = exception(said["exception_class"][:50_000], said["message"][:99_999], *frames)
+    changed = {
+        "exception": {"values": [error]},
+        "fingerprint": [said["fingerprint"]],
+        "extra": {"params": said.get("params")},
+        "user": {"id": said.get("user_id")},
+    }
+    gone = ("exception_class", "message", "backtrace", "params", "source_context")
+    return {name: value for name, value in said.items() if name not in gone} | changed
+
+
+def body_of(way: str, said: dict[str, Any] | bytes) -> tuple[str, bytes]:
+    """Return the path and the body that bring a report, or a JSON text in its place."""
+    raw = said if isinstance(said, bytes) else json.dumps(said).encode()
+    if way == "report":
+        return "/ingest/errors", raw
+    if way == "batch":
+        return "/ingest/errors/batch", b'{"errors": [' + raw + b"]}"
+    if not isinstance(said, bytes):
+        raw = json.dumps(event_like(said)).encode()
+    return "/api/1/envelope/?sentry_key=KEY", b'{}\n{"type":"event"}\n' + raw
+
+
+WAYS = ["report", "batch", "event"]
+
+
+def send(server: Server, way: str, said: dict[str, Any] | bytes) -> requests.Response:
+    path, body = body_of(way, said)
+    headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
+    url = server.url + path.replace("KEY", server.key)
+    return requests.post(url, data=body, headers=headers, timeout=60)
+
+
+NOT_JSON = {
+    "deep lists": GOOD.replace(b'"backtrace"', b'"x": ' + b"[" * 40_000 + b', "backtrace"'),
+    "deep objects": GOOD[:-1] + b', "x": ' + b'{"a":' * 40_000 + b"1" + b"}" * 40_001,
+    "closed deep lists": GOOD[:-1] + b', "x": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
+    "not a number": GOOD[:-1] + b', "x": NaN}',
+    "infinity": GOOD[:-1] + b', "x": [-Infinity]}',
+    "an infinite number": GOOD[:-1] + b', "x": 1e999}',
+    "an integer of 5,000 digits": GOOD[:-1] + b', "x": ' + b"9" * 5_000 + b"}",
+    "a byte order mark": b"\xef\xbb\xbf" + GOOD,
+    "UTF-16": GOOD.decode().encode("utf-16"),
+    "a surrogate's bytes": GOOD[:-1] + b', "x": "\xed\xa0\x80"}',
+    "a bare NUL": GOOD[:-1] + b', "x": "\0"}',
+    "a bare escape": GOOD[:-1] + b', "x": "\x1b[2J"}',
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_no_json_is_400_however_it_is_sent(start: Callable[..., Server], way: str) -> None:
+    server = start()
+    for name, raw in NOT_JSON.items():
+        answer = send(server, way, raw)
+        assert answer.status_code == 400, name
+        assert answer.json()["error"].isprintable(), name
+        assert len(answer.content) < 1_000, name
+    assert server.errors() == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nesting_over_64_levels_is_refused_however_it_is_sent(
+    start: Callable[..., Server], way: str
+) -> None:
+    server = start()
+    deep = json.dumps(nested(63)).encode()
+    good = GOOD[:-1] + b', "message": "x", "extra": {"x": ' + deep[1:-1] + b"}}"
+    bad = GOOD[:-1] + b', "message": "x", "extra": {"x": ' + deep + b"}}"
+    assert send(server, way, good).status_code in (200, 202)
+    answer = send(server, way, bad)
+    assert answer.status_code == (500 if way == "batch" else 400)
+    assert "nested over 64 deep" in answer.text
+    assert [error["occurrences"] for error in server.errors()] == [1]
+
+
+@pytest.mark.parametrize("way", ["report", "batch"])
+def test_last_of_two_equal_names_counts(start: Callable[..., Server], way: str) -> None:
+    server = start()
+    twice = b', "message": "second", "params": {"a": 1, "a": 2}, "tags": {"b": "1", "b": "2"}}'
+    assert send(server, way, GOOD[:-1] + twice).status_code == 202
+    found = requests.get(server.url + "/errors/1.json", timeout=10).json()
+    said = found["occurrence"]["report"]
+    assert (said["message"], said["params"], said["tags"]) == ("second", {"a": 2}, {"b": "2"})
+    assert found["error"]["message"] == "second"
+
+
+MAX_SHOWN_BYTES = 10 * 2**20  # of a page, whatever was reported
+
+
+class Elements(html.parser.HTMLParser):
+    """Collects a page's elements with their attributes' names, and the addresses in it."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: set[tuple[str, ...]] = set()
+        self.addresses: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found |= {(tag,), *((tag, name) for name, _ in attrs)}
+        places = ("href", "src", "action", "formaction", "srcset", "data", "xlink:href")
+        self.addresses += [value or "" for name, value in attrs if name in places]
+
+
+def check_html(name: str, answer: requests.Response) -> set[tuple[str, ...]]:
+    """Check that a page shows what was reported as text and nothing else; return what it has."""
+    assert answer.status_code == 200, name
+    assert len(answer.content) < MAX_SHOWN_BYTES, name
+    elements = Elements(answer.text)
+    assert all(one.startswith("/") and one[1:2] != "/" for one in elements.addresses), name
+    assert not {one for one in elements.found if one[-1].startswith("on") or one[-1] == "style"}
+    assert answer.text.count("<script") == answer.text.count('<script src="/assets/') == 1, name
+    assert not miniapm._UNSAFE.search(answer.text), name
+    return elements.found
+
+
+_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+_FACT = re.compile(r"# |## [A-Za-z0-9 :-]*|- \*\*[A-Z][a-z ]+:\*\* [\w ,.:()-]*|")
+
+
+def check_markdown(name: str, answer: requests.Response) -> None:
+    """Check that all that was reported is in code, by CommonMark's rules."""
+    assert answer.status_code == 200, name
+    assert len(answer.content) < MAX_SHOWN_BYTES, name
+    assert not miniapm._UNSAFE.search(answer.text), name
+    fence = ""
+    for line in answer.text.split("\n"):
+        mark = re.fullmatch(r" {0,3}(`{3,})([^`]*)", line)
+        if fence:
+            fence = "" if mark and mark[1].startswith(fence) and not mark[2].strip() else fence
+        elif mark:
+            fence = mark[1]
+        else:
+            assert _FACT.fullmatch(_SPAN.sub("", line)), (name, line[:300])
+    assert not fence, name
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """Yield all strings in a JSON value, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for one in value:
+            yield from strings_of(one)
+        if isinstance(value, dict):
+            yield from strings_of(list(value.values()))
+
+
+def check_json(name: str, answer: requests.Response) -> None:
+    """Check that an answer is strict JSON whose strings can be printed anywhere."""
+    assert answer.status_code == 200, name
+    assert len(answer.content) < MAX_SHOWN_BYTES, name
+    value = miniapm.parse_json(answer.content.decode("utf-8"))
+    assert not any(map(miniapm._UNSAFE.search, strings_of(value))), name
+
+
+def known_elements(server: Server) -> set[tuple[str, ...]]:
+    """Return the elements and attributes that the pages of a harmless report have."""
+    fields = odd_fields("harmless") | {"backtrace": ["app/a.rb:1:in `x'", "/gems/b.rb:1:in `y'"]}
+    python = ['File "a.py", line 1, in f', "  f()", "text"]
+    many = {f"t{n}": str(n) for n in range(60)}
+    elements: set[tuple[str, ...]] = set()
+    for said in (fields, fields | {"backtrace": python}, fields | {"params": many, "tags": many}):
+        server.post(said | {"fingerprint": "harmless", "timestamp": "2100-01-01"})
+        for path in ("/errors?level=harmless&status=all", "/errors/1", "/errors/1/occurrences/1"):
+            answer = requests.get(server.url + path, timeout=20)
+            elements |= check_html("harmless", answer)
+    return elements | {("p",), ("p", "class"), ("span",), ("option", "selected")}
+
+
+def check_shown(server: Server, way: str, said_by_name: dict[str, dict[str, Any]]) -> None:
+    """Send reports and check every form in which they are shown."""
+    known = known_elements(server)
+    get = functools.partial(requests.get, timeout=30)
+    for number, (name, said) in enumerate(said_by_name.items(), 2):
+        answer = send(server, way, said)
+        assert answer.status_code == (200 if way == "event" else 202), (name, answer.text)
+        word = urllib.parse.quote(said["exception_class"][:50].encode("utf-8", "replace"))
+        pages = [f"/errors/{number}", "/errors?status=all", f"/errors?q={word}&level={word}"]
+        for path in pages:
+            assert check_html(name, get(server.url + path)) <= known, (name, path)
+        check_markdown(name, get(f"{server.url}/errors/{number}.md"))
+        for path in (f"/errors/{number}.json", f"/errors.json?q={word}&status=all"):
+            check_json(name, get(server.url + path))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_odd_text_is_shown_as_text_wherever_it_stands(
+    start: Callable[..., Server], way: str
+) -> None:
+    server = start()
+    check_shown(server, way, {name: odd_fields(text) for name, text in ODD_TEXTS.items()})
+    assert printed(server) == ""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_large_content_is_stored_and_shown_in_bounds(
+    start: Callable[..., Server], way: str
+) -> None:
+    server = start()
+    check_shown(server, way, large_reports())
+    ((size,),) = stored(server, "SELECT MAX(LENGTH(body)) FROM occurrences")
+    assert size < 2**20
+    assert printed(server) == ""
+
+
+def stored(server: Server, sql: str) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(server.db)) as db:
+        return db.execute(sql).fetchall()
+
+
+def printed(server: Server) -> str:
+    """End a server; return what it has printed, but for what it says at its start and end."""
+    server.process.send_signal(signal.SIGTERM)
+    text = "".join(server.process.communicate(timeout=20))
+    return re.sub(r"\s*Stopped\.\n|miniapm: this waitress .* slower path\n", "", text)
+
+
+def test_odd_requests_print_no_control_characters(start: Callable[..., Server]) -> None:
+    server = start()
+    with contextlib.closing(sqlite3.connect(server.db)) as db:
+        db.execute(POISON.format("ABORT").replace("poisoned", "\x1b[2J"))
+    assert server.post(report(message="poison \x1b[2J\x9b")).status_code == 500
+    for head in (
+        "GET /errors/\x1b[2J HTTP/1.1\r\nHost: localhost",
+        "GET /errors/%1b%5b2J?q=%1b%9b HTTP/1.1\r\nHost: \x1b[2J",
+        "POST /ingest/errors HTTP/1.1\r\nHost: localhost\r\nContent-Length: \x1b\r\nX\x1b: \x9b",
+        "\x1b[2J /\x1b HTTP/9\x07.1",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(head.encode("latin-1") + b"\r\nConnection: close\r\n\r\n")
+            assert connection.makefile("rb").read().startswith(b"HTTP/1.")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", printed(server))
+
+
+# Odd times
+
+MIDNIGHT_MS = 1_483_228_800_000  # 2017-01-01, which a leap second went before
+
+
+def in_days(days: int) -> str:
+    return miniapm.iso_time(NOW_MS + days * 86_400_000)
+
+
+@pytest.mark.parametrize(
+    "timestamp",
+    [
+        *(0, -1, 1e20, 1_700_000_000, True, [], {}, "", " ", "0", "-1", "1e20", "1700000000"),
+        *("now", "2026-02-30", "2026-13-01", "10000-01-01", "2026-01-01T25:00:00Z", "12:00:00"),
+        *("2016-12-31T23:59:61Z", "2016-12-31T23:60:00Z", "2026-01-01T00:00:00+25:00", "\ud800"),
+    ],
+)
+def test_timestamp_that_is_no_iso_8601_string_is_400(client: Client, timestamp: Any) -> None:
+    answer = client.post_json("/ingest/errors", report(timestamp=timestamp))
+    assert (answer.status, answer.json()["field"]) == (400, "timestamp")
+    assert client.errors() == []
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "occurred_ms"),
+    [
+        ("1970-01-01T00:00:00Z", 0),
+        ("1969-12-31T23:59:59Z", -1_000),
+        ("0002-01-01", miniapm.parse_timestamp("0002-01-01")),
+        ("2016-12-31T23:59:60Z", MIDNIGHT_MS - 1_000),
+        ("2017-01-01T05:29:60.75+05:30", MIDNIGHT_MS - 250),
+        ("20161231T235960Z", MIDNIGHT_MS - 1_000),
+        (in_days(1), NOW_MS),
+        ("9999-12-31T23:59:59Z", NOW_MS),
+        ("9999-12-31T23:59:59.999999-23:59", NOW_MS),
+    ],
+)
+def test_odd_timestamp_is_shown_as_believed(
+    client: Client, timestamp: str, occurred_ms: int
+) -> None:
+    client.report(timestamp=timestamp)
+    found = client.get("/errors/1.json").json()
+    time_text = miniapm.iso_time(occurred_ms)
+    assert found["error"]["first_seen"] == found["error"]["last_seen"] == time_text
+    assert found["occurrence"]["report"]["timestamp"] == time_text
+    disbelieved = timestamp if occurred_ms == NOW_MS else None
+    assert found["occurrence"]["disbelieved_timestamp"] == disbelieved
+    for path in ("/errors", "/errors/1", "/errors/1.md"):
+        assert client.get(path).status == 200
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "occurred_ms"),
+    [
+        *((0, 0), ("0", 0), (0.25, 250), (-1, NOW_MS), ("-1", NOW_MS), (1e20, NOW_MS)),
+        *(("1e20", NOW_MS), (10**300, NOW_MS), ("9" * 400, NOW_MS), ("9" * 12, NOW_MS)),
+        *((NOW_S + 86_400, NOW_MS), (str(NOW_S + 86_400), NOW_MS), (in_days(1), NOW_MS)),
+        *((253_402_300_799, NOW_MS), ("9999-12-31T23:59:59-12:00", NOW_MS)),
+        *(("1970-01-01T00:00:00Z", 0), ("2016-12-31T23:59:60Z", MIDNIGHT_MS - 1_000)),
+        *(("\ud800", NOW_MS), ("", NOW_MS), ({}, NOW_MS), (True, NOW_MS), (None, NOW_MS)),
+    ],
+)
+def test_odd_time_of_an_event_is_believed_or_that_of_receipt(
+    client: Client, timestamp: Any, occurred_ms: int
+) -> None:
+    crumbs = {"values": [{"message": "x", "timestamp": timestamp}]}
+    body = envelope(event(BOOM, timestamp=timestamp, breadcrumbs=crumbs))
+    assert sentry_post(client, body).status == 200
+    found = client.get("/errors/1.json").json()
+    time_text = miniapm.iso_time(occurred_ms)
+    assert found["error"]["first_seen"] == found["error"]["last_seen"] == time_text
+    assert found["occurrence"]["report"]["timestamp"] == time_text
+    for path in ("/errors", "/errors/1", "/errors/1.md"):
+        assert client.get(path).status == 200
+
+
+any_year = st.integers(0, miniapm.parse_timestamp("2069-01-01") // 1000)
+
+
+@given(st.lists(st.tuples(any_year, st.none() | any_year), min_size=3, max_size=8))
+@settings(max_examples=60)
+def test_clock_that_jumps_leaves_the_order_of_receipt_and_retention(
+    store: Store, clock: Clock, times: list[tuple[int, int | None]]
+) -> None:
+    name, believed_s = os.urandom(8).hex(), []
+    for number, (now_s, said_s) in enumerate(times):
+        is_believed = said_s is not None and said_s <= now_s + 3_600
+        believed_s.append(said_s if is_believed else now_s)
+        clock.seconds = float(now_s)
+        stamp = ... if said_s is None else miniapm.iso_time(said_s * 1000)
+        record(store, fingerprint=name, message=f"{name} {number}", timestamp=stamp)
+    (error,) = store.errors(ErrorFilter(search=name)).errors
+    assert (error.first_seen_ms, error.last_seen_ms) == (
+        min(believed_s) * 1000,
+        max(believed_s) * 1000,
+    )
+    assert error.message == f"{name} {len(times) - 1}"
+    assert received(store, error.id) == [f"{name} {n}" for n in range(len(times))]
+    miniapm.Retention(store, 36_500, 2).sweep()
+    kept = received(store, error.id)
+    assert kept == [f"{name} {n}" for n in range(len(times))][-2:]
+    assert store.error(error.id).occurrence_count == len(times)
+    clock.seconds = 2e10
+    miniapm.Retention(store, 30, 2).sweep()
+    assert rows(store, "SELECT (SELECT COUNT(*) FROM occurrences), COUNT(*) FROM errors") == [
+        (0, 0)
+    ]
+    clock.seconds = NOW_S
+
+
+def received(store: Store, error_id: int) -> list[str]:
+    """Return the messages of an error's kept occurrences, as its links lead from one to another."""
+    newest = one = store.occurrence(error_id)
+    found: list[str] = []
+    while one is not None:
+        found.append(one.occurrence.message)
+        assert one.newest_id == newest.id  # type: ignore[union-attr]
+        older = store.occurrence(error_id, one.older_id) if one.older_id else None
+        assert older is None or older.newer_id == one.id
+        assert (older is None) == (one.first_id == one.id)
+        one = older
+    return found[::-1]
+
+
+def test_clock_that_ticks_while_a_report_is_stored_gives_it_one_time(tmp_path: Path) -> None:
+    ticks = iter(range(1_700_000_000, 1_800_000_000, 3_000))
+    path = str(tmp_path / "test.db")
+    with contextlib.closing(Store(path, lambda: float(next(ticks)))) as store:
+        store.ensure_default_project(KEY)
+        client = Client(App(store, Config()), "")
+        for said in (report(), report(timestamp="2023-11-15T03:00:00Z", message="\x1b")):
+            client.post_json("/ingest/errors", said)
+            found = client.get("/errors/1.json").json()
+            seen = found["error"]["first_seen"], found["error"]["last_seen"]
+            assert seen[0] <= found["occurrence"]["report"]["timestamp"] <= seen[1]
+
+
+# Much, for long
+
+
+def resident(process_id: int | str = "self") -> int:
+    """Return the bytes that a process has in memory."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process_id}/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def needs_proc() -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux's /proc")
+
+
+def post_batches(server: Server, first: int, last: int, **changes: Callable[[int], Any]) -> None:
+    """Report in batches of 1,000; each change makes a field of a report's number."""
+    with requests.Session() as session:
+        session.headers["Authorization"] = f"Bearer {server.key}"
+        for start_at in range(first, last, 1_000):
+            numbers = range(start_at, start_at + 1_000)
+            made = [report(**{name: make(n) for name, make in changes.items()}) for n in numbers]
+            url = server.url + "/ingest/errors/batch"
+            assert session.post(url, json={"errors": made}, timeout=60).status_code == 202
+
+
+@pytest.mark.slow
+def test_countless_fingerprints_cost_bounded_memory_and_space(start: Callable[..., Server]) -> None:
+    needs_proc()
+    server = start()
+    fields: dict[str, Callable[[int], Any]] = {
+        "fingerprint": lambda n: f"fingerprint {n}",
+        "message": lambda n: f"Could not find User with id={n}",
+        "backtrace": lambda n: [f"app/models/user_{n}.rb:{n}:in `find_{n}`", "lib/a.rb:1:in `b`"],
+        "user_id": str,
+        "release": lambda n: f"v{n % 10}",
+    }
+    post_batches(server, 0, 20_000, **fields)
+    before = resident(server.process.pid)
+    post_batches(server, 20_000, 100_000, **fields)
+    assert resident(server.process.pid) - before < 40 * 2**20
+    took = []
+    for query in ("", "?status=all&sort=count", "?release=v3", "?q=id%3D99999"):
+        began = time.monotonic()
+        page = requests.get(f"{server.url}/errors{query}", timeout=30)
+        took.append(time.monotonic() - began)
+        assert page.status_code == 200
+        assert "Could not find User with id=" in page.text
+    assert max(took[:3]) < 1
+    assert took[3] < 5  # looks into every one
+    counts = requests.get(server.url + "/errors.json", timeout=30).json()["counts"]
+    assert counts["open"] == 100_000
+    size = sum(path.stat().st_size for path in server.db.parent.glob("miniapm.db*"))
+    assert size < 100_000 * 2_000
+
+
+@pytest.mark.slow
+def test_one_error_without_end_is_counted_exactly_and_kept_in_bounds(
+    start: Callable[..., Server],
+) -> None:
+    needs_proc()
+    server = start()
+    fields: dict[str, Callable[[int], Any]] = {
+        "message": lambda n: f"Something went wrong {n}",
+        "request_id": str,
+        "user_id": lambda n: f"user {n % 100}",
+    }
+    kept = []
+    post_batches(server, 0, 20_000, **fields)
+    before = resident(server.process.pid)
+    for first in range(20_000, 200_000, 20_000):
+        post_batches(server, first, first + 20_000, **fields)
+        kept.append(server.errors()[0]["occurrences_kept"])
+    assert resident(server.process.pid) - before < 20 * 2**20
+    assert max(kept) < 20_000
+    most = 1_000 + miniapm.SWEEP_AFTER_REPORTS
+    wait_until(lambda: server.errors()[0]["occurrences_kept"] <= most, 30)
+    (error,) = server.errors()
+    assert (error["occurrences"], error["users"]) == (200_000, 100)
+    assert error["message"] == "Something went wrong 199999"
+    assert server.stop() == 0
+    ((kept_at_last, oldest),) = stored(server, "SELECT COUNT(*), MIN(id) FROM occurrences")
+    assert kept_at_last == 200_000 - oldest + 1
+    assert stored(server, "SELECT stored_count FROM errors") == [(kept_at_last,)]
+    assert server.db.stat().st_size < 10 * 2**20
+
+
+# Fuzzing: MINI_APM_FUZZ_SECONDS for each target
+
+FUZZ_S = float(os.environ.get("MINI_APM_FUZZ_SECONDS", "15"))
+
+TOKENS = [
+    *(
+        b'"',
+        b"\\",
+        b"\\u",
+        b"\\ud800",
+        b"\\u0000",
+        b"[",
+        b"{",
+        b"}",
+        b"]",
+        b",",
+        b":",
+        b"\n",
+        b"\0",
+        b"\xff",
+    ),
+    *(b"[" * 70, b'{"a":' * 70, b"NaN", b"1e999", b"9" * 30, b"9" * 5_000, b"-1", b"null", b"true"),
+    *(b"\xe2\x80\xae", b"\xc2\x9b", b"\x1b[2J", b"<script>", b"password=x", b"://a:b@c", b"0.5"),
+    *(
+        b'"length":',
+        b'"type":"event"',
+        b'{"type":"event"}\n',
+        b'"timestamp":',
+        b'"errors":[',
+        b"x" * 300,
+    ),
+]
+
+
+def mutated(*seeds: bytes) -> st.SearchStrategy[bytes]:
+    """Return bodies that are nearly right: some places of a right one replaced."""
+    part = st.sampled_from(TOKENS) | st.binary(max_size=4)
+    edits = st.lists(st.tuples(st.integers(0, 3_000), st.integers(0, 12), part), max_size=6)
+
+    def edit(seed: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
+        for place, gone, new in changes:
+            at = place % (len(seed) + 1)
+            seed = seed[:at] + new + seed[at + gone :]
+        return seed
+
+    return st.builds(edit, st.sampled_from(seeds), edits)
+
+
+trace_part = st.sampled_from(
+    [
+        *(
+            'File "',
+            '", line ',
+            ", in ",
+            "  ",
+            "| ",
+            "+ ",
+            "at ",
+            "async ",
+            " (",
+            ")",
+            ":1:2",
+            ":7",
+        ),
+        *(
+            ":in `",
+            "'",
+            "from ",
+            "@",
+            ".rb",
+            ".py",
+            "/",
+            "<anonymous>",
+            " [own]",
+            " [library]",
+            "\n",
+        ),
+        *(
+            "/gems/",
+            "node_modules/",
+            "eval at ",
+            "\r",
+            "9" * 12,
+            "\\",
+            "C:",
+            "Caused by: ",
+            "\t",
+            "…",
+        ),
+        "a" * 300,
+    ]
+)
+trace_line = st.lists(trace_part | st.text(max_size=3), max_size=9).map("".join)
+query_part = st.sampled_from(
+    [
+        *(
+            "q=",
+            "status=",
+            "sort=",
+            "after=",
+            "before=",
+            "project=",
+            "level=",
+            "release=",
+            "trend=",
+        ),
+        *(
+            "next=",
+            "environment=",
+            "&",
+            ";",
+            "=",
+            "%",
+            "%00",
+            "%ff",
+            "%ed%a0%80",
+            "+",
+            "open",
+            "all",
+        ),
+        *(
+            "9" * 16,
+            "-1.5",
+            "1.1",
+            "count",
+            "7d",
+            "%25",
+            "_",
+            "//a",
+            "%0d%0a",
+            "sentry_key=",
+            "x" * 300,
+        ),
+    ]
+)
+any_query = st.lists(query_part | st.text(st.characters(max_codepoint=255), max_size=3), max_size=9)
+PAGES = [
+    *("/", "/errors", "/errors.json", "/errors/1", "/errors/1.json", "/errors/1.md", "/setup"),
+    *("/errors/1/occurrences/1", "/login", "/health", "/assets/x", "/nothing", "/errors/1%00"),
+]
+RICH = json.dumps(odd_fields("x <y>")).encode()
+RICH_EVENT = envelope(
+    event(
+        exception("A", "m", frame("a.py", 1, "f", vars={"a": "1"}, context_line="f()")),
+        exception(
+            "B", "n", frame("b.py", 2, "g", in_app=False), type="chained", source="__cause__"
+        ),
+        timestamp=NOW_S,
+        tags=[["a", "b"]],
+        breadcrumbs={"values": [{"message": "x", "timestamp": 1.5}]},
+        request={"url": "http://a/?token=b", "headers": [["Cookie", "c"]]},
+        contexts={"trace": {"trace_id": "1"}},
+    ),
+    event_id=EVENT_ID,
+)
+BATCH = b'{"errors": [' + RICH + b", " + GOOD + b"]}"
+ITEMS = framed(SESSION, ATTACHMENT, ({"type": "event"}, b'{"message": "x"}'), sized=False)
+shaped_event = st.dictionaries(st.sampled_from(EVENT_NAMES), shaped_json, max_size=8)
+shaped_report = st.dictionaries(st.sampled_from(sorted(miniapm._FIELDS) + EVENT_NAMES), any_json)
+shaped_report = shaped_report.map(lambda fields: json.dumps(report(**fields)).encode())
+FUZZED = {
+    "report": mutated(GOOD, RICH) | shaped_report,
+    "batch": mutated(BATCH) | shaped_report.map(lambda raw: b'{"errors":[' + raw + b"]}"),
+    "envelope": mutated(RICH_EVENT, envelope(event(BOOM)), ITEMS) | shaped_event.map(envelope),
+    "event": mutated(RICH_EVENT.split(b"\n")[2])
+    | shaped_event.map(lambda said: json.dumps(said).encode()),
+    "backtrace": st.lists(trace_line, max_size=8),
+    "query": st.tuples(st.sampled_from(PAGES), any_query.map("".join)),
+}
+
+
+def fuzz_report(client: Client, raw: bytes) -> int:
+    return client.post_json("/ingest/errors", raw).status
+
+
+def fuzz_batch(client: Client, raw: bytes) -> int:
+    answer = client.post_json("/ingest/errors/batch", raw)
+    return 400 if answer.status == 500 and answer.json()["rejected"] else answer.status
+
+
+def fuzz_envelope(client: Client, raw: bytes) -> int:
+    return sentry_post(client, raw).status
+
+
+def fuzz_event(client: Client, raw: bytes) -> int:
+    return sentry_post(client, raw, "/api/1/store/").status
+
+
+def fuzz_backtrace(client: Client, lines: list[str]) -> int:
+    answer = client.post_json("/ingest/errors", report(backtrace=lines, fingerprint="trace"))
+    number = client.errors("?status=all&sort=last_seen")[0]["id"]
+    shown = [client.get(f"/errors/{number}{suffix}").status for suffix in ("", ".json", ".md")]
+    return max(answer.status, *shown)
+
+
+def fuzz_query(client: Client, asked: tuple[str, str]) -> int:
+    return client.get("?".join(asked)).status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", sorted(FUZZED))
+def test_fuzzed_requests_are_answered_and_leave_nothing_in_memory(
+    tmp_path: Path, target: str
+) -> None:
+    needs_proc()
+    ask: Callable[[Client, Any], int] = globals()[f"fuzz_{target}"]
+    with contextlib.closing(Store(str(tmp_path / "test.db"))) as store:
+        store.ensure_default_project(KEY)
+        client = Client(App(store, Config()), "")
+        client.report(tags={"a": "b"}, release="1")
+
+        @given(FUZZED[target])
+        @settings(max_examples=200, database=None)
+        def check(value: Any) -> None:
+            assert 200 <= ask(client, value) < 500
+            assert client.log == ""
+
+        sizes = []
+        end = time.monotonic() + FUZZ_S
+        while len(sizes) < 3 or time.monotonic() < end:
+            check()
+            gc.collect()
+            sizes.append(resident())
+            sweep(store, most=100)
+        assert sizes[-1] - sizes[len(sizes) // 3] < 50 * 2**20
+
+
+# All at once: MINI_APM_SOAK_SECONDS
+
+SOAK_S = float(os.environ.get("MINI_APM_SOAK_SECONDS", "20"))
+
+
+def soak_reports(server: Server, worker: int, is_over: Callable[[], bool]) -> int:
+    """Report in every way until it is over; return how many reports were accepted."""
+    accepted = 0
+    with requests.Session() as session:
+        session.headers["Authorization"] = f"Bearer {server.key}"
+        for number in range(10**9):
+            if is_over():
+                return accepted
+            one = report(fingerprint=f"{number % 20}", user_id=worker, params={"n": number})
+            said = json.dumps(event(BOOM, event_id=os.urandom(16).hex())).encode()
+            several = {"errors": [one | {"message": "<b>"}] * 20}
+            batch = session.post(server.url + "/ingest/errors/batch", json=several, timeout=20)
+            single = session.post(server.url + "/ingest/errors", json=one, timeout=20)
+            url = f"{server.url}/api/1/envelope/?sentry_key={server.key}"
+            body = framed(({"type": "event"}, said))
+            packed, encoding = squeeze(body, "gzip"), {"Content-Encoding": "gzip"}
+            envelopes = [
+                session.post(url, data=body, timeout=20),
+                session.post(url, data=packed, headers=encoding, timeout=20),
+            ]
+            statuses = [batch.status_code, single.status_code, *(a.status_code for a in envelopes)]
+            assert statuses == [202, 202, 200, 200]  # of the last two one is the other again
+            accepted += 22
+    return accepted
+
+
+def soak_pages(server: Server, is_over: Callable[[], bool]) -> int:
+    count = 0
+    paths = ["/errors", "/errors?q=wrong&sort=count", "/errors/1", "/errors/1.json", "/errors/2.md"]
+    with requests.Session() as session:
+        while not is_over():
+            for path in (*paths, "/setup", "/health", "/errors.json?status=all"):
+                assert session.get(server.url + path, timeout=20).status_code == 200
+                count += 1
+    return count
+
+
+def soak_copies(server: Server, folder: Path, is_over: Callable[[], bool]) -> int:
+    count = 0
+    while not is_over():
+        copy = folder / f"copy-{count}.db"
+        with (
+            contextlib.closing(sqlite3.connect(server.db, timeout=10)) as live,
+            contextlib.closing(sqlite3.connect(copy)) as other,
+        ):
+            live.backup(other)
+            assert other.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            sql = "SELECT SUM(stored_count) = (SELECT COUNT(*) FROM occurrences) FROM errors"
+            assert other.execute(sql).fetchone() == (1,)
+        copy.unlink()
+        count += 1
+    return count
+
+
+def soak_measures(server: Server, is_over: Callable[[], bool]) -> list[tuple[int, int]]:
+    """Return the server's memory and its number of open files, five times a second."""
+    found = []
+    while not is_over():
+        files = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        found.append((resident(server.process.pid), files))
+        threading.Event().wait(0.2)
+    return found
+
+
+@pytest.mark.slow
+def test_server_in_full_use_loses_nothing_and_does_not_grow(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    needs_proc()
+    server = start("--max-occurrences", "50")
+    server.report(fingerprint="0")
+    server.report(fingerprint="1")
+    end = time.monotonic() + SOAK_S
+    is_over = functools.partial(lambda: time.monotonic() > end)
+    with concurrent.futures.ThreadPoolExecutor(7) as pool:
+        workers = [pool.submit(soak_reports, server, number, is_over) for number in range(4)]
+        pages = pool.submit(soak_pages, server, is_over)
+        copies = pool.submit(soak_copies, server, tmp_path, is_over)
+        measures = pool.submit(soak_measures, server, is_over).result()
+    accepted = 2 + sum(worker.result() for worker in workers)
+    assert sum(error["occurrences"] for error in server.errors()) == accepted
+    assert min(pages.result(), copies.result(), accepted // 100) > SOAK_S / 2
+    third = len(measures) // 3
+    memory, files = zip(*measures, strict=True)
+    assert max(memory[-third:]) - max(memory[:third]) < 20 * 2**20
+    assert max(files[-third:]) - max(files[:third]) <= 3
+    most = 21 * 50 + miniapm.SWEEP_AFTER_REPORTS
+    wait_until(lambda: sum(one["occurrences_kept"] for one in server.errors()) <= most, 30)
+    assert printed(server) == ""
 
 
 # --- The contract's examples ----------------------------------------------------------------------
