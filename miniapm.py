@@ -189,9 +189,9 @@ SWEEP_STEP_S = 0.005
 SWEEP_STEP_PAGES = 100
 SWEEP_INTERVAL_S = 60.0
 MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # of what is kept in memory about the errors reported last
-MIN_FREE_BYTES = 16 * _MEBIBYTE  # of the disk, or a tenth of a small one: kept for deleting
-MAX_FULL_WAIT_S = 30
 KNOWN_OVERHEAD_BYTES = 200  # of each thing in it
+MIN_FREE_BYTES = 16 * _MEBIBYTE  # of the disk, or a tenth of a small one: kept for deleting
+FULL_RETRY_S = 30
 MAX_WAL_BYTES = 8 * _MEBIBYTE  # with more in the write-ahead log a commit empties it itself
 CHECKPOINT_COMMITS = 50  # after as many it is copied into the database, beside the commits
 SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
@@ -564,7 +564,7 @@ _PRIVATE_KEY = re.compile(
 )
 
 
-# What that is in a JSON text, where a quotation mark may go on with the next string.
+# In a JSON text \" is a quotation mark, behind which PlainTexts may have cut the string in two.
 _HAS_URL_SECRET = re.compile(_URL_SECRET)
 _HAS_URL_SECRET_IN_JSON = re.compile(r'://[^\s/@:?#"]*(?:\\"|:[^\s/?#"]*(?:@|\\"))')
 
@@ -2308,7 +2308,7 @@ def lack_of_space(path: str) -> str:
 def refuse_when_full(path: str) -> None:
     """Raise Unavailable when the disk of a file is nearly full."""
     if problem := lack_of_space(path):
-        raise Unavailable(problem, retry_after_s=MAX_FULL_WAIT_S)
+        raise Unavailable(problem, retry_after_s=FULL_RETRY_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -6924,8 +6924,8 @@ def missing_for_fast_ingest(server: Any) -> str:
     channel = server.channel_class
     parser = getattr(channel, "parser_class", None)
     needed = [(server, name) for name in ("add_task", "pull_trigger")]
-    of_channel = ("request", "total_outbufs_len", "will_close", "send", "write_soon", "service")
-    needed += [(channel, name) for name in of_channel]
+    of_channel = ("request", "connected", "total_outbufs_len", "will_close")
+    needed += [(channel, name) for name in (*of_channel, "send", "write_soon", "service")]
     needed += [(parser, name) for name in ("version", "error", "close", "body_rcv")]
     return next((name for owner, name in needed if not hasattr(owner, name)), "")
 

@@ -6192,7 +6192,8 @@ def test_waitress_that_is_other_inside_takes_the_slower_path(
 ) -> None:
     import waitress.channel
 
-    channel_class = types.SimpleNamespace(**vars(waitress.channel.HTTPChannel), send=1)
+    inherited = {"send": 1, "connected": False}
+    channel_class = types.SimpleNamespace(**vars(waitress.channel.HTTPChannel), **inherited)
     server = types.SimpleNamespace(add_task=1, pull_trigger=1, channel_class=channel_class)
     assert miniapm.missing_for_fast_ingest(server) == ""
     for owner in (server, channel_class):
