@@ -7198,12 +7198,12 @@ def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
         if version != len(MIGRATIONS):
             raise MiniAPMError("nothing else was checked; a start brings an older one up to date")
         totals = db.execute(CHECK_TOTALS).fetchone()
-        counted = (f"{totals[name]:,} {name}" for name in ("projects", "errors", "occurrences"))
+        counted = (f"{name}: {totals[name]:,}" for name in ("projects", "errors", "occurrences"))
         say(", ".join(counted))
         found = 0
         for found, fault in enumerate(faults_of(db), 1):
             say(clean(fault, MAX_CLASS_CHARS))
-    say(f"{found} faults" if found else "whole: structure, numbers and reports")
+    say(f"faults: {found}" if found else "whole: structure, numbers and reports")
     return 1 if found else 0
 
 

@@ -6308,7 +6308,17 @@ def test_check_says_what_is_wrong(store: Store, tmp_path: Path, damage: str, sai
     done = run("check", "--db", store.path, cwd=tmp_path)
     assert done.returncode == 1
     assert said in done.stdout
-    assert "1 faults" in done.stdout
+    assert "faults: 1" in done.stdout
+
+
+def test_check_refuses_what_this_program_does_not_know(store: Store, tmp_path: Path) -> None:
+    newest = len(miniapm.MIGRATIONS)
+    for version, said in ((newest - 1, "brings an older one up"), (newest + 1, "a newer version")):
+        with contextlib.closing(sqlite3.connect(store.path)) as db:
+            db.execute(f"PRAGMA user_version = {version}")
+        done = run("check", "--db", store.path, cwd=tmp_path)
+        assert done.returncode == 1
+        assert said in done.stderr
 
 
 def test_check_finds_a_damaged_page(store: Store, tmp_path: Path) -> None:
