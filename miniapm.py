@@ -5775,13 +5775,18 @@ class Rejections:
                 oldest = next(iter(self._found))
                 del self._found[oldest]
                 self._logged.pop(oldest, None)
-            self._log_at_times(kind)
+            self._log_if_due(kind, REJECTION_LOG_INTERVAL_S)
 
-    def _log_at_times(self, kind: tuple[int, str]) -> None:
-        """Say on the log how many were refused, once a minute."""
+    def log_rest(self, interval_s: float = REJECTION_LOG_INTERVAL_S) -> None:
+        """Log what was counted since a reason was last logged, if that is so long ago."""
+        with self._lock:
+            for kind in self._found:
+                self._log_if_due(kind, interval_s)
+
+    def _log_if_due(self, kind: tuple[int, str], interval_s: float) -> None:
         one, now_s = self._found[kind], time.monotonic()
         logged_s, known = self._logged.get(kind, (-math.inf, 0))
-        if now_s - logged_s >= REJECTION_LOG_INTERVAL_S:
+        if one.count > known and now_s - logged_s >= interval_s:
             self._logged[kind] = now_s, one.count
             self._log(f"refused {one.count - known:,}: {one.status} {one.reason}")
 
@@ -6345,10 +6350,10 @@ class App:
         gate = None
         if config.password is not None:
             gate = PasswordGate(config.password, store)
-        self._rejections = Rejections(store.now_ms, log)
-        self._ingest = Ingest(store, config.max_body_bytes, self._rejections)
-        self._sentry = SentryIngest(store, config.max_body_bytes, self._rejections)
-        self._dashboard = Dashboard(store, gate, self._rejections)
+        self.rejections = Rejections(store.now_ms, log)
+        self._ingest = Ingest(store, config.max_body_bytes, self.rejections)
+        self._sentry = SentryIngest(store, config.max_body_bytes, self.rejections)
+        self._dashboard = Dashboard(store, gate, self.rejections)
         self.intake = Intake(store, self._ingest, self._sentry)
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._unhandled
@@ -6425,7 +6430,7 @@ class App:
         request = bottle.request
         path, headers, status = request.environ["PATH_INFO"], retry_header(refusal), refusal.status
         if is_ingest(path):
-            self._rejections.count(refusal)
+            self.rejections.count(refusal)
         if is_sentry(path):
             if status >= MiniAPMError.status:  # which an SDK in our own process would report
                 status = TooManyRequests.status
@@ -7011,6 +7016,7 @@ class Server:
         )
         self._server.channel_class = _channel_class(config.max_body_bytes)
         self._fast = self._fast_ingest(app, store, log_line if config.verbose else None)
+        self._rejections = app.rejections
         self._shutdown = shutdown
         shutdown.wake = self._server.pull_trigger
 
@@ -7024,9 +7030,14 @@ class Server:
 
     def run(self) -> None:
         """Serve, then drain."""
+        due_s = time.monotonic() + REJECTION_LOG_INTERVAL_S
         while not self._shutdown.is_asked:
             self._round(1.0)
+            if time.monotonic() >= due_s:
+                due_s = time.monotonic() + REJECTION_LOG_INTERVAL_S
+                self._rejections.log_rest()
         self._drain()
+        self._rejections.log_rest(0.0)
 
     def _round(self, timeout_s: float) -> None:
         has_waiting = self._fast is not None and self._fast.has_waiting()
@@ -7120,6 +7131,12 @@ def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
     return serve(load_config(vars(parser.parse_args(arguments)), environ))
 
 
+def refuse_missing(path: str) -> None:
+    """Raise MiniAPMError when there is no such database."""
+    if not os.path.exists(path):
+        raise MiniAPMError(f"there is no database {path}; name it with {flag_of('db')}")
+
+
 def keys_table(projects: Sequence[Project], url: str) -> str:
     """Return the projects, their keys and the keys' DSNs in columns."""
     rows = [
@@ -7145,8 +7162,8 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
         add_flags(each, ("db",))
     given = parser.parse_args(arguments)
     config = load_config(vars(given), environ, ("db",))
-    if given.action != "create" and not os.path.exists(config.db):
-        raise MiniAPMError(f"there is no database {config.db}; name it with {flag_of('db')}")
+    if given.action != "create":
+        refuse_missing(config.db)
     with contextlib.closing(Store(config.db)) as store:
         if given.action == "create":
             say(store.create_key(given.name))
@@ -7162,8 +7179,7 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
 @contextlib.contextmanager
 def existing_database(path: str) -> Iterator[sqlite3.Connection]:
     """Lend a database that is there, at one moment and as it is; MiniAPMError if it is not ours."""
-    if not os.path.exists(path):
-        raise MiniAPMError(f"there is no database {path}; name it with {flag_of('db')}")
+    refuse_missing(path)
     try:
         with contextlib.closing(_connect(os.path.realpath(path))) as db:
             db.execute("PRAGMA query_only = ON")

@@ -6408,7 +6408,10 @@ def test_log_counts_refused_reports_once_a_minute_by_reason(
         assert requests.post(server.url + "/ingest/errors", timeout=5).status_code == 401
     assert server.stop() == 0
     texts = sorted(line.partition(" ")[2] for line in server.log.splitlines() if "refused" in line)
-    assert [text[:16] for text in texts] == ["refused 1: 400 m", "refused 1: 401 t"]
+    assert [text[:16] for text in texts] == [
+        *("refused 1: 400 m", "refused 1: 401 t"),
+        *("refused 4: 400 m", "refused 4: 401 t"),  # at the stop, the rest
+    ]
     lines: list[str] = []
     seconds = iter(range(0, 1_000, 25))
     monkeypatch.setattr(miniapm.time, "monotonic", lambda: next(seconds))
@@ -6416,6 +6419,10 @@ def test_log_counts_refused_reports_once_a_minute_by_reason(
     for _ in range(7):
         rejections.count(miniapm.Unauthorized("no key"))
     assert lines == [f"refused {count}: 401 no key" for count in (1, 3, 3)]
+    rejections.count(miniapm.Unauthorized("no key"))
+    for _ in range(9):
+        rejections.log_rest()
+    assert lines[3:] == ["refused 1: 401 no key"]
 
 
 # A disk that is full
@@ -8272,7 +8279,7 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        "What is no report is refused with a 4xx that names the field, never with a crash.",
+        "What is no report is refused with an answer that names the field, never with a crash.",
         (
             "test_what_is_no_json_is_400_however_it_is_sent",
             "test_fuzzed_requests_are_answered_and_leave_nothing_in_memory",
