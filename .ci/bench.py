@@ -1,6 +1,7 @@
 """Measures speed as ratios within one run, each the median of alternations.
 
     python .ci/bench.py [--rounds N] [--seconds S] [--only ingest|pages|start|capture] [--json FILE]
+    python .ci/bench.py --against FILE [--rounds N] [--seconds S] [--json FILE]
 
 Needs bottle, waitress, sentry-sdk and, for ingest and pages, wrk. Everything that is compared runs
 in turn on loopback:
@@ -12,6 +13,9 @@ in turn on loopback:
 - importing miniapm with importing bottle; one record_error on the calling thread with one
   logging.exception to a file; a request to a plain WSGI application with the same application
   wrapped, called in process and served by waitress to four clients.
+
+With --against it compares ingest with another version of the tracker and nothing else, and that
+version with itself: what it finds there is noise.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import importlib.util
 import io
 import json
 import logging
@@ -377,6 +382,12 @@ def raw_sqlite(folder: Path, each: int, seconds: int) -> float:
 
 KEY = "bench-key"
 SERVE = [sys.executable, str(ROOT / "miniapm.py"), "--api-key", KEY]
+LOADS = (  # name, connections, path, file of bodies
+    ("single reports, 8 connections", 8, "/ingest/errors", "one.txt"),
+    ("single reports, 32 connections", 32, "/ingest/errors", "one.txt"),
+    ("batches of 100, 4 connections", 4, "/ingest/errors/batch", "hundred.txt"),
+    ("Sentry envelopes, 8 connections", 8, f"/api/1/envelope/?sentry_key={KEY}", "sentry.txt"),
+)
 MANY = ["--max-occurrences", "1000000"]  # nothing is removed, as by those it is compared with
 
 
@@ -472,26 +483,84 @@ class Ingest:
         keep("single reports, 32 connections, as many removed: reports/s", crowded)
 
 
-def fill(path: Path, occurrences: int, errors: int = 2_000) -> None:
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def compare_versions(results: Results, ingest: Ingest, other: Path, rounds: int) -> None:
+    """Alternate this version with another one, and the other one with itself."""
+    files = {"now": ROOT / "miniapm.py", "before": other, "before, again": other}
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for name, file in files.items():
+            port, path = free_port(), ingest.folder / f"{name}.db"
+            more = ["--port", str(port), "--db", str(path), *MANY]
+            command = [sys.executable, str(file), "--api-key", KEY, *more]
+            servers[name] = (port, stack.enter_context(running(command, port)))
+        for load_name, connections, path, bodies in LOADS:
+            for number in range(rounds + 1):
+                found = {}
+                for name, (port, pid) in servers.items():
+                    began = cpu_seconds(pid)
+                    sent = ingest.send(port, path, connections, ingest.folder / bodies)
+                    cpu = (cpu_seconds(pid) - began) / (sent["rate"] * ingest.seconds)
+                    found[name] = {"reports/s": sent["rate"], "CPU a report": cpu} | sent
+                if not number:  # the first one warms up
+                    continue
+                for name in ("now", "before, again"):
+                    for figure in ("reports/s", "CPU a report", "p99_ms"):
+                        ratio = found[name][figure] / found["before"][figure]
+                        aim = ">= 0.9" if "Sentry" in load_name else ">= 0.95"
+                        aim = aim if name == "now" and figure == "reports/s" else ""
+                        results.keep(f"{load_name}: {figure}, {name} / before", ratio, aim)
+    for source in ("reports", "events"):
+        sizes = [database_bytes(ingest.folder, file, source) for file in (files["now"], other)]
+        results.keep(f"{source}: bytes on disk", sizes[0])
+        results.keep(f"{source}: bytes on disk, now / before", sizes[0] / sizes[1], "<= 1.3")
+
+
+def version_in(file: Path) -> Any:
+    """Return a version of the tracker as a module."""
+    spec = importlib.util.spec_from_file_location(f"version_{time.monotonic_ns()}", file)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def database_bytes(folder: Path, file: Path, source: str = "reports") -> float:
+    """Return the bytes on disk of one report, of a thousand an error, or of a Sentry event."""
+    path = folder / f"size-{time.monotonic_ns()}.db"
+    tracker = version_in(file)
+    if source == "reports":
+        fill(path, 20_000, errors=20, tracker=tracker)
+        return path.stat().st_size / 20_000
+    events = [line.split("\1")[2] for line in (folder / "sentry.txt").open()]
+    with contextlib.closing(tracker.Store(str(path))) as store:
+        project = store.ensure_default_project(KEY)
+        for number in range(4_000):
+            event = json.loads(events[number % len(events)]) | {"event_id": f"{number:032x}"}
+            store.record(project.id, [tracker.occurrence_from_sentry(event, store.now_ms())])
+    return path.stat().st_size / 4_000
+
+
+def fill(path: Path, occurrences: int, errors: int = 2_000, tracker: Any = miniapm) -> None:
     """Make a database: its occurrences happened within the last 30 days."""
     chance = random.Random(1)
-    with contextlib.closing(miniapm.Store(str(path))) as store:
+    with contextlib.closing(tracker.Store(str(path))) as store:
         project = store.ensure_default_project(KEY)
         now_ms = store.now_ms()
         for at in range(0, occurrences, 1_000):
             made = []
             for number in range(at, at + 1_000):
-                time_ms = now_ms - int(chance.random() * 30 * 24 * miniapm.HOUR_MS)
-                said = report(number, errors) | {"timestamp": miniapm.iso_time(time_ms)}
-                made.append(miniapm.parse_occurrence(said, now_ms, plain=json.dumps(said)))
+                time_ms = now_ms - int(chance.random() * 30 * 24 * tracker.HOUR_MS)
+                said = report(number, errors) | {"timestamp": tracker.iso_time(time_ms)}
+                made.append(tracker.parse_occurrence(said, now_ms, plain=json.dumps(said)))
             store.record_here([(project.id, one) for one in made])
-
-
-def database_bytes(folder: Path) -> float:
-    """Return the bytes on disk of one report, of a thousand an error."""
-    path = folder / "size.db"
-    fill(path, 20_000, errors=20)
-    return path.stat().st_size / 20_000
 
 
 class Pages:
@@ -615,15 +684,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3, help="of each load")
     parser.add_argument("--only", choices=("ingest", "pages", "start", "capture"))
+    parser.add_argument("--against", type=Path, help="another version of miniapm.py")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     results = Results()
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if given.against:
+            ingest = Ingest(results, folder, given.seconds)
+            compare_versions(results, ingest, given.against.resolve(), given.rounds)
+            given.only = "nothing else"
         if given.only in (None, "ingest"):
             Ingest(results, folder, given.seconds).compare(given.rounds)
-            results.keep("database: bytes a report", database_bytes(folder), "<= 400")
+            size = database_bytes(folder, ROOT / "miniapm.py")
+            results.keep("database: bytes a report", size, "<= 400")
         if given.only in (None, "pages"):
             small, large = folder / "small.db", folder / "large.db"
             fill(small, 10_000)
