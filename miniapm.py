@@ -15,7 +15,7 @@ Contents:
     2. Errors
     3. Settings
     4. Occurrences
-    5. Backtraces
+    5. Stack traces
     6. Sentry
     7. Schema
     8. Store
@@ -127,7 +127,7 @@ MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_byt
 MAX_ENVELOPE_ITEMS = 100
 MAX_ENVELOPE_HEADER_BYTES = 64 * _KIBIBYTE  # its own, and that of an item
 MAX_EVENT_BYTES = _MEBIBYTE
-MAX_EXCEPTIONS = 50  # of an event; the last ones, as of all lists here
+MAX_EXCEPTIONS = 50  # of a chain
 MAX_THREADS = 1_000
 MAX_BREADCRUMBS = 1_000
 MAX_BREADCRUMB_CHARS = 4 * _KIBIBYTE
@@ -145,6 +145,10 @@ MAX_BACKTRACE_CHARS = 512 * _KIBIBYTE
 MAX_FRAMES = 2_000  # physical lines: those of a backtrace may hold newlines
 MAX_CONTEXT_LINES = 50  # on each side of the failing line
 MAX_CONTEXT_CHARS = 64 * _KIBIBYTE
+MAX_SOURCE_FRAMES = 50  # of a chain: frames that keep source and variables
+MAX_SOURCE_LINES = 10  # of such a frame, before and after its line
+MAX_LOCALS = 50  # of such a frame
+MAX_EXCEPTIONS_CHARS = 128 * _KIBIBYTE  # the whole chain as JSON
 MAX_PARAMS_CHARS = 64 * _KIBIBYTE
 MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
@@ -178,7 +182,6 @@ MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
 MAX_REJECTION_REASONS = 30
 REJECTION_LOG_INTERVAL_S = 60.0
 MAX_SEARCH_CHARS = 200
-MAX_SEARCH_TERMS = 8
 MAX_SESSION_S = 30 * 24 * 3600
 MAX_LOGIN_DELAY_S = 60.0
 MAX_LOGIN_ADDRESSES = 1_000
@@ -194,6 +197,7 @@ MIN_FREE_BYTES = 16 * _MEBIBYTE  # of the disk, or a tenth of a small one: kept 
 FULL_RETRY_S = 30
 MAX_WAL_BYTES = 8 * _MEBIBYTE  # with more in the write-ahead log a commit empties it itself
 CHECKPOINT_COMMITS = 50  # after as many it is copied into the database, beside the commits
+REQUEST_BLOCK_IDS = 4_096  # occurrence ids whose request keys share one block of the index
 SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
 
 # Capture: what a program that is watched may lose to it.
@@ -201,7 +205,8 @@ MAX_QUEUED_REPORTS = 1_000
 MAX_SENT_REPORTS = 100
 MAX_SENT_BYTES = 4 * _MEBIBYTE
 MAX_REQUEST_BODY_BYTES = 64 * _KIBIBYTE  # of a form, kept for a report
-MAX_LOCALS = 50
+MAX_DETAILED_FRAMES = 20  # own frames of a chain that are captured with source and variables
+MAX_CAPTURED_CHARS = 16 * _KIBIBYTE  # with as much text of variables, no more frames have theirs
 MAX_REPR_CHARS = 500
 MAX_REPR_ITEMS = 20  # of one container
 MAX_REPR_VALUES = 200  # with all that is inside
@@ -482,6 +487,7 @@ class Occurrence:
     """One report: cleaned, scrubbed, within all limits.
 
     `fingerprint` is for display; `grouping_key`, the SHA-256 of what the client sent, decides.
+    `exceptions` is the exception chain as the API takes it.
     `event_id`, 32 hexadecimal digits, is the same when the same report is sent again.
     `disbelieved_timestamp` is what the client claimed when that lay in the future. `sent` is the
     time of receipt and the report's JSON, 1800000000000:{…}, where nothing in it had to be
@@ -498,6 +504,7 @@ class Occurrence:
     user_id: str | None = None
     params: Json | None = None
     source_context: SourceContext | None = None
+    exceptions: tuple[Json, ...] = ()
     extra: Json = field(default_factory=dict)
     disbelieved_timestamp: str | None = None
     event_id: str | None = None
@@ -523,6 +530,7 @@ _SECRET_WORDS = (
 )
 _SHORT_NAMES = "(?a:auth|pass|sid|jwt)"
 _SECRET_NAME = re.compile(rf"{_SECRET_WORDS}|^{_SHORT_NAMES}\Z", re.IGNORECASE)
+_NO_SECRET = "(?!publickeytoken=)"  # part of every .NET assembly's name
 # One of these, or "key" with one of the others, is in every text that a pattern below could match.
 # Most texts have none, and to look for them takes a tenth of the time that the patterns take.
 _SECRET_HINTS = (
@@ -533,9 +541,9 @@ _SECRET_HINTS = (
 _KEY_HINTS = ("api", "private")
 # Every repetition before a mandatory part is bounded: matching stays linear on hostile text.
 _PART = r"[\w.\[\]%-]{0,40}"
-# a=1&token=x, as in a URL; not the keyword argument token=token
+# a=1&token=x, as in a URL or its repr; not the keyword argument token=token
 _QUERY_SECRET = (
-    rf"(?i:((?:^|[?&;#\s])({_PART}(?:{_SECRET_WORDS}){_PART}|{_SHORT_NAMES})=)"
+    rf"(?i:((?:^|[?&;#\s\"']){_NO_SECRET}({_PART}(?:{_SECRET_WORDS}){_PART}|{_SHORT_NAMES})=)"
     r"(?!\2(?:[\s,)&;#]|$)|[\"'\s])[^\s&;#]+)"
 )
 # password = "x", "token": "x", 'secret' => 'x', as in source, JSON and reprs
@@ -614,13 +622,20 @@ def clean(text: str, limit: int) -> str:
     return _displayable(text)
 
 
-# All but \n, \t, \" and \\ may stand for what _displayable replaces or, as \/, hide a hint.
-_ODD_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\[^nt\"\\]")
+def _has_odd_escape(text: str) -> bool:
+    """Tell whether a JSON text has an escape other than \\n, \\t, \\" and \\\\.
+
+    It may stand for what _displayable replaces or, as \\/, hide a hint. Counting takes a tenth of
+    the time that a pattern takes.
+    """
+    rest = text.replace("\\\\", "")
+    known = rest.count('\\"') + rest.count("\\n") + rest.count("\\t")
+    return rest.count("\\") != known
 
 
 def is_harmless(text: str) -> bool:
     """Tell whether there is nothing in a JSON text that is to be scrubbed or replaced."""
-    is_odd = not text.isprintable() or ("\\" in text and _ODD_ESCAPE.search(text))
+    is_odd = not text.isprintable() or ("\\" in text and _has_odd_escape(text))
     return not (is_odd or may_hold_secret(text, _HAS_URL_SECRET_IN_JSON))
 
 
@@ -801,15 +816,20 @@ def parse_json(text: str, at: str = "") -> Any:
         raise BadRequest(f"{what} must be JSON: {said}", field=field) from None
 
 
+_CONTAINERS = frozenset((dict, list))  # isinstance takes twice as long
+
+
 def _is_deeper(value: Any, limit: int) -> bool:
-    level = [value] if isinstance(value, (dict, list)) else []
+    level = [value] if type(value) in _CONTAINERS else []
     for _ in range(limit):
         level = [
             child
             for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, (dict, list))
+            for child in (node.values() if type(node) is dict else node)
+            if type(child) in _CONTAINERS
         ]
+        if not level:
+            break
     return bool(level)
 
 
@@ -876,15 +896,19 @@ def read_event_id(value: Any) -> str | None:
     return digits if digits and _EVENT_ID.fullmatch(digits) else None
 
 
-def cut_middle(lines: list[str], most: int) -> list[str]:
+def cut_middle(lines: list[Any], most: int, what: str = "lines") -> list[Any]:
     """Keep both ends of a list of lines, for either may be the newest, and mark the cut."""
     if len(lines) <= most:
         return lines
     half = most // 2
-    return [*lines[:half], f"… [{len(lines) - 2 * half:,} more lines cut]", *lines[-half:]]
+    mark = f"… [{len(lines) - 2 * half:,} more {what} cut]"
+    return [*lines[:half], mark, *lines[len(lines) - half :]]
 
 
-def _bounded_lines(lines: list[str]) -> tuple[str, ...]:
+def _bounded_lines(lines: list[str], *, plain: bool) -> tuple[str, ...]:
+    is_short = len(lines) <= MAX_BACKTRACE_LINES
+    if plain and is_short and max(map(len, lines), default=0) <= MAX_LINE_CHARS:
+        return tuple(lines)
     lines = cut_middle(lines, MAX_BACKTRACE_LINES)
     limit = MAX_LINE_CHARS
     if sum(map(len, lines)) > MAX_BACKTRACE_CHARS:
@@ -936,6 +960,16 @@ def _occurred_ms(fields: _Fields, received_ms: int) -> tuple[int, str | None]:
 _CONTEXT_FIELDS = {one.name for one in dataclasses.fields(SourceContext)}
 
 
+def _one_line(text: str) -> str:
+    return text.rstrip("\r\n").replace("\n", " ") if "\n" in text else text
+
+
+def _clean_lines(lines: Iterable[str], limit: int) -> list[str]:
+    """Clean source lines as one text, because a private key spans several lines."""
+    text = scrub_text("\n".join(_one_line(line)[: 2 * limit] for line in lines))
+    return [clean(line, limit) for line in text.split("\n")]
+
+
 def _parse_source_context(data: Json | None, at: str, *, plain: bool) -> SourceContext | None:
     if data is None:
         return None
@@ -947,12 +981,10 @@ def _parse_source_context(data: Json | None, at: str, *, plain: bool) -> SourceC
     line = fields.text("context_line", "a string, the line that failed", empty=True)
     before = fields.lines("pre_context", required=False)[-MAX_CONTEXT_LINES:]
     after = fields.lines("post_context", required=False)[:MAX_CONTEXT_LINES]
-    lines = [text.rstrip("\r\n").replace("\n", " ") for text in (*before, line, *after)]
+    lines = [_one_line(text) for text in (*before, line, *after)]
     limit = min(MAX_LINE_CHARS, MAX_CONTEXT_CHARS // len(lines))
     if not plain or max(map(len, lines)) > limit:
-        # Scrubbed as one text, for a private key in the source spans lines.
-        text = scrub_text("\n".join(line[: 2 * limit] for line in lines))
-        lines = [clean(line, limit) for line in text.split("\n")]
+        lines = _clean_lines(lines, limit)
     return SourceContext(
         file=_cut(file, MAX_LINE_CHARS) if plain else clean(file, MAX_LINE_CHARS),
         lineno=lineno,
@@ -960,6 +992,162 @@ def _parse_source_context(data: Json | None, at: str, *, plain: bool) -> SourceC
         pre_context=tuple(lines[: len(before)]),
         post_context=tuple(lines[len(before) + 1 :]),
     )
+
+
+# How an exception relates to the one before it in its chain, and the label on pages.
+RELATIONS = {
+    "caused_by": "Caused by",
+    "while_handling": "While handling",
+    "suppressed": "Suppressed",
+    "one_of": "One of the group",
+}
+_FRAME_FIELDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("text", "file", "function", "module", "context_line"), (str, "a string")),
+    **dict.fromkeys(("lineno", "column"), (int, "a whole number from 0")),
+    **dict.fromkeys(("pre_context", "post_context"), (list, "an array of strings")),
+    "own": (bool, "true or false"),
+    "locals": (dict, "an object"),
+}
+_DETAIL_FIELDS = ("pre_context", "context_line", "post_context", "locals")  # what is cut first
+
+
+def _check_frame(frame: Any, at: str) -> None:
+    if isinstance(frame, str):
+        return
+    fields = _Fields(frame, at)
+    for name, value in fields.data.items():
+        if value is None or name not in _FRAME_FIELDS:
+            continue
+        kind, expected = _FRAME_FIELDS[name]
+        if type(value) is not kind or (type(value) is int and not 0 <= value < 2**31):
+            raise fields.refuse(name, expected)
+        if kind is list:
+            fields.lines(name, required=True)
+
+
+def _check_exceptions(exceptions: Any, path: str) -> None:
+    """Raise BadRequest for a field `exceptions` that is not of the documented shape."""
+    if not isinstance(exceptions, list):
+        raise BadRequest(f"{path} must be an array of objects", field=path)
+    for position, one in enumerate(exceptions):
+        fields = _Fields(one, f"{path}[{position}]")
+        fields.text("exception_class", "a string that is not empty")
+        if one.get("message") is not None:
+            fields.text("message", "a string", empty=True)
+        if one.get("relation") not in (None, *RELATIONS):
+            raise fields.refuse("relation", f"one of {', '.join(RELATIONS)}")
+        frames = one.get("frames")
+        if frames is not None and not isinstance(frames, list):
+            raise fields.refuse("frames", "an array of objects or strings")
+        for number, frame in enumerate(frames or ()):
+            _check_frame(frame, f"{fields.at}.frames[{number}]")
+
+
+def _fits(exceptions: Sequence[Json]) -> bool:
+    """Tell whether nothing has to be cut in a field `exceptions` that is small as a whole."""
+    frames = [frame for one in exceptions for frame in one.get("frames") or ()]
+    detailed = [frame for frame in frames if type(frame) is dict and "context_line" in frame]
+    return (
+        len(exceptions) <= MAX_EXCEPTIONS
+        and len(frames) <= MAX_BACKTRACE_LINES
+        and len(detailed) <= MAX_SOURCE_FRAMES
+        and all(len(frame.get("pre_context") or ()) <= MAX_SOURCE_LINES for frame in detailed)
+        and all(len(frame.get("post_context") or ()) <= MAX_SOURCE_LINES for frame in detailed)
+        and all(type(one) is str or len(one.get("locals") or ()) <= MAX_LOCALS for one in frames)
+    )
+
+
+class _ChainCleaner:
+    """Bounds and cleans a checked field `exceptions`; the result has the same shape.
+
+    The names and places of all frames come first. Source and variables get what room is left, in
+    the order of the chain.
+    """
+
+    def __init__(self) -> None:
+        self._frames_left, self._sources_left = MAX_BACKTRACE_LINES, MAX_SOURCE_FRAMES
+        self._chars_left = MAX_EXCEPTIONS_CHARS
+
+    def clean(self, exceptions: Sequence[Json]) -> tuple[Json, ...]:
+        """Return the cleaned chain."""
+        kept = exceptions[:MAX_EXCEPTIONS]
+        stacks = [self._cut(one.get("frames") or []) for one in kept]
+        made = [self._bare(one, frames) for one, frames in zip(kept, stacks, strict=True)]
+        for one, frames in zip(made, stacks, strict=True):
+            for position, frame in enumerate(frames):
+                if isinstance(frame, dict):
+                    one["frames"][position] |= self._details(frame)
+        if len(exceptions) > MAX_EXCEPTIONS:
+            cut = f"[{len(exceptions) - MAX_EXCEPTIONS:,} more cut]"
+            made.append({"exception_class": "…", "message": cut})
+        return tuple(made)
+
+    def _cut(self, frames: list[Any]) -> list[Any]:
+        room = self._frames_left
+        self._frames_left -= min(room, len(frames))
+        return cut_middle(frames, room, "frames")
+
+    def _text(self, text: str, limit: int) -> str:
+        text = clean(text, limit if self._chars_left > 0 else min(limit, MAX_ID_CHARS))
+        self._chars_left -= len(text)
+        return text
+
+    def _bare(self, one: Json, frames: list[Any]) -> Json:
+        """Return an exception with its frames, but without their source and variables."""
+        made: Json = {
+            "exception_class": self._text(one["exception_class"], MAX_CLASS_CHARS),
+            "message": self._text(one.get("message") or "", MAX_MESSAGE_CHARS),
+            "frames": [
+                self._text(frame, MAX_LINE_CHARS)
+                if isinstance(frame, str)
+                else {
+                    name: self._text(value, MAX_CLASS_CHARS) if isinstance(value, str) else value
+                    for name, value in frame.items()
+                    if name in _FRAME_FIELDS and name not in _DETAIL_FIELDS
+                }
+                for frame in frames
+            ],
+        }
+        relation = one.get("relation")
+        return made | {"relation": relation} if relation else made
+
+    def _details(self, frame: Json) -> Json:
+        """Return as much of a frame's source and variables as there is room for."""
+        line, variables = frame.get("context_line"), frame.get("locals")
+        if line is None and not variables:
+            return {}
+        self._sources_left -= 1
+        if self._sources_left < 0 or self._chars_left <= 0:
+            return {"locals": {"…": "[source and variables cut]"}}
+        found: Json = {}
+        if line is not None:
+            before = (frame.get("pre_context") or [])[-MAX_CONTEXT_LINES:]
+            after = (frame.get("post_context") or [])[:MAX_CONTEXT_LINES]
+            lines, at = _clean_lines([*before, line, *after], MAX_LINE_CHARS), len(before)
+            first, end = max(0, at - MAX_SOURCE_LINES), at + 1 + MAX_SOURCE_LINES
+            limit = max(MAX_ID_CHARS, self._chars_left // (end - first))
+            lines = [clip(one, limit) for one in lines]
+            self._chars_left -= sum(map(len, lines[first:end]))
+            found["pre_context"], found["context_line"] = lines[first:at], lines[at]
+            found["post_context"] = lines[at + 1 : end]
+        if variables:
+            kept = dict(itertools.islice(variables.items(), MAX_LOCALS))
+            kept = scrub(kept, max(MAX_ID_CHARS, self._chars_left))
+            if len(variables) > MAX_LOCALS:
+                kept["…"] = f"[{len(variables) - MAX_LOCALS:,} more cut]"
+            self._chars_left -= len(json.dumps(kept))
+            found["locals"] = kept
+        return found
+
+
+def _parse_exceptions(report: _Fields, *, plain: bool, trust: bool) -> tuple[Json, ...]:
+    if (exceptions := report.data.get("exceptions")) is None:
+        return ()
+    if not trust:
+        _check_exceptions(exceptions, f"{report.at}.exceptions" if report.at else "exceptions")
+    if plain and _fits(exceptions):
+        return tuple(exceptions)
+    return _ChainCleaner().clean(exceptions)
 
 
 _FIELDS = {  # of a report
@@ -972,6 +1160,7 @@ _FIELDS = {  # of a report
     "params",
     "timestamp",
     "source_context",
+    "exceptions",
 }
 
 
@@ -986,18 +1175,17 @@ def _unknown_fields(data: Json, context: Json) -> Json:
 
 
 def parse_occurrence(
-    data: Any, received_ms: int, at: str = "", *, plain: str | None = None
+    data: Any, received_ms: int, at: str = "", *, plain: str | None = None, trust: bool = False
 ) -> Occurrence:
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
-    `data` is the JSON value, `received_ms` the time of receipt, `at` the report's own path in
-    the body (errors[3]), `plain` its text if is_plain() says so. Unknown fields are kept in
-    `extra`.
+    `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]), `plain`
+    its text if is_plain() accepts it. `trust` skips the checks of depth and `exceptions` for a
+    report that this module built. Unknown fields go to `extra`.
     """
-    is_known_plain = plain is not None
-    tidy = _cut if is_known_plain else clean
+    is_known_plain, tidy = plain is not None, clean if plain is None else _cut
     fields = _Fields(data, at, tidy)
-    if plain is None or not is_shallow(plain):
+    if not trust and (plain is None or not is_shallow(plain)):
         refuse_depth(data, at)
     exception_class = fields.text("exception_class", "a string that is not empty")
     message = fields.text("message", "a string", empty=True)
@@ -1006,20 +1194,18 @@ def parse_occurrence(
     context, params = fields.mapping("source_context"), fields.mapping("params")
     extra = _unknown_fields(data, context or {})
     occurred_ms, disbelieved = _occurred_ms(fields, received_ms)
-    source = _parse_source_context(context, at, plain=is_known_plain)
-    is_short = is_known_plain and len(backtrace) <= MAX_BACKTRACE_LINES
-    is_short = is_short and max(map(len, backtrace), default=0) <= MAX_LINE_CHARS
     return Occurrence(
         exception_class=tidy(exception_class, MAX_CLASS_CHARS),
         message=tidy(message, MAX_MESSAGE_CHARS),
-        backtrace=tuple(backtrace) if is_short else _bounded_lines(backtrace),
+        backtrace=_bounded_lines(backtrace, plain=is_known_plain),
         fingerprint=tidy(fingerprint, MAX_FINGERPRINT_CHARS),
         grouping_key=hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).digest(),
         occurred_ms=occurred_ms,
         request_id=fields.identifier("request_id"),
         user_id=fields.identifier("user_id"),
         params=params if params is None or is_known_plain else scrub(params, MAX_PARAMS_CHARS),
-        source_context=source,
+        source_context=_parse_source_context(context, at, plain=is_known_plain),
+        exceptions=_parse_exceptions(fields, plain=is_known_plain, trust=trust),
         extra=extra if is_known_plain else scrub_fields(extra),
         disbelieved_timestamp=disbelieved,
         event_id=read_event_id(data.get("event_id")),
@@ -1050,12 +1236,14 @@ def to_payload(occurrence: Occurrence) -> Json:
     if occurrence.source_context is not None:
         more = extra.pop("source_context", {})
         payload["source_context"] = dataclasses.asdict(occurrence.source_context) | more
+    if occurrence.exceptions:
+        payload["exceptions"] = list(occurrence.exceptions)
     return {name: value for name, value in payload.items() if value is not None} | extra
 
 
 _STORED_FIELDS = (
     *("exception_class", "message", "backtrace", "fingerprint", "occurred_ms", "request_id"),
-    *("user_id", "params", "extra", "disbelieved_timestamp"),
+    *("user_id", "params", "exceptions", "extra", "disbelieved_timestamp"),
 )
 
 
@@ -1080,13 +1268,19 @@ def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None)
     """Return the occurrence that dump_occurrence wrote."""
     if text.startswith(_AS_SENT):
         received, _, sent = text.removeprefix(_AS_SENT).partition(":")
-        return parse_occurrence(json.loads(sent), int(received), plain=sent)
+        data = json.loads(sent)
+        try:
+            return parse_occurrence(data, int(received), plain=sent)
+        except BadRequest:  # `exceptions` was an unknown field before schema version 4
+            data["exceptions (invalid)"] = data.pop("exceptions", None)
+            return parse_occurrence(data, int(received), plain=sent)
     values = json.loads(text)
     if (context := values.get("source_context")) is not None:
         for name in ("pre_context", "post_context"):
             context[name] = tuple(context[name])
         values["source_context"] = SourceContext(**context)
-    values["backtrace"] = tuple(values["backtrace"])
+    for name in ("backtrace", "exceptions"):
+        values[name] = tuple(values.get(name, ()))
     return Occurrence(**values, grouping_key=grouping_key, event_id=event_id)
 
 
@@ -1126,42 +1320,187 @@ def breadcrumbs_of(occurrence: Occurrence) -> list[Json]:
     return [one for one in crumbs if isinstance(one, dict)] if isinstance(crumbs, list) else []
 
 
-# --- 5. Backtraces --------------------------------------------------------------------------------
+# --- 5. Stack traces ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One line of a backtrace; `file` is None where the line has none of the known forms.
+    """One call of a stack trace; a line that names no call has only its `text`.
 
-    `is_own` tells the application's frames from those of libraries; `code` is the source that
-    Python prints below a frame.
+    `text` is what was reported. `is_own` tells the application's calls from those of libraries,
+    `source` is the code around the line, `locals` holds the variables by name.
     """
 
     text: str
     file: str | None = None
     lineno: int | None = None
+    column: int | None = None
     function: str | None = None
-    code: str | None = None
-    language: str | None = None
+    module: str | None = None
     is_own: bool = False
+    source: SourceContext | None = None
+    locals: Json | None = None
+    language: str | None = None  # of the form in which a line was written
+
+    @property
+    def is_call(self) -> bool:
+        """True unless this is a mere line of text."""
+        return bool(self.place or self.function or self.source or self.locals)
+
+    @property
+    def place(self) -> str:
+        """The file, or else the module; empty when neither is known."""
+        return self.file or self.module or ""
 
 
-PACKAGE_CACHE = re.compile(r"/go/pkg/mod/|/\.cargo/(?:registry|git)/|^/rustc/")
-# Where package managers and runtimes keep code that is not the application's.
-_LIBRARY = re.compile(
-    PACKAGE_CACHE.pattern + "|"
-    r"/(?:site|dist)-packages/|/lib/python3[^/]*/|/Python3\d*/Lib/|^<frozen |(?:^|/)miniapm\.py$"
-    r"|/gems/|/rubygems/|/lib/ruby/|/vendor/bundle/|^<internal:"  # Ruby
-    r"|(?:^|/)node_modules/|^node:|^internal/|^native$|^<anonymous>$|-extension://"  # JavaScript
+@dataclass(frozen=True, slots=True)
+class ChainedException:
+    """One exception of a chain, its frames innermost first.
+
+    `relation` says how it relates to the exception before it, one of RELATIONS. It is empty for the
+    first exception, the one that was raised.
+    """
+
+    exception_class: str
+    message: str
+    relation: str
+    frames: tuple[Frame, ...]
+
+
+# Compiling the patterns of this section takes 10 ms: they are compiled when first used.
+_pattern = functools.cache(re.compile)
+
+
+def _any_of(words: str) -> str:
+    """Return a pattern that matches one of some words, each of which may be a pattern."""
+    return f"(?:{'|'.join(words.split())})"
+
+
+# Folders in which package managers keep libraries, in lower case.
+_LIBRARY_FOLDERS = {
+    *("site-packages", "dist-packages", "pyinstaller", "node_modules", ".rustup", "rubygems"),
+    *("site_perl", "vendor_perl", "perl5", "lualib", "luarocks", "sysdeps"),
+}
+_START_SCRIPTS = _any_of(  # that packages install: /usr/local/bin/gunicorn
+    r"""gunicorn uvicorn hypercorn daphne waitress-serve uwsgi celery rq rqworker dramatiq flask
+    huey_consumer(?:\.py)? fastapi django-admin alembic airflow scrapy streamlit jupyter[\w-]*
+    ipython3? pytest py\.test tox nox coverage sidekiq puma unicorn(?:_rails)? rackup thin resque
+    foreman passenger bundler? irb ruby gem erb cucumber"""
 )
-_PYTHON_FRAME = re.compile(r'[\s|+]*File "([^"]*)", line (\d{1,9})(?:, in (.*))?$')
-_LOCATION = re.compile(r"(.+?):(\d{1,9})$")
-_SCRIPT_LOCATION = re.compile(r"(.+?):(\d{1,9}):\d{1,9}$")
-_RUBY_FILE = re.compile(r"\.(?:rb|ru|rake|erb|haml|slim|gemspec)$")
+_PYTHON_HOMES = _any_of(
+    r"""python\d[\d.]*(?:-(?:32|64|arm64))?t? (?:pythoncore|cpython|pypy)[\d.-][^/]*
+    pythonsoftwarefoundation[^/]* (?:ana|mini)conda\d* (?:mini|mamba)forge\d* micromamba
+    pyenv-win/versions/[^/]* hostedtoolcache/windows/python/[^/]+/[^/]+"""
+)
+_PUBLIC_HOSTS = _any_of(  # that serve packages to everybody's pages
+    r"""esm\.sh (?:[\w-]+\.)?jsdelivr\.net unpkg\.com cdnjs\.cloudflare\.com jsr\.io
+    cdn\.skypack\.dev (?:\w+\.)?jspm\.(?:io|dev) deno\.land/(?:std|x) code\.jquery\.com
+    ajax\.(?:googleapis|aspnetcdn)\.com (?:stackpath|maxcdn)\.bootstrapcdn\.com js\.stripe\.com
+    www\.googletagmanager\.com connect\.facebook\.net"""
+)
+_DART_PACKAGES = _any_of(
+    r"""flutter async stack_trace test test_api matcher http dio provider bloc riverpod sentry get
+    rxdart shelf hive sqflite go_router firebase_core (?:flutter|sentry|cloud)_\w+"""
+)
+_PACKAGE_CACHE = r"/go/pkg/mod/|/\.cargo/(?:registry|git)/|^/rustc/"
+# Other paths of libraries: of Python, Ruby, JavaScript, Go and Rust, and other languages.
+_LIBRARY_PATHS = rf"""
+    /lib(?:32|64)?/(?:python|pypy)\d[\w.]*/ /python\d+\.zip/ \.p(?:yx|xi|xd)$ (?:^|/)miniapm\.py$
+    /{_PYTHON_HOMES}(?:/envs/[^/]+)?/(?:lib|lib-python|lib_pypy)/
+    ^<(?:frozen|decorator-gen|attrs|makefun|lambdifygenerated)\b ^<.*\binternals>$
+    ^(?:[^\s]*/)?s?bin/{_START_SCRIPTS}$ /scripts/[^/]+\.exe/
+    /(?:[\w.-]*venv|env|bundle|\.local|virtualenvs/[^/]+)/(?:bin|scripts)/[^/]+$
+    /gems/(?=[^/]*-\d)[^/]+/ /bundler/gems/ /vendor/(?:bundle|ruby)/
+    ^<internal: /share/(?:ruby|gems)/ /jruby[^/]*/lib/
+    /lib(?:64)?/ruby/(?:\d|(?:gems|site_ruby|vendor_ruby|stdlib|shared)/)
+    ^(?:node|ext|deno|npm|jsr|bun): ^internal/ ^native$ ^<anonymous>$ -extension:// /deno/npm/
+    ^https?://{_PUBLIC_HOSTS}[@/] (?:^|/)webpack/(?:bootstrap|runtime) \[turbopack\]
+    /\.yarn/(?:cache|__virtual__)/
+    {_PACKAGE_CACHE} /rustlib/src/ ^library/(?:std|core|alloc)/ ^src/lib(?:std|core|alloc)/
+    /(?:share|lib)/(?:[\w-]+/)?(?:perl5?|lua)/ ^/usr/include/ ^/build/glibc ^/_/src/ ^phar: ^dart:
+    (?:^|/)vendor/bin/ ^package:{_DART_PACKAGES}/
+"""
+_LIBRARY = f"(?i:{_any_of(_LIBRARY_PATHS)})"
+_GO_STDLIB = _any_of(  # Go's standard library
+    r"""archive bufio bytes cmp compress container context crypto database/sql debug embed encoding
+    errors expvar flag fmt go/\w+ hash html image index internal io iter log maps math mime net os
+    path plugin reflect regexp runtime slices sort strconv strings sync syscall testing text time
+    unicode unique unsafe"""
+)
+_NODE_STDLIB = _any_of(  # Node's modules before it printed node:events
+    r"""_\w+ assert async_hooks buffer child_process cluster console crypto dgram dns domain events
+    fs https? http2 module net os path perf_hooks process punycode querystring readline repl stream
+    string_decoder timers tls tty url util v8 vm worker_threads zlib bootstrap_node node
+    InternalBytecode"""
+)
+_GO_ROOTS = r"[^/]/(?:go|golang|go-?\d[\w.]*|go/[\d.]+/\w+|libexec)/src/"
+_LIBRARY_BY_SUFFIX = {  # paths of libraries only if the file has this suffix
+    ".php": r"(?:^|/)vendor/|/usr/share/(?:php|pear)/|/wp-(?:includes|admin)/",
+    ".go": rf"(?i:(?:^|{_GO_ROOTS}){_GO_STDLIB}/|(?:^|/)vendor/[\w-]+\.[\w.-]+/|@v\d[^/]*/)"
+    r"|^_testmain\.go$",
+    ".s": r"/src/runtime/|^runtime/",
+    ".erl": r"^[^/]*$|/lib/erlang/",  # OTP's frames have a bare file name
+    ".java": r"^(?:org/jruby|jdk|java)/",
+    ".js": rf"^{_NODE_STDLIB}\.js$",
+}
+# Namespaces and crates of libraries, for languages whose frames have no path to go by.
+_JVM_NAMES = _any_of(
+    r"""javax? jakarta jdk sun com\.sun kotlinx? scala groovy clojure android androidx dalvik
+    libcore org\.(?:slf4j|springframework|hibernate|apache|eclipse|junit|testng|gradle|jboss)
+    org\.(?:wildfly|jetbrains|mockito|mybatis|postgresql|mariadb|h2|jooq|quartz|thymeleaf|json)
+    org\.(?:codehaus|http4s|typelevel|jruby|joda|aspectj|reactivestreams|bouncycastle|flywaydb)
+    org\.(?:liquibase|python|glassfish) io\.(?:sentry|netty|reactivex|micronaut|quarkus|grpc)
+    io\.(?:vertx|ktor|undertow|smallrye|lettuce|opentelemetry|micrometer) com\.(?:android|mysql)
+    com\.(?:fasterxml|zaxxer|mongodb|squareup|typesafe|netflix|microsoft|oracle|amazonaws)
+    com\.(?:intellij|rabbitmq) com\.google\.(?:common|gson|inject|protobuf|firebase|android)
+    com\.facebook\.react oracle reactor ch\.qos\.logback akka play cats zio fs2 slick sbt doobie
+    ring compojure nrepl okhttp3 okio retrofit2 redis\.clients rx junit feign
+    net\.(?:sf|bytebuddy) software\.amazon graphql dagger freemarker antlr"""
+)
+_DOTNET_NAMES = _any_of(
+    r"""System Microsoft MS\.Internal Mono Newtonsoft Npgsql MySql(?:Connector)? MongoDB Dapper Moq
+    AutoMapper Serilog NLog log4net Xunit NUnit Castle Polly Hangfire FluentValidation MediatR Grpc
+    Swashbuckle StackExchange Autofac RestSharp MassTransit Quartz Oracle UnityEngine UnityEditor
+    Sentry Elasticsearch RabbitMQ Azure Amazon Google FSharp"""
+)
+_RUST_CRATES = _any_of(
+    r"""std core alloc backtrace proc_macro test tokio futures\w* hyper\w* tower\w* actix\w* axum\w*
+    rayon\w* sentry\w* anyhow serde\w* reqwest mio tracing\w* rocket\w* warp color_eyre eyre diesel
+    sqlx\w* log panic_unwind gimli addr2line parking_lot\w* crossbeam\w* async_std once_cell"""
+)
+_RUST_NAME = rf"<?(?:<?\w+ as )?{_RUST_CRATES}::|_*rust_"
+_LIBRARY_NAME = (
+    rf"(?:{_JVM_NAMES}|{_DOTNET_NAMES})\.|{_RUST_NAME}"
+    r"|:\w+\.|__libc_start|_start$|clone3?$|start_thread$|swift_"
+)
+_ELIXIR_MODULES = _any_of(
+    r"""Phoenix Plug Ecto DBConnection Postgrex MyXQL Bandit ThousandIsland Oban Absinthe Sentry
+    Logger Mix ExUnit IEx EEx Kernel Enum Enumerable Stream String Map List Keyword Access Integer
+    Float Task Process GenServer Supervisor DynamicSupervisor Agent Registry Jason Poison Tesla
+    Finch Mint HTTPoison Broadway GenStage Swoosh Gettext Telemetry Code Module File System Regex
+    Exception"""
+)
+_ELIXIR_APPS = _any_of(
+    r"""elixir stdlib kernel erts compiler ssl inets crypto logger mix ex_unit iex eex phoenix\w*
+    plug\w* ecto\w* db_connection postgrex myxql tds cowboy\w* ranch bandit thousand_island jason
+    poison absinthe\w* oban gen_stage broadway\w* telemetry\w* hackney finch mint nimble_\w+ tesla
+    req httpoison swoosh bamboo sentry gettext floki flow decimal redix amqp ex_aws\w* quantum
+    websock\w* guardian\w* ueberauth\w* libcluster horde"""
+)
+_ELIXIR_NAME = (
+    rf"(?:Elixir\.)?{_ELIXIR_MODULES}\b|:?(?:erlang|gen_\w+|proc_lib|supervisor|lists|maps|timer"
+    r"|erl_\w+|cowboy\w*|ranch\w*|telemetry|hackney\w*|elixir\w*|code_server|application\w*)\b"
+)
+# How Rails and Elixir print a package: `activerecord (7.1.0) lib/…`, `(ecto 3.10.1) lib/…`.
+_LIBRARY_PREFIX = rf"[\w.-]+ \(\d[\w.-]*\) |\({_ELIXIR_APPS}(?: [^)]*)?\) "
 
 
 def _is_own_path(file: str) -> bool:
-    return not _LIBRARY.search(file.replace("\\", "/"))
+    file = file[:MAX_LINE_CHARS].replace("\\", "/")
+    if not _LIBRARY_FOLDERS.isdisjoint(file.lower().split("/")[:-1]):
+        return False
+    rule = _LIBRARY_BY_SUFFIX.get(os.path.splitext(file)[1])
+    return not (_pattern(_LIBRARY).search(file) or (rule and _pattern(rule).search(file)))
 
 
 _is_short_path_own = functools.lru_cache(1_000)(_is_own_path)  # an application's come again
@@ -1172,156 +1511,697 @@ def is_own_path(file: str) -> bool:
     return (_is_short_path_own if len(file) <= MAX_REMEMBERED_CHARS else _is_own_path)(file)
 
 
-def _python_frame(line: str) -> Frame | None:
-    found = _PYTHON_FRAME.match(line)
-    if not found:
-        return None
-    file, lineno, function = found.groups()
-    return Frame(line, file, int(lineno), function, language="python", is_own=is_own_path(file))
+def is_own_code(file: str | None, *names: str | None) -> bool:
+    """Tell the application's code from a library's, by its file and its qualified names."""
+    if not (file or any(names)) or (file and not is_own_path(file)):
+        return False
+    is_elixir = file is not None and file.endswith((".ex", ".erl"))
+    library = _pattern(_ELIXIR_NAME if is_elixir else _LIBRARY_NAME)
+    return not any(name and library.match(name) for name in names)
 
 
-def _ruby_frame(line: str) -> Frame | None:
-    """Read app/models/user.rb:42:in `save' (quotes differ from Ruby to Ruby, `in` may lack)."""
-    place, separator, function = line.strip().removeprefix("from ").partition(":in ")
-    found = _LOCATION.match(place)
-    if not found or not (separator or _RUBY_FILE.search(found[1])):
-        return None
-    file, own = found[1], is_own_path(found[1])
-    function = function.strip("`'\"").removeprefix("?")
-    return Frame(line, file, int(found[2]), function or None, language="ruby", is_own=own)
+def is_library_despite_in_app(file: str, function: str) -> bool:
+    """Tell whether a frame that an SDK marks `in_app` is in a package or a runtime.
+
+    The SDKs of Go and Rust mark every frame that they do not recognize.
+    """
+    is_rust = ("::" in function or "rust_" in function) and _pattern(_RUST_NAME).match(function)
+    return bool(is_rust or _pattern(_PACKAGE_CACHE).search(file))
 
 
-def _javascript_frame(line: str) -> Frame | None:
-    """Read `at f (file:1:2)`, `at file:1:2` (V8) and f@file:1:2 (Firefox, Safari)."""
-    text = line.strip()
-    if text.startswith("at "):
-        text = re.sub(r"\), <anonymous>:\d+:\d+\)$", "", text)  # evaluated there
-        function, _, place = text[3:].removeprefix("async ").rpartition(" (")
-        function, place = function.partition(" (")[0], place.removesuffix(")")
-    else:
-        function, separator, place = text.partition("@")
-        if not separator:
-            return None
-    found = _SCRIPT_LOCATION.match(place)
-    if not found or not re.search(r"[/.:<]", found[1]):
-        return None
-    file, own = found[1], is_own_path(found[1])
-    return Frame(line, file, int(found[2]), function or None, language="javascript", is_own=own)
+# Rows: language, a substring of every match, pattern; CAPITALS stand for _FORM_PARTS. Every open
+# repetition is atomic or has a delimiter after it, so that matching stays linear.
+_FORM_PARTS = {
+    "FILE": r"(?P<file>.+?)",
+    "LINE": r"(?P<line>\d{1,9})",
+    "COLUMN": r"(?P<column>\d{1,9})",
+    "FUNCTION": r"(?P<function>",
+    "JAVA": r"at (?:[\w.@-]*/{1,2}){0,2}(?P<function>",  # modules: java.base/, app//
+    "JAR": r"(?: ~?\[[^\]]*\])?",  # as logback adds it
+    "DOTNET": r"[\w<>`|+\[\],&*$@-]+",
+}
+_FORMS_TABLE = r"""
+python      File "  File "(?P<file>[^"]*)", line LINE(?:, in FUNCTION.*))?
+csharp      in      at FUNCTION(?>[^(]*\([^()]*\)))(?: \[0x[0-9a-f]+\])? in FILE:(?:line )?LINE ?
+javascript  eval    at (?:async )?FUNCTION(?>[^(]* \())(?:eval at [^(]*+\()++FILE:LINE:COLUMN\).*
+javascript  at      at (?:async )?FUNCTION(?>.*? \())(?:address at )?FILE:LINE(?::COLUMN)?\)
+javascript  <anon   at (?:async )?FUNCTION[^(]+) \(<anonymous>\)
+java        at      JAVA[^()/]+)\((?P<file>[^():/\\]+):LINE\)JAR
+java        at      JAVA[\w.$]+\.[\w$<>]+)\((?:Native Method|Unknown Source|<generated>
+                    |[\w$]+\.(?:java|kt|scala))\)JAR
+csharp      at      at FUNCTION(?:DOTNET\.+)+DOTNET\([^()]*+\))
+rust        .rs     at (?P<file>.+?\.rs):LINE(?::COLUMN)?
+javascript  at      at (?:async )?(?P<file>[^()].*?):LINE:COLUMN
+php         #       #\d+ FILE\(LINE\): FUNCTION[^(]*).*
+dart        #       #\d+\s++FUNCTION\S.*) \((?P<file>[^()]+?):LINE(?::COLUMN)?\)
+c           #       #\d+\s++(?:0x[0-9a-f]+ in )?FUNCTION(?>.*? ?\())(?>.*\) at )FILE:LINE
+swift       0x      (?>\d+ .*?\s0x[0-9a-f]+ )FUNCTION.+) \+ \d{1,9} in
+                    [ ](?>.* at (?=/))FILE:LINE:COLUMN
+swift       0x      (?>\d+\s++\S.*?\s0x[0-9a-f]+ )FUNCTION.+) \+ \d{1,9} \((?P<file>[^():]+):LINE\)
+javascript  @       FUNCTION(?>.*?@(?=(?:blob:)?[a-z][\w+.-]*:/|/|[A-Za-z]:\\
+                    |[\w.-]+\.(?:js|bundle):)))FILE:LINE:COLUMN
+javascript  ://     (?P<file>[a-z][\w+.-]*://.+?):LINE:COLUMN
+javascript  /       (?P<file>/[^:]*\.(?:[cm]?[jt]sx?|jsbundle)):LINE:COLUMN
+erlang      {file,  (?>.*?\{(?=[\w']+,[\w'/-]+,\d+,\[\{f))(?P<module>[\w']+),FUNCTION[\w'/-]+,\d+),
+                    \[\{file,"(?P<file>[^"]*)"\},\{line,LINE\}.*
+erlang      .erl,   (?:in (?:function|call from) +)?FUNCTION[\w':/-]+)
+                    [ ]\((?P<file>[^()]+), line LINE\)
+java        "       \[+FUNCTION[^\s"\[]+ [^\s"]+) "(?P<file>[^"]+)" LINE\].*
+elixir      .e      (?:\(\w+(?: [^() ]+)?\) )?(?P<file>[^\s():]+\.(?:exs?|erl|l?eex|heex)):LINE:
+                    [ ]FUNCTION.+)
+perl        line    (?:FUNCTION[\w:]+)[ (].*? called |(?>.*?(?=\bat \S[^"]{0,300} line \d)))at
+                    [ ](?P<file>[^"\n]{0,300}\.(?:p[lm]|t|f?cgi|psgi)|-e|\(eval \d+\)
+                    |[^\s"]{0,300}/[^\s"]{1,300}) line LINE(?:[.,].*)?
+ruby        :in     (?:from )?(?:[\w.-]+ \(\d[\w.-]*\) )?FILE:LINE:in
+                    [ ](?:[`']FUNCTION[^'`]*+)['`](?:: .*)?|(?P<bare>.*))
+lua         in      FILE:LINE: in FUNCTION.+)
+go          .go     (?P<file>\S.*?\.go):LINE(?: \+0x[0-9a-f]+)?
+go          .s      (?P<file>\S+\.s):LINE(?: \+0x[0-9a-f]+)?
+ruby        .       (?:from )?(?P<file>\S.*?\.(?:rb|ru|rake|erb|haml|slim|gemspec)):LINE
+javascript  s       (?P<file>(?:/|[A-Za-z]:[\\/]|file:///)[^:]*\.[cm]?[jt]sx?):LINE
+php         .php    (?>.* in (?=(?:/|[A-Za-z]:\\)))(?P<file>.{1,300}?\.php)(?:\(\d+\) : [^:]*)?
+                    (?::| on line )LINE
+"""
+
+
+def _rows(table: str) -> Iterator[list[str]]:
+    """Yield the rows of a table whose columns are two or more spaces apart."""
+    for row in re.sub(r"\n\s+", "", table).strip().splitlines():
+        yield re.split(r"\s{2,}", row, maxsplit=2)
+
+
+def _form(text: str) -> re.Pattern[str]:
+    return re.compile(re.sub("[A-Z]{3,}", lambda found: _FORM_PARTS.get(found[0], found[0]), text))
+
+
+@functools.cache
+def _forms() -> tuple[tuple[str, str, re.Pattern[str]], ...]:
+    rows = _rows(_FORMS_TABLE)
+    return tuple((hint, language, _form(form)) for language, hint, form in rows)
+
+
+def _name_of(language: str, name: str) -> str:
+    """Return a function's name without what its language prints around it."""
+    if language == "ruby":
+        return name.strip("`'\"").removeprefix("?")
+    if language == "javascript":
+        name = re.sub(r"^[\w ]+\*", "", name)  # Firefox: `setTimeout handler*`
+    elif language == "lua":
+        name = re.sub(r"^(?:function|method|field|upvalue|local|global) ?", "", name).strip("'<>")
+    elif language == "erlang":
+        name = name.replace(",", "/")
+    return name.rstrip(" (@")
 
 
 # How a reporter that knows better than the path says whose code a frame is.
 _MARK = re.compile(r" \[(own|library)\]$")
+_FIREFOX_EVAL = re.compile(r"(?P<file>.*?) line (?P<line>\d{1,9}) > .*")  # `a.js line 3 > eval`
 
 
-def _read_frame(line: str) -> Frame:
+def _read_frame(text: str) -> Frame:
+    line = text.strip(" \t|+").removesuffix(" {").removesuffix(",")
     mark = _MARK.search(line)
-    for read in (_python_frame, _javascript_frame, _ruby_frame):
-        if found := read(line[: mark.start()] if mark else line):
-            return dataclasses.replace(found, is_own=mark[1] == "own") if mark else found
-    return Frame(line)
+    line = line[: mark.start()] if mark else line
+    for hint, language, form in _forms():
+        if hint in line and (found := form.fullmatch(line)):
+            break
+    else:
+        return Frame(text)
+    parts = found.groupdict()
+    file = parts.get("file")
+    function = _name_of(language, parts.get("function") or parts.get("bare") or "")
+    if language == "javascript" and file:
+        if evaluated := _FIREFOX_EVAL.fullmatch(file):
+            file = evaluated["file"]
+            parts |= {"line": evaluated["line"], "column": None}
+        file = re.sub(r"(?<=.)[?#].*", "", file)
+    elif parts.get("module"):
+        function = f"{parts['module']}:{function}"
+    package = line.startswith("(") and language == "elixir"  # it says more than the module
+    name = "" if package or language in ("python", "ruby", "javascript") else function
+    is_own = is_own_code(file, name) and not _pattern(_LIBRARY_PREFIX).match(line)
+    return Frame(
+        text,
+        file,
+        int(parts["line"]) if parts.get("line") else None,
+        int(parts["column"]) if parts.get("column") else None,
+        function or None,
+        parts.get("module"),
+        mark[1] == "own" if mark else is_own,
+        language=language,
+    )
 
 
 _read_short_frame = functools.lru_cache(1_000)(_read_frame)  # they come again with the next report
 
 
 def _frame(line: str) -> Frame:
-    return _read_short_frame(line) if len(line) <= MAX_REMEMBERED_CHARS else _read_frame(line)
+    if len(line) <= MAX_REMEMBERED_CHARS:
+        return _read_short_frame(line)
+    return _read_frame(line) if len(line) <= MAX_LINE_CHARS else Frame(line)
 
 
-def _is_code_of(frame: Frame, line: str) -> bool:
-    """Tell whether a line is the source, or its markers, that Python prints below a frame."""
-    indent = len(frame.text) - len(frame.text.lstrip(" |+"))
-    return frame.language == "python" and line.startswith(frame.text[:indent] + "  ")
-
-
-def parse_backtrace(lines: Iterable[str]) -> tuple[Frame, ...]:
-    """Return the frames of a backtrace in the order reported; what is no frame stays as text.
-
-    Takes the forms of Ruby, Python (entries that hold several lines included) and JavaScript;
-    `[own]` or `[library]` at a line's end beats what its path says.
-    """
-    frames: list[Frame] = []
-    text = "\n".join(line.removesuffix("\n") for line in lines)
-    for line in cut_middle(text.split("\n"), MAX_FRAMES):
-        if frames and _is_code_of(frames[-1], line):
-            if frames[-1].code is None:
-                frames[-1] = dataclasses.replace(frames[-1], code=line.strip(" |"))
-        elif line.strip(" |"):
-            frames.append(_frame(line))
-    return tuple(frames)
-
-
-def top_frame(lines: Sequence[str]) -> Frame | None:
-    """Return a backtrace's innermost own frame, else the innermost of all, else None.
-
-    Reads no more lines than it must.
-    """
-    physical = cut_middle("\n".join(lines).split("\n"), MAX_FRAMES)
-    first = next((frame for frame in map(_frame, physical) if frame.file), None)
-    if first is None or first.is_own and first.language != "python":
-        return first
-    frames: Iterable[Frame] = map(_frame, physical)
-    if is_python := first.language == "python":  # the only one that prints the newest last
-        frames = map(_frame, reversed(physical))
-    located = (one for one in frames if one.file and (one.language == "python" or not is_python))
-    innermost = next(located, None)
-    own = (one for one in itertools.chain([innermost], located) if one and one.is_own)
-    return next(own, innermost)
-
-
-# What differs from one occurrence of an error to the next, most telling form first.
-_VARIABLE_PARTS = (
-    (re.compile(r"[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,8}"), "<email>"),
-    (re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s\"'<>]+", re.IGNORECASE), "<url>"),
-    (re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", re.IGNORECASE), "<uuid>"),
-    (
-        re.compile(r"\b\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d)?[\d.,]*(?:Z|[+-]\d\d:?\d\d)?)?"),
-        "<date>",
-    ),
-    (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"), "<address>"),
-    (
-        re.compile(
-            r"(?<![\w:])(?:(?:[0-9a-f]{1,4}:){2,7}[0-9a-f]{1,4}\b"
-            r"|(?:[0-9a-f]{1,4}:){1,7}:[0-9a-f:]{0,39})",
-            re.IGNORECASE,
-        ),
-        "<address>",
-    ),
-    (re.compile(r"\b0x[0-9a-f]+\b", re.IGNORECASE), "<hex>"),
-    (re.compile(r"(?<![\w/])(?:[A-Za-z]:)?(?:[\\/][\w.@~+-]+){2,}[\\/]?"), "<path>"),
-    (re.compile(r"(?<![\w/.])(?:[\w.-]{1,64}/){1,16}[\w.-]{1,64}\.\w{1,8}\b"), "<path>"),
-    (re.compile(r"\b(?=[a-f]{0,40}\d)(?=\d{0,40}[a-f])[0-9a-f]{6,}\b", re.IGNORECASE), "<hex>"),
-    (re.compile(r"\d+(?:[.,]\d+)*"), "<number>"),
+_CLASS = r"(?P<class>[\w.$\\/<>#-]+(?:::[\w.$]+)*)"
+_EXCEPTION_LINE = re.compile(rf"\s*{_CLASS}(?::\s+(?P<message>.*))?", re.DOTALL)
+_PHP_EXCEPTION_LINE = re.compile(
+    rf"(?:.*Uncaught )?{_CLASS}: (?P<message>.*) in \S+?(?::| on line )\d+$"
 )
-_QUOTED = re.compile(r"(?<!\w)[bru]?(?:'[^'\n]*'|\"[^\"\n]*\")")
+_RUBY_EXCEPTION_LINE = re.compile(r"(?>.*?['`]: )(?P<message>.*) \((?P<class>[\w:]+)\)$")
+_HEADING = re.compile(
+    r"\s*(?P<relation>Caused by|Suppressed|While handling|One of (?:these|the group)|\[cause\]): "
+    rf"{_CLASS}(?:: (?P<message>.*?))?(?: \{{)?$"
+)
+_GROUP_HEADING = re.compile(r"\s+(?P<class>\w*(?:Error|Exception)): (?P<message>.*)$")
+_RELATION_OF_HEADING = {
+    "Suppressed": "suppressed",
+    "While handling": "while_handling",
+    "One of these": "one_of",
+    "One of the group": "one_of",
+}
+# Lines that join two exceptions, the cause printed first, and the relation they state.
+_JOIN_LINES = {
+    "python": {
+        "The above exception was the direct cause of the following exception:": "caused_by",
+        "During handling of the above exception, another exception occurred:": "while_handling",
+    },
+    "csharp": {"--- End of inner exception stack trace ---": "caused_by"},
+    "php": {},  # `Next RuntimeException: …`
+}
+_JOIN_HINTS = ("above exception", " +-", "End of inner", "Next ")  # one is in every join line
+_GROUP_RULE = re.compile(r"[ |]*(\+-)?\+-{10,}(?: (\d+|\.{3}) -+)?$")
+_BOILERPLATE = frozenset(  # lines that repeat what the page shows anyway
+    (
+        "Traceback (most recent call last):",
+        "Exception Group Traceback (most recent call last):",
+        *(
+            "stack backtrace:",
+            "stack traceback:",
+            "Stack trace:",
+            "[errors]: [",
+            "]",
+            "],",
+            "}",
+            '"""',
+        ),
+    )
+)
+
+
+@dataclass(slots=True, eq=False)
+class _ChainPart:
+    """The lines of one exception in a stack trace, and what its heading states."""
+
+    relation: str = ""
+    exception_class: str = ""
+    message: str = ""
+    lines: list[str] = field(default_factory=list)
+
+
+class _ChainSplitter:
+    """Splits a stack trace into one part per exception; `found` is in chain order."""
+
+    def __init__(self, language: str | None) -> None:
+        self._language = language
+        self._joins: dict[str, str] = _JOIN_LINES.get(language or "", {})
+        self._part = _ChainPart()
+        self.found = [self._part]
+        # Indexes into `found`, one per open group: start of its current chain, end of the group.
+        self._starts, self._ends = [0], [1]
+        self._is_in_error_list = False  # the [errors] list of a JavaScript AggregateError
+
+    def _add(self, index: int, part: _ChainPart) -> None:
+        self.found.insert(index, part)
+        self._ends = [end + 1 for end in self._ends]
+        self._part = part
+
+    def add(self, line: str) -> None:
+        """Read the next line."""
+        bare = line.strip(" \t|+")
+        if bare in self._joins or (self._language == "php" and bare.startswith("Next ")):
+            self._start_caused_by_above(bare)
+        elif self._language == "python" and (rule := _GROUP_RULE.match(line)):
+            self._read_group_rule(bool(rule[1]), bool(rule[2]))
+        elif self._language != "python" and (heading := _HEADING.match(line)):
+            relation = _RELATION_OF_HEADING.get(heading["relation"], "caused_by")
+            part = _ChainPart(relation, heading["class"], heading["message"] or "")
+            self._add(self._ends[-1], part)
+        elif self._is_in_error_list and (heading := _GROUP_HEADING.match(line)):
+            self._add(self._ends[-1], _ChainPart("one_of", heading["class"], heading["message"]))
+        else:
+            said = _RUBY_EXCEPTION_LINE.match(line) if self._part.lines else None
+            if said and _frame(line).language == "ruby":
+                self._add(self._ends[-1], _ChainPart("caused_by", said["class"], said["message"]))
+            self._is_in_error_list = self._is_in_error_list or bare == "[errors]: ["
+            self._part.lines.append(line)
+
+    def _start_caused_by_above(self, line: str) -> None:
+        """Start an exception whose cause is the one above."""
+        cause = self.found[self._starts[-1]]
+        rest = [] if line in self._joins else [line.removeprefix("Next ")]
+        self._add(self._starts[-1], _ChainPart(cause.relation, lines=rest))
+        cause.relation = self._joins.get(line, "caused_by")
+
+    def _read_group_rule(self, is_first: bool, is_member: bool) -> None:
+        """Start the next member of a Python exception group, or close the group."""
+        if is_first:
+            self._starts.append(self.found.index(self._part) + 1)
+            self._ends.append(self._starts[-1])
+        if is_member:
+            self._starts[-1] = self._ends[-1]
+            self._add(self._ends[-1], _ChainPart("one_of"))
+        elif len(self._starts) > 1:
+            del self._starts[-1], self._ends[-1]
+            self._part = self.found[self._starts[-1]]
+
+
+def _split_chain(lines: Iterable[str], first: Frame | None) -> list[_ChainPart]:
+    parts = _ChainSplitter(first.language if first else None)
+    for line in lines:
+        parts.add(line)
+    return parts.found
+
+
+def _python_frames(lines: Sequence[str]) -> Iterator[Frame]:
+    """Yield the frames of a Python traceback, innermost first, each with its source line."""
+    below: list[str] = []
+    for line in reversed(lines):
+        frame = _frame(line)
+        if frame.language != "python":
+            below.append(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip(" |+"))] + "  "
+        code = next((one.strip(" |") for one in reversed(below) if one.startswith(indent)), None)
+        yield from (Frame(one) for one in reversed(below) if not one.startswith(indent))
+        below = []
+        if code is not None:
+            source = SourceContext(frame.file or "", frame.lineno or 0, code)
+            frame = dataclasses.replace(frame, source=source)
+        yield frame
+    yield from map(Frame, reversed(below))
+
+
+_RUST_FUNCTION = re.compile(r"\s*\d+:\s+(?:0x[0-9a-f]+ - )?(?P<name>\S.*?)(?:::h[0-9a-f]{16})?$")
+_GO_FUNCTION = re.compile(
+    r"\s*(?:created by )?(?P<name>[^\s(]+(?:\(\*?[^()]*\)[^\s(]+)?)(?:\(| in |$)"
+)
+
+
+def _frames_in_order(lines: Sequence[str]) -> Iterator[Frame]:
+    """Yield the frames of lines that are printed innermost first.
+
+    Go and Rust print the function on the line above; Perl on the line below, next to the caller's.
+    """
+    above: str | None = None
+    for position, line in enumerate(lines):
+        frame = _frame(line)
+        is_bare = frame.language == "javascript" and not frame.function
+        if is_bare and above is not None and _RUST_FUNCTION.match(above):
+            frame = dataclasses.replace(frame, language="rust")  # in C: `at ./libc-start.c:360:3`
+        if frame.language in ("go", "rust") and above is not None:
+            form = _GO_FUNCTION if frame.language == "go" else _RUST_FUNCTION
+            found = form.match(above)
+            name = found["name"] if found else None
+            is_own = frame.is_own and not (name and _pattern(_LIBRARY_NAME).match(name))
+            text = f"{above}\n{line}"
+            frame = dataclasses.replace(frame, text=text, function=name, is_own=is_own)
+            above = None
+        if above is not None:
+            yield Frame(above)
+        above = line if not frame.is_call else None
+        if frame.language == "perl":
+            below = _frame("".join(lines[position + 1 : position + 2]))
+            name = below.function if below.language == "perl" else None
+            frame = dataclasses.replace(frame, function=name)
+        if frame.is_call:
+            yield frame
+    if above is not None:
+        yield Frame(above)
+
+
+_NUMBERED = re.compile(r"\s*\d+: (?=from )")  # Ruby 2.5 on a terminal: the newest is last
+
+
+def _physical_lines(lines: Iterable[str]) -> list[str]:
+    text = "\n".join(lines).replace("\n\n", "\n")
+    physical = cut_middle(text.split("\n"), MAX_FRAMES)
+    if ": from " in text and any(map(_NUMBERED.match, physical)):
+        return [_NUMBERED.sub("", line) for line in reversed(physical)]
+    return physical
+
+
+def _first_call(lines: Iterable[str]) -> Frame | None:
+    return next((frame for frame in map(_frame, lines) if frame.is_call), None)
+
+
+def _frames_of(part: _ChainPart, first: Frame | None) -> Iterator[Frame]:
+    is_python = first is not None and first.language == "python"
+    return _python_frames(part.lines) if is_python else _frames_in_order(part.lines)
+
+
+def _is_heading_of(part: _ChainPart, name: str, message: str) -> bool:
+    """Tell whether a heading is that of an exception; a class's module is ignored."""
+    ends = {re.split(r"[.:\\]+", one)[-1] for one in (name, part.exception_class)}
+    return len(ends) == 1 and message.startswith(part.message.strip()[:MAX_CLASS_CHARS])
+
+
+def _read_heading(part: _ChainPart, frames: list[Frame], inner: str | None) -> ChainedException:
+    """Return an exception, its class and message read from the heading above its frames.
+
+    `inner` replaces that heading for .NET, which prints all headings on one line.
+    """
+    head = list(itertools.takewhile(lambda frame: not frame.is_call, frames))
+    text = inner or "\n".join(frame.text.strip(" |+\r") for frame in head)
+    said = _EXCEPTION_LINE.fullmatch(text) or (
+        _PHP_EXCEPTION_LINE.match(frames[0].text) if frames else None
+    )
+    if said and not part.exception_class:
+        part.exception_class, part.message = said["class"], said["message"] or ""
+    elif not inner and not (said and _is_heading_of(part, said["class"], said["message"] or "")):
+        head = []  # not its heading: keep the lines
+    name = part.exception_class or "Error"
+    return ChainedException(name, part.message, part.relation, tuple(frames[len(head) :]))
+
+
+def _chain_of_lines(
+    lines: Sequence[str], exception_class: str, message: str
+) -> tuple[ChainedException, ...]:
+    """Read a backtrace; the first exception's class and message are known."""
+    physical = _physical_lines(lines)
+    first = _first_call(physical)
+    parts = _split_chain(physical, first)
+    parts[0].exception_class, parts[0].message = exception_class, message
+    arrows = next((line for line in physical if " ---> " in line), "")
+    inner = arrows.split(" ---> ") if len(parts) > 1 else []
+    chain = []
+    for position, part in enumerate(parts):
+        frames = [
+            frame
+            for frame in _frames_of(part, first)
+            if (text := frame.text.strip(" \t|+")) and text not in _BOILERPLATE
+        ]
+        known = inner[position] if position < len(inner) else None
+        chain.append(_read_heading(part, frames, known))
+    return tuple(chain)
+
+
+def _bare_frame_of_json(said: Json | str) -> Frame:
+    """Return a checked frame of the field `exceptions`, without source and variables."""
+    if isinstance(said, str):
+        return _frame(said)
+    file, function, own = said.get("file"), said.get("function"), said.get("own")
+    module = said.get("module")
+    return Frame(
+        said.get("text") or "",
+        file or None,
+        said.get("lineno") or None,
+        said.get("column") or None,
+        function or None,
+        module or None,
+        is_own_code(file, module, function) if own is None else own,
+    )
+
+
+def _frame_of_json(said: Json | str) -> Frame:
+    """Return a frame of the field `exceptions`, with its source and variables."""
+    frame, source = _bare_frame_of_json(said), None
+    if isinstance(said, str):
+        return frame
+    if (line := said.get("context_line")) is not None:
+        around = (said.get(name) or () for name in ("pre_context", "post_context"))
+        before, after = (tuple(map(_one_line, lines)) for lines in around)
+        place = (frame.file or "", frame.lineno or 0)
+        source = SourceContext(*place, _one_line(line), before, after)
+    return dataclasses.replace(frame, source=source, locals=said.get("locals") or None)
+
+
+def _chain_of_json(exceptions: Iterable[Json]) -> tuple[ChainedException, ...]:
+    return tuple(
+        ChainedException(
+            one["exception_class"],
+            one.get("message") or "",
+            (one.get("relation") or "caused_by") if position else "",
+            tuple(
+                frame
+                for frame in map(_frame_of_json, one.get("frames") or ())
+                if frame.is_call or frame.text
+            ),
+        )
+        for position, one in enumerate(exceptions)
+    )
+
+
+# Calls of a language's runtime or of an SDK: what was called before them says more.
+_RUNTIME = re.compile(
+    r"(?i:java\.|jdk\.|sun\.|kotlin\.|scala\.|system\.|runtime[./]|node:|internal/|native$|dart:"
+    r"|<frozen |<anonymous>$|.*/lib/python|(?:.*/)?ruby/\d|(?:.*[/.])?sentry[\w-]*[./:]|raven[./]"
+    r"|<?(?:std|core|alloc|backtrace|panic_unwind|sentry\w*)::|_*rust_|libc\b|ntdll|kernel32)"
+)
+
+
+def _may_be_location(frame: Frame) -> bool:
+    """Tell whether a library frame may be the location when no frame is own."""
+    if frame.language is not None:
+        return frame.file is not None
+    package = (frame.module or "").partition(".")[0]
+    if (frame.file or "").endswith(".py") and package in sys.stdlib_module_names:
+        return False
+    names = filter(None, (frame.file, frame.module, frame.function))
+    return not any(map(_RUNTIME.match, names))
+
+
+def location_frame(frames: Iterable[Frame]) -> Frame | None:
+    """Return the innermost own frame, else the innermost outside a runtime, else the innermost."""
+    own = telling = innermost = None
+    for frame in frames:
+        if not (frame.place or frame.function):
+            if innermost and frame.text.startswith("goroutine "):
+                break
+            continue
+        if frame.language == "go" and frame.function == "panic":
+            own = telling = innermost = None  # what is above was called because of the panic
+        innermost = innermost or frame
+        telling = telling or (frame if _may_be_location(frame) else None)
+        own = own or (frame if frame.is_own else None)
+        if own and own.language != "go":
+            break
+    return own or telling or innermost
+
+
+def location_frame_of_lines(lines: Sequence[str]) -> Frame | None:
+    """Return the location's frame in a backtrace, None if no line names a call."""
+    physical = _physical_lines(lines)
+    first = _first_call(physical)
+    if first is None or (first.is_own and first.language in ("ruby", "javascript", "java")):
+        return first
+    parts = [_ChainPart(lines=physical)]
+    if first.language in _JOIN_LINES and any(
+        hint in line for line in physical for hint in _JOIN_HINTS
+    ):
+        parts = _split_chain(physical, first)
+    return location_frame(frame for part in parts for frame in _frames_of(part, first))
+
+
+def _same_file(one: str, other: str) -> bool:
+    """Compare two paths of a file, either of which may lack its beginning."""
+    one, other = one.replace("\\", "/"), other.replace("\\", "/")
+    return one == other or one.endswith("/" + other) or other.endswith("/" + one)
+
+
+def _with_source(
+    chain: tuple[ChainedException, ...], source: SourceContext
+) -> tuple[ChainedException, ...]:
+    """Attach the source context to its frame, or add a frame for it to the last exception."""
+    places = [
+        (frame.lineno != source.lineno, at, position)
+        for at, one in enumerate(chain)
+        for position, frame in enumerate(one.frames)
+        if frame.file and _same_file(frame.file, source.file)
+    ]
+    _, at, position = min(places, default=(True, len(chain) - 1, None))
+    frames = list(chain[at].frames)
+    if position is not None:
+        frames[position] = dataclasses.replace(frames[position], source=source)
+    else:
+        own, text = is_own_path(source.file), f"{source.file}:{source.lineno}"
+        frames.append(
+            Frame(text, source.file, source.lineno, is_own=own, source=source, language="")
+        )
+    changed = dataclasses.replace(chain[at], frames=tuple(frames))
+    return (*chain[:at], changed, *chain[at + 1 :])
+
+
+def chain_of(occurrence: Occurrence) -> tuple[ChainedException, ...]:
+    """Return an occurrence's exceptions, the one that was raised first, its causes behind it."""
+    if occurrence.exceptions:
+        chain = _chain_of_json(occurrence.exceptions)
+    else:
+        chain = _chain_of_lines(
+            occurrence.backtrace, occurrence.exception_class, occurrence.message
+        )
+    context = occurrence.source_context
+    return chain if context is None else _with_source(chain, context)
+
+
+def location_frame_of_json(exceptions: Iterable[Json]) -> Frame | None:
+    """Return the location's frame in the field `exceptions`, None if there is none."""
+    frames = itertools.chain.from_iterable(one.get("frames") or () for one in exceptions)
+    return location_frame(map(_bare_frame_of_json, frames))
+
+
+def locate(occurrence: Occurrence) -> str:
+    """Return where an occurrence happened, `app/models/user.rb:42 in save`, or an empty text."""
+    if occurrence.exceptions:
+        frame = location_frame_of_json(occurrence.exceptions)
+    else:
+        frame = location_frame_of_lines(occurrence.backtrace)
+    context = occurrence.source_context
+    if context is not None and (frame is None or not frame.is_own and is_own_path(context.file)):
+        return clip(f"{context.file}:{context.lineno}", MAX_CLASS_CHARS)
+    if frame is None:
+        return ""
+    line = f":{frame.lineno}" if frame.file and frame.lineno else ""
+    place = f"{frame.place}{line}"
+    return clip(" in ".join(filter(None, (place, frame.function))), MAX_CLASS_CHARS)
+
+
+# Rows: replacement (- deletes), a substring that every match contains (any: none), pattern; the
+# most specific first. This table: names that compilers, proxies and template engines generate.
+_GENERATED = r"""
+\1   $$       (\$\$Lambda)(?:\$\d+)?(?:/(?:0x)?[0-9a-f]+)?
+\1   CGLIB    (\$\$\w*CGLIB)\$\$\w+
+\1   $        (\$(?:HibernateProxy|MockitoMock|ByteBuddy|JaxbAccessor\w))\$\w+
+\1   r        (\$Proxy|Generated(?:Method|Constructor)Accessor)\d+
+\1   $        ((?:lambda|\$anonfun)\$\w+)\$\d+
+\1   $lambda  (\$lambda)[-$]\d+
+\1   $fn      (\$fn)__\d+
+\1   __       (_(?:erb|haml|slim|j?builder|ruby))__+\d+_\d+
+\1   @anon    (@anonymous)(?:[\x00\u2400]\S*?\$[0-9a-f]+)?
+-    {clos    (?<=\{closure):[^}]*(?=\})
+\1   <>c      (<>c__DisplayClass)\d+_\d+
+\1   >        (<\w*>[bd]_)_\d+(?:_\d+)?
+\1   >g       (<\w*>g__\w+)\|\d+(?:_\d+)?
+\1   .func    (\.func)\d+(?:\.\d+)*
+\1   -fun     (-fun)-\d+-
+-    (fn      [ ]\(fn \d+\)
+-    ::h      ::h[0-9a-f]{16}\b
+\1   __async  (__async-)[0-9a-f]+
+"""
+_ADDRESS = r"""
+0x   0x       (?<!\+)0x[0-9a-f]+
+"""
+_MONTH = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?"
+    r"|Sep(?:t(?:ember)?)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"
+)
+# In a message, what differs from one occurrence of an error to the next:
+_VARIABLE_PARTS = r"""
+<email>    @    [\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,8}
+<url>      ://  (?i:\b[a-z][a-z0-9+.-]{1,20}://[^\s\"'<>]+)
+<uuid>     -    (?i:\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b)
+<date>     -    \b\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d)?[\d.,]*(?:Z|[+-]\d\d:?\d\d)?)?
+<date>     any  \b(?:(?:Mon|Tues?|Wed(?:nes)?|Thu(?:rs)?|Fri|Sat(?:ur)?|Sun)(?:day)?,? )?
+                (?:\d{1,2}(?:st|nd|rd|th)?[ -]MONTH[ ,.-]{1,2}\d{2,4}
+                |MONTH\.? {1,2}\d{1,2}(?:st|nd|rd|th)?\b(?:,? \d{4})?)
+                (?:,? (?:at )?\d{1,2}:\d\d(?::\d\d)?(?: ?[AP]M)?)?
+                (?: (?:GMT|UTC|[A-Z]{3,4}|[+-]\d{4}))?(?: \d{4}\b)?
+<address>  .    \b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b
+<address>  :    (?i:\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b)
+<address>  -    (?i:\b(?:[0-9a-f]{2}-){5}[0-9a-f]{2}\b)
+<address>  :    (?i:(?<![\w:])(?:(?:[0-9a-f]{1,4}:){2,7}[0-9a-f]{1,4}\b
+                |(?:[0-9a-f]{1,4}:){1,7}:[0-9a-f:]{0,39}))
+<hex>      0    (?i:\b0x[0-9a-f]+\b)
+<id>       eyJ  \beyJ[\w+/-]{6,}[\w+/=.-]*
+\1<id>     _    \b([a-z]{2,10}(?:_[a-z]{2,10})?_)
+                (?=[A-Za-z]{0,40}(?:\d|[a-z][A-Z]))[A-Za-z0-9]{8,64}\b
+<id>       any  (?i:\b[0-7][0-9a-hjkmnp-tv-z]{25}\b)
+<id>       any  (?<![\w+/=-])(?=[\w+/-]{16})(?=[\w+/-]{0,99}[a-z])(?=[\w+/-]{0,99}[A-Z])
+                (?=[A-Za-z_+/-]{0,99}\d[\w+/-]{0,99}(?:[A-Za-z_+/-]\d|=))[\w+/-]+={0,2}(?![\w+/=])
+<path>     /    (?<![\w/])(?:[A-Za-z]:)?(?:[\\/][\w.@~+-]+){2,}[\\/]?
+<path>     \    (?<![\w/])(?:[A-Za-z]:)?(?:[\\/][\w.@~+-]+){2,}[\\/]?
+<path>     /    (?<![\w/.])(?:[\w.-]{1,64}/){1,16}[\w.-]{1,64}\.\w{1,8}\b
+<hex>      any  (?i:\b(?=[a-f]{0,40}\d)(?=\d{0,40}[a-f])[0-9a-f]{6,}\b)
+<number>s  any  \b\d{1,3}h(?:\d{1,2}m)?(?:[\d.]{1,9}s)?\b|\b\d{1,3}m[\d.]{1,9}s\b
+<number>   any  (?:(?<![\w.])[-+])?\d+(?:[.,]\d+)*(?:[eE][+-]?\d+)?
+"""
+_QUOTED = r"""
+<text>  any  (?<!\w)[bru]?(?:'[^'\n]*'|\"[^\"\n]*\"|`[^`'\n]*[`'])|“[^”\n]*”|«[^»\n]*»
+"""
+# In a file's path, what differs from one machine, release or build to the next:
+_VARIABLE_PATHS = r"""
+-             ://  ^(?:blob:)?[a-z][\w+.-]+://[^/]*
+-             any  [?#].*$
+~/            /    ^(?:[A-Za-z]:)?/(?:home|Users|Documents and Settings)/[^/]+/
+-             /    ^.*/(?=(?:site|dist)-packages/|node_modules/(?!\.pnpm/))
+\1            /    (/releases)/(?:v?\d[\w.-]*|[0-9a-f]{7,40})(?=/)
+<temporary>/  /    ^(?:.*/)?(?:_MEI\w+|(?:tmp|pip-install-|ipykernel_)\w+)/(?=.)
+\1\2          <    (<temporary>/)\d+(?=\.py$)|(<ipython-input)[\w-]*>$
+\1            nix  (/nix/store/)[0-9a-z]{32}-
+<uuid>        -    (?i:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})
+-             ==   (?:~~|(?<=\w)-)[\w-]{20,24}==(?=/)
+<hash>        /    (?<=/)[0-9a-f]{12,64}(?=/)|-[0-9a-f]{16}(?=/)
+\1<id>        /    (/_next/static/)[\w-]{21}(?=/)
+-             /    (?<=[\w+])-v?\d+(?:\.\d+)+[\w.+-]*(?=/)|(?<=\w)@v?\d[\w.+-]*(?=/)
+\1            /    (/ruby|python|/cpython)[/-]?\d+(?:\.\d+)+[\w.+-]*(?=/)
+-             any  [.-][0-9a-f]{8,64}(?=[.-][\w.-]*$)
+-             -    -(?:[A-Z2-7]{8}|(?=[\w-]{0,7}\d)(?=[\w-]{0,7}[A-Z])[\w-]{8}
+                   |(?=(?:[\w-]{0,6}?[a-z][A-Z]){2})[\w-]{8})(?=\.(?:[cm]?js|css|wasm)\b)
+-             )    \(\d+\)(?= : eval)|(?<=\w):\d+(?=\)$)
+"""
+
+
+def _replacer(*tables: str) -> Callable[[str], str]:
+    """Return a function that makes the replacements of some tables."""
+
+    @functools.cache
+    def rows() -> list[tuple[str, re.Pattern[str], str]]:
+        return [
+            (
+                hint.removeprefix("any"),
+                re.compile(form.replace("MONTH", _MONTH)),
+                kind.removeprefix("-"),
+            )
+            for table in tables
+            for kind, hint, form in _rows(table)
+        ]
+
+    def replace(text: str) -> str:
+        for hint, form, kind in rows():
+            if hint in text:
+                text = form.sub(kind, text)
+        return text
+
+    return replace
+
+
+_stable_name = functools.lru_cache(1_000)(_replacer(_GENERATED, _ADDRESS))
+_stable_path = _replacer(_VARIABLE_PATHS)
+_stable_message = _replacer(_GENERATED, _VARIABLE_PARTS)
+_without_quoted = _replacer(_QUOTED)
+
+
+@functools.lru_cache(1_000)
+def _stable_place(file: str, function: str) -> str:
+    path = _stable_path(file[:MAX_CLASS_CHARS].replace("\\", "/"))
+    return f"{path}:{_stable_name(function[:MAX_CLASS_CHARS])}"
 
 
 def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | None = None) -> str:
     """Return the fingerprint of an error whose source brings none.
 
-    It joins, with |: the class; file:function of the innermost own frame, `place`, where there
-    is one; the message's first 300 characters with email addresses, URLs, UUIDs, dates, network
-    addresses, hexadecimal ids, paths and numbers replaced by their kind, and, where there is a
-    place, quoted text too. There is no line number: an edit above must not make a new error.
+    It joins with |: class, file:function of the location (`place`) if any, and the first 300
+    characters of the message. These are replaced by their kind or removed: in the message, email
+    addresses, URLs, ids, dates, network addresses, hexadecimal numbers, paths, numbers and, with
+    a `place`, quoted text; in the path, hosts, queries, hashes, package versions and home, release
+    or temporary folders; in class, function and message, generated names. There is no line
+    number, so an edit above makes no new error.
     """
-    for pattern, kind in _VARIABLE_PARTS:
-        message = pattern.sub(kind, message[:2_000])
+    # Version 2 of the recipe. A new version makes known errors appear once more as new ones.
+    message = _stable_message(message[:2_000])
     if place is not None:
-        message = _QUOTED.sub("<text>", message)
-    where = [] if place is None else [f"{place[0]}:{place[1]}"]
-    return "|".join([exception_class, *where, " ".join(message.split())[:300]])
-
-
-def locate(occurrence: Occurrence) -> str:
-    """Return where an occurrence happened, `app/models/user.rb:42 in save`, or an empty text."""
-    frame = top_frame(occurrence.backtrace)
-    if frame is not None:
-        function = f" in {frame.function}" if frame.function else ""
-        line = f":{frame.lineno}" if frame.lineno else ""
-        return clip(f"{frame.file}{line}{function}", MAX_CLASS_CHARS)
-    if (context := occurrence.source_context) is not None:
-        return clip(f"{context.file}:{context.lineno}", MAX_CLASS_CHARS)
-    return ""
+        message = _without_quoted(message)
+    where = [] if place is None else [_stable_place(*place)]
+    name = _stable_name(exception_class[:MAX_CLASS_CHARS]) + exception_class[MAX_CLASS_CHARS:]
+    return "|".join([name, *where, " ".join(message.split())[:300]])
 
 
 # --- 6. Sentry ------------------------------------------------------------------------------------
@@ -1340,9 +2220,9 @@ def _objects(value: Any, most: int) -> list[Json]:
 
 def _text(value: Any) -> str:
     """Return a value as text; empty for what says nothing."""
-    if value is None or value == {} or value == []:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value
+    return "" if value in (None, {}, []) else json.dumps(value, ensure_ascii=False)
 
 
 def _pairs(value: Any) -> Json:
@@ -1351,6 +2231,14 @@ def _pairs(value: Any) -> Json:
         return dict(itertools.islice(value.items(), MAX_PAIRS))
     pairs = value[:MAX_PAIRS] if isinstance(value, list) else []
     return {_text(one[0]): one[1] for one in pairs if isinstance(one, list) and len(one) == 2}
+
+
+def _headers(value: Any) -> Json:
+    """Return headers, each with its value as one text."""
+    return {
+        name: ", ".join(map(_text, said)) if isinstance(said, list) else said
+        for name, said in _pairs(value).items()
+    }
 
 
 _NEWLINES = re.compile(rb"\n+")
@@ -1471,73 +2359,126 @@ def key_of_auth(header: str) -> str:
     return found[1] if found else ""
 
 
-_LIBRARY_MODULE = re.compile(  # of Java and .NET, whose files have no folder
-    r"(?:javax?|jdk|sun|com\.sun|kotlinx?|scala|groovy|org\.slf4j|ch\.qos\.logback|org\.apache"
-    r"|org\.springframework|io\.sentry|System|Microsoft)\."
-)
-
-
-def _is_own_frame(frame: Json) -> bool:
-    file = _text(frame.get("abs_path")) or _text(frame.get("filename"))
-    claimed = frame.get("in_app")
-    if isinstance(claimed, bool):
-        # The SDKs of Go and Rust claim all that they don't know.
-        return claimed and not PACKAGE_CACHE.search(file)
-    return is_own_path(file) and not _LIBRARY_MODULE.match(_text(frame.get("module")))
-
-
-def _newest_first(part: Json) -> list[Json]:
+def _frames_sent(part: Json) -> list[Json]:
     """Return the frames of an exception or thread, which SDKs send oldest first."""
     frames = _object(part.get("stacktrace")).get("frames")
     return _objects(frames, MAX_BACKTRACE_LINES)[::-1]
 
 
-def _one_line(text: str) -> str:
-    return clip(text, MAX_CLASS_CHARS).replace("\n", " ")
+def _number_of(value: Any) -> int:
+    """Return a number or numeric string as a whole number, 0 for anything else."""
+    if value is None or (type(value) is int and 0 <= value < 2**31):
+        return value or 0
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, (int, float, str)):
+            number = int(float(value))
+            return number if 0 <= number < 2**31 else 0
+    return 0
 
 
-def _frame_place(frame: Json, platform: str) -> tuple[str, str]:
-    """Return a frame's file and function, either of them empty when unknown."""
-    file = _text(frame.get("filename")) or _text(frame.get("abs_path"))
-    file = file or _text(frame.get("package"))
-    function = _text(frame.get("function")) or _text(frame.get("instruction_addr"))
+def _address(value: Any) -> int | None:
+    with contextlib.suppress(ValueError):
+        return int(value, 16) if isinstance(value, str) else value if type(value) is int else None
+    return None
+
+
+def _function_of(frame: Json, platform: str) -> str:
+    """Return a frame's function or, if it has no name, its offset in the binary.
+
+    The load address differs between runs; the offset does not.
+    """
+    function, address = _text(frame.get("function")), frame.get("instruction_addr")
+    if not function and address is not None:
+        at, start = _address(address), _address(frame.get("image_addr"))
+        return _text(address) if at is None or start is None else f"+{at - start:#x}"
     if function.endswith("?"):
         function = re.sub(r"^(|.*\.)\?$", r"\1<anonymous>", function)
-    if platform in ("java", "csharp") and frame.get("module"):
-        function = f"{_text(frame['module'])}.{function}"
-    return _one_line(file), _one_line(function)
+    if platform in ("java", "csharp") and function and (module := frame.get("module")):
+        return function if function.startswith(f"{module}.") else f"{_text(module)}.{function}"
+    return function
 
 
-def _place_of(frames: Sequence[Json], platform: str) -> tuple[str, str] | None:
-    """Return where the first frame is, as fingerprint_of takes it: no host, no query."""
-    file, function = _frame_place(frames[0], platform) if frames else ("", "")
-    if not file and (not function or frames[0].get("instruction_addr")):
-        return None
-    return re.sub(r"^\w+://[^/]*|[?#].*$", "", file), function
+def _source_and_locals_of(frame: Json) -> Json:
+    """Return a frame's source and variables, without dunder names such as __name__."""
+    found: Json = {}
+    if isinstance(line := frame.get("context_line"), str):
+        found["context_line"] = line
+        for name in ("pre_context", "post_context"):
+            if isinstance(lines := frame.get(name), list):
+                found[name] = lines if set(map(type, lines)) <= {str} else list(map(_text, lines))
+    if isinstance(variables := frame.get("vars"), dict) and variables:
+        found["locals"] = {
+            name: value
+            for name, value in variables.items()
+            if not (name.startswith("__") and re.fullmatch("__[a-z]+__", name))
+        }
+    return found
 
 
-def _frame_line(frame: Json, platform: str) -> str:
-    """Return a frame in a form that parse_backtrace reads; a mark where the path misleads."""
-    file, function = _frame_place(frame, _text(frame.get("platform")) or platform)
-    if not file:
-        return f"{function or '?'} (unknown file)"
-    lineno, is_own = frame.get("lineno"), _is_own_frame(frame)
-    known = int(lineno) if isinstance(lineno, int) and 0 <= lineno < 10**9 else 0
-    mark = "" if is_own == is_own_path(file) else " [own]" if is_own else " [library]"
-    return f"{file}:{known}:in {function or '?'}{mark}"
+def _frame_of_sdk(frame: Json, platform: str) -> Json | str:
+    """Return a Sentry frame in the API's form without `own`; an asynchronous gap is a string."""
+    path = _text(frame.get("abs_path"))
+    if path.startswith("<asynchronous"):
+        return path
+    platform = _text(frame.get("platform")) or platform
+    file = _text(frame.get("filename")) or path
+    found: Json = {}
+    if file := file or _text(frame.get("package")).partition(", Version=")[0]:
+        found["file"] = _one_line(file[:MAX_LINE_CHARS])
+    if lineno := _number_of(frame.get("lineno")):
+        found["lineno"] = lineno
+    if column := _number_of(frame.get("colno")):
+        found["column"] = column
+    if function := _function_of(frame, platform):
+        found["function"] = _one_line(function[:MAX_LINE_CHARS])
+    if (module := frame.get("module")) and not (function and platform in ("java", "csharp")):
+        found["module"] = _text(module)
+    return found | _source_and_locals_of(frame)
 
 
-def _chain_of(event: Json) -> list[Json]:
-    """Return an event's exceptions, the one that was raised last first; at least an empty one.
+def _mark_own(pairs: Sequence[tuple[Json, Json | str]]) -> None:
+    """Set `own` in each API frame from the Sentry frame it is paired with.
 
-    Where none has frames, those of the current thread, or of the event, become the first one's.
+    `in_app` decides unless the SDK is known to be wrong. If it marks any frame, the others are
+    library frames; if it marks none, paths and modules decide.
     """
-    chain = _objects(event.get("exception"), MAX_EXCEPTIONS)[::-1] or [{}]
-    if not any(map(_newest_first, chain)):
-        threads = _objects(event.get("threads"), MAX_THREADS)
-        threads = [one for one in threads if one.get("crashed") or one.get("current")]
-        stacks = [one["stacktrace"] for one in (*threads, event) if _newest_first(one)]
-        chain[0] = chain[0] | {"stacktrace": stacks[0] if stacks else None}
+    calls = [(sent, made) for sent, made in pairs if isinstance(made, dict)]
+    has_own = False
+    for sent, made in calls:
+        made["own"] = sent.get("in_app") is True and not is_library_despite_in_app(
+            _text(sent.get("abs_path")) or made.get("file", ""), made.get("function", "")
+        )
+        has_own = has_own or made["own"]
+    for sent, made in () if has_own else calls:
+        path = _text(sent.get("abs_path")) or made.get("file", "")
+        made["own"] = is_own_code(path, _text(sent.get("module")), made.get("function"))
+
+
+def _frames_of_threads(event: Json, error: Json) -> list[Json]:
+    """Return the frames of the thread in which an error was raised, or of the event."""
+    threads = _objects(event.get("threads"), MAX_THREADS)
+    named = error.get("thread_id")
+    tests: tuple[Callable[[Json], Any], ...] = (
+        lambda thread: named is not None and _text(thread.get("id")) == _text(named),
+        lambda thread: thread.get("crashed"),
+        lambda thread: thread.get("current"),
+        lambda thread: thread.get("main") or len(threads) == 1,
+    )
+    candidates = [one for test in tests for one in threads if test(one)]
+    return next(filter(None, map(_frames_sent, (*candidates, event))), [])
+
+
+def _sentry_chain(event: Json) -> list[tuple[Json, list[Json]]]:
+    """Return an event's exceptions and their frames in chain order, at least an empty one.
+
+    If no exception has frames, the first one gets those of a thread, else those of the event.
+    """
+    said = event.get("exception")
+    if isinstance(said, dict) and "values" not in said:
+        said = [said]
+    chain = [(one, _frames_sent(one)) for one in _objects(said, MAX_EXCEPTIONS)[::-1]] or [({}, [])]
+    if not any(frames for _, frames in chain):
+        chain[0] = (chain[0][0], _frames_of_threads(event, chain[0][0]))
     return chain
 
 
@@ -1545,33 +2486,60 @@ def _relation_of(error: Json) -> str:
     mechanism = _object(error.get("mechanism"))
     kind, source = _text(mechanism.get("type")), _text(mechanism.get("source"))
     if source == "__context__":
-        return "While handling"
-    return {"suppressed": "Suppressed"}.get(kind, "One of these" if "[" in source else "Caused by")
+        return "while_handling"
+    return "suppressed" if kind == "suppressed" else "one_of" if "[" in source else "caused_by"
 
 
-def _backtrace_of(chain: Sequence[Json], platform: str) -> list[str]:
-    """Return the lines of a chain of exceptions."""
-    lines: list[str] = []
-    for position, error in enumerate(chain):
-        if position:
-            message = _one_line(_text(error.get("value")))
-            lines.append(f"{_relation_of(error)}: {_text(error.get('type'))}: {message}")
-        lines += [_frame_line(frame, platform) for frame in _newest_first(error)]
-    return lines
+def _exceptions_of(
+    chain: Sequence[tuple[Json, list[Json]]], name: str, message: str, platform: str
+) -> list[Json]:
+    """Return a chain as the API takes it; `name` and `message` are the first exception's."""
+    made = [[_frame_of_sdk(frame, platform) for frame in frames] for _, frames in chain]
+    sent = itertools.chain.from_iterable(frames for _, frames in chain)
+    _mark_own(list(zip(sent, itertools.chain.from_iterable(made), strict=True)))
+    found: list[Json] = [{"exception_class": name, "message": message, "frames": made[0]}]
+    for (error, _), frames in zip(chain[1:], made[1:], strict=True):
+        kind = _text(error.get("type")).strip() or "Error"
+        said = {"message": _text(error.get("value")), "relation": _relation_of(error)}
+        found.append({"exception_class": kind} | said | {"frames": frames})
+    return found if len(found) > 1 or made[0] else []
+
+
+_PLACEHOLDER = re.compile(
+    r"%%|%(?:\((?P<percent>\w+)\))?[-+#0-9.]{0,8}[a-z]|\{(?P<name>\w{0,99})(?::[^{}]{0,40})?\}"
+)
+
+
+def _filled(template: str, params: Any) -> str:
+    """Return a log's message: its template with the values in place, each bounded."""
+    names = params if isinstance(params, dict) else {}
+    values = params if isinstance(params, list) else []
+    order = iter(values)
+
+    def value_of(found: re.Match[str]) -> str:
+        name = found["percent"] or found["name"]
+        if found[0] == "%%":
+            return "%"
+        if name and re.fullmatch("[0-9]{1,3}", name) and int(name) < len(values):
+            value = values[int(name)]
+        else:
+            value = names.get(name, found[0]) if name else next(order, found[0])
+        return clip(_text(value), MAX_FIELD_CHARS // 32)
+
+    if not values and not names:
+        return template
+    return _PLACEHOLDER.sub(value_of, template[: 2 * MAX_MESSAGE_CHARS])
 
 
 def _logged(event: Json) -> tuple[str, str]:
     """Return an event's message, of a log or by itself, and the template it was made of."""
-    entry = _object(event.get("logentry")) or _object(event.get("message"))
-    if not entry:
-        return _text(event.get("message")), _text(event.get("message"))
-    template, params = _text(entry.get("message")), entry.get("params")
-    values = iter(params if isinstance(params, list) else [])
-    filled = re.sub(
-        r"%[-+ #0-9.]{0,8}[a-z]|\{\}", lambda found: _text(next(values, found[0])), template
-    )
-    message = _text(entry.get("formatted")) or filled
-    return message, template or message
+    for said in (event.get("logentry"), event.get("message")):
+        entry = {"formatted": said} if isinstance(said, str) else _object(said)
+        template = _text(entry.get("message"))
+        message = _text(entry.get("formatted")) or _filled(template, entry.get("params"))
+        if message:
+            return message, template or message
+    return "", ""
 
 
 def _heading_of(event: Json, error: Json) -> tuple[str, str, str]:
@@ -1585,22 +2553,45 @@ def _heading_of(event: Json, error: Json) -> tuple[str, str, str]:
     return _text(event.get("logger")).strip() or "Message", message, template
 
 
+_LEVELS = {"10": "debug", "20": "info", "30": "warning", "40": "error", "50": "fatal"}
+_LEVELS |= {"warn": "warning", "critical": "fatal"}
+
+
 def _level_of(event: Json) -> str:
     """Return an event's level by its present name; old SDKs send those of Python's logging."""
     level = _text(event.get("level")).lower() or "error"
-    names = {"10": "debug", "20": "info", "30": "warning", "40": "error", "50": "fatal"}
-    return (names | {"warn": "warning", "critical": "fatal"}).get(level, level)
+    return _LEVELS.get(level, level)
 
 
-def _fingerprint_of_event(event: Json, default: str) -> str:
+_VARIABLE = re.compile(r"\{\{\s*([\w.-]+)\s*\}\}")
+
+
+def _fingerprint_of_event(event: Json, default: str, name: str, message: str, frame: Frame) -> str:
+    """Return the fingerprint that an event sends, its variables replaced, else `default`.
+
+    Source: docs.sentry.io, "SDK Fingerprinting" and "Fingerprint Rules". Unknown variables are
+    kept as written.
+    """
     parts = event.get("fingerprint")
     if not isinstance(parts, list) or not any(_text(part).strip() for part in parts):
         return default
+    known = {"type": name, "value": message, "message": message, "level": _level_of(event)}
+    known |= {name: _text(event.get(name)) for name in ("logger", "transaction")}
+    known |= {"function": frame.function or "", "module": frame.module or ""}
+    known["package"] = frame.file or ""
+    known |= {f"tags.{name}": _text(value) for name, value in _pairs(event.get("tags")).items()}
+
+    def value_of(found: re.Match[str]) -> str:
+        value = known.get(re.sub(r"^(?:error|stack)\.", "", found[1]), found[0])
+        return clip(value, MAX_FACET_CHARS)
+
+    texts = [_text(part) for part in parts[:MAX_FINGERPRINT_PARTS]]
+    texts = [text[:MAX_MESSAGE_CHARS] if "{{" in text else text for text in texts]
     return "|".join(
         default
-        if re.fullmatch(r"\{\{\s*default\s*\}\}", _text(part))
-        else _text(part).replace("|", r"\|")
-        for part in parts[:MAX_FINGERPRINT_PARTS]
+        if (only := _VARIABLE.fullmatch(text)) and only[1] == "default"
+        else _VARIABLE.sub(value_of, text).replace("|", r"\|")
+        for text in texts
     )
 
 
@@ -1613,7 +2604,7 @@ def _request_id_of(event: Json) -> str:
     header = "x-request-id"
     headers = _pairs(_object(event.get("request")).get("headers"))
     tags = _pairs(event.get("tags"))
-    said = [value for name, value in headers.items() if name.lower() == header]
+    said = [value for name, value in _headers(headers).items() if name.lower() == header]
     said += [value for name, value in tags.items() if name.lower() in ("request_id", header)]
     said.append(_object(_object(event.get("contexts")).get("trace")).get("trace_id"))
     return next((_text(value) for value in said if _text(value)), "")
@@ -1647,40 +2638,23 @@ def _breadcrumbs_of(event: Json) -> list[Json]:
             kept.append({"message": f"… [{len(crumbs) - len(kept):,} older ones left out]"})
             break
         cut = crumb if size <= MAX_BREADCRUMB_CHARS else scrub(crumb, MAX_BREADCRUMB_CHARS)
-        time_text = _time_of(crumb["timestamp"]) if "timestamp" in crumb else None
-        kept.append(cut | {"timestamp": time_text} if time_text else cut)
+        said = crumb.get("timestamp")
+        if not (isinstance(said, str) and said.endswith("Z")) and (time_text := _time_of(said)):
+            cut = cut | {"timestamp": time_text}
+        kept.append(cut)
     return kept[::-1]
 
 
-def _source_of(frame: Json) -> Json | None:
-    """Return a frame's source context, None where it brings none."""
-    lineno, line = frame.get("lineno"), frame.get("context_line")
-    if not isinstance(line, str) or not isinstance(lineno, int) or not 0 <= lineno < 2**31:
-        return None
-    around = {
-        name: [_text(one) for one in lines]
-        for name in ("pre_context", "post_context")
-        if isinstance(lines := frame.get(name), list)
-    }
-    file = _text(frame.get("filename")) or _text(frame.get("abs_path"))
-    return {"file": file, "lineno": int(lineno), "context_line": line} | around
+_MECHANISM = ("type", "handled", "data", "meta")
 
 
-def _locals_of(frame: Json) -> Json:
-    """Return a frame's variables, without what every Python module has."""
-    return {
-        name: value
-        for name, value in _object(frame.get("vars")).items()
-        if not (name.startswith("__") and re.fullmatch("__[a-z]+__", name))
-    }
-
-
-def _surroundings_of(event: Json, error: Json, frame: Json) -> Json:
+def _surroundings_of(event: Json, error: Json) -> Json:
     """Return what is kept of an event beside what the API has fields for."""
     sdk, request = _object(event.get("sdk")), _object(event.get("request"))
     mechanism = _object(error.get("mechanism"))
     named = ("environment", "release", "dist", "transaction", "server_name", "logger", "platform")
-    pairs = {name: _pairs(request[name]) for name in ("headers", "cookies") if request.get(name)}
+    if request.get("headers"):
+        request = request | {"headers": _headers(request["headers"])}
     found = {
         "level": _level_of(event),
         **{name: _text(event.get(name)) for name in named},
@@ -1688,11 +2662,10 @@ def _surroundings_of(event: Json, error: Json, frame: Json) -> Json:
         "exception_module": _text(error.get("module")),
         "log_message": _logged(event)[0] if error.get("type") else "",
         "log_params": _object(event.get("logentry")).get("params"),
-        "mechanism": {n: mechanism.get(n) for n in ("type", "handled", "data") if n in mechanism},
+        "mechanism": {n: mechanism[n] for n in _MECHANISM if mechanism.get(n) is not None},
         "tags": {name: _text(value) for name, value in _pairs(event.get("tags")).items()},
         "user": _object(event.get("user")),
-        "request": request | pairs,
-        "locals": _locals_of(frame),
+        "request": request,
         "breadcrumbs": _breadcrumbs_of(event),
         "contexts": {k: v for k, v in _object(event.get("contexts")).items() if v},
         "extra": _object(event.get("extra")),
@@ -1706,6 +2679,8 @@ _OLD_NAMES = {"sentry.interfaces.Message": "logentry", "sentry.interfaces.Http":
 
 def _with_present_names(event: Json) -> Json:
     """Return an event with the names of before 2016, sentry.interfaces.Exception, replaced."""
+    if not any(name.startswith("sentry.") for name in event):
+        return event
     return {
         _OLD_NAMES.get(name) or name.removeprefix("sentry.interfaces.").lower(): value
         for name, value in event.items()
@@ -1720,34 +2695,35 @@ def report_of_event(event: Json) -> Json:
     | report | event |
     |---|---|
     | class, message | type, value of the last exception; else logger, logentry or message |
-    | backtrace | the chain from the last exception on, else the current thread; newest first |
-    | source_context, locals | of the newest frame that is the application's, else of the newest |
-    | fingerprint | fingerprint, with {{ default }} expanded by fingerprint_of |
+    | exceptions | the chain from the last exception on, else the stack of a thread |
+    | fingerprint | fingerprint with its variables replaced, else by fingerprint_of |
     | user_id | user.id, .username, .email, .ip_address, the first there is |
     | request_id | header X-Request-Id, tag request_id, contexts.trace.trace_id |
     | timestamp, event_id | timestamp, in seconds or ISO 8601; event_id |
     | the rest | _surroundings_of |
     """
     event = _with_present_names(event)
-    chain, platform = _chain_of(event), _text(event.get("platform"))
-    frames = [frame for error in chain for frame in _newest_first(error)]
-    frames = [frame for frame in frames if _is_own_frame(frame)] or frames
-    exception_class, message, template = _heading_of(event, chain[0])
-    class_cut = clip(exception_class, MAX_CLASS_CHARS)
-    default = fingerprint_of(class_cut, template, _place_of(frames, platform))
+    chain = _sentry_chain(event)
+    name, message, template = _heading_of(event, chain[0][0])
+    exceptions = _exceptions_of(chain, name, message, _text(event.get("platform")))
+    frame = location_frame_of_json(exceptions) or Frame("")
+    function = frame.function or ""
+    # A raw address differs in every run.
+    place = (frame.file or "", "" if function.startswith("0x") else function)
+    default = fingerprint_of(clip(name, MAX_CLASS_CHARS), template, place if any(place) else None)
     report = {
-        "exception_class": exception_class,
+        "exception_class": name,
         "message": message,
-        "backtrace": _backtrace_of(chain, platform),
-        "fingerprint": _fingerprint_of_event(event, default),
+        "backtrace": [],
+        "fingerprint": _fingerprint_of_event(event, default, name, message, frame),
         "request_id": _request_id_of(event) or None,
         "user_id": _user_id_of(_object(event.get("user"))) or None,
         "timestamp": _time_of(event.get("timestamp")),
         "event_id": read_event_id(event.get("event_id")),
-        "source_context": next(filter(None, map(_source_of, frames)), None),
+        "exceptions": exceptions or None,
     }
-    surroundings = _surroundings_of(event, chain[0], frames[0] if frames else {})
-    return {name: value for name, value in report.items() if value is not None} | surroundings
+    found = {name: value for name, value in report.items() if value is not None}
+    return found | _surroundings_of(event, chain[0][0])
 
 
 _COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -1756,10 +2732,11 @@ _COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 def occurrence_from_sentry(
     event: Json, received_ms: int, is_plain: Callable[[str], bool] = is_plain
 ) -> Occurrence:
-    """Turn an event of a Sentry SDK into an Occurrence; BadRequest when it is nested too deep."""
+    """Turn an event of a Sentry SDK, as read_event gives it, into an Occurrence."""
     report = report_of_event(event)
     text = _COMPACT_JSON.encode(report)
-    return parse_occurrence(report, received_ms, plain=text if is_plain(text) else None)
+    plain = text if is_plain(text) else None
+    return parse_occurrence(report, received_ms, plain=plain, trust=True)
 
 
 # --- 7. Schema ------------------------------------------------------------------------------------
@@ -1829,6 +2806,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     # Reports may be stored as they were sent, which older programs can't read.
     (),
+    # A report may carry its exceptions, and is found by its request id.
+    (
+        "ALTER TABLE occurrences ADD COLUMN request_key INTEGER",
+        """CREATE INDEX occurrences_by_request ON occurrences (request_key)
+            WHERE request_key IS NOT NULL""",
+    ),
 )
 
 RECORD_AGAIN = """
@@ -1865,8 +2848,9 @@ RECORD_SAMPLE = "INSERT INTO samples (error_id, body) VALUES (:error_id, :body)"
 SELECT_EVENT = """
     SELECT id FROM occurrences WHERE event_id = :event_id AND project_id = :project_id"""
 RECORD_OCCURRENCE = """
-    INSERT INTO occurrences (error_id, received_ms, body, project_id, event_id)
-    VALUES (:error_id, :received_ms, :body, :project_id, :event_id)"""
+    INSERT INTO occurrences (error_id, received_ms, body, project_id, event_id, request_key)
+    VALUES (:error_id, :received_ms, :body, :project_id, :event_id, :request_key)"""
+SELECT_LAST_ID = "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'occurrences'"
 RECORD_BUCKET = """
     INSERT INTO buckets (error_id, hour, count) VALUES (:error_id, :hour, :count)
     ON CONFLICT (error_id, hour) DO UPDATE SET count = count + :count"""
@@ -2073,8 +3057,8 @@ class ErrorPage:
 
     errors: tuple[ErrorGroup, ...]
     counts: Mapping[str, int]
-    previous: tuple[int, int] | None
-    next: tuple[int, int] | None
+    previous: tuple[int, int] | None = None
+    next: tuple[int, int] | None = None
 
 
 # True while this module works for itself: what goes wrong in it is never recorded.
@@ -2090,41 +3074,144 @@ def _own_work() -> Iterator[None]:
         _is_busy_here.reset(token)
 
 
-def _like(term: str) -> str:
+def _like(term: str, start: str = "%", end: str = "%") -> str:
     escaped = re.sub(r"([\\%_])", r"\\\1", term)
-    return f"%{escaped}%"
+    return f"{start}{escaped}{end}"
 
 
+def request_key(request_id: str | None, last_id: int) -> int | None:
+    """Return the index key of a request id: its block's number above its CRC-32.
+
+    Random keys would touch an index page per report. Occurrences that arrive together share
+    a block of the index instead, and a search looks in every block.
+    """
+    if request_id is None:
+        return None
+    return last_id // REQUEST_BLOCK_IDS << 32 | zlib.crc32(request_id.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTerm:
+    """One term of a search: a text that must, or must not, be in a field or anywhere."""
+
+    field: str  # one of SEARCH_FIELDS, empty for anywhere
+    text: str
+    is_excluded: bool = False
+
+
+SEARCH_FIELDS = ("user", "request", "file", "since", "until", *FACETS)
+_SEARCH_PART = re.compile(r'(-?)(?:([^\s:"]+):(?!:))?(?:"([^"]+)"(?!\S)|(\S*))')
+_AGE = re.compile(r"([0-9]{1,4})([mhdw])")
+_AGE_UNITS_MS = {"m": 60_000, "h": HOUR_MS, "d": 24 * HOUR_MS, "w": 7 * 24 * HOUR_MS}
+
+
+def parse_search(text: str) -> list[SearchTerm]:
+    """Return the terms of a search; raise BadRequest for one without a value.
+
+    A term is a word or a "phrase"; a minus before it excludes matches. A name from
+    SEARCH_FIELDS and a colon before it limit the search to that field.
+    """
+    terms: list[SearchTerm] = []
+    position, text = 0, text.strip()
+    while position < len(text):
+        found = _SEARCH_PART.match(text, position)
+        assert found  # an empty word matches anywhere
+        minus, name, phrase, word = found.groups()
+        field = (name or "").lower()
+        value, is_field = phrase or word, field in SEARCH_FIELDS
+        if is_field and not value:
+            expected = f'needs a value; to search for the text itself, write "{name}:"'
+            raise BadRequest(f"{name}: {expected}", field="q")
+        if name and not is_field:
+            value = f"{name}:{value}"
+        if value:
+            terms.append(SearchTerm(field if is_field else "", value, bool(minus)))
+        position = found.end() + 1
+    return terms
+
+
+def time_of_search(term: SearchTerm, now_ms: int) -> int:
+    """Return the time of a since: or until: term in ms; raise BadRequest if it is not a time."""
+    if age := _AGE.fullmatch(term.text):
+        return now_ms - int(age[1]) * _AGE_UNITS_MS[age[2]]
+    try:
+        is_day = not re.search("[T ]", term.text)
+        whole_day_ms = 24 * HOUR_MS - 1 if is_day and term.field == "until" else 0
+        return parse_timestamp(term.text) + whole_day_ms
+    except ValueError:
+        expected = "needs an age such as 30m, 12h, 2d or 1w, or a date such as 2026-11-20"
+        raise BadRequest(f"{term.field}: {expected}, not {term.text}", field="q") from None
+
+
+_TIMES = {"since": "last_seen_ms >= :{}", "until": "first_seen_ms <= :{}"}
 _HAS_FACET = """EXISTS (SELECT 1 FROM error_facets
-    WHERE error_id = errors.id AND name = '{}' AND value {})"""
+    WHERE error_id = errors.id AND name = '{}' AND value = :{})"""
+_LIKE = "LIKE :{0} ESCAPE '\\'"
+# A transaction's ids may run MAX_BATCH_ERRORS past its block, so earlier blocks are searched too.
+_HAS_REQUEST = f"""id IN (SELECT error_id FROM occurrences WHERE request_key IN (
+    WITH RECURSIVE block (number) AS (
+        SELECT MIN(id) / {REQUEST_BLOCK_IDS} - {MAX_BATCH_ERRORS // REQUEST_BLOCK_IDS + 1}
+        FROM occurrences UNION ALL SELECT number + 1 FROM block
+        WHERE number < (SELECT MAX(id) / {REQUEST_BLOCK_IDS} FROM occurrences))
+    SELECT number << 32 | :{{0}}_crc FROM block))"""
+_FIELD_CONDITIONS = {
+    "": f"""exception_class {_LIKE} OR message {_LIKE} OR fingerprint {_LIKE} OR location {_LIKE}
+        OR EXISTS (SELECT 1 FROM error_facets WHERE error_id = errors.id
+            AND name <> 'level' AND value {_LIKE})
+        OR EXISTS (SELECT 1 FROM error_users WHERE error_id = errors.id AND user_id = :{{0}}_text)
+        OR {_HAS_REQUEST}""",
+    "file": f"location {_LIKE}",
+    "user": "EXISTS (SELECT 1 FROM error_users WHERE error_id = errors.id AND user_id = :{0}_text)",
+    "request": _HAS_REQUEST,
+    **{name: _HAS_FACET.format(name, "{0}_text COLLATE NOCASE") for name in FACETS},
+}
+_FIELD_CONDITIONS["release"] += """ OR EXISTS (SELECT 1 FROM error_facets
+    WHERE error_id = errors.id AND name = 'release' AND value LIKE :{0}_release ESCAPE '\\')"""
+_IS_TAG = _HAS_FACET.format("tag", "{0}_tag COLLATE NOCASE")
 
 
-def _where(wanted: ErrorFilter) -> tuple[str, Json]:
+def _condition(term: SearchTerm, name: str, now_ms: int) -> tuple[str, Json]:
+    """Return the SQL of a term, and the values that it names.
+
+    A tag may have the name of a search field: `user:7` finds the user and the tag.
+    """
+    if term.field in _TIMES:
+        return _TIMES[term.field].format(name), {name: time_of_search(term, now_ms)}
+    test = _FIELD_CONDITIONS[term.field] + (f" OR {_IS_TAG}" if term.field else "")
+    values: Json = {
+        name: _like(term.text),
+        f"{name}_text": term.text,
+        f"{name}_crc": zlib.crc32(term.text.encode()),
+        f"{name}_tag": f"{term.field}:{term.text}",
+        f"{name}_release": _like(term.text, "%@", ""),
+    }
+    return f"({test.format(name)})", values
+
+
+def _where(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
     """Compose the condition on one project's errors, and the values it names but `status`."""
     conditions = ["project_id = :project_id", "status = :status"]
     values: Json = {}
-    for position, term in enumerate(wanted.search.split()[:MAX_SEARCH_TERMS]):
-        columns = ("exception_class", "message", "fingerprint")
-        tests = [f"{column} LIKE :term{position} ESCAPE '\\'" for column in columns]
-        tests.append(_HAS_FACET.format("tag", f"LIKE :term{position} ESCAPE '\\'"))
-        conditions.append(f"({' OR '.join(tests)})")
-        values[f"term{position}"] = _like(term)
+    for position, term in enumerate(parse_search(wanted.search)):
+        condition, named = _condition(term, f"term{position}", now_ms)
+        conditions.append(f"NOT {condition}" if term.is_excluded else condition)
+        values |= named
     for name in FACETS:
         if value := getattr(wanted, name):
-            conditions.append(_HAS_FACET.format(name, f"= :{name}"))
+            conditions.append(_HAS_FACET.format(name, name))
             values[name] = value
     return " AND ".join(conditions), values
 
 
-def count_statement(wanted: ErrorFilter) -> tuple[str, Json]:
+def count_statement(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
     """Compose the SQL that counts the matches in one project and status."""
-    where, values = _where(wanted)
+    where, values = _where(wanted, now_ms)
     return f"SELECT COUNT(*) FROM errors WHERE {where}", values
 
 
-def list_statement(wanted: ErrorFilter) -> tuple[str, Json]:
+def list_statement(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
     """Compose the SQL of a page's errors in one project and status, one more than the page."""
-    where, values = _where(wanted)
+    where, values = _where(wanted, now_ms)
     column, order = SORTS[wanted.sort], "ASC" if wanted.before else "DESC"
     if cursor := wanted.after or wanted.before:
         comparison = ">" if wanted.before else "<"
@@ -2564,14 +3651,13 @@ class _Row:
 
     project_id: int
     occurrence: Occurrence
-    location: str
     body: str
     event_id: bytes | None
 
 
 def _row_of(project_id: int, one: Occurrence) -> _Row:
     event_id = bytes.fromhex(one.event_id) if one.event_id else None
-    return _Row(project_id, one, locate(one), dump_occurrence(one), event_id)
+    return _Row(project_id, one, dump_occurrence(one), event_id)
 
 
 def _sample_of(error_id: int, first_body: str, db: sqlite3.Connection) -> bytes:
@@ -2680,14 +3766,22 @@ class _Recorder:
         for row in _without_repeated(rows, db):
             groups.setdefault((row.project_id, row.occurrence.grouping_key), []).append(row)
         received_ms = self._now_ms()
+        last_id: int = db.execute(SELECT_LAST_ID).fetchone()[0]
         occurrences: list[Json] = []
         buckets: list[Json] = []
         for key, group in groups.items():
             error = self._record_error(key, group, received_ms, db)
-            shared = {"error_id": error.id, "received_ms": received_ms, "project_id": key[0]}
-            for row in group:
-                body = pack(row.body, error.sample)
-                occurrences.append(shared | {"body": body, "event_id": row.event_id})
+            occurrences += [
+                {
+                    "error_id": error.id,
+                    "received_ms": received_ms,
+                    "body": pack(row.body, error.sample),
+                    "project_id": key[0],
+                    "event_id": row.event_id,
+                    "request_key": request_key(row.occurrence.request_id, last_id),
+                }
+                for row in group
+            ]
             hours = collections.Counter(row.occurrence.occurred_ms // HOUR_MS for row in group)
             buckets += [{"error_id": error.id, "hour": n, "count": hours[n]} for n in hours]
             self._record_users(error, group, db)
@@ -2707,7 +3801,7 @@ class _Recorder:
         values = {
             "exception_class": last.exception_class,
             "message": last.message,
-            "location": rows[-1].location,
+            "location": locate(last),
             "level": facet_of(last, "level"),
             "first_ms": min(times),
             "last_ms": max(times),
@@ -2795,6 +3889,21 @@ def owner_of(key: str, keys: Iterable[tuple[int, bytes]]) -> int | None:
         if hmac.compare_digest(presented, known):
             owner = project_id
     return owner
+
+
+def _page_of(found: list[ErrorGroup], counts: Json, wanted: ErrorFilter) -> ErrorPage:
+    """Merge the first matches of each project and status into a page."""
+    column = SORTS[wanted.sort]
+    found.sort(key=lambda error: (getattr(error, column), error.id), reverse=not wanted.before)
+    has_more = len(found) > PAGE_ERRORS
+    page = found[:PAGE_ERRORS][:: -1 if wanted.before else 1]
+    ends = [(getattr(error, column), error.id) for error in page]
+    return ErrorPage(
+        errors=tuple(page),
+        counts=counts | {"all": sum(counts.values())},
+        previous=ends[0] if ends and (has_more if wanted.before else wanted.after) else None,
+        next=ends[-1] if ends and (wanted.before or has_more) else None,
+    )
 
 
 class Store:
@@ -2901,29 +4010,25 @@ class Store:
         Each project and status has its part of an index in the right order; the parts' first
         rows are merged here.
         """
-        statement, values = list_statement(wanted)
-        counting, count_values = count_statement(wanted)
-        column = SORTS[wanted.sort]
+        now_ms = self.now_ms()
+        statement, values = list_statement(wanted, now_ms)
+        counting, count_values = count_statement(wanted, now_ms)
         found: list[ErrorGroup] = []
         counts = dict.fromkeys(STATUSES, 0)
+        is_later = bool(wanted.after or wanted.before)
         with self.reading() as db:
             ids = [row["id"] for row in db.execute("SELECT id FROM projects")]
             for project_id in ids if wanted.project_id is None else [wanted.project_id]:
                 for status in STATUSES:
-                    part = {"project_id": project_id, "status": status}
-                    counts[status] += db.execute(counting, count_values | part).fetchone()[0]
+                    part, rows = {"project_id": project_id, "status": status}, None
                     if wanted.status in (status, "all"):
-                        found += [ErrorGroup(**row) for row in db.execute(statement, values | part)]
-        found.sort(key=lambda error: (getattr(error, column), error.id), reverse=not wanted.before)
-        has_more = len(found) > PAGE_ERRORS
-        page = found[:PAGE_ERRORS][:: -1 if wanted.before else 1]
-        ends = [(getattr(error, column), error.id) for error in page]
-        return ErrorPage(
-            errors=tuple(page),
-            counts=counts | {"all": sum(counts.values())},
-            previous=ends[0] if ends and (has_more if wanted.before else wanted.after) else None,
-            next=ends[-1] if ends and (wanted.before or has_more) else None,
-        )
+                        rows = db.execute(statement, values | part).fetchall()
+                    if rows is None or is_later or len(rows) > PAGE_ERRORS:
+                        counts[status] += db.execute(counting, count_values | part).fetchone()[0]
+                    else:
+                        counts[status] += len(rows)
+                    found += [ErrorGroup(**row) for row in rows or ()]
+        return _page_of(found, counts, wanted)
 
     def error(self, error_id: int) -> ErrorGroup:
         """Return one error; NotFound if there is none."""
@@ -3331,30 +4436,38 @@ def safe_text(value: object) -> str:
         return f"<its text raised {type(error).__name__}>"
 
 
-def source_around(file: str, lineno: int, module_globals: Json) -> Json | None:
-    """Return the source context of a line, None where there is no source."""
-    lines = linecache.getlines(file, module_globals)
-    if not 0 < lineno <= len(lines):
-        return None
-    at = lineno - 1
+def source_around(file: str, lineno: int) -> Json:
+    """Return the source around a line as a frame of `exceptions` has it, empty without source."""
+    lines, at = linecache.getlines(file), lineno - 1
+    if not 0 <= at < len(lines):
+        return {}
+    before, after = lines[max(0, at - CONTEXT_LINES) : at], lines[at + 1 : at + 1 + CONTEXT_LINES]
     return {
-        "file": file,
-        "lineno": lineno,
-        "pre_context": lines[max(0, at - CONTEXT_LINES) : at],
-        "context_line": lines[at],
-        "post_context": lines[at + 1 : at + 1 + CONTEXT_LINES],
+        "pre_context": [line.rstrip("\r\n") for line in before],
+        "context_line": lines[at].rstrip("\r\n"),
+        "post_context": [line.rstrip("\r\n") for line in after],
     }
+
+
+def add_sources(exceptions: Iterable[Json]) -> None:
+    """Add the source to the frames whose `context_line` is None: a read of files, off the host."""
+    for frame in itertools.chain.from_iterable(one["frames"] for one in exceptions):
+        if frame.get("context_line", "") is None:
+            frame |= attempt(source_around, frame["file"], frame["lineno"]) or {}
 
 
 def local_variables(frame: types.FrameType) -> Json:
     """Return bounded reprs of a frame's variables, of a module's only the plain values."""
     dull = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     is_module = frame.f_code.co_name == "<module>"
+    variables = frame.f_locals
     found = [
         (name, value)
-        for name, value in list(frame.f_locals.items())
+        for name, value in list(variables.items())
         if not (is_module and (name.startswith("__") or isinstance(value, dull)))
     ]
+    if type(variables) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        variables.clear()  # a snapshot, which the frame would keep alive with all its values
     return {name: safe_repr(value) for name, value in found[:MAX_LOCALS]}
 
 
@@ -3364,14 +4477,43 @@ def platform_python() -> str:
     return f"{name or sys.implementation.name} {sys.version.split()[0]}"
 
 
-def printed_traceback(error: BaseException) -> list[str]:
-    """Return an exception with its chain as Python prints it, in bounded parts."""
-    try:
-        parts: Iterable[str] = traceback.TracebackException.from_exception(error).format()
-        some = itertools.islice(parts, 2 * MAX_BACKTRACE_LINES)
-        return [part[: MAX_LINE_CHARS + SCRUB_AHEAD_CHARS] for part in some]
-    except Exception:  # noqa: BLE001 - an attribute of the host's exception may do anything
-        return traceback.format_tb(error.__traceback__, MAX_BACKTRACE_LINES)
+def exception_chain(error: BaseException) -> list[tuple[BaseException, str]]:
+    """Return an exception's chain, each member with its relation to the one before."""
+    found: list[tuple[BaseException, str]] = []
+    seen: set[int] = set()
+    waiting = [(error, "")]
+    while waiting and len(found) < MAX_EXCEPTIONS:
+        one, relation = waiting.pop()
+        if id(one) in seen or not isinstance(one, BaseException):
+            continue
+        seen.add(id(one))
+        found.append((one, relation))
+        cause = attempt(lambda one=one: one.__cause__)
+        if cause is not None:
+            waiting.append((cause, "caused_by"))
+        elif not attempt(lambda one=one: one.__suppress_context__):
+            waiting.append((attempt(lambda one=one: one.__context__), "while_handling"))
+        if isinstance(one, BaseExceptionGroup):
+            members = attempt(lambda one=one: list(one.exceptions)) or []
+            waiting += [(each, "one_of") for each in reversed(members[:MAX_EXCEPTIONS])]
+    return found
+
+
+def message_of(error: BaseException) -> str:
+    """Return an exception's text and the notes that were added to it (PEP 678)."""
+    notes = error.__dict__.get("__notes__")
+    parts = [safe_text(error), *(notes if isinstance(notes, list) else ())]
+    return "\n".join(part for part in parts if isinstance(part, str))[: 2 * MAX_MESSAGE_CHARS]
+
+
+def frame_of_syntax_error(error: BaseException) -> Json | None:
+    """Return a frame for the line a SyntaxError reports, which no traceback contains."""
+    if not isinstance(error, SyntaxError):
+        return None
+    file, lineno, text = error.filename, error.lineno, error.text
+    if type(file) is not str or type(lineno) is not int or not 0 < lineno < 2**31:
+        return None
+    return {"file": file, "lineno": lineno} | ({"context_line": text} if type(text) is str else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -3389,6 +4531,7 @@ class Describer:
         path = os.path.abspath(file)
         return path[len(root) :] if path.startswith(root) else None
 
+    @functools.lru_cache(1_000)  # noqa: B019 - there is one for a client
     def is_own(self, file: str) -> bool:
         """Tell the application's files from the library's and from this one."""
         path = os.path.abspath(file)
@@ -3400,40 +4543,62 @@ class Describer:
         return self._inside(file) or os.path.basename(file)
 
     def exception(self, error: BaseException) -> Json:
-        """Describe an exception: its chain, and its innermost own frame."""
+        """Describe an exception and its chain."""
         name, message = qualified_name(type(error)), safe_text(error)
-        report: Json = {
+        exceptions: list[Json] = []
+        room = [MAX_DETAILED_FRAMES, MAX_CAPTURED_CHARS]
+        for one, relation in exception_chain(error):
+            frames = self._frames(one, room)
+            said = {"exception_class": qualified_name(type(one)), "message": message_of(one)}
+            exceptions.append(said | ({"relation": relation} if relation else {}))
+            exceptions[-1]["frames"] = frames
+        frame = location_frame_of_json(exceptions)
+        place = (self.relative(frame.file or ""), frame.function or "") if frame else None
+        return {
             "exception_class": name,
             "message": message,
-            "backtrace": printed_traceback(error),
+            "backtrace": [],
+            "fingerprint": fingerprint_of(name, message, place),
+            "exceptions": exceptions,
         }
-        frames = list(traceback.walk_tb(error.__traceback__))
-        own = [pair for pair in frames if self.is_own(pair[0].f_code.co_filename)]
-        place = None
-        if frames:
-            frame, lineno = (own or frames)[-1]
-            place = (self.relative(frame.f_code.co_filename), frame.f_code.co_name)
-            if own:
-                file = frame.f_code.co_filename
-                report["source_context"] = attempt(source_around, file, lineno, frame.f_globals)
-            if own and self.with_locals:
-                report["locals"] = attempt(local_variables, frame)
-        return report | {"fingerprint": fingerprint_of(name, message, place)}
+
+    def _frames(self, error: BaseException, room: list[int]) -> list[Json]:
+        """Return frames, innermost first; `room` counts what is left of detailed ones and text."""
+        frames: list[Json] = []
+        for frame, lineno in reversed(list(traceback.walk_tb(error.__traceback__))):
+            file = frame.f_code.co_filename
+            if file == __file__:
+                continue  # capture() has no part in the program
+            made: Json = {"file": file, "lineno": lineno or 0, "own": self.is_own(file)}
+            made["function"] = frame.f_code.co_qualname
+            frames.append(made)
+            if made["own"] and room[0] > 0:
+                room[0] -= 1
+                attempt(linecache.lazycache, file, frame.f_globals)
+                made["context_line"] = None  # for add_sources
+                if self.with_locals and room[1] > 0:
+                    made["locals"] = attempt(local_variables, frame) or {}
+                    room[1] -= sum(map(len, made["locals"].values()))
+        if place := attempt(frame_of_syntax_error, error):
+            frames.insert(0, place | {"own": self.is_own(place["file"])})
+        return frames
 
     def log_record(self, record: logging.LogRecord) -> Json:
         """Describe a log record that carries no exception."""
         message = attempt(record.getMessage)
         if message is None:  # its arguments don't fit its text
             message = f"{safe_text(record.msg)} {safe_repr(record.args)}"
-        name = f"logging.{record.levelname}"
-        line = f'  File "{record.pathname}", line {record.lineno}, in {record.funcName}\n'
-        place = (self.relative(record.pathname), record.funcName or "")
+        name, message = f"logging.{record.levelname}", message[: 2 * MAX_MESSAGE_CHARS]
+        file, lineno, function = record.pathname, record.lineno, record.funcName or ""
+        frame = {"file": file, "lineno": lineno, "function": function, "own": self.is_own(file)}
+        frame["context_line"] = None
+        place = (self.relative(file), function)
         return {
             "exception_class": name,
-            "message": message[: 2 * MAX_MESSAGE_CHARS],
-            "backtrace": [line],
-            "source_context": attempt(source_around, record.pathname, record.lineno, {}),
+            "message": message,
+            "backtrace": [],
             "fingerprint": fingerprint_of(name, safe_text(record.msg), place),
+            "exceptions": [{"exception_class": name, "message": message, "frames": [frame]}],
         }
 
     def surroundings(self) -> Json:
@@ -3923,7 +5088,7 @@ class Client:
 
     `where` is a tracker's URL or a database's path, `project_root` the folder of the
     application's own code. `release` and `environment` are shown with each report, `with_locals`
-    adds the variables of the frame that failed. `before_send(occurrence)` returns the
+    adds the variables of own frames. `before_send(occurrence)` returns the
     occurrence, another one, or None to drop it; it runs in the background thread.
 
     >>> client = Client("errors.db", release="1.2")
@@ -3984,6 +5149,7 @@ class Client:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         context: Json = {"logger": record.name, "user_id": attempt(_user_of_django, record)}
         if error is not None:
+            context["log_message"] = attempt(record.getMessage)
             if not isinstance(error, SKIPPED):
                 self._record_exception(error, context)
         elif record.name not in SERVER_LOGGERS:
@@ -4007,6 +5173,7 @@ class Client:
 
     def _prepare(self, report: Json) -> Occurrence | None:
         """Turn a report into an Occurrence and let the host have a look; off the host's threads."""
+        add_sources(report.get("exceptions", ()))
         occurrence = parse_occurrence(report, int(time.time() * 1000))
         return occurrence if self._before_send is None else self._before_send(occurrence)
 
@@ -4346,9 +5513,8 @@ def _one_of(query: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
 def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
     """Return the filter a query string asks for; BadRequest names the parameter that is wrong.
 
-    status: open, resolved, ignored, all; q: words that class, message, fingerprint or a tag
-    (name:value) contain; project: an id; level, environment, release: as reported; sort:
-    last_seen, first_seen, count; after, before: cursors.
+    status: open, resolved, ignored, all; q: a search, see parse_search; project: an id; level,
+    environment, release: as reported; sort: last_seen, first_seen, count; after, before: cursors.
     """
     project = query.get("project", "")
     if project and not re.fullmatch(r"[0-9]{1,16}", project):
@@ -4395,17 +5561,46 @@ def is_regressed(error: ErrorGroup) -> bool:
     return error.status == "open" and error.regressed_ms is not None
 
 
-def fold_frames(frames: Iterable[Frame]) -> list[list[Frame]]:
-    """Group a backtrace for display: runs of library frames together, all else alone."""
-    groups: list[list[Frame]] = []
-    for frame in frames:
-        is_library = bool(frame.file) and not frame.is_own
-        last = groups[-1][-1] if groups else None
-        if is_library and last is not None and last.file and not last.is_own:
-            groups[-1].append(frame)
-        else:
-            groups.append([frame])
+@dataclass(frozen=True, slots=True)
+class FrameGroup:
+    """Frames that a page shows as one item: an own call, a text, or folded library calls."""
+
+    kind: str  # "own", "library" or "text"
+    frames: tuple[Frame, ...]
+    has_location: bool
+    is_open: bool
+
+
+def line_and_column_of(frame: Frame) -> str:
+    """Return a call's line and column, as far as they are known: `:7:13`."""
+    column = f":{frame.column}" if frame.column else ""
+    return f":{frame.lineno}{column}" if frame.lineno and frame.place else ""
+
+
+def group_frames(frames: Sequence[Frame], location: Frame | None) -> list[FrameGroup]:
+    """Group frames for display: runs of library frames together, every other frame alone.
+
+    Open are the location and, so that a cause shows its own failing line, the innermost own
+    frame of each exception.
+    """
+
+    def kind_of(frame: Frame) -> str:
+        return "text" if not frame.is_call else "own" if frame.is_own else "library"
+
+    innermost = next((frame for frame in frames if frame.is_call and frame.is_own), None)
+    groups: list[FrameGroup] = []
+    for kind, some in itertools.groupby(frames, kind_of):
+        members = tuple(some)
+        for part in [members] if kind == "library" else [(frame,) for frame in members]:
+            has_location = any(frame is location for frame in part)
+            is_open = has_location or part[0] is innermost
+            groups.append(FrameGroup(kind, part, has_location, is_open))
     return groups
+
+
+def location_frame_of_chain(chain: Sequence[ChainedException]) -> Frame | None:
+    """Return the location's frame in an exception chain, None if it has no calls."""
+    return location_frame(frame for one in chain for frame in one.frames)
 
 
 def numbered_source(context: SourceContext) -> list[tuple[int, str, bool]]:
@@ -4438,7 +5633,7 @@ def crumb_of(breadcrumb: Json) -> Crumb:
     details = rest | (data if isinstance(data, dict) else {"data": data} if data else {})
     said = (f"{name}: {' '.join(readable(value).split())}" for name, value in details.items())
     return Crumb(
-        time=readable(time).partition("T")[2].removesuffix("Z") or readable(time),
+        time=readable(time).partition("T")[2].removesuffix("Z")[:12] or readable(time),
         kind=readable(category or kind),
         level=readable(level),
         text=readable(text),
@@ -4552,8 +5747,47 @@ def trend_json(series: Sequence[tuple[int, int]]) -> list[Json]:
     return [{"start": iso_time(start_ms), "count": count} for start_ms, count in series]
 
 
+def frame_json(frame: Frame) -> Json | str:
+    """Return a frame as the field `exceptions` takes it."""
+    if not frame.is_call:
+        return frame.text
+    found: Json = {
+        "text": None if frame.place or frame.function else frame.text,
+        "file": frame.file,
+        "lineno": frame.lineno,
+        "column": frame.column,
+        "function": frame.function,
+        "module": frame.module,
+        "own": frame.is_own,
+        "locals": frame.locals,
+    }
+    if (source := frame.source) is not None:
+        found |= {
+            "pre_context": list(source.pre_context),
+            "context_line": source.context_line,
+            "post_context": list(source.post_context),
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def chain_json(chain: Iterable[ChainedException]) -> list[Json]:
+    """Return a chain as the field `exceptions` takes it."""
+    return [
+        {
+            "exception_class": one.exception_class,
+            "message": one.message,
+            "relation": one.relation or None,
+            "frames": [frame_json(frame) for frame in one.frames],
+        }
+        for one in chain
+    ]
+
+
 def occurrence_json(stored: StoredOccurrence | None, root: str) -> Json | None:
-    """Return a kept occurrence as JSON: `report` is what the API took, scrubbed."""
+    """Return a kept occurrence as JSON: `report` is what the API took, scrubbed.
+
+    `exceptions` is its chain, read from the backtrace where the report has no `exceptions`.
+    """
     if stored is None:
         return None
     path = f"{root}/errors/{stored.error_id}/occurrences"
@@ -4564,6 +5798,7 @@ def occurrence_json(stored: StoredOccurrence | None, root: str) -> Json | None:
         "disbelieved_timestamp": stored.occurrence.disbelieved_timestamp,
         "older_url": f"{path}/{stored.older_id}" if stored.older_id else None,
         "newer_url": f"{path}/{stored.newer_id}" if stored.newer_id else None,
+        "exceptions": chain_json(chain_of(stored.occurrence)),
         "report": to_payload(stored.occurrence),
     }
 
@@ -4626,14 +5861,37 @@ def _code(text: str) -> str:
 _WORDS = re.compile(r"[A-Za-z0-9 :-]+")  # nothing that Markdown could take for its own
 
 
+def _frame_text(frame: Frame) -> Iterator[str]:
+    """Yield a frame as plain text, an own one with its source and variables."""
+    if not frame.is_call:
+        yield frame.text.strip("\n")
+        return
+    place = f"{frame.place}{line_and_column_of(frame)}"
+    said = " in ".join(filter(None, (place, frame.function))) or frame.text
+    yield f"{'' if frame.is_own else '(library) '}{said}"
+    if not frame.is_own:
+        return
+    for number, line, is_failing in numbered_source(frame.source) if frame.source else ():
+        yield f"  {'>' if is_failing else ' '} {number:>5}  {line}"
+    for name, value in (frame.locals or {}).items():
+        yield f"    {name} = {' '.join(readable(value).split())}"
+
+
+def _chain_markdown(chain: Sequence[ChainedException]) -> Iterator[str]:
+    if not any(one.frames for one in chain):
+        return
+    yield "## Stack trace\n\nMost recent call first.\n"
+    for one in chain:
+        if len(chain) > 1:
+            relation = RELATIONS.get(one.relation, "Raised")
+            said = f"{one.exception_class}: {one.message}".rstrip(": ")
+            yield f"### {relation}\n\n{_fenced(said)}"
+        if one.frames:
+            yield _fenced("\n".join(line for frame in one.frames for line in _frame_text(frame)))
+
+
 def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
-    if occurrence.source_context is not None:
-        lines = numbered_source(occurrence.source_context)
-        text = "\n".join(f"{'>' if hit else ' '} {n:>5}  {line}" for n, line, hit in lines)
-        yield f"## Source: {_code(occurrence.source_context.file)}\n\n{_fenced(text)}"
-    if occurrence.backtrace:
-        text = "\n".join(line.rstrip("\n") for line in occurrence.backtrace)
-        yield f"## Backtrace\n\n{_fenced(text)}"
+    yield from _chain_markdown(chain_of(occurrence))
     if crumbs := [crumb_of(crumb) for crumb in breadcrumbs_of(occurrence)]:
         text = "\n".join(" ".join(filter(None, dataclasses.astuple(crumb))) for crumb in crumbs)
         yield f"## Breadcrumbs\n\n{_fenced(text)}"
@@ -4643,10 +5901,17 @@ def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
             yield f"## {heading}\n\n{_fenced(indented(values), 'json')}"
 
 
-def markdown(error: ErrorGroup, stored: StoredOccurrence | None) -> str:
-    """Return a report for a ticket or a coding assistant; all that was reported is in code."""
+def markdown(error: ErrorGroup, stored: StoredOccurrence | None, url: str) -> str:
+    """Return an error as Markdown for a ticket or a coding assistant; reported text is code.
+
+    `url` is the address of the error's page.
+    """
+    if stored is not None:
+        url = f"{url}/occurrences/{stored.id}"
     facts = [
         ("Where", _code(error.location) if error.location else "unknown"),
+        ("Occurred", iso_time(stored.occurrence.occurred_ms) if stored else "no longer kept"),
+        ("Link", f"<{url}>"),
         ("Project", _code(error.project)),
         ("Status", error.status + (" (regressed)" if is_regressed(error) else "")),
         ("Occurrences", f"{error.occurrence_count:,}"),
@@ -4711,7 +5976,7 @@ _TEMPLATE_SOURCES = {
 <input type="hidden" name="status" value="{{wanted.status}}">
 % end
 <input type="search" name="q" value="{{wanted.search}}" maxlength="200" aria-label="Search"
- placeholder="Search class, message, fingerprint, tags">
+ placeholder='words, "a phrase", -not, user:7, since:2d'>
 % if len(projects) > 1:
 <select name="project" aria-label="Project"><option value="">All projects</option>
 % for project in projects:
@@ -4735,10 +6000,15 @@ _TEMPLATE_SOURCES = {
 </select>
 <button>Apply</button>
 </form>
+% if problem:
+<p class="notice" role="alert">{{problem}}</p>
+% end
 <div id="live" data-view="list">
 % if not rows:
 <p class="empty">
-% if is_narrowed:
+% if problem:
+The search is invalid. <a href="{{root}}/errors">Start over</a>.
+% elif is_narrowed:
 Nothing matches. <a href="{{root}}/errors{{all_query}}">Look in every status</a>
  or <a href="{{root}}/errors">start over</a>.
 % elif wanted.status == "open":
@@ -4817,36 +6087,72 @@ Nothing here.
 % end
 </div>
 """,
-    "frames": """\
-<ol class="frames">
-% for group in frames:
-% if group[0].file and not group[0].is_own:
-<li><details><summary>{{len(group)}} library frame{{'' if len(group) == 1 else 's'}}
-<code>{{group[-1].file}}</code></summary>
+    "frame": """\
+% if frame.source or frame.locals:
+<details class="frame {{kind}}" {{'open' if is_open else ''}}><summary>
 % else:
-<li>
+<div class="frame {{kind}}">
 % end
-% for frame in group:
-% if frame.file:
-<div class="frame {{'own' if frame.is_own else 'library'}}">
-<code>{{frame.file}}<b>{{f":{frame.lineno}" if frame.lineno else ""}}</b></code>
+% if frame.place:
+<code>{{frame.place}}<b>{{line_and_column_of(frame)}}</b></code>
+% end
 % if frame.function:
-<span>in <code>{{frame.function}}</code></span>
+<span>{{"in " if frame.place else ""}}<code>{{frame.function}}</code></span>
+% elif not frame.place:
+<code>{{frame.text}}</code>
 % end
-% if frame.code:
-<pre>{{frame.code}}</pre>
+% if frame.source or frame.locals:
+</summary>
+% if frame.source:
+<div class="source" tabindex="0"><table>
+% for number, line, is_failing in numbered_source(frame.source):
+<tr{{' class=failing' if is_failing else ''}}><th>{{number}}</th><td>{{line}}</td></tr>
 % end
-</div>
+</table></div>
+% end
+% if frame.locals:
+<table class="values locals">
+% for name, value in frame.locals.items():
+<tr><th>{{name}}</th><td><pre>{{readable(value)}}</pre></td></tr>
+% end
+</table>
+% end
+</details>
 % else:
-<div class="frame text"><pre>{{frame.text}}</pre></div>
+</div>
+% end
+""",
+    "trace": """\
+% for one, relation, groups in chain:
+% if relation:
+<h4><span>{{relation}}</span> {{one.exception_class}}</h4>
+% if one.message:
+<pre class="message">{{one.message}}</pre>
 % end
 % end
-% if group[0].file and not group[0].is_own:
+% if groups:
+<ol class="frames">
+% for group in groups:
+<li>
+% if group.kind == "text":
+<div class="frame text"><pre>{{group.frames[0].text.strip()}}</pre></div>
+% elif group.kind == "own":
+% kind = "own failing" if group.has_location else "own"
+% include("frame", frame=group.frames[0], kind=kind, is_open=group.is_open)
+% else:
+<details {{'open' if group.is_open else ''}}>
+<summary>{{len(group.frames)}} library frame{{'' if len(group.frames) == 1 else 's'}}
+<code>{{group.frames[0].place or group.frames[0].function}}</code></summary>
+% for frame in group.frames:
+% include("frame", frame=frame, kind="library", is_open=False)
+% end
 </details>
 % end
 </li>
 % end
 </ol>
+% end
+% end
 """,
     "error": """\
 % rebase("layout", title=error.exception_class)
@@ -4882,28 +6188,6 @@ Nothing here.
 <span class="links"><a href="{{root}}/errors/{{error.id}}.md">Markdown</a>
 <a href="{{root}}/errors/{{error.id}}.json">JSON</a></span>
 </form>
-<dl class="facts">
-% for name, value, title in facts:
-<div><dt>{{name}}</dt><dd title="{{title}}">{{value}}</dd></div>
-% end
-</dl>
-<p class="fingerprint"><span>Fingerprint</span> <code>{{error.fingerprint}}</code></p>
-</section>
-<section class="card" id="trend">
-<div class="head"><h2>Trend</h2><nav class="tabs" aria-label="Span">
-% for name in spans:
-<a href="{{here}}?trend={{name}}#trend" {{'aria-current=page' if name == span else ''}}>{{name}}</a>
-% end
-</nav></div>
-<svg class="chart" viewBox="0 0 {{len(bars) * 10}} 100" preserveAspectRatio="none" role="img"
- aria-label="{{span_total}} occurrences in {{span}}">
-% for bar in bars:
-<g><title>{{bar.label}}</title><rect class="hit" x="{{bar.x}}" y="0" width="10" height="100"/>
-<rect x="{{bar.x + 1}}" y="{{bar.y}}" width="8" height="{{bar.height}}"/></g>
-% end
-</svg>
-<p class="axis"><span>{{span_start}}</span>
-<span>{{span_total}} in {{span}}, at most {{span_peak}} a bar</span><span>now</span></p>
 </section>
 % if stored is None:
 <section class="card"><p class="empty">No occurrence of this error is kept any more;
@@ -4932,6 +6216,40 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 % if one.message != error.message or one.exception_class != error.exception_class:
 <p class="other"><b>{{one.exception_class}}</b></p><pre class="message">{{one.message}}</pre>
 % end
+% if has_calls:
+<p class="order">Most recent call first</p>
+% end
+% if any(groups for _, _, groups in chain):
+% include("trace")
+% else:
+<p class="empty">The report has no stack trace.</p>
+% end
+</section>
+% end
+<section class="card" id="trend">
+<dl class="facts">
+% for name, value, title in facts:
+<div><dt>{{name}}</dt><dd title="{{title}}">{{value}}</dd></div>
+% end
+</dl>
+<p class="fingerprint"><span>Fingerprint</span> <code>{{error.fingerprint}}</code></p>
+<div class="head"><h2>Trend</h2><nav class="tabs" aria-label="Span">
+% for name in spans:
+<a href="{{here}}?trend={{name}}#trend" {{'aria-current=page' if name == span else ''}}>{{name}}</a>
+% end
+</nav></div>
+<svg class="chart" viewBox="0 0 {{len(bars) * 10}} 100" preserveAspectRatio="none" role="img"
+ aria-label="{{span_total}} occurrences in {{span}}">
+% for bar in bars:
+<g><title>{{bar.label}}</title><rect class="hit" x="{{bar.x}}" y="0" width="10" height="100"/>
+<rect x="{{bar.x + 1}}" y="{{bar.y}}" width="8" height="{{bar.height}}"/></g>
+% end
+</svg>
+<p class="axis"><span>{{span_start}}</span>
+<span>{{span_total}} in {{span}}, at most {{span_peak}} per bar</span><span>now</span></p>
+</section>
+% if stored is not None:
+<section class="card" id="details">
 % if tags:
 <ul class="chips" aria-label="Tags">
 % for name, value, query in tags:
@@ -4941,20 +6259,6 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 <li><b><span>{{name}}</span> {{value}}</b></li>
 % end
 </ul>
-% end
-% if source:
-<h3>Source <code>{{one.source_context.file}}:{{one.source_context.lineno}}</code></h3>
-<div class="source" tabindex="0"><table>
-% for number, line, is_failing in source:
-<tr{{' class=failing' if is_failing else ''}}><th>{{number}}</th><td>{{line}}</td></tr>
-% end
-</table></div>
-% end
-<h3>Backtrace</h3>
-% if frames:
-% include("frames", frames=frames)
-% else:
-<p class="empty">The report has no backtrace.</p>
 % end
 % if crumbs:
 <h3>Breadcrumbs</h3>
@@ -5114,8 +6418,9 @@ footer { max-width: 1160px; margin: 0 auto; padding: 0 24px 32px; color: var(--m
 .tabs a b { font-weight: 500; font-size: 13px; opacity: .85; }
 .tabs a:hover { background: var(--soft); }
 .tabs a[aria-current] { background: var(--soft); color: var(--text); font-weight: 600; }
-.filters { display: flex; gap: 8px; margin-bottom: 12px; }
-.filters input[type=search] { flex: 1; min-width: 0; }
+.filters { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 12px; }
+.filters input[type=search] { flex: 1 1 320px; min-width: 0; }
+.filters select { max-width: 200px; }
 input, select, button, summary { font: inherit; }
 input[type=search], input[type=password], select { color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: 7px; padding: 6px 10px; max-width: 100%; }
@@ -5169,6 +6474,8 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
 .summary .where { margin: 8px 0 16px; color: var(--muted); }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 12px;
   margin: 16px 0; }
+#trend .facts { margin-top: 0; } .fingerprint + .head { margin-top: 20px; }
+#details > :first-child { margin-top: 0; }
 .facts dt, .fingerprint span, .key span { color: var(--muted); font-size: 13px; }
 .facts dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .fingerprint { margin: 0; max-height: 6em; overflow: auto; }
@@ -5191,12 +6498,21 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
 .frames { list-style: none; margin: 0; padding: 0; border: 1px solid var(--line);
   border-radius: 8px; overflow: hidden; }
 .frames li { border-top: 1px solid var(--line); } .frames li:first-child { border-top: 0; }
-.frame { padding: 7px 12px; } .frame > code { font-weight: 600; } .frame > code b { font: inherit; }
+.frame { padding: 7px 12px; } .frame code b { font: inherit; }
+.frame.own > code, .frame.own > summary > code { font-weight: 600; }
 .frame span { color: var(--muted); font-size: 14px; }
 .frame pre { margin-top: 2px; padding-left: 12px; }
 .frame.own { border-left: 3px solid var(--accent); }
+div.failing, .failing > summary { background: var(--mark); }
 .frame.library, .frame.text { border-left: 3px solid transparent; color: var(--muted); }
-.frame.library > code { font-weight: 400; } .frame.text pre { padding: 0; margin: 0; }
+.frame.text pre { padding: 0; margin: 0; }
+.order { margin: 12px 0 6px; color: var(--muted); font-size: 13px; }
+h4 { font-size: 15px; margin: 20px 0 0; overflow-wrap: anywhere; }
+h4 span { color: var(--muted); font-weight: 400; }
+details.frame > summary { margin: -7px -12px; padding: 7px 12px; color: inherit; font-size: 15px; }
+details.frame > .source { margin: 14px 0 4px; } .locals { margin-top: 10px; }
+.locals th { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+details > .frame { border-top: 1px solid var(--line); }
 .frames summary, .raw summary, .snippet summary { cursor: pointer; padding: 6px 12px;
   color: var(--muted); font-size: 14px; }
 .frames summary code { font-size: 12px; }
@@ -5235,8 +6551,7 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
 .login .notice { margin: 0; } .message-page { text-align: center; padding: 48px 20px; }
 @media (max-width: 720px) {
   .bar { padding: 10px 16px; gap: 16px; } main { padding: 16px; } footer { padding: 0 16px 24px; }
-  .filters { flex-wrap: wrap; } .filters input[type=search] { flex-basis: 100%; }
-  .filters select { flex: 1 1 40%; min-width: 0; }
+  .filters select { flex: 1 1 40%; min-width: 0; max-width: 100%; }
   .card { padding: 14px; } .tabs { gap: 0; } .tabs a { padding: 4px 8px; }
   .errors thead { display: none; }
   .errors, .errors tbody { display: block; }
@@ -5383,8 +6698,16 @@ def list_values(
     }
 
 
+def search_for_tag(name: str, value: str) -> str:
+    """Return the search that finds a tag."""
+    text = f"{name}:{value}"[: MAX_SEARCH_CHARS - 2].partition('"')[0]
+    return f'"{text}"'
+
+
 def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
     one = stored.occurrence
+    chain = chain_of(one)
+    failing = location_frame_of_chain(chain)
     return {
         "steps": [
             ("First", stored.first_id if stored.older_id else None),
@@ -5395,10 +6718,16 @@ def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
         "occurrence_title": "Occurrence" if stored.newer_id else "Newest occurrence",
         "occurred": moment(one.occurred_ms, now_ms),
         "received": moment(stored.received_ms, now_ms),
-        "source": numbered_source(one.source_context) if one.source_context else [],
-        "frames": fold_frames(parse_backtrace(one.backtrace)),
+        "numbered_source": numbered_source,
+        "line_and_column_of": line_and_column_of,
+        "readable": readable,
+        "chain": [
+            (part, RELATIONS.get(part.relation, ""), group_frames(part.frames, failing))
+            for part in chain
+        ],
+        "has_calls": any(frame.is_call for part in chain for frame in part.frames),
         "tags": [
-            (name, value, filter_query(ErrorFilter("all", f"{name}:{value}"[:MAX_SEARCH_CHARS])))
+            (name, value, filter_query(ErrorFilter("all", search_for_tag(name, value))))
             for name, value in list(tags_of(one).items())[:MAX_TAGS]
         ],
         "more_tags": list(tags_of(one).items())[MAX_TAGS:],  # not searched for: no links
@@ -5881,6 +7210,11 @@ def root_of(environ: Environ) -> str:
     return urllib.parse.quote(environ.get("SCRIPT_NAME", "").rstrip("/").encode("latin-1"))
 
 
+def url_of_request(environ: Environ) -> str:
+    """Return the address under which a browser has reached the App."""
+    return f"{environ['wsgi.url_scheme']}://{environ['HTTP_HOST']}{root_of(environ)}"
+
+
 _REPORTING_PATH = re.compile(r"/api/[0-9]+/(?:envelope|store)/?|/ingest/errors(?:/batch)?")
 
 
@@ -6208,14 +7542,34 @@ class Dashboard:
 
     def errors(self) -> bottle.HTTPResponse:
         """Show one page of the list, or how to send the first report."""
-        wanted, page, buckets, now_ms = self._listed()
+        try:
+            wanted, page, buckets, _ = self._listed()
+        except BadRequest as problem:
+            if problem.field != "q":
+                raise
+            wanted = parse_filter(read_query(bottle.request.environ))
+            none = ErrorPage((), dict.fromkeys((*STATUSES, "all"), 0))
+            return self._list(wanted, none, {}, str(problem))
         if not page.counts["all"] and wanted == ErrorFilter():
             return self._setup("Waiting for the first error", is_welcome=True)
         if not page.errors and (wanted.after or wanted.before):  # a page that has emptied
             return redirect("/errors" + filter_query(wanted))
-        values = list_values(page, wanted, buckets, now_ms)
-        facets = shown_facets(self._store.facets(), wanted)
-        return self.html("errors", projects=self._store.projects(), facets=facets, **values)
+        return self._list(wanted, page, buckets)
+
+    def _list(
+        self,
+        wanted: ErrorFilter,
+        page: ErrorPage,
+        buckets: Mapping[int, Mapping[int, int]],
+        problem: str = "",
+    ) -> bottle.HTTPResponse:
+        shown: Json = {
+            "projects": self._store.projects(),
+            "facets": shown_facets(self._store.facets(), wanted),
+            "problem": problem,
+        }
+        values = list_values(page, wanted, buckets, self._store.now_ms())
+        return self.html("errors", **values, **shown)
 
     def errors_json(self) -> bottle.HTTPResponse:
         """Give one page of the list as JSON."""
@@ -6250,7 +7604,8 @@ class Dashboard:
 
     def error_markdown(self, error_id: int) -> bottle.HTTPResponse:
         """Give an error and its newest occurrence as Markdown."""
-        text = markdown(self._store.error(error_id), self._store.occurrence(error_id))
+        url = f"{url_of_request(bottle.request.environ)}/errors/{error_id}"
+        text = markdown(self._store.error(error_id), self._store.occurrence(error_id), url)
         headers = {"Content-Type": "text/markdown; charset=utf-8", "Cache-Control": "no-store"}
         return bottle.HTTPResponse(text, 200, headers)
 
@@ -6277,7 +7632,7 @@ class Dashboard:
 
     def _setup(self, heading: str, *, is_welcome: bool) -> bottle.HTTPResponse:
         environ = bottle.request.environ
-        url = f"{environ['wsgi.url_scheme']}://{environ['HTTP_HOST']}{root_of(environ)}"
+        url = url_of_request(environ)
         now_ms = self._store.now_ms()
         projects = []
         for project in self._store.projects():

@@ -50,6 +50,7 @@ import traceback
 import tracemalloc
 import types
 import urllib.parse
+import weakref
 import wsgiref.util
 import wsgiref.validate
 import zlib
@@ -134,6 +135,33 @@ def report(**changes: Any) -> dict[str, Any]:
 
 def parse(**changes: Any) -> miniapm.Occurrence:
     return miniapm.parse_occurrence(report(**changes), NOW_MS)
+
+
+def data_file(name: str) -> Any:
+    """Return what a file of test data holds."""
+    return json.loads((HERE / ".ci" / name).read_text(encoding="utf-8"))
+
+
+def frames_of(occurrence: miniapm.Occurrence) -> list[miniapm.Frame]:
+    """Return the frames of an occurrence's whole chain."""
+    return [frame for one in miniapm.chain_of(occurrence) for frame in one.frames]
+
+
+def frames_read(*lines: str) -> list[miniapm.Frame]:
+    return frames_of(parse(backtrace=list(lines)))
+
+
+def told(chain: Any) -> list[tuple[str, str, str, list[str]]]:
+    """Return what a chain tells, each frame as file:line in function or as its text."""
+
+    def text(frame: miniapm.Frame) -> str:
+        place = f"{frame.place}{miniapm.line_and_column_of(frame)}"
+        return " in ".join(filter(None, (place, frame.function))) or frame.text.strip()
+
+    return [
+        (one.relation, one.exception_class, one.message, [text(frame) for frame in one.frames])
+        for one in chain
+    ]
 
 
 @dataclasses.dataclass
@@ -384,7 +412,7 @@ def test_file_reads_from_top_to_bottom_without_a_reference_that_points_down() ->
 
 
 def test_file_contents_list_its_banners_in_order() -> None:
-    banners = re.findall(r"^# --- (\d+\. \w+) -+$", SOURCE, re.MULTILINE)
+    banners = re.findall(r"^# --- (\d+\. [\w ]+) -+$", SOURCE, re.MULTILINE)
     contents = re.search(r"^Contents:\n((?:    .+\n)+)", SOURCE, re.MULTILINE)
     assert contents
     assert [line.strip() for line in contents[1].splitlines()] == banners
@@ -886,7 +914,7 @@ def test_hostile_text_costs_linear_time(text: str) -> None:
     """Double the text and the work must about double; a quadratic pattern takes minutes."""
     for _ in range(20):
         miniapm.clean(text, 10_000)
-        miniapm.parse_backtrace([text])
+        frames_read(text)
 
 
 @given(st.text(st.characters()))
@@ -942,6 +970,222 @@ def nested(depth: int) -> Any:
     for _ in range(depth - 1):
         value = [value]
     return value
+
+
+FRAME = {
+    "file": "app/cart.py",
+    "lineno": 7,
+    "column": 13,
+    "function": "total",
+    "module": "shop.cart",
+    "own": True,
+    "pre_context": ["def total(cart):"],
+    "context_line": "    return cart.sum",
+    "post_context": [""],
+    "locals": {"cart": "None"},
+}
+EXCEPTIONS = [
+    {"exception_class": "E", "message": "outer", "frames": [FRAME, "a line", {"function": "f"}]},
+    {"exception_class": "F", "relation": "while_handling", "frames": [{"file": "b.py"}]},
+]
+
+
+def test_occurrence_keeps_its_exceptions() -> None:
+    one = parse(exceptions=EXCEPTIONS)
+    assert next(iter(one.exceptions))["frames"] == EXCEPTIONS[0]["frames"]
+    assert miniapm.to_payload(one)["exceptions"] == list(one.exceptions)
+    text = miniapm.dump_occurrence(one)
+    assert miniapm.load_occurrence(text, one.grouping_key).exceptions == one.exceptions
+    for nothing in (None, []):
+        assert parse(exceptions=nothing).exceptions == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ("x", "exceptions"),
+        ({}, "exceptions"),
+        (["x"], "exceptions[0]"),
+        ([{}], "exceptions[0].exception_class"),
+        ([{"exception_class": " "}], "exceptions[0].exception_class"),
+        ([EXCEPTIONS[0], {"exception_class": 3}], "exceptions[1].exception_class"),
+        ([{"exception_class": "E", "message": 3}], "exceptions[0].message"),
+        ([{"exception_class": "E", "relation": "x"}], "exceptions[0].relation"),
+        ([{"exception_class": "E", "relation": ["x"]}], "exceptions[0].relation"),
+        ([{"exception_class": "E", "frames": {}}], "exceptions[0].frames"),
+        ([{"exception_class": "E", "frames": [3]}], "exceptions[0].frames[0]"),
+        *(
+            (
+                [{"exception_class": "E", "frames": ["x", {name: value}]}],
+                f"exceptions[0].frames[1].{at}",
+            )
+            for name, value, at in (
+                *(
+                    (name, 3, name)
+                    for name in ("file", "function", "module", "context_line", "text")
+                ),
+                *(("lineno", value, "lineno") for value in ("7", -1, 2**31, 1.5, True)),
+                ("column", "7", "column"),
+                ("own", 1, "own"),
+                ("pre_context", "x", "pre_context"),
+                ("post_context", ["x", 3], "post_context[1]"),
+                ("locals", [], "locals"),
+            )
+        ),
+    ],
+)
+def test_exceptions_of_another_shape_are_refused_by_name(value: Any, field: str) -> None:
+    for plain in (None, json.dumps(report(exceptions=value))):
+        with pytest.raises(miniapm.BadRequest) as caught:
+            miniapm.parse_occurrence(report(exceptions=value), NOW_MS, plain=plain)
+        assert caught.value.field == field
+
+
+def test_exceptions_may_have_null_and_unknown_fields() -> None:
+    frame = dict.fromkeys(FRAME) | {"file": "a.py", "colour": "red"}
+    one = {"exception_class": "E", "message": None, "relation": None, "frames": [frame]}
+    (found,) = frames_of(parse(exceptions=[one, {"exception_class": "F", "frames": None}]))
+    assert (found.file, found.lineno, found.source) == ("a.py", None, None)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_exceptions_are_bounded_with_marks(is_plain: bool) -> None:
+    wide = FRAME | {
+        "locals": {f"v{n}": "1" for n in range(60)},
+        "pre_context": [f"before {n}" for n in range(40)],
+        "post_context": [f"after {n}" for n in range(40)],
+    }
+    small = {"exception_class": "E", "message": "m", "frames": [{"file": "a.py"}] * 12}
+    chain = [small | {"frames": [wide] * 60}, *[small] * 54]
+    said = report(exceptions=chain)
+    found = miniapm.parse_occurrence(said, NOW_MS, plain=json.dumps(said) if is_plain else None)
+    kept = found.exceptions
+    assert len(kept) == miniapm.MAX_EXCEPTIONS + 1
+    assert kept[-1] == {"exception_class": "…", "message": "[5 more cut]"}
+    first = kept[0]["frames"]
+    assert first[0]["pre_context"] == [f"before {n}" for n in range(30, 40)]
+    assert first[0]["post_context"] == [f"after {n}" for n in range(10)]
+    assert first[0]["locals"]["…"] == "[10 more cut]"
+    assert [len(frame["locals"]) for frame in first] == [51] * 50 + [1] * 10
+    assert first[50]["locals"] == {"…": "[source and variables cut]"}
+    frames = [frame for one in kept for frame in one.get("frames", ())]
+    assert sum(isinstance(frame, dict) for frame in frames) <= miniapm.MAX_BACKTRACE_LINES
+    assert "… [12 more frames cut]" in frames
+    assert len(parse(exceptions=list(kept)).exceptions) == len(kept)  # it may be sent again
+
+
+@pytest.mark.parametrize("size", [400, 2_000, 20_000])
+def test_causes_survive_what_is_cut_for_size(size: int) -> None:
+    deep = FRAME | {"locals": {f"v{n}": "x" * size for n in range(40)}, "file": "a" * size}
+    chain = [
+        {"frames": [deep] * 45, "message": "m" * size, "exception_class": "Outer"},
+        {"frames": [FRAME | {"file": "cause.py"}], "message": "why", "exception_class": "Cause"},
+    ]
+    found = parse(exceptions=chain)
+    assert len(miniapm.dump_occurrence(found)) < 3 * miniapm.MAX_EXCEPTIONS_CHARS
+    outer, cause = miniapm.chain_of(found)
+    assert (outer.exception_class, len(outer.frames)) == ("Outer", 45)
+    assert (cause.exception_class, cause.message, cause.frames[0].file) == (
+        "Cause",
+        "why",
+        "cause.py",
+    )
+    again = parse(exceptions=list(found.exceptions))
+    assert len(again.exceptions) == 2
+
+
+odd_frames = st.one_of(
+    st.text(max_size=20),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **{
+                name: st.text(max_size=12) | st.none()
+                for name in ("file", "function", "module", "text")
+            },
+            **{name: st.integers(0, 2**31 - 1) | st.none() for name in ("lineno", "column")},
+            "own": st.booleans() | st.none(),
+            "context_line": st.text(max_size=30) | st.none(),
+            "pre_context": st.lists(st.text(max_size=9), max_size=12) | st.none(),
+            "post_context": st.lists(st.text(max_size=9), max_size=12) | st.none(),
+            "locals": st.dictionaries(
+                st.text(max_size=9), st.text(max_size=9) | st.lists(st.none())
+            )
+            | st.none(),
+        },
+    ),
+)
+odd_chains = st.lists(
+    st.fixed_dictionaries(
+        {"exception_class": st.text(min_size=1, max_size=9).filter(str.strip)},
+        optional={
+            "message": st.text(max_size=9) | st.none(),
+            "relation": st.sampled_from([*miniapm.RELATIONS, None]),
+            "frames": st.lists(odd_frames, max_size=5) | st.none(),
+        },
+    ),
+    max_size=4,
+)
+
+
+@given(odd_chains)
+@settings(max_examples=300)
+def test_any_chain_is_kept_shown_and_taken_again(chain: list[dict[str, Any]]) -> None:
+    found = parse(exceptions=chain)
+    loaded = miniapm.load_occurrence(miniapm.dump_occurrence(found), found.grouping_key)
+    assert loaded.exceptions == found.exceptions
+    shown = miniapm.chain_of(found)
+    assert len(shown) == max(1, len(chain))
+    whole = miniapm.location_frame_of_chain(shown)
+    assert bool(miniapm.locate(found)) == bool(whole and (whole.place or whole.function))
+    again = parse(exceptions=miniapm.chain_json(shown), backtrace=[])
+    assert told(miniapm.chain_of(again))[0][1:] == told(shown)[0][1:]
+    assert "".join(miniapm._occurrence_markdown(found)) is not None
+
+
+def test_exceptions_hold_no_secrets() -> None:
+    key = ["-----BEGIN PRIVATE KEY-----", "MIIhunter2", "-----END PRIVATE KEY-----"]
+    clean_frame = FRAME | {"function": "clean"}
+    frame = FRAME | {
+        "locals": {"password": "hunter2", "deep": {"api_key": "hunter2"}, "n": "1"},
+        "pre_context": ["x", key[0]],
+        "context_line": key[1],
+        "post_context": [key[2], 'token = "hunter2"', "y"],
+    }
+    one = {"exception_class": "E", "message": "token=hunter2", "frames": [frame, clean_frame]}
+    occurrence = parse(exceptions=[one])
+    assert "hunter2" not in miniapm.dump_occurrence(occurrence)
+    dirty, clean = frames_of(occurrence)
+    assert dirty.source and dirty.locals
+    assert (dirty.source.pre_context[0], dirty.source.post_context[-1]) == ("x", "y")
+    assert len(dirty.source.post_context) == 3
+    assert dirty.locals["n"] == "1"
+    assert clean.locals == FRAME["locals"]
+
+
+def test_key_that_begins_far_above_the_failing_line_is_filtered() -> None:
+    body = [f"MIIhunter2{n:02}" for n in range(14)]
+    frame = FRAME | {"pre_context": ["-----BEGIN PRIVATE KEY-----", *body], "context_line": "x()"}
+    occurrence = parse(exceptions=[{"exception_class": "E", "frames": [frame]}])
+    assert "hunter2" not in miniapm.dump_occurrence(occurrence)
+
+
+def test_pairs_of_lines_and_frames_are_no_headers() -> None:
+    frame = FRAME | {"pre_context": ["    session = db.session()", "    user = session.get(7)"]}
+    lines = ["app/token.rb:1:in `x'", "app/user.rb:2:in `y'"]
+    chain = [{"exception_class": "E", "frames": [frame, frame | {"locals": {"password": "x"}}]}]
+    first, second = frames_of(parse(exceptions=chain))
+    assert first.source and second.source
+    assert first.source.pre_context == second.source.pre_context == tuple(frame["pre_context"])
+    chain = [{"exception_class": "token=x", "frames": lines}]
+    assert [one.text for one in frames_of(parse(exceptions=chain))] == lines
+
+
+def test_assembly_s_public_key_token_is_no_secret() -> None:
+    name = "Shop.Cart, Version=1.0.0.0, Culture=neutral, PublicKeyToken=b77a5c561934e089"
+    assert miniapm.scrub_text(f"Could not load '{name}'; token=x") == (
+        f"Could not load '{name}'; token=[FILTERED]"
+    )
 
 
 def test_nesting_is_refused_over_64_levels() -> None:
@@ -1113,49 +1357,208 @@ def test_huge_field_leaves_room_for_the_others() -> None:
     assert "more cut" in many["…"]
 
 
-# --- 5. Backtraces --------------------------------------------------------------------------------
+# --- 5. Stack traces ------------------------------------------------------------------------------
+
+TRACES = data_file("traces.json")
+
+
+@pytest.mark.parametrize("trace", TRACES, ids=lambda one: f"{one['language']}: {one['name']}")
+def test_trace_is_read(trace: dict[str, Any]) -> None:
+    occurrence = parse(backtrace=trace["backtrace"])
+    own = [f"{one.file}:{one.lineno}" for one in frames_of(occurrence) if one.file and one.is_own]
+    assert sorted(own) == sorted(trace["own"])
+    failed = miniapm.location_frame_of_chain(miniapm.chain_of(occurrence))
+    where = miniapm.locate(occurrence)
+    if not trace["location"]:
+        assert where == ""
+        return
+    assert failed
+    assert (f"{failed.file}:{failed.lineno}", failed.function or "") == (
+        trace["location"],
+        trace["function"],
+    )
+    assert where == " in ".join(filter(None, (trace["location"], trace["function"])))
 
 
 @pytest.mark.parametrize(
     ("line", "place", "is_own"),
     [
-        ("app/models/user.rb:42:in `save`", ("app/models/user.rb", 42, "save"), True),
-        ("app/a.rb:1:in 'User#save'", ("app/a.rb", 1, "User#save"), True),
-        ("from config.ru:5", ("config.ru", 5, None), True),
-        ("C:/app/x.rb:5:in `y'", ("C:/app/x.rb", 5, "y"), True),
-        ("/u/gems/rack-3/lib/rack.rb:7:in `call'", ("/u/gems/rack-3/lib/rack.rb", 7, "call"), 0),
-        ("<internal:kernel>:90:in `tap'", ("<internal:kernel>", 90, "tap"), False),
-        ('  File "app/x.py", line 3, in f', ("app/x.py", 3, "f"), True),
-        ('  File "app/x.py", line 3', ("app/x.py", 3, None), True),
-        ('  | File "app/x.py", line 3, in f', ("app/x.py", 3, "f"), True),
-        (
-            '  File "/v/lib/python3.11/json/a.py", line 3, in f',
-            ("/v/lib/python3.11/json/a.py", 3, "f"),
-            0,
-        ),
-        ('  File "/v/site-packages/a.py", line 3, in f', ("/v/site-packages/a.py", 3, "f"), False),
-        ('  File "<frozen runpy>", line 3, in f', ("<frozen runpy>", 3, "f"), False),
-        (r'File "C:\v\site-packages\a.py", line 3, in f', (r"C:\v\site-packages\a.py", 3, "f"), 0),
-        ("    at foo (/app/b.js:3:5)", ("/app/b.js", 3, "foo"), True),
-        ("    at async Cart.pay (file:///a/b.mjs:3:5)", ("file:///a/b.mjs", 3, "Cart.pay"), True),
-        ("    at new Foo (/app/(x)/y.js:1:2)", ("/app/(x)/y.js", 1, "new Foo"), True),
-        ("at /app/x.js:10:3", ("/app/x.js", 10, None), True),
-        ("    at f (/a/node_modules/x/y.js:1:2)", ("/a/node_modules/x/y.js", 1, "f"), False),
-        ("    at f (node:internal/x:1:2)", ("node:internal/x", 1, "f"), False),
-        ("f@http://h:3000/a.js:3:5", ("http://h:3000/a.js", 3, "f"), True),
-        ("@http://h/@x/a.js:3:5", ("http://h/@x/a.js", 3, None), True),
+        ("app/models/user.rb:42:in `save`", ("app/models/user.rb", 42, None, "save"), True),
+        ("from config.ru:5", ("config.ru", 5, None, None), True),
+        ("C:/app/x.rb:5:in `y'", ("C:/app/x.rb", 5, None, "y"), True),
+        ('  File "app/x.py", line 3', ("app/x.py", 3, None, None), True),
+        ('  | File "app/x.py", line 3, in f', ("app/x.py", 3, None, "f"), True),
+        ("    at foo (/app/b.js:3:5)", ("/app/b.js", 3, 5, "foo"), True),
+        ("    at new Foo (/app/(x)/y.js:1:2)", ("/app/(x)/y.js", 1, 2, "new Foo"), True),
+        ("at /app/x.js:10:3", ("/app/x.js", 10, 3, None), True),
+        ("f@http://h:3000/a.js:3:5", ("http://h:3000/a.js", 3, 5, "f"), True),
+        ("@http://h/@x/a.js:3:5", ("http://h/@x/a.js", 3, 5, None), True),
+        ("f@http://h/a.js line 3 > eval:1:7", ("http://h/a.js", 3, None, "f"), True),
+        ("f@http://h/a line b.js:1:7", ("http://h/a line b.js", 1, 7, "f"), True),
+        ("    at f (/my line 2/a.js:1:7)", ("/my line 2/a.js", 1, 7, "f"), True),
+        ("f@/my line b/a.js line 3 > eval:1:7", ("/my line b/a.js", 3, None, "f"), True),
         (
             "    at eval (eval at foo (http://h/a.js:1:2), <anonymous>:1:1)",
-            ("http://h/a.js", 1, "eval"),
+            ("http://h/a.js", 1, 2, "eval"),
             True,
+        ),
+        ("at A.B.c(X x) in <0123abcd>:0", ("<0123abcd>", 0, None, "A.B.c(X x)"), True),
+        (
+            '[shop.core$pay invokeStatic "core.clj" 12]',
+            ("core.clj", 12, None, "shop.core$pay invokeStatic"),
+            True,
+        ),
+        ("/a/b.js:7 [library]", ("/a/b.js", 7, None, None), False),
+    ],
+)
+def test_line_is_read(line: str, place: Any, is_own: bool) -> None:
+    (frame,) = frames_read(line)
+    assert (frame.file, frame.lineno, frame.column, frame.function) == place
+    assert frame.is_own == is_own
+    assert frame.text == line
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *("at x (x (x (", "at ", "in ", "' ", '" ', "@a:/", "#1 x (", " line ", ":1:in ", "{file,"),
+        *("at a line 1 ", "#0 ) at ", " in /a.php", "at (eval at ", "a.go:1 ", "1 0x0 + 1 (", "("),
+        *(
+            '[a b "',
+            *(" ", "\t", "-1", "/gems/-1", "': ", "#0 x. ", "#1 a (b:1", "0x0 "),
+            ":1",
+            ": in ",
+            "at a.pl line ",
+            'File "',
+            "at a(b) in x:",
+            "<",
+            "a/",
+            ".",
+            " > ",
         ),
     ],
 )
-def test_frame_is_read(line: str, place: Any, is_own: bool) -> None:
-    (frame,) = miniapm.parse_backtrace([line])
-    assert (frame.file, frame.lineno, frame.function) == place
-    assert frame.is_own == is_own
-    assert frame.text == line
+def test_hostile_line_costs_linear_time(part: str) -> None:
+    started = time.process_time()
+    for start in ("", "at ", "#1 ", "\tat a", "1: ", "@", "0 ", "/gems/", "a.rb:1:in `x'"):
+        line = (start + part * (100_000 // len(part)))[:100_000]
+        for end in ("", ":1:2)", "x.", " (E)", ".go:1"):
+            miniapm._read_frame(line + end)
+    parse(exceptions=[{"exception_class": "E", "frames": [line, {"file": line, "module": line}]}])
+    miniapm.chain_of(parse(backtrace=["x.rb:1:in `y'", *[line[:10_000] + " (E)"] * 20]))
+    assert time.process_time() - started < 8
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            [
+                "java.lang.A: top",
+                "\tat com.acme.X.a(X.java:1)",
+                "\tSuppressed: java.lang.S: close",
+                "\t\tat com.acme.X.s(X.java:2)",
+                "Caused by: com.acme.B: why: because",
+                "\tat com.acme.X.b(X.java:3)",
+                "\t... 1 more",
+            ],
+            [
+                ("", "E", "m", ["java.lang.A: top", "X.java:1 in com.acme.X.a"]),
+                ("suppressed", "java.lang.S", "close", ["X.java:2 in com.acme.X.s"]),
+                (
+                    "caused_by",
+                    "com.acme.B",
+                    "why: because",
+                    ["X.java:3 in com.acme.X.b", "... 1 more"],
+                ),
+            ],
+        ),
+        (
+            [
+                "Shop.E: outer ---> Shop.F: middle ---> System.G: inner",
+                "   at Shop.A.F() in /src/A.cs:line 1",
+                "   --- End of inner exception stack trace ---",
+                "   at Shop.A.M() in /src/A.cs:line 2",
+                "   --- End of inner exception stack trace ---",
+                "   at Shop.A.O() in /src/A.cs:line 3",
+            ],
+            [
+                ("", "E", "m", ["/src/A.cs:3 in Shop.A.O()"]),
+                ("caused_by", "Shop.F", "middle", ["/src/A.cs:2 in Shop.A.M()"]),
+                ("caused_by", "System.G", "inner", ["/src/A.cs:1 in Shop.A.F()"]),
+            ],
+        ),
+        (
+            [
+                "Exception: inner in /srv/a.php:3",
+                "#0 /srv/b.php(5): f()",
+                "#1 {main}",
+                "",
+                "Next RuntimeException: outer in /srv/c.php:7",
+                "#0 {main}",
+            ],
+            [
+                ("", "E", "m", ["/srv/c.php:7", "#0 {main}"]),
+                (
+                    "caused_by",
+                    "Exception",
+                    "inner",
+                    ["/srv/a.php:3", "/srv/b.php:5 in f", "#1 {main}"],
+                ),
+            ],
+        ),
+        (
+            [
+                "a.rb:1:in `x': outer (Shop::E)",
+                "\tfrom a.rb:2:in `y'",
+                "b.rb:3:in `z': inner (KeyError)",
+            ],
+            [
+                ("", "E", "m", ["a.rb:1 in x", "a.rb:2 in y"]),
+                ("caused_by", "KeyError", "inner", ["b.rb:3 in z"]),
+            ],
+        ),
+        (
+            [
+                "AggregateError: all failed",
+                "    at any (/a.js:1:2) {",
+                "  [errors]: [",
+                "    TypeError: one",
+                "        at one (/a.js:3:4),",
+                "    RangeError: two",
+                "        at two (/a.js:5:6)",
+                "  ],",
+                "  [cause]: Error: why",
+                "      at why (/a.js:7:8)",
+                "}",
+            ],
+            [
+                ("", "E", "m", ["AggregateError: all failed", "/a.js:1:2 in any"]),
+                ("one_of", "TypeError", "one", ["/a.js:3:4 in one"]),
+                ("one_of", "RangeError", "two", ["/a.js:5:6 in two"]),
+                ("caused_by", "Error", "why", ["/a.js:7:8 in why"]),
+            ],
+        ),
+        (
+            [
+                "m at A.pm line 3.",
+                "\tA::f(1) called at b.pl line 5",
+                "\teval {...} called at b.pl line 6",
+            ],
+            [("", "E", "m", ["A.pm:3 in A::f", "b.pl:5 in eval", "b.pl:6"])],
+        ),
+    ],
+    ids=["java", ".net", "php", "ruby", "javascript", "perl"],
+)
+def test_chain_is_read_in_its_order(lines: list[str], expected: Any) -> None:
+    occurrence = parse(exception_class="E", message="m", backtrace=lines)
+    assert told(miniapm.chain_of(occurrence)) == expected
+    first = next(
+        text
+        for text in expected[0][3]
+        if ":" in text and "Error" not in text and "java.lang" not in text
+    )
+    assert first.startswith(miniapm.locate(occurrence).partition(" in ")[0])
 
 
 @pytest.mark.parametrize(
@@ -1167,10 +1570,12 @@ def test_frame_is_read(line: str, place: Any, is_own: bool) -> None:
         "x",
         "# a:1",
         "me@h.example:80",
+        "Caused by: something that nobody understood",
     ],
 )
 def test_line_that_is_no_frame_stays_as_it_is(line: str) -> None:
-    assert miniapm.parse_backtrace([line]) == (miniapm.Frame(line),)
+    found = parse(exception_class="Other", backtrace=[line])
+    assert frames_of(found) == [miniapm.Frame(line)]
 
 
 def failing(text: str) -> Any:
@@ -1191,13 +1596,46 @@ def raised(*, chained: bool) -> BaseException:
 
 @pytest.mark.parametrize("split", [False, True], ids=["as format_exception", "as lines"])
 def test_python_traceback_is_read_with_its_code(split: bool) -> None:
-    lines = traceback.format_exception(raised(chained=False))
-    frames = miniapm.parse_backtrace("".join(lines).split("\n") if split else lines)
-    own = [frame for frame in frames if frame.is_own]
-    assert [frame.function for frame in own] == ["raised", "failing"]
-    assert [frame.code for frame in own] == ['failing("{bad")', "return json.loads(text)"]
-    assert not any("^" in frame.text for frame in frames)
-    assert frames[-1].text.startswith("json.decoder.JSONDecodeError: ")
+    error = raised(chained=False)
+    lines = traceback.format_exception(error)
+    lines = "".join(lines).split("\n") if split else lines
+    found = parse(exception_class="JSONDecodeError", message=str(error), backtrace=lines)
+    own = [frame for frame in frames_of(found) if frame.is_own]
+    assert [frame.function for frame in own] == ["failing", "raised"]
+    sources = [frame.source.context_line for frame in own if frame.source]
+    assert sources == ["return json.loads(text)", 'failing("{bad")']
+    assert all(frame.is_call for frame in frames_of(found))
+
+
+def grouped() -> BaseException:
+    members = [raised(chained=True), ExceptionGroup("inner", [TypeError("three")])]
+    try:
+        try:
+            failing("{bad")
+        except ValueError as error:
+            raise ExceptionGroup("many", members) from error
+    except ExceptionGroup as error:
+        error.add_note("a note")
+        return error
+    raise AssertionError
+
+
+def test_python_group_is_read_with_its_exceptions() -> None:
+    error = grouped()
+    lines = traceback.format_exception(error)
+    expected = [
+        ("", "ExceptionGroup", str(error)),
+        ("one_of", "KeyError", "'outer'"),
+        ("caused_by", "json.decoder.JSONDecodeError"),
+        ("one_of", "ExceptionGroup", "inner (1 sub-exception)"),
+        ("one_of", "TypeError", "three"),
+        ("caused_by", "json.decoder.JSONDecodeError"),
+    ]
+    found = parse(exception_class="ExceptionGroup", message=str(error), backtrace=lines)
+    chain = told(miniapm.chain_of(found))
+    assert [one[: len(same)] for one, same in zip(chain, expected, strict=True)] == expected
+    assert chain[0][3][0].endswith("in grouped")
+    assert miniapm.locate(found).endswith(" in grouped")
 
 
 backtrace_lines = st.lists(
@@ -1206,7 +1644,25 @@ backtrace_lines = st.lists(
             *("app/a.rb:1:in `x'", "/g/gems/x/b.rb:2:in `y'", "words", "", "  own code()"),
             *("    at f (/app/x.js:1:2)", "    at g (/x/node_modules/y.js:3:4)"),
             *('  File "/app/z.py", line 5, in h', '  File "/l/site-packages/z.py", line 6, in i'),
-            "a/b.go:7:in c [library]",
+            *(
+                "a/b.go:7:in c [library]",
+                "main.f()",
+                "\t/srv/a.go:3 +0x1",
+                "\t/go/src/runtime/p.go:1",
+            ),
+            *("panic({0x1})", "\t/usr/local/go/src/runtime/panic.go:5", "goroutine 7 [running]:"),
+            *(
+                "Caused by: a.B: c",
+                "\tat a.b.C.d(C.java:5)",
+                "\tat java.base/java.util.A.b(A.java:6)",
+            ),
+            "The above exception was the direct cause of the following exception:",
+            *("   --- End of inner exception stack trace ---", "   at A.B.C() in /a.cs:line 3"),
+            *("Next E: x in /srv/a.php:3", "#0 /srv/vendor/a.php(3): f()", "x at A.pm line 5."),
+            *(
+                "  +-+---------------- 1 ----------------",
+                "    +------------------------------------",
+            ),
         ]
     ),
     max_size=6,
@@ -1214,75 +1670,126 @@ backtrace_lines = st.lists(
 
 
 @given(backtrace_lines)
-def test_top_frame_is_the_one_that_the_whole_backtrace_tells(lines: list[str]) -> None:
-    located = [frame for line in lines if (frame := miniapm._frame(line)).file]
-    if located and located[0].language == "python":
-        located = [frame for frame in located if frame.language == "python"][::-1]
-    own = [frame for frame in located if frame.is_own]
-    expected = (own or located or [None])[0]
-    found = miniapm.top_frame(["\n".join(lines)])
-    shown = [(one.file, one.lineno, one.is_own) if one else None for one in (found, expected)]
-    assert shown[0] == shown[1]
+def test_location_is_the_one_that_the_whole_chain_tells(lines: list[str]) -> None:
+    for backtrace in (lines, ["\n".join(lines)]):
+        occurrence = parse(backtrace=backtrace)
+        whole = miniapm.location_frame_of_chain(miniapm.chain_of(occurrence))
+        found = miniapm.location_frame_of_lines(occurrence.backtrace)
+        shown = [(one.file, one.lineno, one.is_own) if one else None for one in (found, whole)]
+        assert shown[0] == shown[1]
 
 
 def test_mark_of_a_python_frame_is_seen() -> None:
     lines = ['File "/app/a.py", line 1, in f', 'File "/app/lib/b.py", line 2, in g [library]']
-    top = miniapm.top_frame(lines)
+    top = miniapm.location_frame_of_lines(lines)
     assert top
     assert (top.file, top.function) == ("/app/a.py", "f")
 
 
 def test_top_frame_of_python_is_the_last_own_one() -> None:
-    top = miniapm.top_frame(traceback.format_exception(raised(chained=0)))
+    top = miniapm.location_frame_of_lines(traceback.format_exception(raised(chained=0)))
     assert top is not None
     assert top.function == "failing"
 
 
 def test_top_frame_of_a_chain_is_in_the_exception_itself() -> None:
     lines = traceback.format_exception(raised(chained=True))
-    top = miniapm.top_frame(lines)
+    top = miniapm.location_frame_of_lines(lines)
     assert top is not None
     assert top.function == "raised"
 
 
-def test_top_frame_of_ruby_is_the_first_own_one() -> None:
-    lines = ["/g/gems/x/a.rb:1:in `a'", "app/b.rb:2:in `b'", "app/c.rb:3:in `c'"]
-    assert miniapm.locate(parse(backtrace=lines)) == "app/b.rb:2 in b"
-
-
-def test_top_frame_is_a_library_one_where_there_is_no_other() -> None:
-    assert miniapm.locate(parse(backtrace=["/g/gems/x/a.rb:1:in `a'"])) == "/g/gems/x/a.rb:1 in a"
-
-
 def test_location_without_frames_is_the_source_context_s() -> None:
     assert miniapm.locate(parse(backtrace=["?"], source_context=CONTEXT)) == "app/models/user.rb:42"
+    library = ["/g/gems/x-1.0/a.rb:1:in `a'"]
+    assert (
+        miniapm.locate(parse(backtrace=library, source_context=CONTEXT)) == "app/models/user.rb:42"
+    )
+    assert miniapm.locate(parse(backtrace=library)) == f"{library[0].partition(':in')[0]} in a"
     assert miniapm.locate(parse(backtrace=["?"])) == ""
 
 
+@pytest.mark.parametrize(
+    ("lines", "position"),
+    [
+        (["app/a.rb:1:in `x'", "/srv/app/models/user.rb:42:in `save'"], 1),
+        (["app/models/user.rb:7:in `x'", "app/models/user.rb:42:in `save'"], 1),
+        (["app/models/user.rb:7:in `x'", "lib/models/user.rb:42:in `save'"], 0),
+        (["app/a.rb:1:in `x'"], 1),
+        (["app/a.rb:1:in `x'", "Caused by: B: c", "app/models/user.rb:42:in `y'"], 1),
+        ([], 0),
+    ],
+)
+def test_source_context_is_shown_with_its_frame(lines: list[str], position: int) -> None:
+    frames = frames_of(parse(backtrace=lines, source_context=CONTEXT))
+    found = parse(backtrace=lines, source_context=CONTEXT)
+    failed = miniapm.location_frame_of_chain(miniapm.chain_of(found))
+    assert failed
+    assert miniapm.locate(found).startswith(f"{failed.file}:{failed.lineno}")
+    sources = [frame.source for frame in frames]
+    assert sources[position] == parse(source_context=CONTEXT).source_context
+    assert sources.count(None) == len(frames) - 1
+
+
 def test_backtrace_of_lines_that_hold_lines_is_bounded() -> None:
-    frames = miniapm.parse_backtrace(["a.rb:1\n" * 5_000] * 100)
+    frames = frames_read(*["a.rb:1\n" * 5_000] * 100)
     assert len(frames) == miniapm.MAX_FRAMES + 1
     assert frames[miniapm.MAX_FRAMES // 2].text.endswith("more lines cut]")
 
 
 @given(st.lists(st.text()))
 def test_any_lines_are_parsed(lines: list[str]) -> None:
-    for frame in miniapm.parse_backtrace(lines):
-        assert frame.file is None or frame.lineno is not None
+    for frame in frames_read(*lines):
+        assert frame.text or frame.is_call
 
 
 def test_reporter_s_mark_beats_the_path() -> None:
-    lines = ["lib/core.go:5:in Run [library]", "vendor/gems/mine.rb:6:in x [own]", "a.rb:7:in `y'"]
-    frames = miniapm.parse_backtrace(lines)
+    frames = frames_read(
+        "lib/core.go:5:in Run [library]", "vendor/gems/mine.rb:6:in x [own]", "a.rb:7:in `y'"
+    )
     assert [(f.file, f.lineno, f.function, f.is_own) for f in frames] == [
         ("lib/core.go", 5, "Run", False),
         ("vendor/gems/mine.rb", 6, "x", True),
         ("a.rb", 7, "y", True),
     ]
-    assert miniapm.parse_backtrace(["Boom [own]"])[0].file is None
+    assert frames_read("Boom [own]")[0].file is None
 
 
-# --- 6. Sentry ------------------------------------------------------------------------------------
+def test_frames_of_exceptions_say_whose_they_are_or_their_path_does() -> None:
+    frames = frames_of(
+        parse(
+            exceptions=[
+                {
+                    "exception_class": "E",
+                    "frames": [
+                        {"file": "/x/site-packages/a.py", "lineno": 1},
+                        {"file": "b.py", "lineno": 2, "own": False},
+                        {"file": "/x/site-packages/c.py", "lineno": 3, "own": True},
+                        {"function": "java.util.List.get"},
+                        {"function": "com.acme.Cart.total"},
+                        {"text": "…"},
+                    ],
+                }
+            ]
+        )
+    )
+    assert [frame.is_own for frame in frames] == [False, False, True, False, True, False]
+    assert not frames[-1].is_call
+
+
+PAIRS = data_file("pairs.json")
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair["kind"])
+def test_fingerprints_join_one_bug_and_part_two(pair: dict[str, Any]) -> None:
+    one, other = (
+        miniapm.fingerprint_of(name, message, (file, function) if file or function else None)
+        for name, message, file, function in (pair["one"], pair["other"])
+    )
+    assert (one == other) == pair["same"], (one, other)
+
+
+# --- 6. Sentry# --- 6. Sentry ------------------------------------------------------------------------------------
 
 
 def frame(
@@ -1450,19 +1957,48 @@ def test_any_event_becomes_an_occurrence(said: dict[str, Any]) -> None:
     assert miniapm.parse_occurrence(miniapm.to_payload(occurrence), NOW_MS).message is not None
 
 
+EVENTS = data_file("events.json")
+
+
+@pytest.mark.parametrize("number", range(len(EVENTS)), ids=lambda n: EVENTS[n]["name"])
+def test_event_of_an_sdk_is_read(client: Client, number: int) -> None:
+    said, expected = EVENTS[number]["event"], EVENTS[number]["expect"]
+    occurrence = miniapm.occurrence_from_sentry(said, NOW_MS)
+    assert occurrence.exception_class == expected.get("class", occurrence.exception_class)
+    assert occurrence.message == expected.get("message", occurrence.message)
+    assert expected.get("location", "") in miniapm.locate(occurrence)
+
+    def is_named(function: str | None, name: str) -> bool:
+        return function == name or bool(function and function.endswith(f".{name}"))
+
+    own = [frame.function for frame in frames_of(occurrence) if frame.is_call and frame.is_own]
+    if "own" in expected:
+        assert len(own) == len(expected["own"]), own
+        assert all(map(is_named, own, expected["own"])), own
+    for name in set(expected.get("library", [])) - set(expected.get("own", [])):
+        assert not any(is_named(function, name) for function in own), name
+    for field, is_same in (("fingerprint_same_as", True), ("fingerprint_differs_from", False)):
+        if field in expected:
+            other = miniapm.occurrence_from_sentry(EVENTS[expected[field]]["event"], NOW_MS)
+            assert (occurrence.fingerprint == other.fingerprint) == is_same
+    answer = sentry_post(client, envelope(said))
+    assert answer.status == 200
+    page = client.get("/errors/1").text.partition('<details class="raw">')[0]
+    text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", page)).split())
+    for part in expected.get("page_has", ()):
+        assert " ".join(part.split()) in text
+
+
 def test_event_is_the_last_exception_with_its_whole_chain() -> None:
     occurrence = translate(
         exception("KeyError", "'a'", frame("db.py", 3, "load"), frame("db.py", 9, "get")),
         exception("ValueError", "bad\ncart", frame("app.py", 1, "main"), frame("app.py", 7, "buy")),
     )
     assert (occurrence.exception_class, occurrence.message) == ("ValueError", "bad\ncart")
-    assert occurrence.backtrace == (
-        "app.py:7:in buy",
-        "app.py:1:in main",
-        "Caused by: KeyError: 'a'",
-        "db.py:9:in get",
-        "db.py:3:in load",
-    )
+    assert told(miniapm.chain_of(occurrence)) == [
+        ("", "ValueError", "bad\ncart", ["app.py:7 in buy", "app.py:1 in main"]),
+        ("caused_by", "KeyError", "'a'", ["db.py:9 in get", "db.py:3 in load"]),
+    ]
     assert occurrence.event_id == EVENT_ID
     assert miniapm.locate(occurrence) == "app.py:7 in buy"
     assert occurrence.fingerprint == "ValueError|app.py:buy|bad cart"
@@ -1470,11 +2006,17 @@ def test_event_is_the_last_exception_with_its_whole_chain() -> None:
 
 def test_event_says_how_exceptions_hang_together() -> None:
     occurrence = translate(
+        exception("S", "close", type="suppressed"),
         exception("A", "1", source="exceptions[0]"),
         exception("B", "2", source="__context__"),
         exception("ExceptionGroup", "many", frame("app.py", 7, "buy")),
     )
-    assert occurrence.backtrace == ("app.py:7:in buy", "While handling: B: 2", "One of these: A: 1")
+    assert [(relation, name) for relation, name, *_ in told(miniapm.chain_of(occurrence))] == [
+        ("", "ExceptionGroup"),
+        ("while_handling", "B"),
+        ("one_of", "A"),
+        ("suppressed", "S"),
+    ]
 
 
 def test_event_s_in_app_beats_the_path() -> None:
@@ -1482,34 +2024,35 @@ def test_event_s_in_app_beats_the_path() -> None:
         exception(
             "E",
             "",
-            frame("vendor/gems/shop/cart.rb", 5, "mine", in_app=True),
+            frame("vendor/gems/shop-1.0/cart.rb", 5, "mine", in_app=True),
             frame("flask/app.py", 9, "dispatch", in_app=False),
-            frame("pay.py", 2, "pay", abs_path="/x/site-packages/pay.py"),
+            frame("pay.py", 2, "pay"),
         )
     )
-    assert occurrence.backtrace == (
-        "pay.py:2:in pay [library]",
-        "flask/app.py:9:in dispatch [library]",
-        "vendor/gems/shop/cart.rb:5:in mine [own]",
-    )
-    assert [f.is_own for f in miniapm.parse_backtrace(occurrence.backtrace)] == [False, False, True]
-    assert miniapm.locate(occurrence) == "vendor/gems/shop/cart.rb:5 in mine"
+    assert [frame.is_own for frame in frames_of(occurrence)] == [False, False, True]
+    assert miniapm.locate(occurrence) == "vendor/gems/shop-1.0/cart.rb:5 in mine"
     assert occurrence.fingerprint == "E|vendor/gems/shop/cart.rb:mine|"
 
 
-def test_event_s_source_and_locals_are_of_the_newest_own_frame() -> None:
+def test_event_s_frames_keep_source_locals_and_column() -> None:
     source = {"context_line": "boom()", "pre_context": ["def f():"], "post_context": [""]}
     occurrence = translate(
+        exception("C", "c", frame("b.py", 2, "cause", in_app=True, vars={"why": "9"}, **source)),
         exception(
             "E",
             "m",
-            frame("a.py", 4, "f", in_app=True, vars={"n": "3", "__name__": "x"}, **source),
-            frame("lib.py", 9, "g", in_app=False, vars={"x": "1"}, context_line="no"),
-        )
+            frame("a.py", "4", "f", in_app=True, vars={"n": "3", "__name__": "x"}, **source),
+            frame("lib.py", 9.0, "g", in_app=False, colno="7", vars={"x": "1"}, context_line="no"),
+        ),
     )
-    context = miniapm.SourceContext("a.py", 4, "boom()", ("def f():",), ("",))
-    assert occurrence.source_context == context
-    assert occurrence.extra["locals"] == {"n": "3"}
+    library, own, cause = frames_of(occurrence)
+    assert own.source == miniapm.SourceContext("a.py", 4, "boom()", ("def f():",), ("",))
+    assert (own.locals, cause.locals) == ({"n": "3"}, {"why": "9"})
+    assert cause.source == miniapm.SourceContext("b.py", 2, "boom()", ("def f():",), ("",))
+    assert (library.lineno, library.column, library.locals) == (9, 7, {"x": "1"})
+    for odd in ("x", -1, 2**40, None, [], "1e999", True):
+        (found,) = frames_of(translate(exception("E", "m", frame("a.py", odd, "f"))))  # type: ignore[arg-type]
+        assert found.lineno in (None, 1)
 
 
 def test_event_without_an_exception_is_a_message() -> None:
@@ -1528,16 +2071,182 @@ def test_event_without_an_exception_is_a_message() -> None:
         ),
         (event(logentry=entry, logger="shop"), ("shop", "lost x", (), "shop|lost %s")),
         (event(message={"message": "plain"}), ("Message", "plain", (), "Message|plain")),
+        (event(logentry="as text"), ("Message", "as text", (), "Message|as text")),
+        (event(logentry={}, message="beside"), ("Message", "beside", (), "Message|beside")),
+        (event(logentry={"message": ""}, message="b"), ("Message", "b", (), "Message|b")),
         (event({"value": "no type"}), ("Error", "no type", (), "Error|no type")),
         (event(), ("Message", "", (), "Message|")),
     ):
         found = miniapm.occurrence_from_sentry(said, NOW_MS)
-        shown = (found.exception_class, found.message, found.backtrace, found.fingerprint)
-        assert shown == expected
+        places = tuple(f"{one.file}:{one.lineno}:in {one.function}" for one in frames_of(found))
+        assert (found.exception_class, found.message, places, found.fingerprint) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "params", "message"),
+    [
+        ("no %s for %d in {}", ["x", 5, "y"], "no x for 5 in y"),
+        ("%s of %d is %s", ["x"], "x of %d is %s"),
+        ("{0} is {1}, {0}", ["a", "b"], "a is b, a"),
+        ("{name} has {count:d}", {"name": "ann", "count": 3}, "ann has 3"),
+        ("%(name)s has %(count)05d", {"name": "ann", "count": 3}, "ann has 3"),
+        ("{missing} and %(gone)s", {"x": 1}, "{missing} and %(gone)s"),
+        ("{7}", ["a"], "{7}"),
+        ("100 % of {", ["a"], "100 % of {"),
+        ("50%% of %d", [3], "50% of 3"),
+        ("{" + "1" * 5_000 + "}", ["a"], "{" + "1" * 5_000 + "}"),
+    ],
+)
+def test_event_s_template_is_filled(template: str, params: Any, message: str) -> None:
+    occurrence = translate(logentry={"message": template, "params": params})
+    assert occurrence.message == message
+    assert occurrence.fingerprint == miniapm.fingerprint_of("Message", template)
+
+
+def test_event_s_templates_are_bounded() -> None:
+    entry = {"message": "{0}" * 100_000, "params": ["x" * 500_000]}
+    variables = ["{{message}}" * 3_000] * 20
+    for said in ({"logentry": entry}, {"message": "x" * 100_000, "fingerprint": variables}):
+        tracemalloc.start()
+        miniapm.occurrence_from_sentry(said, NOW_MS)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 64 * 2**20
+
+
+def test_event_s_frame_may_have_a_module_only() -> None:
+    assert translate(exception("E", "m", {"module": "x.py"})).exceptions
+    assert miniapm.locate(
+        parse(exceptions=[{"exception_class": "A", "frames": [{"module": "x.py"}]}])
+    )
+
+
+def test_event_s_thread_is_the_one_in_which_it_was_raised() -> None:
+    def thread(function: str, **more: Any) -> dict[str, Any]:
+        return {"stacktrace": {"frames": [frame("a.c", 1, function)]}} | more
+
+    bare = {"stacktrace": {"frames": []}, "crashed": True}
+    for threads, error, expected in (
+        ([thread("only")], {}, "only"),
+        ([thread("one"), thread("two")], {}, None),
+        ([thread("one", id=1), thread("two", id="2", main=True)], {}, "two"),
+        ([thread("one", main=True), thread("two", current=True)], {}, "two"),
+        ([thread("one", current=True), thread("two", crashed=True)], {}, "two"),
+        ([thread("one", crashed=True), thread("two", id="7")], {"thread_id": 7}, "two"),
+        ([bare, thread("two", current=True)], {}, "two"),
+    ):
+        said = event({"type": "SIGSEGV", "value": "x"} | error, threads={"values": threads})
+        found = [one.function for one in frames_of(miniapm.occurrence_from_sentry(said, NOW_MS))]
+        assert found == ([expected] if expected else [])
+
+
+def test_event_s_shapes_of_few_sdks_are_read() -> None:
+    error = exception("E", "m", frame("a.pl", 4, "f"))
+    alone = miniapm.occurrence_from_sentry({"exception": error}, NOW_MS)
+    assert (alone.exception_class, miniapm.locate(alone)) == ("E", "a.pl:4 in f")
+    signal_meta = {"signal": {"number": 11, "name": "SIGSEGV"}}
+    said = translate(
+        exception(
+            "E", "m", frame("", 0, "total", module="shop.cart"), type="signal", meta=signal_meta
+        ),
+        request={
+            "headers": {"X-Request-Id": ["a", "b"], "Accept": ["*/*"]},
+            "cookies": "a=hunter2",
+        },
+    )
+    assert said.extra["mechanism"] == {"type": "signal", "meta": signal_meta}
+    assert said.request_id == "a, b"
+    assert said.extra["request"] == {
+        "headers": {"X-Request-Id": "a, b", "Accept": "*/*"},
+        "cookies": "[FILTERED]",
+    }
+    assert miniapm.locate(said) == "shop.cart in total"
+    gap = {"abs_path": "<asynchronous suspension>"}
+    dart = translate(exception("E", "m", frame("a.dart", 1, "f"), gap, frame("b.dart", 2, "g")))
+    assert [one.text for one in frames_of(dart)] == ["", "<asynchronous suspension>", ""]
+    package = "Shop.Cart, Version=1.2.3.4, Culture=neutral, PublicKeyToken=b77a5c561934e089"
+    (net,) = frames_of(
+        translate(exception("E", "m", frame("", 0, "Total", package=package)), platform="csharp")
+    )
+    assert (net.file, net.function) == ("Shop.Cart", "Total")
+
+
+def test_native_addresses_are_told_from_where_their_binary_lies() -> None:
+    def of(address: Any, image: Any) -> miniapm.Occurrence:
+        native = {"package": "/app/shop", "instruction_addr": address, "image_addr": image}
+        return translate(exception("SIGSEGV", "m", native))
+
+    assert of("0x5010", "0x5000").fingerprint == of("0x9010", "0x9000").fingerprint
+    assert of("0x5010", "0x5000").fingerprint != of("0x5020", "0x5000").fingerprint
+    assert of("0x5010", None).fingerprint == of("0x9010", None).fingerprint
+    assert of(20496, 20480).fingerprint == of("0x5010", "0x5000").fingerprint
+    assert of("nowhere", "0x5000").fingerprint
+
+
+def test_own_frames_are_what_the_sdk_can_know() -> None:
+    def own(*frames: dict[str, Any], **more: Any) -> list[str | None]:
+        found = frames_of(translate(exception("E", "m", *frames[::-1]), **more))
+        return [one.function for one in found if one.is_own]
+
+    none = (
+        frame("lib/shop/cart.ex", 3, "Shop.Cart.total/1", False, module="Elixir.Shop.Cart"),
+        frame("lib/enum.ex", 3, "Enum.map/2", False, module="Elixir.Enum"),
+    )
+    assert own(*none) == ["Shop.Cart.total/1"]
+    go = (
+        frame("shop/cart.go", 3, "Total", False, module="shop/cart"),
+        frame("net/http/server.go", 3, "serve", False, module="net/http"),
+    )
+    assert own(*go) == ["Total"]
+    java = (
+        frame("Cart.java", 3, "total", True, module="com.acme.Cart"),
+        frame("Util.java", 3, "help", module="com.acme.lib.Util"),
+    )
+    assert own(*java, platform="java") == ["com.acme.Cart.total"]
+    rust = [
+        {"function": name, "package": "/app/shop", "in_app": True}
+        for name in (
+            *("std::panicking::begin_panic", "core::ops::FnOnce::call_once", "shop::pay"),
+            *("<alloc::vec::Vec<T> as core::ops::Index>::index", "sentry_panic::panic_handler"),
+        )
+    ]
+    assert own(*rust) == ["shop::pay"]
+
+
+def test_event_without_own_frames_is_located_beyond_sdk_and_language() -> None:
+    frames = [
+        frame(
+            "requests/api.py",
+            3,
+            "get",
+            False,
+            module="requests.api",
+            abs_path="/site-packages/requests/api.py",
+        ),
+        frame(
+            "json/decoder.py",
+            5,
+            "decode",
+            False,
+            module="json.decoder",
+            abs_path="/usr/lib/python3.11/json/decoder.py",
+        ),
+        frame(
+            "sentry_sdk/utils.py",
+            9,
+            "reraise",
+            False,
+            module="sentry_sdk.utils",
+            abs_path="/site-packages/sentry_sdk/utils.py",
+        ),
+    ]
+    assert miniapm.locate(translate(exception("E", "m", *frames))) == "requests/api.py:3 in get"
+    only = translate(exception("E", "m", frames[-1]))
+    assert miniapm.locate(only) == "sentry_sdk/utils.py:9 in reraise"
 
 
 def test_event_s_fingerprint_is_honoured() -> None:
-    error = exception("E", "order 7", frame("a.py", 4, "f"))
+    error = exception("E", "order 7", frame("a.py", 4, "f", module="shop"))
     default = "E|a.py:f|order <number>"
     for said, expected in (
         (None, default),
@@ -1547,8 +2256,17 @@ def test_event_s_fingerprint_is_honoured() -> None:
         (["{{default}}", "eu"], default + "|eu"),
         (["checkout", 7], "checkout|7"),
         (["a|b"], r"a\|b"),
+        (["{{ type }}", "{{error.type}}"], "E|E"),
+        (["{{ value }}", "{{ error.value }}", "{{ message }}"], "order 7|order 7|order 7"),
+        (["{{ function }}", "{{stack.function}}"], "f|f"),
+        (["{{ module }}", "{{ stack.module }}"], "shop|shop"),
+        (["{{ package }}", "{{ stack.package }}"], "a.py|a.py"),
+        (["{{ level }}-{{ logger }}", "{{ transaction }}"], "fatal-db|/buy"),
+        (["x {{ tags.region }} y", "{{ tags.other }}"], "x eu y|{{ tags.other }}"),
+        (["{{ unknown }}", "{{ default }} x"], "{{ unknown }}|{{ default }} x"),
     ):
-        assert translate(error, fingerprint=said).fingerprint == expected
+        more = {"level": "fatal", "logger": "db", "transaction": "/buy", "tags": {"region": "eu"}}
+        assert translate(error, fingerprint=said, **more).fingerprint == expected, said
 
 
 def test_event_s_default_fingerprint_knows_no_host_or_query() -> None:
@@ -1670,12 +2388,12 @@ def test_frames_of_java_and_without_a_line_are_readable() -> None:
         ),
         platform="java",
     )
-    assert occurrence.backtrace == (
-        "x. (unknown file)",
-        "/app/x.js:3:in Object.<anonymous>",
-        "native:0:in run",
-        "Cart.java:7:in com.shop.Cart.buy",
-    )
+    assert told(miniapm.chain_of(occurrence))[0][3] == [
+        "x",
+        "/app/x.js:3 in Object.<anonymous>",
+        "native in run",
+        "Cart.java:7 in com.shop.Cart.buy",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -1688,23 +2406,24 @@ def test_frames_of_java_and_without_a_line_are_readable() -> None:
         (True, {"abs_path": "/root/go/pkg/mod/github.com/x/y@v1/z.go"}, False),
         (True, {"abs_path": "/rustc/abc/library/core/src/option.rs"}, False),
         (True, {"abs_path": "/usr/lib/python3/dist-packages/mine/x.py"}, True),
+        (None, {"abs_path": "/usr/lib/python3/dist-packages/mine/x.py"}, False),
     ],
 )
 def test_frame_is_own_as_far_as_the_sdk_can_know(
     claimed: bool | None, more: dict[str, Any], is_own: bool
 ) -> None:
     one = frame("x.go", 5, "f", claimed) | more
-    found = miniapm.parse_backtrace(translate(exception("E", "m", one)).backtrace)
+    found = frames_of(translate(exception("E", "m", one)))
     assert [frame.is_own for frame in found] == [is_own]
 
 
 def test_frame_without_a_line_is_located_by_what_is_known() -> None:
     rust = {"function": "x::pay", "package": "/app/x", "in_app": True, "instruction_addr": "0x5"}
     occurrence = translate(exception("E", "m", rust, frame("libc.h", 58, "main", in_app=False)))
-    assert occurrence.backtrace == ("libc.h:58:in main [library]", "/app/x:0:in x::pay")
+    assert told(miniapm.chain_of(occurrence))[0][3] == ["libc.h:58 in main", "/app/x in x::pay"]
     assert miniapm.locate(occurrence) == "/app/x in x::pay"
     stripped = translate(exception("E", "'m'", {"instruction_addr": "0x5"}))
-    assert stripped.backtrace == ("0x5 (unknown file)",)
+    assert told(miniapm.chain_of(stripped))[0][3] == ["0x5"]
     assert stripped.fingerprint == "E|'m'"
 
 
@@ -1727,19 +2446,6 @@ def test_events_of_old_sdks_are_read() -> None:
     assert occurrence.extra["request"] == {"url": "http://x/"}
     entry = {"message": "%s of %d is %s", "params": ["x"]}
     assert translate(logentry=entry).message == "x of %d is %s"
-
-
-def test_suppressed_exceptions_are_no_causes() -> None:
-    occurrence = translate(exception("S", "close", type="suppressed"), exception("E", "m"))
-    assert occurrence.backtrace == ("Suppressed: S: close",)
-
-
-def test_event_with_library_frames_only_still_shows_its_source() -> None:
-    one = frame("flask/app.py", 9, "run", in_app=False, context_line="x()", vars={"n": "1"})
-    occurrence = translate(exception("E", "m", one))
-    assert occurrence.source_context
-    assert occurrence.source_context.context_line == "x()"
-    assert occurrence.extra["locals"] == {"n": "1"}
 
 
 def test_lone_event_may_be_packed_as_old_sdks_did() -> None:
@@ -1766,6 +2472,7 @@ def test_event_of_countless_parts_is_cut() -> None:
         {"stacktrace": {"frames": [{}] * 9_000}},
         {"tags": [[n, n] for n in range(9_000)]},
         {"breadcrumbs": [{"message": "x"}] * 9_000},
+        {"exception": [exception("E", "m", *[frame("a.py", n, "f") for n in range(900)])]},
     ):
         occurrence = miniapm.occurrence_from_sentry(said, NOW_MS)
         assert len(miniapm.dump_occurrence(occurrence)) < 60_000
@@ -1818,7 +2525,7 @@ def statements() -> list[tuple[str, str]]:
         for sort in miniapm.SORTS
         for after, before in ((None, None), ((1, 1), None), (None, (1, 1)))
     ]
-    lists = [(str(wanted), miniapm.list_statement(wanted)[0]) for wanted in filters]
+    lists = [(str(wanted), miniapm.list_statement(wanted, NOW_MS)[0]) for wanted in filters]
     assert len(static) > 25
     return static + lists
 
@@ -1837,7 +2544,7 @@ def test_list_takes_its_order_from_an_index(store: Store) -> None:
     part = {"project_id": 1, "status": "open"}
     with store.reading() as db:
         for sort in miniapm.SORTS:
-            sql, values = miniapm.list_statement(ErrorFilter(sort=sort, after=(5, 5)))
+            sql, values = miniapm.list_statement(ErrorFilter(sort=sort, after=(5, 5)), NOW_MS)
             plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values | part)]
             assert f"USING INDEX errors_by_{sort}" in plan[0]
             assert not any("TEMP B-TREE" in line for line in plan)
@@ -1865,6 +2572,43 @@ def test_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
         assert (stored.occurrence.message, stored.occurrence.event_id) == ("from before", None)
         record(store, event_id=EVENT_ID)
         assert len(store.errors(ErrorFilter()).errors) == 2
+
+
+def test_database_of_the_version_before_opens_and_shows(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    shutil.copy(HERE / ".ci" / "version3.sqlite", path)
+    with contextlib.closing(Store(str(path))) as store:
+        client = Client(App(store, Config()), "")
+        assert (tmp_path / "old.db.version3").exists()
+        with store.reading() as db:
+            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 4
+            assert list(miniapm.faults_of(db)) == []
+        errors = {error["fingerprint"]: error for error in client.errors()}
+        assert set(errors) == {
+            "user_save",
+            "scrubbed",
+            "odd",
+            "ValueError|shop.py:buy|no cart <number>",
+        }
+        assert [error["occurrences"] for error in errors.values()] == [1, 3, 1, 3]
+        for error in errors.values():
+            newest = client.get(f"{error['url']}.json").json()["occurrence"]
+            ids = range(1, 1 + 8)
+            pages = [client.get(f"{error['url']}/occurrences/{n}") for n in ids]
+            assert [page.status for page in pages].count(200) == error["occurrences"]
+            assert newest["exceptions"][0]["exception_class"] == error["exception_class"]
+        page = html.unescape(client.get(errors["user_save"]["url"]).text)
+        assert "raise 'Invalid' unless valid?" in page
+        odd = client.get(f"{errors['odd']['url']}.md").text
+        assert '"exceptions": [\n    1\n  ]' in odd
+        event = client.get(
+            f"{errors['ValueError|shop.py:buy|no cart <number>']['url']}.json"
+        ).json()
+        relations = [one["relation"] for one in event["occurrence"]["exceptions"]]
+        assert relations == [None, "caused_by"]
+        record(store, fingerprint="user_save", request_id="new")
+        assert client.errors("?q=request:new")[0]["occurrences"] == 4
+        assert client.errors("?q=user:1")[0]["fingerprint"] == "user_save"
 
 
 # --- 8. Store -------------------------------------------------------------------------------------
@@ -2286,6 +3030,151 @@ def test_report_may_come_again_after_its_error_was_deleted(store: Store) -> None
     miniapm.Retention(store, 30, 1000).sweep()
     record(store, event_id=EVENT_ID)
     assert only_error(store).occurrence_count == 1
+
+
+def searched(store: Store, text: str) -> list[str]:
+    """Return the fingerprints of the errors that a search finds, sorted."""
+    found = store.errors(ErrorFilter("all", text)).errors
+    return sorted(error.fingerprint for error in found)
+
+
+@pytest.fixture
+def searchable(store: Store, clock: Clock) -> Store:
+    record(
+        store,
+        fingerprint="one",
+        message="The cart is empty, says Ann",
+        backtrace=["app/cart.py:12:in total"],
+        user_id="7",
+        request_id="abc-123",
+        release="shop@1.2",
+        environment="dev",
+        level="warning",
+        tags={"region": "eu north"},
+        timestamp=miniapm.iso_time(NOW_MS - 5 * 24 * miniapm.HOUR_MS),
+    )
+    clock.seconds += 60
+    record(
+        store,
+        fingerprint="two",
+        message="is the cart empty?",
+        exception_class="Shop::Cart",
+        backtrace=["lib/pay.rb:3:in `pay'"],
+        user_id="77",
+        request_id="abc-124",
+        release="1.20",
+        environment="production",
+        tags={"region": "us", "request": "like-a-tag"},
+    )
+    return store
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("cart empty", "one two"),
+        ('"cart is empty"', "one"),
+        ("-says cart", "two"),
+        ('-"cart is empty"', "two"),
+        ("cart.py", "one"),
+        ("cart.py:12", "one"),
+        ("total", "one"),
+        ("file:cart.py", "one"),
+        ("-file:cart.py", "two"),
+        ("file:pay.rb file:cart.py", ""),
+        ("7", "one"),
+        ("user:7", "one"),
+        ("user:77", "two"),
+        ("-user:7", "two"),
+        ("abc-123", "one"),
+        ("request:abc-124", "two"),
+        ("request:abc", ""),
+        ("release:shop@1.2", "one"),
+        ("release:1.2", "one"),
+        ("release:1.20", "two"),
+        ("shop@1.2", "one"),
+        ("environment:dev", "one"),
+        ("production", "two"),
+        ("level:warning", "one"),
+        ("level:error", "two"),
+        ("error", "one two"),  # of RuntimeError, and of a class that has no level in its name
+        ("region:us", "two"),
+        ('region:"eu north"', "one"),
+        ('"region:eu north"', "one"),
+        ("-region:us", "one"),
+        ("Shop::Cart", "two"),
+        ("since:2d", "two"),
+        ("since:6d", "one two"),
+        ("since:1w -since:2d", "one"),
+        ("until:2027-01-11", "one"),
+        ("until:2027-01-09", ""),
+        ("since:2027-01-10T08:00:00Z until:2027-01-10", "one"),
+        ("since:30m", "two"),
+        ("", "one two"),
+        ("-", "one two"),
+        ("100%", ""),
+        ("_", "one two"),
+        ("\\", ""),
+        ('"cart is', ""),
+        ('user:"7"', "one"),
+        ("file:total", "one"),
+        ("request:like-a-tag", "two"),
+        ("LEVEL:Warning Environment:DEV", "one"),
+        ("release:%", ""),
+        ("release:1_2", ""),
+        ("until:20270111", "one"),
+        ("cart " * 12, "one two"),
+    ],
+)
+def test_search_finds_what_is_on_the_screen(searchable: Store, text: str, found: str) -> None:
+    if text == "error":
+        record(searchable, fingerprint="none", exception_class="E", message="", backtrace=[])
+        searchable.delete([3])
+        found = "one"
+    if text == "_":
+        found = ""
+    assert searched(searchable, text) == found.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('cart "is empty', ""),
+        ("since:yesterday", "since: needs an age such as"),
+        ("until:2026-13-40", "until: needs an age such as"),
+        ("until:9999d", ""),
+        ("user:", "user: needs a value"),
+        ("-release:", "release: needs a value"),
+    ],
+)
+def test_wrong_search_is_said_on_the_page(client: Client, text: str, said: str) -> None:
+    client.report()
+    query = urllib.parse.urlencode({"q": text})
+    page, listed = client.get(f"/errors?{query}"), client.get(f"/errors.json?{query}")
+    assert (page.status, listed.status) == (200, 400 if said else 200)
+    if said:
+        assert said in html.unescape(page.text)
+        assert html.escape(text) in page.text  # to be mended
+        assert listed.json()["field"] == "q"
+
+
+@given(st.text(alphabet='ab:"- 7d', max_size=20))
+def test_any_search_is_understood_or_refused(text: str) -> None:
+    with contextlib.suppress(miniapm.BadRequest):
+        for term in miniapm.parse_search(text):
+            assert term.text
+            assert term.field in ("", *miniapm.SEARCH_FIELDS)
+
+
+def test_tags_of_a_page_are_found_by_their_links(client: Client) -> None:
+    tags = {"region": "eu north", "a-b": "-x", "plain": "y", "quote": 'a"b', "long": "z" * 190}
+    tags |= {"since": "foo", "user": '"x', "level": "none"}
+    client.report(tags=tags)
+    page = client.get("/errors/1").text
+    links = re.findall(r'href="[^"]*/errors(\?[^"]+)"><span>', page)
+    assert len(links) == len(tags)
+    for link in links:
+        assert len(client.errors(html.unescape(link))) == 1, link
 
 
 def test_search_takes_no_more_than_its_limit(store: Store) -> None:
@@ -2868,16 +3757,16 @@ def test_exception_is_described(recorder: Recorder) -> None:
     line = fail.__code__.co_firstlineno + 2
     assert report["exception_class"] == "LookupError"
     assert report["message"] == "('no such thing', '', 3)"
-    assert report["backtrace"][0] == "Traceback (most recent call last):\n"
-    assert f'test_miniapm.py", line {line}, in fail' in report["backtrace"][-2]
-    context = report["source_context"]
+    (error,) = report["exceptions"]
+    assert (error["exception_class"], error["message"]) == ("LookupError", report["message"])
+    assert [frame["function"] for frame in error["frames"]] == ["fail", "caught"]
+    context, _ = error["frames"]
     assert (context["lineno"], context["file"]) == (line, str(HERE / "test_miniapm.py"))
+    assert context["own"] is True
     assert context["context_line"].startswith("    raise LookupError(text")
-    assert context["pre_context"][-1] == '    secret_token, count = "[FILTERED]", 3'.replace(
-        '"[FILTERED]"', '"hunter2"'
-    )
+    assert context["pre_context"][-1].startswith("    secret_token, count = ")
     assert len(context["pre_context"]) == len(context["post_context"]) == 5
-    assert report["locals"] == {
+    assert context["locals"] == {
         "text": "'no such thing'",
         "secret_token": "[FILTERED]",
         "count": "3",
@@ -2894,7 +3783,7 @@ def test_release_environment_and_locals_are_options(recorder: Recorder) -> None:
     miniapm.record_error(caught(fail))
     report = recorder.report()
     assert (report["release"], report["environment"]) == ("1.2", "staging")
-    assert "locals" not in report
+    assert all("locals" not in frame for frame in report["exceptions"][0]["frames"])
 
 
 class AppError(Exception):
@@ -2905,32 +3794,165 @@ def test_class_name_is_qualified(recorder: Recorder) -> None:
     miniapm.record_error(AppError("x"))
     report = recorder.report()
     assert report["exception_class"] == f"{__name__}.AppError"
-    assert "source_context" not in report
+    assert report["exceptions"][0]["frames"] == []
 
 
-def test_chain_is_in_the_backtrace(recorder: Recorder) -> None:
-    miniapm.record_error(raised(chained=True))
-    text = "".join(recorder.report()["backtrace"])
-    assert "JSONDecodeError" in text
-    assert "direct cause of the following exception" in text
-    assert text.rstrip().endswith("KeyError: 'outer'")
-
-
-def test_exception_group_is_in_the_backtrace(recorder: Recorder) -> None:
-    group = ExceptionGroup("several", [ValueError("one"), caught(fail)])
-    miniapm.record_error(group)
+def captured_chain(recorder: Recorder) -> list[tuple[Any, ...]]:
     report = recorder.report()
-    text = "".join(report["backtrace"])
-    assert report["exception_class"] == "ExceptionGroup"
-    assert "ValueError: one" in text
-    assert "LookupError: ('no such thing'" in text
+    return [
+        (
+            one.get("relation"),
+            one["exception_class"],
+            one["message"],
+            [f["function"] for f in one["frames"]],
+        )
+        for one in report["exceptions"]
+    ]
+
+
+def test_chain_is_captured_with_source_and_locals_of_the_cause(recorder: Recorder) -> None:
+    miniapm.record_error(raised(chained=True))
+    outer, cause = captured_chain(recorder)
+    assert outer == (None, "KeyError", "'outer'", ["raised"])
+    assert cause[:2] == ("caused_by", "json.decoder.JSONDecodeError")
+    assert cause[3][-2:] == ["failing", "raised"]
+    frame = recorder.report()["exceptions"][1]["frames"][-2]
+    assert frame["context_line"] == "    return json.loads(text)"
+    assert frame["locals"] == {"text": "'{bad'"}
+
+
+def test_exception_group_is_captured_with_its_exceptions(recorder: Recorder) -> None:
+    miniapm.record_error(grouped())
+    assert [one[:2] for one in captured_chain(recorder)] == [
+        (None, "ExceptionGroup"),
+        ("one_of", "KeyError"),
+        ("caused_by", "json.decoder.JSONDecodeError"),
+        ("one_of", "ExceptionGroup"),
+        ("one_of", "TypeError"),
+        ("caused_by", "json.decoder.JSONDecodeError"),
+    ]
+    assert captured_chain(recorder)[0][2].endswith("\na note")
+
+
+def test_chain_that_leads_back_to_itself_ends(recorder: Recorder) -> None:
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__context__ = other, one
+    miniapm.record_error(one)
+    assert [name[2] for name in captured_chain(recorder)] == ["one", "other"]
+    assert [name[0] for name in captured_chain(recorder)] == [None, "caused_by"]
+
+
+def test_suppressed_context_is_not_captured(recorder: Recorder) -> None:
+    error = ValueError("alone")
+    error.__context__, error.__suppress_context__ = KeyError("x"), True
+    miniapm.record_error(error)
+    assert len(captured_chain(recorder)) == 1
+
+
+class Bent(Exception):
+    """Answers every question about its chain with something else."""
+
+    __cause__ = property(lambda self: 1 / 0)  # type: ignore[assignment]
+    __context__ = "text"  # type: ignore[assignment]
+    __suppress_context__ = property(lambda self: 1 / 0)  # type: ignore[assignment]
+
+
+class BentGroup(ExceptionGroup[Exception]):
+    exceptions = property(lambda self: [None, "x", *range(5)])  # type: ignore[assignment]
+
+
+def bent_syntax_error(**attributes: Any) -> SyntaxError:
+    error = SyntaxError("bad", ("a.py", 1, 1, "x"))
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Bent("bent"),
+        BentGroup("bent", [ValueError()]),
+        *(bent_syntax_error(filename=value) for value in (b"a.py", 7, Path("a.py"), None)),
+        *(bent_syntax_error(lineno=value) for value in (-1, "3", 3.0, True, 2**31, None)),
+        *(bent_syntax_error(text=value) for value in (b"x", 7, None)),
+    ],
+    ids=repr,
+)
+def test_exception_that_lies_about_itself_is_captured(recorder: Recorder, error: Any) -> None:
+    miniapm.record_error(error)
+    report = recorder.report()
+    assert report["exceptions"][0]["exception_class"] == report["exception_class"]
+
+
+def test_capture_keeps_no_variable_alive(recorder: Recorder) -> None:
+    class Big:
+        pass
+
+    big = Big()
+    gone = weakref.ref(big)
+    try:
+        fail()
+    except LookupError as error:
+        miniapm.record_error(error)
+    assert recorder.reports()
+    del big
+    gc.collect()
+    assert gone() is None
+
+
+def test_variables_of_many_frames_are_bounded_in_all(recorder: Recorder) -> None:
+    def dive(depth: int) -> None:
+        much = ["x" * 90] * 15
+        more = {n: much for n in range(10)}
+        if depth:
+            dive(depth - 1)
+        raise LookupError(len(more))
+
+    miniapm.record_error(caught(dive, 15))
+    frames = recorder.report()["exceptions"][0]["frames"]
+    assert "locals" in frames[0]
+    assert sum(len(json.dumps(one.get("locals", ""))) for one in frames) < 20_000
+    assert all("context_line" in one for one in frames[:15])
+
+
+def test_capture_itself_is_not_in_the_trace(recorder: Recorder) -> None:
+    with pytest.raises(LookupError), miniapm.capture():
+        fail()
+    frames = recorder.report()["exceptions"][0]["frames"]
+    assert not any(frame["file"].endswith("miniapm.py") and not frame["own"] for frame in frames)
+
+
+def test_place_of_a_syntax_error_is_captured(recorder: Recorder, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("x = 1\ndef f(:\n")
+    recorder.init(project_root=str(tmp_path))
+    miniapm.record_error(caught(compile, bad.read_text(), str(bad), "exec"))
+    frame = recorder.report()["exceptions"][0]["frames"][0]
+    assert (frame["file"], frame["lineno"], frame["own"]) == (str(bad), 2, True)
+    assert frame["context_line"].strip() == "def f(:"
+
+
+def test_deep_stack_is_captured_in_bounds(recorder: Recorder) -> None:
+    def dive(depth: int) -> None:
+        if depth:
+            dive(depth - 1)
+        raise LookupError("deep")
+
+    miniapm.record_error(caught(dive, 600))
+    frames = recorder.report()["exceptions"][0]["frames"]
+    assert len(frames) == miniapm.MAX_BACKTRACE_LINES + 1
+    described = [f for f in frames if isinstance(f, dict) and "locals" in f]
+    assert len(described) == miniapm.MAX_DETAILED_FRAMES
+    assert described[0]["locals"]["depth"] == "0"
 
 
 def test_innermost_own_frame_is_not_the_library_s(recorder: Recorder) -> None:
     miniapm.record_error(caught(failing, "{bad"))
     report = recorder.report()
-    assert report["source_context"]["context_line"] == "    return json.loads(text)"
-    assert report["locals"] == {"text": "'{bad'"}
+    frame = next(one for one in report["exceptions"][0]["frames"] if one["own"])
+    assert frame["context_line"] == "    return json.loads(text)"
+    assert frame["locals"] == {"text": "'{bad'"}
     assert "|test_miniapm.py:failing|" in report["fingerprint"]
 
 
@@ -2938,8 +3960,9 @@ def test_code_outside_the_project_is_library(recorder: Recorder, tmp_path: Path)
     recorder.init(project_root=str(tmp_path))
     miniapm.record_error(caught(fail))
     report = recorder.report()
-    assert "source_context" not in report
-    assert "locals" not in report
+    for frame in report["exceptions"][0]["frames"]:
+        assert frame["own"] is False
+        assert not {"context_line", "locals"} & frame.keys()
     assert "|test_miniapm.py:fail|" in report["fingerprint"]
 
 
@@ -3083,7 +4106,7 @@ def test_recursion_and_memory_errors_are_recorded(recorder: Recorder) -> None:
     first, second = recorder.reports()
     assert first["exception_class"] == "RecursionError"
     assert second["exception_class"] == "MemoryError"
-    assert len(first["backtrace"]) < 600
+    assert len(first["exceptions"][0]["frames"]) < 600
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), GeneratorExit()])
@@ -3206,7 +4229,8 @@ def test_uncaught_error_of_a_thread_is_recorded(recorder: Recorder) -> None:
     thread = threading.Thread(target=fail)
     thread.start()
     thread.join()
-    assert recorder.report()["locals"]["count"] == "3"
+    frame, *_ = recorder.report()["exceptions"][0]["frames"]
+    assert frame["locals"]["count"] == "3"
 
 
 class Reluctant:
@@ -3230,10 +4254,12 @@ def test_logged_errors_are_recorded(recorder: Recorder) -> None:
     except LookupError:
         logger.exception("with its exception")
     first, second, third = recorder.reports()
+    assert third["context"]["log_message"] == "with its exception"
     assert first["exception_class"] == "logging.ERROR"
     assert first["message"] == "order 17 of ann@a.example failed"
     assert first["context"] == {"logger": "shop.cart"}
-    assert "logger.error(" in first["source_context"]["context_line"]
+    (frame,) = first["exceptions"][0]["frames"]
+    assert "logger.error(" in frame["context_line"]
     assert first["fingerprint"] == second["fingerprint"]
     assert third["exception_class"] == "LookupError"
 
@@ -4143,7 +5169,8 @@ def test_recording_does_not_recurse(recorder: Recorder) -> None:
         raise ValueError("once")
 
     miniapm.record_error(caught(failing_with, Chatty()))
-    assert recorder.report()["locals"] == {"value": "chatty"}
+    frame, *_ = recorder.report()["exceptions"][0]["frames"]
+    assert frame["locals"] == {"value": "chatty"}
 
 
 def test_before_send_changes_and_drops(recorder: Recorder, capsys: Any) -> None:
@@ -4311,15 +5338,20 @@ def test_escaped_text_round_trips(heading: str, text: str) -> None:
 
 
 def test_library_frames_are_folded_together() -> None:
-    lines = [
+    frames = frames_read(
         "app/a.rb:1:in `a'",
-        "/gems/x.rb:1:in `b'",
-        "/gems/y.rb:1:in `c'",
+        "/gems/x-1.0/x.rb:1:in `b'",
+        "/gems/y-1.0/y.rb:1:in `c'",
         "text",
         "app/d.rb:1",
+    )
+    runs = miniapm.group_frames(frames, frames[4])
+    assert [(run.kind, len(run.frames), run.is_open) for run in runs] == [
+        ("own", 1, True),
+        ("library", 2, False),
+        ("text", 1, False),
+        ("own", 1, True),
     ]
-    groups = miniapm.fold_frames(miniapm.parse_backtrace(lines))
-    assert [len(group) for group in groups] == [1, 2, 1, 1]
 
 
 # --- 11. HTTP -------------------------------------------------------------------------------------
@@ -4709,7 +5741,7 @@ def test_error_page_shows_tags_and_breadcrumbs(client: Client) -> None:
         modules={f"m{n}": "1.0" for n in range(40)},
     )
     page = client.get("/errors/1").text
-    assert f'href="{client.prefix}/errors?status=all&amp;q=shop%3Ae%3Cu%3E"' in page
+    assert f'href="{client.prefix}/errors?status=all&amp;q=%22shop%3Ae%3Cu%3E%22"' in page
     assert "<span>shop</span> e&lt;u&gt;</a>" in page
     assert "<span>n</span> 5</a>" in page
     timeline = page[page.index('<ol class="timeline">') :]
@@ -4885,7 +5917,11 @@ def test_dashboard_answers_to_known_hosts_only(store: Store, host: str, status: 
 
 def test_error_page_tells_everything(client: Client) -> None:
     client.report(
-        backtrace=["app/models/user.rb:42:in `save'", "/g/gems/x.rb:1:in `y'", "unparsed line"],
+        backtrace=[
+            "app/models/user.rb:42:in `save'",
+            "/g/gems/x-1.0/x.rb:1:in `y'",
+            "unparsed line",
+        ],
         source_context=CONTEXT,
         params={"id": "999", "nested": {"a": [1, 2]}},
         user_id="user-7",
@@ -4994,7 +6030,9 @@ def test_markdown_holds_the_report_in_code(client: Client) -> None:
     assert "````\n```\n# Not a heading\n<script>\n````" in answer.text
     assert ">    42      raise 'Invalid' unless valid?" in answer.text
     for text in (
-        "## Backtrace",
+        "## Stack trace",
+        "- **Occurred:** 2027-01-15T08:00:00.000Z",
+        f"- **Link:** <http://127.0.0.1:3000{client.prefix}/errors/1/occurrences/1>",
         "## Params",
         "## Overview",
         "- **Occurrences:** 1\n- **Users:** 1\n",
@@ -5002,9 +6040,81 @@ def test_markdown_holds_the_report_in_code(client: Client) -> None:
         assert text in answer.text
 
 
+CHAINED = [
+    {
+        "exception_class": "CheckoutError",
+        "message": "could not pay",
+        "frames": [
+            {"file": "/x/site-packages/flask/app.py", "lineno": 9, "function": "run"},
+            FRAME | {"file": "app/checkout.py", "context_line": "    raise CheckoutError()"},
+        ],
+    },
+    {
+        "exception_class": "KeyError",
+        "message": "'iban'",
+        "relation": "while_handling",
+        "frames": [FRAME | {"locals": {"customer": "<Customer 7>"}}],
+    },
+]
+
+
+def test_error_page_shows_the_whole_chain_first(client: Client) -> None:
+    client.report(exceptions=CHAINED, user_id="7")
+    page = html.unescape(client.get("/errors/1").text)
+    order = [
+        *("Most recent call first", "1 library", "site-packages/flask", "app/checkout.py<b>:7:13"),
+        *("raise CheckoutError()", "While handling", "KeyError", "'iban'", "return cart.sum"),
+        *("<Customer 7>", "First seen", "Trend", "Overview", "Raw JSON"),
+    ]
+    positions = [page.index(text) for text in order]
+    assert positions == sorted(positions)
+    opened = re.findall(r'<details class="frame (own failing|own)" (open)?', page)
+    assert opened == [("own failing", "open"), ("own", "open")]
+    assert "location" not in page
+    assert client.errors()[0]["location"] == "app/checkout.py:7 in total"
+
+
+def test_markdown_shows_the_whole_chain(client: Client) -> None:
+    client.report(
+        exceptions=CHAINED, breadcrumbs=[{"message": "pressed buy"}], request={"url": "/x"}
+    )
+    text = client.get("/errors/1.md").text
+    order = [
+        *("## Stack trace", "Most recent call first", "### Raised", "CheckoutError: could not pay"),
+        *("(library) /x/site-packages/flask/app.py:9 in run", "app/checkout.py:7:13 in total"),
+        *(">     7      raise CheckoutError()", "cart = None", "### While handling"),
+        *("KeyError: 'iban'", ">     7      return cart.sum", "customer = <Customer 7>"),
+        *("## Breadcrumbs", "pressed buy", "## Request"),
+    ]
+    positions = [text.index(part) for part in order]
+    assert positions == sorted(positions)
+
+
+def test_json_has_the_chain_as_the_api_takes_it(client: Client) -> None:
+    client.report(exceptions=CHAINED)
+    found = client.get("/errors/1.json").json()["occurrence"]["exceptions"]
+    assert [one["relation"] for one in found] == [None, "while_handling"]
+    assert found[1]["frames"] == CHAINED[1]["frames"]
+    client.report(exceptions=found, fingerprint="again")
+    assert client.get("/errors/2.json").json()["occurrence"]["exceptions"] == found
+    client.report(fingerprint="lines", backtrace=["text", "a.rb:1:in `x'"])
+    (read,) = client.get("/errors/3.json").json()["occurrence"]["exceptions"]
+    assert read["frames"] == ["text", {"file": "a.rb", "lineno": 1, "function": "x", "own": True}]
+
+
 HOSTILE = (
     "</pre><script>window.hacked = 1</script>\"'><img src=x onerror='hacked=1'>{{!x}}\n%end\0\x1b"
 )
+
+
+def odd_exceptions(text: str) -> list[dict[str, Any]]:
+    """Return a chain that has a text wherever one can stand."""
+    texts = dict.fromkeys(("file", "function", "module", "context_line", "text"), text)
+    own = texts | {"pre_context": [text], "post_context": [text], "locals": {text: text}}
+    own |= {"lineno": 1, "column": 2, "own": True}
+    frames = [own, own | {"own": False}, text, {"function": text}]
+    one = {"exception_class": text, "message": text, "frames": frames}
+    return [one, *(one | {"relation": relation} for relation in miniapm.RELATIONS)]
 
 
 def hostile_report() -> dict[str, Any]:
@@ -5017,6 +6127,7 @@ def hostile_report() -> dict[str, Any]:
         "request_id": HOSTILE,
         "params": {HOSTILE: HOSTILE, "link": "javascript:window.hacked=1"},
         "source_context": {"file": HOSTILE, "lineno": 1, "context_line": HOSTILE},
+        "exceptions": odd_exceptions(HOSTILE),
         HOSTILE: HOSTILE,
     }
 
@@ -7354,6 +8465,7 @@ def odd_fields(text: str) -> dict[str, Any]:
         release=text,
         source_context=CONTEXT | {"file": text, "context_line": text, "pre_context": [text]},
         contexts={text: {text: {text: text}}, "os": {text: text}},
+        exceptions=odd_exceptions(text),
         **{text: {text: text, "plain": 1}},
     )
 
@@ -7361,6 +8473,7 @@ def odd_fields(text: str) -> dict[str, Any]:
 def large_reports() -> dict[str, dict[str, Any]]:
     """Return reports of which most is to be cut, by what they have much of."""
     deep = functools.partial(functools.reduce, lambda inner, _: [inner], range(60))
+    wide = FRAME | {"locals": {f"<v{n}>": "x" * 900 for n in range(3_000)}}
     fields = {
         "a long message": {"message": "<&\"'" * 2**18},
         "a long class": {"exception_class": "\x1b<" * 2**18},
@@ -7371,6 +8484,9 @@ def large_reports() -> dict[str, dict[str, Any]]:
         "deep params": {"params": {"a": deep([1])}},
         "many quotes": {"backtrace": ['"' * 10_000] * 60},
         "wide and deep params": {"params": {"a": deep([1] * 200_000)}},
+        "many exceptions": {"exceptions": odd_exceptions("<x>") * 500},
+        "many frames": {"exceptions": [{"exception_class": "E", "frames": [FRAME] * 20_000}]},
+        "many locals": {"exceptions": [{"exception_class": "E", "frames": [wide] * 3}]},
         "wide and deep fields": {f"f{n}": deep([[] for _ in range(20_000)]) for n in range(6)},
     }
     return {name: report(**{"fingerprint": name} | said) for name, said in fields.items()}
@@ -7386,7 +8502,7 @@ def event_like(said: dict[str, Any]) -> dict[str, Any]:
         "extra": {"params": said.get("params")},
         "user": {"id": said.get("user_id")},
     }
-    gone = ("exception_class", "message", "backtrace", "params", "source_context")
+    gone = ("exception_class", "message", "backtrace", "params", "source_context", "exceptions")
     return {name: value for name, value in said.items() if name not in gone} | changed
 
 
@@ -7497,7 +8613,10 @@ def check_html(name: str, answer: requests.Response) -> set[tuple[str, ...]]:
 
 
 _SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
-_FACT = re.compile(r"# |## [A-Za-z0-9 :-]*|- \*\*[A-Z][a-z ]+:\*\* [\w ,.:()-]*|")
+_FACT = re.compile(
+    r"# |###? [A-Za-z0-9 :-]*|- \*\*[A-Z][a-z ]+:\*\* [\w ,.:()-]*|Most recent call first\.|"
+    r"- \*\*Link:\*\* <http://127\.0\.0\.1:[0-9]+/errors/[0-9]+/occurrences/[0-9]+>|"
+)
 
 
 def check_markdown(name: str, answer: requests.Response) -> None:
@@ -7547,7 +8666,7 @@ def known_elements(server: Server) -> set[tuple[str, ...]]:
         for path in ("/errors?level=harmless&status=all", "/errors/1", "/errors/1/occurrences/1"):
             answer = requests.get(server.url + path, timeout=20)
             elements |= check_html("harmless", answer)
-    return elements | {("p",), ("p", "class"), ("span",), ("option", "selected")}
+    return elements | {("p",), ("p", "class"), ("p", "role"), ("span",), ("option", "selected")}
 
 
 def check_shown(server: Server, way: str, said_by_name: dict[str, dict[str, Any]]) -> None:
@@ -8824,18 +9943,28 @@ def dsn_in(server: Server) -> str:
 
 @dataclasses.dataclass
 class Shown:
-    """What the tracker shows of an error: its summary and its newest report."""
+    """What the tracker shows of an error: its summary, its newest report, its page's texts."""
 
     error: dict[str, Any]
     report: dict[str, Any]
+    url: str
+
+    @property
+    def chain(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.report["exceptions"]
+        return found
+
+    def page(self, suffix: str = "") -> str:
+        return html.unescape(requests.get(self.url + suffix, timeout=10).text)
 
 
 def shown(server: Server) -> dict[str, Shown]:
     """Return every error by its class."""
     found = {}
     for error in server.errors():
-        said = requests.get(f"{server.url}/errors/{error['id']}.json", timeout=10).json()
-        found[error["exception_class"]] = Shown(error, said["occurrence"]["report"])
+        url = f"{server.url}/errors/{error['id']}"
+        said = requests.get(f"{url}.json", timeout=10).json()
+        found[error["exception_class"]] = Shown(error, said["occurrence"]["report"], url)
     return found
 
 
@@ -8881,12 +10010,16 @@ for number in (41, 42):
     assert (error["occurrences"], error["users"], error["level"]) == (2, 1, "error")
     assert error["message"] == "no cart 42"
     assert error["location"] == f"shop.py:{line} in buy"
-    assert said["source_context"]["lineno"] == line
-    assert "# raised here" in said["source_context"]["context_line"]
-    assert said["backtrace"][0] == f"shop.py:{line}:in buy"
-    assert "Caused by: KeyError: 42" in said["backtrace"]
-    assert f"shop.py:{line_of(program, '# fails here')}:in load" in said["backtrace"]
-    assert said["locals"] == {"number": "42"}
+    outer, cause = said["exceptions"]
+    assert (outer["frames"][0]["lineno"], outer["frames"][0]["function"]) == (line, "buy")
+    assert "# raised here" in outer["frames"][0]["context_line"]
+    assert (cause["exception_class"], cause["message"]) == ("KeyError", "42")
+    assert cause["relation"] == "caused_by"
+    assert cause["frames"][0]["lineno"] == line_of(program, "# fails here")
+    assert cause["frames"][0]["locals"] == {"number": "42", "password": "[FILTERED]"}
+    for text in (found["ValueError"].page(), found["ValueError"].page(".md")):
+        assert "raise KeyError(number)  # fails here" in text
+        assert re.search(r"number( = |</th><td><pre>)42", text)
     assert said["user_id"] == "7"
     assert said["user"] == {"id": "7", "email": "eve@example.org"}
     assert said["tags"] == {"region": "eu"}
@@ -8929,14 +10062,16 @@ raise RuntimeError("nobody")  # unhandled
     assert found["shop.db"].error["fingerprint"] == "shop.db|lost %s of %d"
     assert found["ValueError"].report["mechanism"] == {"type": "logging", "handled": True}
     assert found["ValueError"].report["log_message"] == "while buying"
-    group = found["ExceptionGroup"].report["backtrace"]
-    assert {"One of these: TypeError: one", "One of these: OSError: two"} < set(group)
+    _, *members = found["ExceptionGroup"].chain
+    said = [(one["relation"], one["exception_class"], one["message"]) for one in members]
+    assert said == [("one_of", "TypeError", "one"), ("one_of", "OSError", "two")]
     unhandled = found["RuntimeError"]
     line = line_of(program, "# unhandled")
     assert unhandled.error["location"] == f"shop.py:{line} in <module>"
     assert unhandled.report["mechanism"] == {"type": "excepthook", "handled": False}
-    assert unhandled.report["source_context"]["context_line"].startswith("raise RuntimeError")
-    assert "__name__" not in unhandled.report["locals"]
+    (top,) = unhandled.chain[0]["frames"]
+    assert top["context_line"].startswith("raise RuntimeError")
+    assert "__name__" not in top["locals"]
     assert len(unhandled.report["breadcrumbs"]) >= 3  # the logged errors are among them
     for one in found.values():
         assert (one.report["user_id"], one.report["tags"]) == ("7", {"region": "eu"})
@@ -8971,9 +10106,9 @@ for number in (8, 9):
     assert said["request"]["query_string"] == "token=[FILTERED]&page=2"
     assert said["request"]["data"] == {"password": "[FILTERED]", "item": 3}
     assert "hunter2" not in json.dumps(said)
-    library = [line for line in said["backtrace"] if line.endswith("[library]")]
-    assert any("flask/app.py" in line for line in library)
-    assert not any("shop.py" in line for line in library)
+    frames = [frame for one in said["exceptions"] for frame in one["frames"]]
+    assert {frame["file"] for frame in frames if frame["own"]} == {"shop.py"}
+    assert "flask/app.py" in {frame["file"] for frame in frames if not frame["own"]}
     assert nothing_was_refused(server)
 
 
@@ -9127,11 +10262,15 @@ def test_node_sdk_reports(start: Callable[..., Server], tmp_path: Path, npm: Pat
     assert thrown.error["message"] in ("no cart 1", "no cart 2")  # sent side by side
     assert thrown.error["occurrences"] == 2
     assert thrown.error["location"] == f"{path}:{line} in load"
-    assert "// fails here" in thrown.report["source_context"]["context_line"]
-    assert thrown.report["source_context"]["lineno"] == line
-    assert thrown.report["backtrace"][0] == f"{path}:{line}:in load"
+    top = thrown.chain[0]["frames"][0]
+    assert "// fails here" in top["context_line"]
+    assert (top["file"], top["lineno"], top["function"]) == (str(path), line, "load")
+    assert top["column"] == program.split("\n")[line - 1].index("new TypeError") + 1
+    assert f"{path}<b>:{line}:{top['column']}</b>" in thrown.page()
+    assert f"{path}:{line}:{top['column']} in load" in thrown.page(".md")
     assert found["RangeError"].error["message"] == "can't buy"
-    assert "Caused by: TypeError: no cart 3" in found["RangeError"].report["backtrace"]
+    _, cause = found["RangeError"].chain
+    assert (cause["relation"], cause["message"]) == ("caused_by", "no cart 3")
     hello = found["Message"].error
     assert (hello["message"], hello["level"]) == ("hello from node", "info")
     rejected = found["Error"]
@@ -9192,7 +10331,7 @@ def test_browser_sdk_reports_from_another_origin(
     assert thrown.error["message"] in ("no cart 1", "no cart 2")  # sent side by side
     assert thrown.error["occurrences"] == 2
     assert thrown.error["location"] == f"{address}:{line} in load"
-    assert "throw new TypeError(`no cart" in thrown.report["source_context"]["context_line"]
+    assert "throw new TypeError(`no cart" in thrown.chain[0]["frames"][0]["context_line"]
     assert found["Message"].error["level"] == "warning"
     assert found["EvalError"].report["mechanism"]["handled"] is False
     assert nothing_was_refused(server)
