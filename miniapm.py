@@ -1689,22 +1689,12 @@ _JOIN_LINES = {
 }
 _JOIN_HINTS = ("above exception", " +-", "End of inner", "Next ")  # one is in every join line
 _GROUP_RULE = re.compile(r"[ |]*(\+-)?\+-{10,}(?: (\d+|\.{3}) -+)?$")
-_BOILERPLATE = frozenset(  # lines that repeat what the page shows anyway
-    (
-        "Traceback (most recent call last):",
-        "Exception Group Traceback (most recent call last):",
-        *(
-            "stack backtrace:",
-            "stack traceback:",
-            "Stack trace:",
-            "[errors]: [",
-            "]",
-            "],",
-            "}",
-            '"""',
-        ),
-    )
-)
+_BOILERPLATE = {  # lines that repeat what the page shows anyway
+    "Traceback (most recent call last):",
+    "Exception Group Traceback (most recent call last):",
+    *("stack backtrace:", "stack traceback:", "Stack trace:", "[errors]: ["),
+    *("]", "],", "}", '"""'),
+}
 
 
 @dataclass(slots=True, eq=False)
