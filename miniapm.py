@@ -40,8 +40,8 @@ import collections
 import contextlib
 import contextvars
 import dataclasses
-import email.message
 import email.utils
+import enum
 import errno
 import functools
 import hashlib
@@ -49,6 +49,7 @@ import hmac
 import http.client
 import importlib
 import importlib.machinery
+import importlib.util
 import inspect
 import io
 import ipaddress
@@ -57,6 +58,7 @@ import json
 import linecache
 import logging
 import math
+import operator
 import os
 import pathlib
 import queue
@@ -72,13 +74,17 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import types
 import urllib.parse
 import weakref
 import wsgiref.util
 import zipfile
 import zlib
+
+if sys.version_info < (3, 11):  # noqa: UP036 - said in one line, before anything is made
+    said = f"miniapm.py needs Python 3.11 or newer; this is {sys.version.split()[0]}"
+    raise SystemExit(said) if __name__ == "__main__" else ImportError(said)
+
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -207,6 +213,7 @@ MAX_SENT_BYTES = 4 * _MEBIBYTE
 MAX_REQUEST_BODY_BYTES = 64 * _KIBIBYTE  # of a form, kept for a report
 MAX_DETAILED_FRAMES = 20  # own frames of a chain that are captured with source and variables
 MAX_CAPTURED_CHARS = 16 * _KIBIBYTE  # with as much text of variables, no more frames have theirs
+MAX_DESCRIBE_S = 0.02  # after this, what is left of the variables is left out
 MAX_REPR_CHARS = 500
 MAX_REPR_ITEMS = 20  # of one container
 MAX_REPR_VALUES = 200  # with all that is inside
@@ -413,6 +420,7 @@ def flag_of(name: str) -> str:
 
 
 URL_VARIABLE = "MINI_APM_URL"  # where programs report to; the tracker itself has no use for it
+QUIET_VARIABLE = "MINI_APM_QUIET"  # with 1 a program that records does not say where to
 
 
 def variable_of(name: str) -> str:
@@ -3402,8 +3410,9 @@ class Checkpointer:
     a log that is copied to its end begins anew.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, threads: bool) -> None:
         self._path = path
+        self._has_thread = threads
         self._commits = 0
         self._is_due = threading.Event()
         self._is_closed = False
@@ -3416,6 +3425,9 @@ class Checkpointer:
         self._commits += 1
         if self._commits % CHECKPOINT_COMMITS:
             return
+        if not self._has_thread:
+            self._copy(db)
+            return
         self.copy_soon()
         with contextlib.suppress(OSError):
             if os.path.getsize(self._path + "-wal") > MAX_WAL_BYTES:
@@ -3424,7 +3436,7 @@ class Checkpointer:
     def copy_soon(self) -> None:
         """Copy, which also shortens the file when there is less in it."""
         with self._starting:
-            if self._thread is None and not self._is_closed:
+            if self._thread is None and not self._is_closed and self._has_thread:
                 thread = threading.Thread(target=self._run, name="miniapm-checkpoint", daemon=True)
                 with contextlib.suppress(RuntimeError):  # there may be no more threads to have
                     thread.start()
@@ -3456,10 +3468,10 @@ class Writer:
     """The one connection that writes, and its thread: what waits is committed as one group.
 
     Another thread may have its turn with run_here(). A job that fails is undone alone; when the
-    commit fails, every job of the group has failed.
+    commit fails, every job of the group has failed. Without a thread there is run_alone().
     """
 
-    def __init__(self, db: sqlite3.Connection, path: str) -> None:
+    def __init__(self, db: sqlite3.Connection, path: str, *, threads: bool, wait_s: float) -> None:
         self._db = db
         self._path = path
         self._file = _file_identity(path)
@@ -3467,12 +3479,16 @@ class Writer:
         self._changed = threading.Condition()
         self._turn = threading.Lock()  # held while the connection is used
         self._locked_since_s = math.inf  # by another process
-        self.checkpointer = Checkpointer(path)
+        self._wait_s = wait_s
+        self.is_hurried = False  # then run_alone() does not wait
+        self.checkpointer = Checkpointer(path, threads=threads)
         self.trouble = ""  # why the last transaction was not written
         self.after_undo: Callable[[], None] = lambda: None  # called when what was written is not
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="miniapm-writer", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if threads:
+            self._thread = threading.Thread(target=self._run, name="miniapm-writer", daemon=True)
+            self._thread.start()
 
     def run(self, work: Work, reports: int = 0) -> Any:
         """Return what `work(connection)` returned once it is on disk; raise what it raised.
@@ -3499,13 +3515,20 @@ class Writer:
 
     def run_here(self, work: Work) -> Any:
         """Do what run() does in the calling thread; Unavailable unless it can be done at once."""
-        if not self._turn.acquire(timeout=MAX_TURN_S):
+        if self._locked_since_s < math.inf:
+            raise Unavailable("the database is locked by another process", retry_after_s=2)
+        return self._run_in_turn(work, MAX_TURN_S)
+
+    def run_alone(self, work: Work, reports: int = 0) -> Any:
+        """Do what run() does in the calling thread; Unavailable after `wait_s`."""
+        return self._run_in_turn(work, self._wait_s)
+
+    def _run_in_turn(self, work: Work, wait_s: float) -> Any:
+        end_s = time.monotonic() + wait_s
+        if not self._turn.acquire(timeout=wait_s):
             raise Unavailable("the database is busy", retry_after_s=1)
         try:
-            self.refuse_if_closed()
-            if self._locked_since_s < math.inf:
-                raise Unavailable("the database is locked by another process", retry_after_s=2)
-            self._begin()
+            self._begin_until(end_s)
             with self._transaction():
                 return work(self._db)
         except sqlite3.Error as error:
@@ -3513,17 +3536,32 @@ class Writer:
         finally:
             self._turn.release()
 
+    def _begin_until(self, end_s: float) -> None:
+        while True:
+            self.refuse_if_closed()
+            if self.is_hurried:
+                raise Unavailable("the database is being closed", retry_after_s=1)
+            try:
+                return self._begin()
+            except sqlite3.Error as error:
+                if not _is_busy(error) or time.monotonic() >= end_s:
+                    raise
+
     def refuse_if_closed(self) -> None:
         """Raise Unavailable when close() has been called."""
         if self._is_closed:
             raise Unavailable("the store is closed", retry_after_s=5)
 
-    def close(self) -> None:
-        """Finish what waits, then close the connection."""
+    def close(self, timeout_s: float) -> None:
+        """Finish what waits, then close the connection; give up on what takes longer."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+        elif self._turn.acquire(timeout=timeout_s):
+            self._db.close()
+            self._turn.release()
         self.checkpointer.close()
 
     def _run(self) -> None:
@@ -3896,24 +3934,74 @@ def _page_of(found: list[ErrorGroup], counts: Json, wanted: ErrorFilter) -> Erro
     )
 
 
+class Readers:
+    """Connections that see one consistent state each and never wait for the writer."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        self._all: list[sqlite3.Connection] = []  # lent or idle
+        self._is_abandoned = False  # closed while one was lent
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection for a block."""
+        try:
+            try:
+                db = self._idle.get_nowait()
+            except queue.Empty:
+                db = _connect(self._path)
+                self._all.append(db)
+                db.execute("PRAGMA query_only = ON")
+            db.execute("BEGIN")
+            try:
+                yield db
+            finally:
+                db.execute("ROLLBACK")
+                self._idle.put(db)
+                if self._is_abandoned:
+                    self._idle.get().close()
+        except sqlite3.Error as error:
+            raise _refusal_of(error) from error
+
+    def close(self, timeout_s: float) -> None:
+        """Close all; one that is lent for longer is closed when it is given back."""
+        end_s = time.monotonic() + timeout_s
+        try:
+            while self._all:
+                reader = self._idle.get(timeout=max(0.0, end_s - time.monotonic()))
+                self._all.remove(reader)
+                reader.close()
+        except queue.Empty:
+            self._is_abandoned = True
+
+
 class Store:
     """Everything that is kept, in one SQLite database.
 
     `path` names the database, which is made with mode 0600 if there is none; `now` returns
     seconds since 1970. Several threads and processes may use one database at once. Readers
-    never wait for the writer. Raises MiniAPMError when the database can't be used.
+    never wait for the writer. Without `threads`, a write is done in the calling thread, which waits
+    for its turn for `wait_s` at most. Raises MiniAPMError when the database can't be used.
 
     >>> store = Store("errors.db")
     >>> project = store.ensure_default_project()
     """
 
-    def __init__(self, path: str, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: str,
+        now: Callable[[], float] = time.time,
+        *,
+        threads: bool = True,
+        wait_s: float = MAX_WAIT_S,
+    ) -> None:
         self.path = os.path.realpath(path)
         self.now = now
-        self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
-        self._readers: list[sqlite3.Connection] = []  # all of them, lent or idle
-        self._writer = Writer(open_database(self.path), self.path)
-        self.write = self._writer.run
+        self._readers = Readers(self.path)
+        db = open_database(self.path)
+        self._writer = Writer(db, self.path, threads=threads, wait_s=wait_s)
+        self.write = self._writer.run if threads else self._writer.run_alone
         self.copy_log = self._writer.checkpointer.copy_soon
         self.has_surplus = threading.Event()  # there may be something for Retention to remove
         self._reports_since_surplus = 0
@@ -3929,34 +4017,19 @@ class Store:
         """Return the time that `now` gives, in milliseconds."""
         return int(self.now() * 1000)
 
-    def close(self) -> None:
-        """Finish what is being written and read, and close every connection."""
-        self._writer.close()
-        with contextlib.suppress(queue.Empty):
-            while self._readers:
-                reader = self._idle.get(timeout=MAX_WAIT_S)
-                self._readers.remove(reader)
-                reader.close()
+    def hurry(self, is_hurried: bool) -> None:
+        """Refuse writes that would wait or begin, for close() to be quick, or no longer."""
+        self._writer.is_hurried = is_hurried
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def close(self, timeout_s: float = MAX_WAIT_S) -> None:
+        """Finish what is being written and read, and close every connection."""
+        self._writer.close(timeout_s)
+        self._readers.close(timeout_s)
+
+    def reading(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """Lend a connection that sees one consistent state."""
         self._writer.refuse_if_closed()
-        try:
-            try:
-                db = self._idle.get_nowait()
-            except queue.Empty:
-                db = _connect(self.path)
-                self._readers.append(db)
-                db.execute("PRAGMA query_only = ON")
-            db.execute("BEGIN")
-            try:
-                yield db
-            finally:
-                db.execute("ROLLBACK")
-                self._idle.put(db)
-        except sqlite3.Error as error:
-            raise _refusal_of(error) from error
+        return self._readers.lend()
 
     # Reports
 
@@ -4264,10 +4337,15 @@ class Retention:
 # --- 9. Capture -----------------------------------------------------------------------------------
 
 SKIPPED = (KeyboardInterrupt, SystemExit, GeneratorExit)  # ways to end, not errors
-# Development servers that log with a line of their own what has been recorded already.
-SERVER_LOGGERS = ("django.server", "werkzeug")
+# Log lines, as `logger: message`, in which servers repeat what has been recorded already.
+_REPEATED_LINE = (
+    r"(?:django\.server|werkzeug|tornado\.access): "
+    r"|uvicorn\.error: Application (?:startup|shutdown) failed\. Exiting"
+)
+TRACEBACK_TITLE = "Traceback (most recent call last)"
 CONTEXT_LINES = 5  # of source on each side of the failing line
-CONTEXT_NAMES = ("user_id", "request_id", "params")  # what of a context the API has fields for
+# The parts of a context that are fields of a report; the others are shown as its context.
+CONTEXT_FIELDS = ("user_id", "request_id", "params", "tags", "level", "release", "environment")
 STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 HERE = os.path.abspath(__file__)
 
@@ -4289,6 +4367,87 @@ class Complaints:
             say(clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS), sys.stderr)
 
 
+# A metaclass may give its classes code that runs when they are looked at; these go around it.
+# For the same reason types are compared with `is` and found by id(): they may define __eq__.
+class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
+class_module: Callable[[type], Any] = type.__dict__["__module__"].__get__
+class_bases: Callable[[type], tuple[type, ...]] = type.__dict__["__mro__"].__get__
+class_members: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
+
+
+def class_attribute(kind: type, name: str) -> Any:
+    """Return what a class, or else a base of it, holds under a name; a descriptor as it is."""
+    for base in class_bases(kind):
+        if name in (members := class_members(base)):
+            return members[name]
+    return None
+
+
+def plain_attributes(value: object) -> Json:
+    """Return an object's attributes from its slots and `__dict__`; runs no code of its class."""
+    found: Json = {}
+    kind = type(value)
+    for base in class_bases(kind):
+        members = class_members(base)
+        slots = members.get("__slots__", ())
+        slots = (slots,) if type(slots) is str else slots
+        for slot in slots if type(slots) is tuple or type(slots) is list else ():
+            is_private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{class_name(base).lstrip('_')}{slot}" if is_private else slot
+            member = members.get(name)
+            if type(member) is types.MemberDescriptorType:
+                with contextlib.suppress(AttributeError):  # not set
+                    found.setdefault(slot, member.__get__(value))
+    holder = class_attribute(kind, "__dict__")
+    if type(holder) in (types.GetSetDescriptorType, types.MemberDescriptorType):
+        own = itertools.islice(dict.items(holder.__get__(value)), 5 * MAX_REPR_ITEMS)
+        found.update((name, item) for name, item in own if type(name) is str)
+    return found
+
+
+def plain_attribute(owner: object, name: str) -> Any:
+    """Return an attribute that is a text or a number in the object or its class, else None."""
+    found = plain_attributes(owner).get(name, class_attribute(type(owner), name))
+    return found if issubclass(type(found), (str, int)) else None
+
+
+def _hidden_names(kind: type) -> set[str]:
+    """Return the fields that dataclasses, attrs and pydantic are told to leave out of a repr."""
+    hidden: set[str] = set()
+    for table in ("__dataclass_fields__", "__attrs_attrs__", "__pydantic_fields__"):
+        fields = class_attribute(kind, table)
+        if issubclass(type(fields), tuple):
+            described = list(map(plain_attributes, tuple.__iter__(fields)))
+            fields = {one.get("name"): one for one in described}
+        elif type(fields) is dict:
+            fields = {name: plain_attributes(one) for name, one in fields.items()}
+        else:
+            continue
+        hidden |= {name for name, one in fields.items() if one.get("repr") is False}
+    return hidden
+
+
+# Values of the standard library whose repr is short and calls nothing else.
+_VALUE_CLASSES = {
+    "datetime": ("date", "timedelta", "timezone"),
+    "decimal": ("Decimal",),
+    "fractions": ("Fraction",),
+    "ipaddress": ("IPv4Address", "IPv6Address", "IPv4Network", "IPv6Network"),
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "re": ("Pattern", "Match"),
+    "uuid": ("UUID",),
+    "zoneinfo": ("ZoneInfo",),
+}
+
+
+def is_standard_value(kind: type) -> bool:
+    """Tell whether a class is one of _VALUE_CLASSES, and not only named like it."""
+    module, name = class_module(kind), class_name(kind)
+    if type(module) is not str or name not in _VALUE_CLASSES.get(module.partition(".")[0], ()):
+        return False
+    return module in sys.modules and vars(sys.modules[module]).get(name) is kind
+
+
 def _short(text: str) -> str:
     """Cut a repr; what the cut would make unrecognisable as a secret goes before."""
     if len(text) <= MAX_REPR_CHARS:
@@ -4296,134 +4455,209 @@ def _short(text: str) -> str:
     return clip(scrub_text(text[: MAX_REPR_CHARS + SCRUB_AHEAD_CHARS]), MAX_REPR_CHARS)
 
 
-class _Repr:
-    """Makes reprs of about MAX_REPR_CHARS at most, cheap for built-ins of any size.
+def qualified_name(kind: type) -> str:
+    """Return a class's name with its module, without it for built-in classes."""
+    name, module = type.__dict__["__qualname__"].__get__(kind), class_module(kind)
+    return f"{module}.{name}" if type(module) is str and module != "builtins" else str(name)
 
-    Values under secret names are filtered. A repr that a class writes itself is called.
+
+_DATETIME_PARTS = ("year", "month", "day", "hour", "minute", "second", "microsecond")
+# By the id of a class: how it and its subclasses are written. Filled below.
+_WRITERS: dict[int, Callable[..., str]] = {}
+
+
+def _may_hide(name: Any, value: Any) -> bool:
+    """Tell whether a value belongs to a secret name; looks at built-in values only."""
+    text = name.decode("latin-1") if type(name) is bytes else name
+    return type(text) is str and _is_secret(text, value if id(type(value)) in _WRITERS else "…")
+
+
+class ValueWriter:
+    """Writes one value as text of about MAX_REPR_CHARS, or as JSON, and runs none of its code.
+
+    Built-in types and some of the standard library are written as values, of whatever size. Any
+    other object is its class with its plain attributes: <Order id=7 items=[…]>. Values under secret
+    names are filtered. With `calls_repr`, a `__repr__` that a class writes itself is called.
     """
 
-    def __init__(self) -> None:
-        self._left = MAX_REPR_VALUES
+    def __init__(self, *, calls_repr: bool = False) -> None:
+        self._calls_repr = calls_repr
+        self._texts_left, self._values_left = MAX_REPR_VALUES, MAX_JSON_ITEMS
 
-    def of(self, value: Any, levels: int) -> str:
-        """Return the repr of any object, going into containers for some levels."""
-        self._left -= 1
-        if self._left < 0:
+    def text(self, value: Any, levels: int = 3) -> str:
+        """Return a value as text; containers and objects are opened for some levels."""
+        self._texts_left -= 1
+        if self._texts_left < 0:
             return "…"
         kind = type(value)
-        if isinstance(value, (str, bytes, bytearray)):
-            return _short(repr(value[: MAX_REPR_CHARS + SCRUB_AHEAD_CHARS]))
-        if isinstance(value, int) and value.bit_length() > 1_000:
-            return f"<int of {value.bit_length():,} bits>"
-        writes_its_own = isinstance(kind.__repr__, types.FunctionType)
-        if isinstance(value, (list, tuple, set, frozenset, dict, collections.deque)):
-            return _short(repr(value)) if writes_its_own else self._container(value, levels)
-        if dataclasses.is_dataclass(value) and hasattr(kind.__repr__, "__wrapped__"):
-            shown = [one.name for one in dataclasses.fields(value) if one.repr]
-            return kind.__name__ + self._container({n: getattr(value, n) for n in shown}, levels)
-        if getattr(value, "__dict__", {}).get("_result_cache", 0) is None:
-            return f"<{kind.__name__}, not evaluated>"  # Django's would ask the database
-        return _short(repr(value))
+        if (write := _WRITERS.get(id(kind))) is not None:
+            return write(self, value, levels)
+        if self._calls_repr and type(class_attribute(kind, "__repr__")) is types.FunctionType:
+            return self._own_repr(value)
+        if is_standard_value(kind):
+            return _short(repr(value))
+        if issubclass(kind, enum.Enum):
+            return f"<{class_name(kind)}.{plain_attribute(value, '_name_')}>"
+        for base in class_bases(kind)[:-1]:
+            if (write := _WRITERS.get(id(base))) is not None:
+                text = write(self, value, levels)
+                return text if text.startswith("<") else _short(f"{class_name(kind)}({text})")
+        return self._object(value, levels)
 
-    def _container(self, value: Any, levels: int) -> str:
-        if levels == 0:
-            return f"<{type(value).__name__} of {len(value):,}>"
-        if isinstance(value, dict):
-            some = itertools.islice(value.items(), MAX_REPR_ITEMS)
-            parts = [": ".join(self._pair(key, item, levels - 1)) for key, item in some]
-        elif isinstance(value, (list, tuple)) and len(value) == 2:
-            parts = self._pair(value[0], value[1], levels - 1)
-        else:
-            parts = [self.of(one, levels - 1) for one in itertools.islice(value, MAX_REPR_ITEMS)]
-        if len(value) > MAX_REPR_ITEMS:
-            parts.append(f"… {len(value) - MAX_REPR_ITEMS:,} more")
-        start, end = ("[", "]") if isinstance(value, list) else ("{", "}")
-        start, end = ("(", ")") if isinstance(value, tuple) else (start, end)
-        return _short(start + ", ".join(parts) + end)
+    def _own_repr(self, value: Any) -> str:
+        try:
+            return _short(repr(value))
+        except Exception as error:  # noqa: BLE001 - a host's __repr__ may raise anything
+            return f"<{class_name(type(value))}: its repr raised {class_name(type(error))}>"
+
+    def _object(self, value: Any, levels: int) -> str:
+        kind = type(value)
+        parts = [class_name(kind)]
+        hidden = _hidden_names(kind) if levels else set()
+        pairs = plain_attributes(value).items() if levels else ()
+        shown = [(name, item) for name, item in pairs if name not in hidden]
+        shown.sort(key=lambda pair: pair[0].startswith("_"))
+        for name, item in shown[:MAX_REPR_ITEMS]:
+            text = FILTERED if _may_hide(name, item) else self.text(item, levels - 1)
+            parts.append(f"{name}={text}")
+        if len(shown) > MAX_REPR_ITEMS:
+            parts.append("…")
+        return _short(f"<{' '.join(parts)}>")
 
     def _pair(self, name: Any, value: Any, levels: int) -> list[str]:
-        text = name.decode("latin-1") if isinstance(name, bytes) else name
-        is_secret = isinstance(text, str) and _is_secret(text, value)
-        return [self.of(name, levels), FILTERED if is_secret else self.of(value, levels)]
+        return [
+            self.text(name, levels),
+            FILTERED if _may_hide(name, value) else self.text(value, levels),
+        ]
 
+    def items(self, value: Any, levels: int, base: Any, ends: str) -> str:
+        """Return a built-in container, or a subclass of one, opened."""
+        count = base.__len__(value)
+        if not levels:
+            return f"<{class_name(type(value))} of {count:,}>"
+        found = base.items(value) if base is dict else base.__iter__(value)
+        some = list(itertools.islice(found, MAX_REPR_ITEMS))
+        names = class_attribute(type(value), "_fields") if base is tuple else None
+        if base is dict:
+            parts = [": ".join(self._pair(name, one, levels - 1)) for name, one in some]
+        elif type(names) is tuple and len(names) >= len(some):  # a named tuple
+            ends = "  "
+            named = zip(names, some, strict=False)
+            parts = [f"{name}={self._pair(name, one, levels - 1)[1]}" for name, one in named]
+        elif count == 2 and base in (list, tuple):
+            parts = self._pair(some[0], some[1], levels - 1)
+        else:
+            parts = [self.text(one, levels - 1) for one in some]
+        if count > len(some):
+            parts.append(f"… {count - len(some):,} more")
+        return _short(f"{ends[0]}{', '.join(parts)}{ends[1]}".strip(" "))
 
-def safe_repr(value: Any, levels: int = 3) -> str:
-    """Return a bounded repr, or what kind of object refused to give one."""
-    try:
-        return _Repr().of(value, levels)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001 - a host's __repr__ may do anything
-        return f"<{type(value).__name__}: its repr raised {type(error).__name__}>"
+    def cut(self, value: Any, _: int, base: Any) -> str:
+        """Return the repr of a text or of bytes."""
+        some = base.__getitem__(value, slice(MAX_REPR_CHARS + SCRUB_AHEAD_CHARS))
+        return _short(repr(some))
 
+    def whole_number(self, value: Any, _: int) -> str:
+        """Return an int, of which only the size where it is large."""
+        bits = int.bit_length(value)
+        return f"<int of {bits:,} bits>" if bits > 1_000 else int.__repr__(value)
 
-class _Copier:
-    """Copies any object as JSON, `MAX_JSON_ITEMS` values at most; the rest as reprs."""
+    def moment(self, value: Any, _: int) -> str:
+        """Return a datetime; its tzinfo may be a class of the host's."""
+        parts = [getattr(datetime, name).__get__(value) for name in _DATETIME_PARTS]
+        zone = datetime.tzinfo.__get__(value)
+        return repr(datetime(*parts)) + (f" in {self.text(zone, 0)}" if zone is not None else "")
 
-    def __init__(self) -> None:
-        self._left = MAX_JSON_ITEMS
+    def error(self, value: Any, levels: int) -> str:
+        """Return an exception's arguments."""
+        arguments = BaseException.__dict__["args"].__get__(value)
+        return self.items(arguments, levels, tuple, "  ")
 
-    def copy(self, value: Any, levels: int) -> Any:
-        self._left -= 1
-        if value is None or isinstance(value, bool):
+    def json(self, value: Any, levels: int = 8) -> Any:
+        """Return a bounded copy of a value as JSON; what JSON has no form for becomes text."""
+        self._values_left -= 1
+        kind = type(value)
+        if value is None or kind is bool or (kind is float and math.isfinite(value)):
             return value
-        if type(value) is str:
-            return value[: 2 * MAX_PARAMS_CHARS]
-        if type(value) is int and value.bit_length() <= 64:
+        if issubclass(kind, str):
+            return str.__getitem__(value, slice(2 * MAX_PARAMS_CHARS))
+        if kind is int and value.bit_length() <= 64:
             return value
-        if type(value) is float and math.isfinite(value):
-            return value
-        if self._left <= 0:
+        if self._values_left <= 0:
             return "…"
-        if levels and isinstance(value, Mapping):
-            some = self._some(value.items())
-            return {str(key)[:MAX_KEY_CHARS]: self.copy(item, levels - 1) for key, item in some}
-        if levels and isinstance(value, (list, tuple, set, frozenset)):
-            return [self.copy(item, levels - 1) for item in self._some(value)]
-        return safe_repr(value, levels=0)
+        if levels and issubclass(kind, dict):
+            some = itertools.islice(dict.items(value), self._values_left)
+            return {self._key(name): self.json(item, levels - 1) for name, item in list(some)}
+        for base in (list, tuple, set, frozenset) if levels else ():
+            if issubclass(kind, base):
+                some = itertools.islice(base.__iter__(value), self._values_left)
+                return [self.json(item, levels - 1) for item in list(some)]
+        return ValueWriter(calls_repr=self._calls_repr).text(value, 1 if levels else 0)
 
-    def _some(self, items: Iterable[Any]) -> Iterator[Any]:
-        return itertools.takewhile(lambda _: self._left > 0, items)
+    def _key(self, name: Any) -> str:
+        text = self.json(name, 0)
+        return (text if type(text) is str else str(text))[:MAX_KEY_CHARS]
 
 
-def jsonable(value: Any) -> Any:
-    """Return a bounded copy of any object as JSON; what JSON has no form for becomes its repr."""
-    return _Copier().copy(value, levels=8)
+_WRITERS |= {
+    **{id(kind): lambda _, value, levels: repr(value) for kind in (bool, type(None), type(...))},
+    id(float): lambda _, value, levels: float.__repr__(value),
+    id(complex): lambda _, value, levels: complex.__repr__(value),
+    id(range): lambda _, value, levels: repr(value),
+    id(int): ValueWriter.whole_number,
+    **{id(kind): functools.partial(ValueWriter.cut, base=kind) for kind in (str, bytes, bytearray)},
+    **{
+        id(kind): functools.partial(ValueWriter.items, base=kind, ends=ends)
+        for kind, ends in ((dict, "{}"), (list, "[]"), (tuple, "()"), (set, "{}"))
+    },
+    id(frozenset): functools.partial(ValueWriter.items, base=frozenset, ends="{}"),
+    id(collections.deque): functools.partial(ValueWriter.items, base=collections.deque, ends="[]"),
+    id(datetime): ValueWriter.moment,
+    id(BaseException): ValueWriter.error,
+    id(type): lambda _, value, levels: f"<class {qualified_name(value)}>",
+    id(types.ModuleType): lambda _, value, levels: f"<module {plain_attribute(value, '__name__')}>",
+    id(types.FunctionType): lambda _, value, levels: f"<function {value.__qualname__}>",
+    id(types.BuiltinFunctionType): lambda _, value, levels: f"<function {value.__name__}>",
+}
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function says that runs code of the host, None when it raises."""
+    """Return what a function returns that meets the host's objects, None when it raises."""
     try:
         return function(*arguments)
     except Exception:  # noqa: BLE001 - a detail that fails must not cost the report
         return None
 
 
-def default_project_root() -> str:
-    """Return the folder whose files are the application's: the current one, or the script's."""
+def project_root_of(caller: types.FrameType | None) -> str:
+    """Return the folder whose files are the application's, as seen by the code that called init().
+
+    The current folder, unless that code lies elsewhere: then the folder that holds it or, for a
+    module of a package, the top package.
+    """
     folder = os.getcwd()
-    script = getattr(sys.modules.get("__main__"), "__file__", None) or ""
-    script_folder = os.path.dirname(os.path.abspath(script))
-    is_inside = script_folder.startswith(os.path.join(folder, ""))
-    if script and is_own_path(script) and not script_folder.startswith(STDLIB) and not is_inside:
-        return script_folder
+    while caller is not None:
+        file = caller.f_code.co_filename
+        path = os.path.abspath(file)
+        is_known = path != HERE and not path.startswith(STDLIB) and not file.startswith("<")
+        if is_known and is_own_path(file):
+            package = caller.f_globals.get("__package__") or ""
+            depth = package.count(".") + 2 if package else 1
+            if path.startswith(os.path.join(folder, "")):
+                return folder
+            for _ in range(depth):
+                path = os.path.dirname(path)
+            return path
+        caller = caller.f_back
     return folder
 
 
-def qualified_name(kind: type) -> str:
-    """Return a class's name with its module, without it for built-in classes."""
-    module = kind.__module__
-    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
-
-
 def safe_text(value: object) -> str:
-    """Return str(value), whatever its __str__ does."""
+    """Return str(value), whatever its __str__ raises."""
     try:
         return str(value)[: 2 * MAX_MESSAGE_CHARS]
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001 - a host's __str__ may do anything
-        return f"<its text raised {type(error).__name__}>"
+    except Exception as error:  # noqa: BLE001 - a host's __str__ may do anything
+        return f"<its text raised {class_name(type(error))}>"
 
 
 def source_around(file: str, lineno: int) -> Json:
@@ -4442,29 +4676,49 @@ def source_around(file: str, lineno: int) -> Json:
 def add_sources(exceptions: Iterable[Json]) -> None:
     """Add the source to the frames whose `context_line` is None: a read of files, off the host."""
     for frame in itertools.chain.from_iterable(one["frames"] for one in exceptions):
-        if frame.get("context_line", "") is None:
+        if isinstance(frame, dict) and frame.get("context_line", "") is None:
             frame |= attempt(source_around, frame["file"], frame["lineno"]) or {}
 
 
-def local_variables(frame: types.FrameType) -> Json:
-    """Return bounded reprs of a frame's variables, of a module's only the plain values."""
+def local_variables(frame: types.FrameType, end_s: float, *, calls_repr: bool) -> Json:
+    """Return a frame's variables as text, of a module's only the plain values.
+
+    When `end_s` on the performance counter has passed, the rest is left out.
+    """
     dull = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     is_module = frame.f_code.co_name == "<module>"
     variables = frame.f_locals
+    if type(variables) is not dict and class_name(type(variables)) != "FrameLocalsProxy":
+        return {}  # a namespace of the host's making
     found = [
         (name, value)
         for name, value in list(variables.items())
-        if not (is_module and (name.startswith("__") or isinstance(value, dull)))
+        if not (is_module and (name.startswith("__") or issubclass(type(value), dull)))
     ]
-    if type(variables) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        variables.clear()  # a snapshot, which the frame would keep alive with all its values
-    return {name: safe_repr(value) for name, value in found[:MAX_LOCALS]}
+    is_snapshot = type(variables) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED
+    if is_snapshot and sys.getrefcount(variables) <= 3:  # the host's locals() has returned it not
+        variables.clear()  # or the frame would keep all its values alive
+    texts: Json = {}
+    for name, value in found[:MAX_LOCALS]:
+        if time.perf_counter() > end_s:
+            return texts | {"…": "[left out: describing this report took too long]"}
+        texts[name] = ValueWriter(calls_repr=calls_repr).text(value)
+    return texts
 
 
 def platform_python() -> str:
     """Return the running Python's name and version: CPython 3.11.7."""
     name = {"cpython": "CPython", "pypy": "PyPy"}.get(sys.implementation.name)
     return f"{name or sys.implementation.name} {sys.version.split()[0]}"
+
+
+# What a class derived from BaseException can't override.
+_attributes_of = BaseException.__dict__["__dict__"]
+_traceback_of = BaseException.__dict__["__traceback__"].__get__
+_cause_of = BaseException.__dict__["__cause__"].__get__
+_context_of = BaseException.__dict__["__context__"].__get__
+_suppresses = BaseException.__dict__["__suppress_context__"].__get__
+_members_in = BaseExceptionGroup.__dict__["exceptions"].__get__
 
 
 def exception_chain(error: BaseException) -> list[tuple[BaseException, str]]:
@@ -4474,36 +4728,111 @@ def exception_chain(error: BaseException) -> list[tuple[BaseException, str]]:
     waiting = [(error, "")]
     while waiting and len(found) < MAX_EXCEPTIONS:
         one, relation = waiting.pop()
-        if id(one) in seen or not isinstance(one, BaseException):
+        if id(one) in seen or one is None:
             continue
         seen.add(id(one))
         found.append((one, relation))
-        cause = attempt(lambda one=one: one.__cause__)
-        if cause is not None:
+        if (cause := _cause_of(one)) is not None:
             waiting.append((cause, "caused_by"))
-        elif not attempt(lambda one=one: one.__suppress_context__):
-            waiting.append((attempt(lambda one=one: one.__context__), "while_handling"))
-        if isinstance(one, BaseExceptionGroup):
-            members = attempt(lambda one=one: list(one.exceptions)) or []
-            waiting += [(each, "one_of") for each in reversed(members[:MAX_EXCEPTIONS])]
+        elif not _suppresses(one):
+            waiting.append((_context_of(one), "while_handling"))
+        if issubclass(type(one), BaseExceptionGroup):
+            members = _members_in(one)[:MAX_EXCEPTIONS]
+            waiting += [(each, "one_of") for each in reversed(members)]
     return found
 
 
 def message_of(error: BaseException) -> str:
     """Return an exception's text and the notes that were added to it (PEP 678)."""
-    notes = error.__dict__.get("__notes__")
-    parts = [safe_text(error), *(notes if isinstance(notes, list) else ())]
-    return "\n".join(part for part in parts if isinstance(part, str))[: 2 * MAX_MESSAGE_CHARS]
+    notes = _attributes_of.__get__(error).get("__notes__")
+    parts = [safe_text(error), *(notes if type(notes) is list else ())]
+    return "\n".join(part for part in parts if type(part) is str)[: 2 * MAX_MESSAGE_CHARS]
 
 
 def frame_of_syntax_error(error: BaseException) -> Json | None:
     """Return a frame for the line a SyntaxError reports, which no traceback contains."""
-    if not isinstance(error, SyntaxError):
+    if not issubclass(type(error), SyntaxError):
         return None
-    file, lineno, text = error.filename, error.lineno, error.text
+    names = ("filename", "lineno", "text")
+    file, lineno, text = (SyntaxError.__dict__[name].__get__(error) for name in names)
     if type(file) is not str or type(lineno) is not int or not 0 < lineno < 2**31:
         return None
     return {"file": file, "lineno": lineno} | ({"context_line": text} if type(text) is str else {})
+
+
+_HOP_ENTRIES = 64
+_hop = operator.attrgetter(".".join(["tb_next"] * _HOP_ENTRIES))  # 200,000 entries in 5 ms
+
+
+def ends_of_traceback(
+    entry: types.TracebackType | None, most: int
+) -> tuple[list[types.TracebackType], int, list[types.TracebackType]]:
+    """Return the outermost entries, the number of those left out, and the innermost entries."""
+    outer: list[types.TracebackType] = []
+    while entry is not None and len(outer) < most // 2:
+        outer.append(entry)
+        entry = entry.tb_next
+    hops = collections.deque([entry], maxlen=most // 2 // _HOP_ENTRIES + 2)
+    count = 1
+    with contextlib.suppress(AttributeError):  # there are fewer than a hop's
+        while (entry := _hop(entry)) is not None:
+            hops.append(entry)
+            count += 1
+    inner: list[types.TracebackType] = []
+    entry = hops[0]
+    while entry is not None:
+        inner.append(entry)
+        entry = entry.tb_next
+    left_out = (count - len(hops)) * _HOP_ENTRIES + max(0, len(inner) - most // 2)
+    return outer, left_out, inner[-(most // 2) :]
+
+
+class RecordMark:
+    """Says of an exception that this process has queued or delivered a report of it."""
+
+    __slots__ = ("is_delivered", "process_id")
+
+    def __init__(self) -> None:
+        self.process_id, self.is_delivered = 0, False
+
+
+class _Attributes(dict[str, Any]):
+    """An exception's `__dict__` that carries its mark; it is pickled and copied as a plain dict.
+
+    Built-in exceptions can't be referenced weakly, and an attribute would be seen by the host and
+    travel with its pickle.
+    """
+
+    __slots__ = ("mark",)
+    mark: RecordMark
+
+    def __reduce_ex__(self, protocol: object) -> tuple[type, tuple[Json]]:
+        return dict, (dict(self),)
+
+
+def mark_of(error: BaseException) -> RecordMark:
+    """Return an exception's mark, made when first asked for."""
+    attributes = _attributes_of.__get__(error)
+    if type(attributes) is not _Attributes:
+        attributes = _Attributes(attributes)
+        attributes.mark = RecordMark()
+        _attributes_of.__set__(error, attributes)
+    return attributes.mark
+
+
+_LOG_FIELDS = {
+    *vars(logging.makeLogRecord({})),
+    *("message", "asctime", "taskName", "request"),
+}
+
+
+class _Room:
+    """What is left for the details of one report; `frames` is for each exception of its chain."""
+
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
+        self.detailed, self.chars = MAX_DETAILED_FRAMES, MAX_CAPTURED_CHARS
+        self.end_s = time.perf_counter() + MAX_DESCRIBE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -4513,7 +4842,7 @@ class Describer:
     project_root: str
     release: str | None = None
     environment: str | None = None
-    with_locals: bool = True
+    with_locals: bool | str = True
 
     def _inside(self, file: str) -> str | None:
         """Return a file's path from the project's root, None when it lies elsewhere."""
@@ -4523,25 +4852,28 @@ class Describer:
 
     @functools.lru_cache(1_000)  # noqa: B019 - there is one for a client
     def is_own(self, file: str) -> bool:
-        """Tell the application's files from the library's and from this one."""
+        """Tell the application's files from the library's, from this one and from no files."""
+        if file.startswith("<"):
+            return False
         path = os.path.abspath(file)
         is_library = path.startswith(STDLIB) or path == HERE or not is_own_path(path)
         return not is_library and self._inside(file) is not None
 
     def relative(self, file: str) -> str:
         """Return a file's path from the project's root, or what it is called in its library."""
-        return self._inside(file) or os.path.basename(file)
+        inside = None if file.startswith("<") else self._inside(file)
+        return inside or os.path.basename(file)
 
     def exception(self, error: BaseException) -> Json:
         """Describe an exception and its chain."""
         name, message = qualified_name(type(error)), safe_text(error)
+        chain = exception_chain(error)
+        room = _Room(max(10, MAX_BACKTRACE_LINES // len(chain)))
         exceptions: list[Json] = []
-        room = [MAX_DETAILED_FRAMES, MAX_CAPTURED_CHARS]
-        for one, relation in exception_chain(error):
-            frames = self._frames(one, room)
+        for one, relation in chain:
             said = {"exception_class": qualified_name(type(one)), "message": message_of(one)}
             exceptions.append(said | ({"relation": relation} if relation else {}))
-            exceptions[-1]["frames"] = frames
+            exceptions[-1]["frames"] = self._frames(one, room)
         frame = location_frame_of_json(exceptions)
         place = (self.relative(frame.file or ""), frame.function or "") if frame else None
         return {
@@ -4552,42 +4884,76 @@ class Describer:
             "exceptions": exceptions,
         }
 
-    def _frames(self, error: BaseException, room: list[int]) -> list[Json]:
-        """Return frames, innermost first; `room` counts what is left of detailed ones and text."""
-        frames: list[Json] = []
-        for frame, lineno in reversed(list(traceback.walk_tb(error.__traceback__))):
-            file = frame.f_code.co_filename
-            if file == __file__:
-                continue  # capture() has no part in the program
-            made: Json = {"file": file, "lineno": lineno or 0, "own": self.is_own(file)}
-            made["function"] = frame.f_code.co_qualname
-            frames.append(made)
-            if made["own"] and room[0] > 0:
-                room[0] -= 1
-                attempt(linecache.lazycache, file, frame.f_globals)
-                made["context_line"] = None  # for add_sources
-                if self.with_locals and room[1] > 0:
-                    made["locals"] = attempt(local_variables, frame) or {}
-                    room[1] -= sum(map(len, made["locals"].values()))
+    def _frames(self, error: BaseException, room: _Room) -> list[Any]:
+        """Return frames, innermost first, of a deep stack both ends."""
+        outer, left_out, inner = ends_of_traceback(_traceback_of(error), room.frames)
+        entries = [
+            (self._bare(one), one.tb_frame)
+            for one in reversed(outer + inner)
+            if one.tb_frame.f_code.co_filename != __file__  # capture() has no part in the program
+        ]
+        if not any(made["own"] for made, _ in entries):
+            for made, _ in entries:  # code that the application generated, or that was typed in
+                made["own"] = made["file"].startswith("<") and is_own_path(made["file"])
+        for made, frame in entries:
+            if made["own"]:
+                self._add_details(made, frame, room)
+        frames: list[Any] = [made for made, _ in entries]
+        if left_out:
+            frames.insert(len(inner), f"… [{left_out:,} more frames cut]")
         if place := attempt(frame_of_syntax_error, error):
             frames.insert(0, place | {"own": self.is_own(place["file"])})
         return frames
 
-    def log_record(self, record: logging.LogRecord) -> Json:
-        """Describe a log record that carries no exception."""
+    def _bare(self, entry: types.TracebackType) -> Json:
+        code = entry.tb_frame.f_code
+        file = code.co_filename
+        return {
+            "file": file,
+            "lineno": entry.tb_lineno or 0,
+            "own": self.is_own(file),
+            "function": code.co_qualname,
+        }
+
+    def _add_details(self, made: Json, frame: types.FrameType, room: _Room) -> None:
+        if room.detailed <= 0:
+            return
+        room.detailed -= 1
+        attempt(linecache.lazycache, made["file"], frame.f_globals)
+        made["context_line"] = None  # for add_sources
+        if self.with_locals and room.chars > 0 and time.perf_counter() < room.end_s:
+            calls_repr = self.with_locals == "repr"
+            found = attempt(lambda: local_variables(frame, room.end_s, calls_repr=calls_repr)) or {}
+            made["locals"] = found
+            room.chars -= sum(map(len, found.values()))
+
+    def log_message(self, record: logging.LogRecord) -> str:
+        """Return the text of a log record, whatever its arguments are."""
+        if type(record.msg) is dict and type(record.msg.get("event")) is str:  # structlog's
+            return str(record.msg["event"])[: 2 * MAX_MESSAGE_CHARS]
         message = attempt(record.getMessage)
-        if message is None:  # its arguments don't fit its text
-            message = f"{safe_text(record.msg)} {safe_repr(record.args)}"
-        name, message = f"logging.{record.levelname}", message[: 2 * MAX_MESSAGE_CHARS]
+        if type(message) is not str:  # its arguments don't fit its text
+            message = f"{safe_text(record.msg)} {ValueWriter().text(record.args)}"
+        return message[: 2 * MAX_MESSAGE_CHARS]
+
+    def log_record(self, record: logging.LogRecord, message: str) -> Json:
+        """Describe a log record that carries no exception."""
+        name = f"logging.{record.levelname}"
         file, lineno, function = record.pathname, record.lineno, record.funcName or ""
         frame = {"file": file, "lineno": lineno, "function": function, "own": self.is_own(file)}
         frame["context_line"] = None
-        place = (self.relative(file), function)
+        template = record.msg if type(record.msg) is str else message
+        # A template without a word of its own, as "%s: %s", says nothing about what failed.
+        has_word = re.search(
+            r"[^\W\d_]{2}", re.sub(r"%(?:\(\w*\))?[#0 +-]*[\d.*]*\w", "", template)
+        )
         return {
             "exception_class": name,
             "message": message,
             "backtrace": [],
-            "fingerprint": fingerprint_of(name, safe_text(record.msg), place),
+            "fingerprint": fingerprint_of(
+                name, template if has_word else message, (self.relative(file), function)
+            ),
             "exceptions": [{"exception_class": name, "message": message, "frames": [frame]}],
         }
 
@@ -4603,25 +4969,37 @@ class Describer:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def _text_of(part: email.message.Message) -> str:
-    content = part.get_payload(decode=True)
-    return content.decode("utf-8", "replace") if isinstance(content, bytes) else ""
+class Form:
+    """A submitted form's bytes; read off the host's threads."""
 
+    def __init__(self, kind: str, body: bytes) -> None:
+        self._kind, self._body = kind, body
 
-def submitted_form(kind: str, body: bytes) -> Json:
-    """Return the fields of a form, files left out; nothing when the body is none."""
-    media_type = kind.partition(";")[0].strip().lower()
-    if media_type == "application/x-www-form-urlencoded":
-        fields = urllib.parse.parse_qs(body.decode("utf-8", "replace"))
-        return {name: values if values[1:] else values[0] for name, values in fields.items()}
-    if media_type == "multipart/form-data":
-        head = f"Content-Type: {kind}\r\n\r\n".encode()
-        return {
-            str(part.get_param("name", header="content-disposition")): _text_of(part)
-            for part in email.message_from_bytes(head + body).walk()
-            if part.get_content_disposition() == "form-data" and not part.get_filename()
-        }
-    return {}
+    def fields(self) -> Json:
+        """Return the first MAX_PAIRS fields, files left out; nothing when it is no form."""
+        media_type = self._kind.partition(";")[0].strip().lower()
+        found: dict[str, list[str]] = {}
+        if media_type == "application/x-www-form-urlencoded":
+            some = b"&".join(self._body.split(b"&", MAX_PAIRS)[:MAX_PAIRS])
+            found = urllib.parse.parse_qs(some.decode("utf-8", "replace"))
+        elif media_type == "multipart/form-data":
+            for name, value in self._parts():
+                found.setdefault(name, []).append(value)
+        return {name: values if values[1:] else values[0] for name, values in found.items()}
+
+    def _parts(self) -> Iterator[tuple[str, str]]:
+        """Read multipart/form-data (RFC 7578) in linear time, which `email` does not."""
+        boundary = re.search(r'boundary="?([^";,\s]{1,200})', self._kind, re.IGNORECASE)
+        if boundary is None:
+            return
+        mark = b"--" + boundary[1].encode("latin-1", "replace")
+        for part in self._body.split(mark, MAX_PAIRS + 1)[1 : MAX_PAIRS + 1]:
+            head, _, content = part.partition(b"\r\n\r\n")
+            head = head[:MAX_KNOWN_HEADER_BYTES]
+            name = re.search(rb'[;\s]name="?([^";\r\n]*)', head, re.IGNORECASE)
+            if name and not re.search(rb"[;\s]filename\*?=", head, re.IGNORECASE):
+                texts = (one.decode("utf-8", "replace") for one in (name[1], content))
+                yield next(texts), next(texts).removesuffix("\r\n")
 
 
 class Request:
@@ -4630,11 +5008,18 @@ class Request:
     def __init__(self, source: Mapping[str, Any]) -> None:
         self._source = source
         self._body = bytearray()  # as far as the application has read it
+        self.error_before = sys.exc_info()[1]  # of the server, not of the request
+        self.noticed: BaseException | None = None  # what the application wrote to wsgi.errors
+        self.has_ended = False
 
     def keep(self, part: bytes) -> bytes:
         """Remember a part of the body on its way to the application."""
         self._body += part[: max(0, MAX_REQUEST_BODY_BYTES - len(self._body))]
         return part
+
+    def end(self) -> None:
+        """Note that what still happens in its context happens after it."""
+        self.has_ended, self.noticed, self.error_before = True, None, None
 
     def headers(self) -> dict[str, str]:
         """Return the headers by their names, as in X-Request-Id."""
@@ -4652,13 +5037,14 @@ class Request:
         """Return the report's fields that come from the request, as far as they can be had."""
         headers, user = attempt(self.headers) or {}, attempt(self.user)
         said = (attempt(self.facts) or {}) | {"headers": headers}
-        kind = headers.get("Content-Type", "")
-        if form := attempt(submitted_form, kind, bytes(self._body)):
-            said["form"] = form
+        if self._body:
+            said["form"] = Form(headers.get("Content-Type", ""), bytes(self._body))
+        if self.has_ended:
+            said["recorded"] = "after the request had ended"
         return {
             "request": said,
             "request_id": headers.get("X-Request-Id"),
-            "user_id": None if user is None else safe_text(user),
+            "user_id": None if user is None else str(user),
         }
 
 
@@ -4667,8 +5053,10 @@ def _user_of_flask() -> Any:
     flask = sys.modules.get("flask")
     if flask is None or not flask.has_request_context():
         return None
-    user = flask.g.get("_login_user")
-    return None if user is None else user.get_id()
+    if (user := flask.g.get("_login_user")) is None:
+        return None
+    session = flask.session._get_current_object()
+    return plain_attribute(user, "id") or dict.get(session, "_user_id")  # notes no access
 
 
 class WsgiRequest(Request):
@@ -4685,7 +5073,7 @@ class WsgiRequest(Request):
 
     def facts(self) -> Json:
         """Return method, url and remote_address."""
-        source = {"SCRIPT_NAME": "", "SERVER_PORT": "80", "SERVER_NAME": ""}
+        source = {"SCRIPT_NAME": "", "SERVER_PORT": "80", "SERVER_NAME": "", "PATH_INFO": ""}
         return {
             "method": self._source.get("REQUEST_METHOD"),
             "url": wsgiref.util.request_uri(source | dict(self._source)),
@@ -4719,11 +5107,25 @@ class AsgiRequest(Request):
         }
 
     def user(self) -> Any:
-        """Return Starlette's authenticated user."""
+        """Return the user that Starlette's AuthenticationMiddleware found."""
+        names = ("identity", "id", "username", "display_name")
         user = self._source.get("user")
-        if not getattr(user, "is_authenticated", False):
-            return None
-        return getattr(user, "identity", None) or getattr(user, "display_name", None)
+        return next(filter(None, (plain_attribute(user, name) for name in names)), None)
+
+
+class ObjectRequest(Request):
+    """A request as Tornado or aiohttp tells it: `source` holds its headers and its facts."""
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers by their names."""
+        return {name.title(): value for name, value in self._source["headers"].items()}
+
+    def facts(self) -> Json:
+        """Return method, url and remote_address."""
+        return {name: self._source[name] for name in ("method", "url", "remote_address")}
+
+    def user(self) -> Any:
+        """Return None: neither says it."""
 
 
 _current_request: contextvars.ContextVar[Request | None] = contextvars.ContextVar(
@@ -4739,18 +5141,6 @@ class Retry(Exception):
         self.after_s = after_s
 
 
-def on_fork(owner: object, **methods: str) -> None:
-    """Have methods of `owner` called around every fork, by os.register_at_fork's names."""
-    if not hasattr(os, "register_at_fork"):
-        return
-    this = weakref.ref(owner)  # hooks can't be unregistered, and must not keep the owner alive
-
-    def calling(name: str) -> Callable[[], None]:
-        return lambda: getattr(this(), name, lambda: None)()
-
-    os.register_at_fork(**{when: calling(name) for when, name in methods.items()})
-
-
 class StoreDestination:
     """Puts occurrences into a database of this machine, with no server in between.
 
@@ -4759,29 +5149,29 @@ class StoreDestination:
     """
 
     def __init__(self, path: str, api_key: str | None) -> None:
-        self._path, self._api_key = os.path.realpath(path), api_key
+        self.path, self._api_key = os.path.realpath(path), api_key
         self._lock = threading.RLock()  # held while delivering and while forking
         self._store: Store | None = None
         self._abandoned: list[Store] = []
         self._is_held = False
-        self._swept_s = 0.0
-        on_fork(
-            self,
-            before="before_fork",
-            after_in_parent="after_fork",
-            after_in_child="start_anew",
-        )
 
-    def before_fork(self) -> None:
-        """Close the store, unless a delivery goes on for too long."""
-        self._is_held = self._lock.acquire(timeout=MAX_FORK_WAIT_S)
-        if self._is_held:
-            self.close()
+    def before_fork(self, end_s: float) -> None:
+        """Close the store, unless that takes until `end_s` on the monotonic clock."""
+        if (store := self._store) is not None:
+            store.hurry(True)
+        self._is_held = self._lock.acquire(timeout=max(0.0, end_s - time.monotonic()))
+        if self._is_held and self._store is not None:
+            self._store.close(max(0.0, end_s - time.monotonic()))
+            self._abandoned.append(self._store)  # for what is still being read from it
+            self._store = None
 
     def after_fork(self) -> None:
         """Go on in the parent."""
         if self._is_held:
+            self._abandoned.clear()
             self._lock.release()
+        elif self._store is not None:
+            self._store.hurry(False)
 
     def start_anew(self) -> None:
         """Begin with nothing in the child; a store that is open is the parent's."""
@@ -4796,7 +5186,7 @@ class StoreDestination:
             return store
         with self._lock:
             if self._store is None:
-                self._store = Store(self._path)
+                self._store = Store(self.path, threads=False)
             return self._store
 
     def close(self) -> None:
@@ -4808,23 +5198,49 @@ class StoreDestination:
 
     def deliver(self, waiting: collections.deque[Occurrence], complain: Complaints) -> None:
         """Take occurrences off `waiting` as they are stored; Retry when they can't be now."""
+        with self._lock:
+            self._record(self.store, waiting, complain)
+
+    def deliver_at_end(
+        self, waiting: collections.deque[Occurrence], complain: Complaints, timeout_s: float
+    ) -> None:
+        """Do what deliver() does while the interpreter ends, when a lock may be held for ever."""
+        self._record(lambda: Store(self.path, threads=False, wait_s=timeout_s), waiting, complain)
+
+    def _record(
+        self,
+        open_store: Callable[[], Store],
+        waiting: collections.deque[Occurrence],
+        complain: Complaints,
+    ) -> None:
         try:
-            with self._lock:
-                store = self.store()
-                project = store.ensure_default_project(self._api_key)
-                for refusal in store.record(project.id, list(waiting)):
-                    if refusal is not None:
-                        complain.say("a report was refused", refusal)
-                waiting.clear()
-                self._sweep(store)
+            store = open_store()
+            project = store.ensure_default_project(self._api_key)
+            for refusal in store.record(project.id, list(waiting)):
+                if refusal is not None:
+                    complain.say("a report was refused", refusal)
+            waiting.clear()
         except MiniAPMError as refusal:
             raise Retry(str(refusal), refusal.retry_after_s or 0) from None
 
-    def _sweep(self, store: Store) -> None:
-        if time.monotonic() - self._swept_s >= SWEEP_INTERVAL_S:
-            self._swept_s = time.monotonic()
-            config = load_config({}, os.environ, ("retention_days", "max_occurrences"))
-            Retention(store, config.retention_days, config.max_occurrences).sweep()
+    def sweep(self) -> None:
+        """Remove what retention and the dashboard have left to remove."""
+        config = load_config({}, os.environ, ("retention_days", "max_occurrences"))
+        with self._lock:
+            Retention(self.store(), config.retention_days, config.max_occurrences).sweep()
+
+    def has_reports(self) -> bool:
+        """Tell whether there is a database with something in it."""
+        with contextlib.suppress(sqlite3.Error), contextlib.ExitStack() as cleanup:
+            if os.path.exists(self.path):
+                db = cleanup.enter_context(contextlib.closing(_connect(self.path)))
+                return db.execute("SELECT 1 FROM errors LIMIT 1").fetchone() is not None
+        return False
+
+    def how_to_read(self) -> str:
+        """Say where the reports are."""
+        command = f"python {shlex.quote(HERE)} --db {shlex.quote(self.path)}"
+        return f"errors are recorded in {self.path}; to read them: {command}"
 
 
 def must_retry(status: int, body: str) -> bool:
@@ -4841,15 +5257,21 @@ class HttpDestination:
             http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection,
             parts.hostname or "",
             parts.port,
-            timeout=HTTP_TIMEOUT_S,
         )
+        self._base = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
         self._path = parts.path.rstrip("/") + "/ingest/errors/batch"
         self._headers = {
             "Authorization": f"Bearer {api_key}".encode().decode("latin-1"),
             "Content-Type": "application/json",
         }
+        "localhost".encode("idna")  # nothing can be imported once the interpreter ends
 
-    def deliver(self, waiting: collections.deque[Occurrence], complain: Complaints) -> None:
+    def deliver(
+        self,
+        waiting: collections.deque[Occurrence],
+        complain: Complaints,
+        timeout_s: float = HTTP_TIMEOUT_S,
+    ) -> None:
         """Take occurrences off `waiting` as they are accepted; Retry when they can't be now."""
         while waiting:
             some: list[str] = []
@@ -4860,12 +5282,14 @@ class HttpDestination:
                     break
                 some.append(text)
                 size += len(text)
-            self._post(f'{{"errors": [{",".join(some)}]}}'.encode(), complain)
+            self._post(f'{{"errors": [{",".join(some)}]}}'.encode(), complain, timeout_s)
             for _ in some:
                 waiting.popleft()
 
-    def _post(self, body: bytes, complain: Complaints) -> None:
-        connection = self._connect()
+    deliver_at_end = deliver
+
+    def _post(self, body: bytes, complain: Complaints, timeout_s: float) -> None:
+        connection = self._connect(timeout=timeout_s)
         try:
             connection.request("POST", self._path, body, self._headers)
             answer = connection.getresponse()
@@ -4882,8 +5306,21 @@ class HttpDestination:
             reason = answer.headers.get("Location") or said
             complain.say(f"reports were refused with HTTP {answer.status}", reason)
 
-    def close(self) -> None:
-        """Keep nothing: each delivery has a connection of its own."""
+    def before_fork(self, end_s: float) -> None:
+        """Keep nothing open: each delivery has a connection of its own."""
+
+    def after_fork(self) -> None:
+        """Do nothing, as before_fork()."""
+
+    start_anew = close = sweep = after_fork
+
+    def has_reports(self) -> bool:
+        """Return False: the tracker itself removes what is to be removed."""
+        return False
+
+    def how_to_read(self) -> str:
+        """Say where the reports are."""
+        return f"errors are reported to {self._base}/"
 
 
 def merged(parts: Iterable[Json]) -> Json:
@@ -4910,54 +5347,137 @@ def _report_of_dropped(count: int) -> Json:
     }
 
 
+def on_fork(owner: object, **methods: str) -> None:
+    """Have methods of `owner` called around every fork, by os.register_at_fork's names."""
+    if not hasattr(os, "register_at_fork"):
+        return
+    this = weakref.ref(owner)  # hooks can't be unregistered, and must not keep the owner alive
+
+    def calling(name: str) -> Callable[[], None]:
+        return lambda: getattr(this(), name, lambda: None)()
+
+    os.register_at_fork(**{when: calling(name) for when, name in methods.items()})
+
+
 class Outbox:
     """A bounded queue and the one thread that empties it into a destination.
 
-    `prepare` turns a report into an Occurrence, or None to drop it. What does not fit is counted
-    and dropped; the count is reported when there is room again. A report is kept until the
-    destination takes or refuses it.
+    `prepare` turns a report into an Occurrence, or None to drop it; `announce` is called once,
+    after the first delivery. What does not fit is counted and dropped; the count is reported when
+    there is room again. A report is kept until the destination takes or refuses it. The thread
+    ends before a fork and starts again after it. Once the interpreter ends there are no threads:
+    put() delivers at once then, for FLUSH_TIMEOUT_S in all.
     """
 
     def __init__(
         self,
         destination: StoreDestination | HttpDestination,
-        prepare: Callable[[Json], Occurrence | None],
+        prepare: Callable[[Json, RecordMark | None], Occurrence | None],
         complain: Complaints,
+        announce: Callable[[], None],
     ) -> None:
         self._destination = destination
         self._prepare = prepare
         self._complain = complain
-        self.start_anew()
-        on_fork(self, after_in_child="start_anew")
+        self._announce = announce
+        self._begin()
+        hooks = {"before": "before_fork", "after_in_parent": "after_fork"}
+        on_fork(self, **hooks, after_in_child="start_anew")
 
-    def start_anew(self) -> None:
-        """Begin with nothing; in a child, for the parent's thread and reports are the parent's."""
+    def _begin(self) -> None:
         self._changed = threading.Condition()
-        self._reports: collections.deque[Json] = collections.deque()
+        self._reports: collections.deque[tuple[Json, RecordMark | None]] = collections.deque()
+        self._unsent: collections.deque[Occurrence] = collections.deque()
         self._in_hand = 0  # reports that the thread has taken and not yet delivered
         self._dropped = 0
-        self._is_hurried = self._is_closed = False
+        self._is_hurried = self._is_closed = self._is_forking = False
+        self._keeps_running = False
+        self._swept_s = time.monotonic()
+        self._end_s = math.inf  # on the monotonic clock: when delivering ends for good
         self._thread: threading.Thread | None = None
 
-    def put(self, report: Json) -> None:
-        """Queue a report; never waits."""
-        with self._changed:
-            if len(self._reports) >= MAX_QUEUED_REPORTS or self._is_closed:
-                self._dropped += 1
-                return
-            self._reports.append(report)
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="miniapm", daemon=True)
-                thread.start()
-                self._thread = thread
-                self._flush_when_a_child_ends()
-            self._changed.notify_all()
+    def start_anew(self) -> None:
+        """Begin with nothing in a child: the parent's thread and reports are the parent's."""
+        self._begin()
+        self._destination.start_anew()
 
-    def _flush_when_a_child_ends(self) -> None:
-        # A multiprocessing child leaves by os._exit: atexit is not run there, this is.
-        process = sys.modules.get("multiprocessing.process")
-        if process is not None and process.parent_process() is not None:
-            sys.modules["multiprocessing.util"].Finalize(None, self.flush, exitpriority=0)
+    def before_fork(self) -> None:
+        """End the thread and close the destination, for MAX_FORK_WAIT_S at most."""
+        end_s = time.monotonic() + MAX_FORK_WAIT_S
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            with self._changed:
+                self._is_forking = True
+                self._changed.notify_all()
+        self._destination.before_fork(end_s)
+        if self._is_forking and thread is not None:
+            thread.join(max(0.0, end_s - time.monotonic()))
+
+    def after_fork(self) -> None:
+        """Go on in the parent."""
+        self._destination.after_fork()
+        with self._changed:
+            self._is_forking = False
+            if self._reports or self._unsent or self._keeps_running:
+                self._start()
+
+    def keep_running(self) -> None:
+        """Have the thread from now on, for what is to be removed even if nothing fails."""
+        with self._changed:
+            self._keeps_running = True
+            self._start()
+
+    def _start(self) -> bool:
+        """Start the thread unless there is one; False when there can't be."""
+        if self._is_forking or (self._thread is not None and self._thread.is_alive()):
+            return True
+        thread = threading.Thread(target=self._run, name="miniapm", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads for now, or for good
+            return False
+        self._thread = thread
+        return True
+
+    def is_full(self) -> bool:
+        """Tell that a report would not fit, and count it as dropped."""
+        if len(self._reports) < MAX_QUEUED_REPORTS and not self._is_closed:
+            return False
+        self._dropped += 1
+        return True
+
+    def put(self, report: Json, mark: RecordMark | None = None) -> bool:
+        """Queue a report, without waiting; tell whether there was room."""
+        if sys.is_finalizing() or self._end_s < math.inf:
+            return self._deliver_at_end([(report, mark)])
+        with self._changed:
+            if self.is_full():
+                return False
+            self._reports.append((report, mark))
+            if self._start() or threading.main_thread().is_alive():
+                self._changed.notify_all()
+                return True
+            some = list(self._reports)  # 3.12 starts no thread once the main one has ended
+            self._reports.clear()
+        return self._deliver_at_end(some)
+
+    def _deliver_at_end(self, reports: list[tuple[Json, RecordMark | None]]) -> bool:
+        now_s = time.monotonic()
+        if sys.is_finalizing():
+            self._end_s = min(self._end_s, now_s + FLUSH_TIMEOUT_S)
+        timeout_s = min(FLUSH_TIMEOUT_S, self._end_s - now_s)
+        if timeout_s <= 0:
+            return False
+        occurrences = collections.deque(self._prepared(reports))
+        try:
+            self._destination.deliver_at_end(occurrences, self._complain, timeout_s)
+        except Retry as retry:
+            self._complain.say("reports were lost at the program's end", retry)
+            if self._end_s < math.inf:
+                self._end_s = now_s  # the next ones would be lost too, after a wait
+            return False
+        self._announce()
+        return True
 
     def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
         """Try to deliver all that waits, for `timeout_s` at most; True when nothing is left."""
@@ -4968,6 +5488,11 @@ class Outbox:
                 lambda: not self._reports and not self._in_hand, max(0.0, timeout_s)
             )
         return is_empty
+
+    def end(self) -> None:
+        """Flush at the interpreter's end; from now on put() delivers at once."""
+        self._end_s = time.monotonic() + FLUSH_TIMEOUT_S
+        self.flush()
 
     def close(self) -> None:
         """Flush, end the thread, close the destination."""
@@ -4981,50 +5506,68 @@ class Outbox:
 
     def _run(self) -> None:
         _is_busy_here.set(True)
-        while some := self._take():
-            self._deliver(collections.deque(self._prepared(some)))
-            with self._changed:
-                self._in_hand = 0
-                self._changed.notify_all()
+        while self._wait():
+            if not self._unsent:
+                self._unsent.extend(self._prepared(self._take()))
+            self._deliver()
+            if time.monotonic() >= self._swept_s + SWEEP_INTERVAL_S:
+                self._swept_s = time.monotonic()
+                try:
+                    self._destination.sweep()
+                except MiniAPMError as error:
+                    self._complain.say("retention will try again", error)
 
-    def _take(self) -> list[Json]:
-        """Wait for reports and take some; none when the thread is to end."""
+    @property
+    def _must_stop(self) -> bool:
+        return self._is_closed or self._is_forking
+
+    def _wait(self) -> bool:
+        """Wait for reports or the time of a sweep; False when the thread is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._reports or self._is_closed)
-            if self._is_closed:
-                return []
+            self._changed.wait_for(
+                lambda: self._reports or self._unsent or self._must_stop,
+                max(0.0, self._swept_s + SWEEP_INTERVAL_S - time.monotonic()),
+            )
+            return not self._must_stop
+
+    def _take(self) -> list[tuple[Json, RecordMark | None]]:
+        with self._changed:
             count = min(len(self._reports), MAX_SENT_REPORTS)
             some = [self._reports.popleft() for _ in range(count)]
             self._in_hand = count
-            if self._dropped:
-                some.append(_report_of_dropped(self._dropped))
-                self._dropped = 0
-            return some
+            dropped, self._dropped = self._dropped, 0
+            return [*some, (_report_of_dropped(dropped), None)] if dropped else some
 
-    def _prepared(self, reports: list[Json]) -> Iterator[Occurrence]:
-        for report in reports:
+    def _prepared(self, reports: list[tuple[Json, RecordMark | None]]) -> Iterator[Occurrence]:
+        for report, mark in reports:
             try:
-                if (occurrence := self._prepare(report)) is not None:
+                if (occurrence := self._prepare(report, mark)) is not None:
                     yield occurrence
             except Exception as error:  # noqa: BLE001 - before_send is the host's
                 self._complain.say("a report was lost", f"{type(error).__name__}: {error}")
 
-    def _deliver(self, occurrences: collections.deque[Occurrence]) -> None:
+    def _deliver(self) -> None:
         pause_s = RETRY_FIRST_S
-        while occurrences and not self._is_closed:
+        while self._unsent and not self._must_stop:
             try:
-                self._destination.deliver(occurrences, self._complain)
+                self._destination.deliver(self._unsent, self._complain)
+                self._announce()
             except Retry as retry:
-                self._complain.say("reports wait, will try again", retry)
+                if not self._is_forking:
+                    self._complain.say("reports wait, will try again", retry)
                 self._pause(min(max(pause_s, retry.after_s), RETRY_LONGEST_S))
                 pause_s *= 2
             except Exception as error:  # noqa: BLE001 - whatever it is, the host goes on
                 self._complain.say("reports were lost", f"{type(error).__name__}: {error}")
-                return
+                self._unsent.clear()
+        if not self._unsent:
+            with self._changed:
+                self._in_hand = 0
+                self._changed.notify_all()
 
     def _pause(self, seconds: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._is_hurried or self._is_closed, seconds)
+            self._changed.wait_for(lambda: self._is_hurried or self._must_stop, seconds)
             self._is_hurried = False  # one attempt at once; then the pauses go on
 
 
@@ -5067,10 +5610,70 @@ def _hook(owner: Any, name: str, record: Callable[..., None]) -> Callable[[], No
     return _replace(owner, name, make)
 
 
-def _user_of_django(record: logging.LogRecord) -> str | None:
-    """Return the id of the user of a logged request, as far as Django has looked it up."""
-    user = getattr(getattr(record, "request", None), "_cached_user", None)
-    return str(user.pk) if user is not None and user.is_authenticated else None
+Record = Callable[[BaseException], None]
+RecordLog = Callable[[logging.LogRecord], None]
+
+
+def _hook_loguru(_: Record, record_log: RecordLog) -> Callable[[], None]:
+    """Record what loguru logs at ERROR and above; return the undo."""
+    logger = sys.modules["loguru"].logger
+
+    def sink(message: Any) -> None:
+        said = message.record
+        fields = {
+            "name": said["name"] or "loguru",
+            "msg": said["message"],
+            "levelno": said["level"].no,
+            "levelname": said["level"].name,
+            "pathname": said["file"].path,
+            "lineno": said["line"],
+            "funcName": said["function"],
+            "created": said["time"].timestamp(),
+            "exc_info": said["exception"],
+        }
+        record_log(logging.makeLogRecord(said["extra"] | fields))
+
+    number = logger.add(sink, level="ERROR", format="{message}")
+    return lambda: attempt(logger.remove, number)  # the host may have removed it
+
+
+def _hook_ipython(record: Record, _: RecordLog) -> Callable[[], None]:
+    """Record what a cell raises, unless the host has a handler for that; return the undo."""
+    shell = sys.modules["IPython"].get_ipython()
+    if shell is None or shell.custom_exceptions:
+        return lambda: None
+
+    def handler(self: Any, kind: Any, error: BaseException, tb: Any, tb_offset: Any = None) -> None:
+        self.showtraceback((kind, error, tb), tb_offset=tb_offset)
+        record(error)
+
+    shell.set_custom_exc((Exception,), handler)
+    return lambda: shell.set_custom_exc((), None)
+
+
+def _hook_gevent(record: Record, _: RecordLog) -> Callable[[], None]:
+    """Record what ends a greenlet; return the undo."""
+
+    def handle(hub: object, context: object, kind: object, error: Any, *_: object) -> None:
+        if issubclass(type(error), Exception):
+            record(error)
+
+    return _hook(sys.modules["gevent.hub"].Hub, "handle_error", handle)
+
+
+_FRAMEWORK_HOOKS = {"loguru": _hook_loguru, "IPython": _hook_ipython, "gevent.hub": _hook_gevent}
+
+
+def _user_of_django(request: object) -> Any:
+    """Return the id of a Django request's user, as far as Django has looked it up."""
+    user = plain_attributes(request).get("_cached_user")
+    meta = plain_attributes(class_attribute(type(user), "_meta"))
+    return plain_attribute(user, plain_attributes(meta.get("pk")).get("attname") or "pk")
+
+
+def _request_of_django(request: object) -> Request | None:
+    environ = plain_attributes(request).get("META")
+    return WsgiRequest(environ) if type(environ) is dict else None
 
 
 class Client:
@@ -5078,7 +5681,8 @@ class Client:
 
     `where` is a tracker's URL or a database's path, `project_root` the folder of the
     application's own code. `release` and `environment` are shown with each report, `with_locals`
-    adds the variables of own frames. `before_send(occurrence)` returns the
+    adds the variables of own frames; "repr" calls the `__repr__` of their classes.
+    `before_send(occurrence)` returns the
     occurrence, another one, or None to drop it; it runs in the background thread.
 
     >>> client = Client("errors.db", release="1.2")
@@ -5093,25 +5697,30 @@ class Client:
         project_root: str | None = None,
         release: str | None = None,
         environment: str | None = None,
-        with_locals: bool = True,
+        with_locals: bool | str = True,
         before_send: Callable[[Occurrence], Occurrence | None] | None = None,
     ) -> None:
-        root = os.path.abspath(project_root or default_project_root())
+        root = os.path.abspath(project_root or project_root_of(sys._getframe(1)))
         self.destination = destination_of(where, api_key)
         self._describer = Describer(root, release, environment, with_locals)
         self._before_send = before_send
         self._complain = Complaints()
-        self._outbox = Outbox(self.destination, self._prepare, self._complain)
+        self._outbox = Outbox(self.destination, self._prepare, self._complain, self._announce)
         self._surroundings: tuple[int, Json] = (0, {})
+        self._known_logs: dict[str, None] = {}  # the newest records, by their event ids
+        self._is_announced = os.environ.get(QUIET_VARIABLE) == "1"
+        self.mounted_at = ""
         self.flush = self._outbox.flush
+        self.keep_running = self._outbox.keep_running
 
     def record(self, error: BaseException, context: Json | None = None) -> None:
         """Record an exception once, with the context given here and by `capture` and `wrap`.
 
-        `context` may hold user_id, request_id and params; other names are kept beside them.
-        Ends of a program (KeyboardInterrupt, SystemExit) are not recorded.
+        `context` may hold user_id, request_id, params, tags, level, release and environment; other
+        names are kept as its context. Ends of a program (KeyboardInterrupt, SystemExit) are not
+        recorded.
         """
-        if not isinstance(error, SKIPPED):
+        if issubclass(type(error), BaseException) and not issubclass(type(error), SKIPPED):
             self._guard(self._record_exception, error, context or {})
 
     def record_log(self, record: logging.LogRecord) -> None:
@@ -5119,7 +5728,7 @@ class Client:
         if record.levelno >= logging.ERROR:
             self._guard(self._record_logged, record)
 
-    def _guard(self, work: Callable[..., None], *arguments: Any) -> None:
+    def _guard(self, work: Callable[..., object], *arguments: Any) -> None:
         """Do work that must not be noticed by the host, unless it is part of such work itself."""
         try:
             if not _is_busy_here.get():
@@ -5129,43 +5738,100 @@ class Client:
             with contextlib.suppress(Exception):
                 self._complain.say("an error could not be recorded", type(error).__name__)
 
-    def _record_exception(self, error: BaseException, context: Json) -> None:
-        marks = error.__dict__
-        if "_miniapm_recorded" not in marks:
-            self._outbox.put(self._complete(self._describer.exception(error), context))
-            marks["_miniapm_recorded"] = True
+    def _record_exception(
+        self, error: BaseException, context: Json, more: Json | None = None
+    ) -> None:
+        mark = mark_of(error)
+        is_known = mark.is_delivered or self._before_send is None
+        if (mark.process_id == os.getpid() and is_known) or self._outbox.is_full():
+            return
+        report = self._describer.exception(error) | (more or {})
+        if self._outbox.put(self._complete(report, context), mark):
+            mark.process_id = os.getpid()
 
     def _record_logged(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        context: Json = {"logger": record.name, "user_id": attempt(_user_of_django, record)}
-        if error is not None:
-            context["log_message"] = attempt(record.getMessage)
-            if not isinstance(error, SKIPPED):
-                self._record_exception(error, context)
-        elif record.name not in SERVER_LOGGERS:
-            self._outbox.put(self._complete(self._describer.log_record(record), context))
+        # A record that a QueueHandler hands on comes again, maybe in another process.
+        origin = (record.process, record.thread, record.created, record.name, record.lineno)
+        event_id = hashlib.md5(repr(origin).encode(), usedforsecurity=False).hexdigest()
+        status = record.__dict__.get("status_code")
+        is_refusal = type(status) is int and 400 <= status < 500
+        message = self._describer.log_message(record)
+        is_repeated = re.match(_REPEATED_LINE, f"{record.name}: {message}")
+        if event_id in self._known_logs or is_refusal or is_repeated:
+            return
+        self._known_logs[event_id] = None
+        if len(self._known_logs) > MAX_QUEUED_REPORTS:
+            del self._known_logs[next(iter(self._known_logs))]
+        error = self._exception_of_log(record, message)
+        request = record.__dict__.get("request")  # Django adds it
+        given = {name: value for name, value in vars(record).items() if name not in _LOG_FIELDS}
+        if type(record.msg) is dict:
+            given |= {name: value for name, value in record.msg.items() if name != "event"}
+        context = {name: value for name, value in given.items() if name[:1] != "_"}
+        context |= {"logger": record.name, "user_id": attempt(_user_of_django, request)}
+        token = _current_request.set(_current_request.get() or _request_of_django(request))
+        try:
+            if error is None:
+                report = self._describer.log_record(record, message)
+                self._outbox.put(self._complete(report | {"event_id": event_id}, context))
+            elif not issubclass(type(error), SKIPPED):
+                text = message.partition(TRACEBACK_TITLE)[0].strip()
+                more = {"log_message": text} if text and text != safe_text(error) else {}
+                self._record_exception(error, context, more | {"event_id": event_id})
+        finally:
+            _current_request.reset(token)
+
+    def _exception_of_log(self, record: logging.LogRecord, message: str) -> BaseException | None:
+        """Return the exception that a log record is about, None if it is about none."""
+        given: Any = record.exc_info
+        if type(record.msg) is dict:
+            given = record.msg.get("exc_info") or given
+        one: Any
+        for one in (given[1] if issubclass(type(given), tuple) else given, record.msg):
+            if issubclass(type(one), BaseException):
+                return one  # type: ignore[no-any-return]
+        current = sys.exc_info()[1]
+        if given is True or (TRACEBACK_TITLE in message and class_name(type(current)) in message):
+            return current
+        return None
 
     def _complete(self, report: Json, context: Json) -> Json:
         if self._surroundings[0] != os.getpid():
             self._surroundings = (os.getpid(), self._describer.surroundings())
         request = _current_request.get()
         parts: list[Json] = [
-            report,
             self._surroundings[1],
             {"timestamp": iso_time(int(time.time() * 1000)), "event_id": secrets.token_hex(16)},
             (attempt(request.describe) or {}) if request else {},
+            report,
         ]
         for given in (_given_context.get({}), context):
-            known = {name: given[name] for name in CONTEXT_NAMES if given.get(name) is not None}
-            more = {name: value for name, value in given.items() if name not in CONTEXT_NAMES}
-            parts += [jsonable(known), {"context": jsonable(more)} if more else {}]
+            known = {name: given[name] for name in CONTEXT_FIELDS if given.get(name) is not None}
+            more = {name: value for name, value in given.items() if name not in CONTEXT_FIELDS}
+            copied = [ValueWriter().json(one) for one in (known, more)]
+            parts += [copied[0], {"context": copied[1]} if more else {}]
         return merged(parts)
 
-    def _prepare(self, report: Json) -> Occurrence | None:
+    def _prepare(self, report: Json, mark: RecordMark | None) -> Occurrence | None:
         """Turn a report into an Occurrence and let the host have a look; off the host's threads."""
+        if mark is not None and mark.is_delivered:
+            return None  # seen twice before before_send had seen the first
         add_sources(report.get("exceptions", ()))
+        request = report.get("request", {})
+        if isinstance(form := request.get("form"), Form):
+            request["form"] = attempt(form.fields) or None
         occurrence = parse_occurrence(report, int(time.time() * 1000))
-        return occurrence if self._before_send is None else self._before_send(occurrence)
+        sent = occurrence if self._before_send is None else self._before_send(occurrence)
+        if mark is not None and sent is not None:
+            mark.is_delivered = True
+        return sent
+
+    def _announce(self) -> None:
+        """Say once on stderr where reports go and how to read them."""
+        if not self._is_announced:
+            self._is_announced = True
+            here = f", or open {self.mounted_at}/ of this program" if self.mounted_at else ""
+            say(f"miniapm: {self.destination.how_to_read()}{here}", sys.stderr)
 
     def close(self) -> None:
         """Flush, and record nothing more."""
@@ -5175,7 +5841,8 @@ class Client:
         """Record everything uncaught and every ERROR that is logged; return what undoes it.
 
         Hooks: sys.excepthook, threading.excepthook, sys.unraisablehook, logging (and by it
-        asyncio's tasks), multiprocessing. Each calls what it replaced.
+        asyncio's tasks), multiprocessing and, of what is imported already, loguru, IPython and
+        gevent. Each calls what it replaced. os._exit, by which forked children end, flushes first.
         """
         import multiprocessing.process  # only a program that captures pays for it
 
@@ -5194,13 +5861,19 @@ class Client:
             # Not a handler: logging's defaults and Flask's look whether the root logger has one.
             _hook(logging.Logger, "callHandlers", lambda logger, record: self.record_log(record)),
             _replace(process_class, "_bootstrap", around_process),
+            _hook(os, "_exit", lambda status: self._guard(self.flush)),
         ]
-        atexit.register(self.flush)
+        for name, hook in _FRAMEWORK_HOOKS.items():
+            if name in sys.modules:
+                undo.append(attempt(hook, self.record, self.record_log) or (lambda: None))
+        atexit.register(self._outbox.end)
+        if attempt(self.destination.has_reports):
+            self.keep_running()
 
         def uninstall() -> None:
             for each in undo:
                 each()
-            atexit.unregister(self.flush)
+            atexit.unregister(self._outbox.end)
             self.close()
 
         return uninstall
@@ -5233,7 +5906,7 @@ class ClientOptions(TypedDict, total=False):
     project_root: str | None
     release: str | None
     environment: str | None
-    with_locals: bool
+    with_locals: bool | str
     before_send: Callable[[Occurrence], Occurrence | None] | None
 
 
@@ -5268,9 +5941,10 @@ def init(
 def record_error(error: BaseException | None = None, context: Json | None = None) -> None:
     """Record an exception, by default the one being handled; does nothing before init().
 
-    `context` may hold user_id, request_id and params (a dictionary).
+    `context` may hold user_id, request_id, params and tags (dictionaries), level, release and
+    environment.
 
-    >>> record_error(ValueError("no"), context={"user_id": 7, "params": {"page": 3}})
+    >>> record_error(ValueError("no"), context={"user_id": 7, "tags": {"region": "eu"}})
     """
     error = error if error is not None else sys.exc_info()[1]
     if _Default.client is not None and error is not None:
@@ -5281,12 +5955,13 @@ def record_error(error: BaseException | None = None, context: Json | None = None
 def capture(**context: Any) -> Iterator[None]:
     """Record an exception that leaves the block, which it still does, with a context.
 
-    The context also goes with whatever else is recorded within the block.
+    The context also goes with whatever else is recorded within the block; its names are those of
+    record_error(). Works as a decorator too.
 
-    >>> with capture(user_id=7, params={"page": 3}):
+    >>> with capture(user_id=7, tags={"region": "eu"}):
     ...     pass
     """
-    token = _given_context.set(_given_context.get({}) | context)
+    token = _given_context.set(merged((_given_context.get({}), context)))
     try:
         yield
     except Exception as error:
@@ -5324,7 +5999,23 @@ class _KeptInput:
         return getattr(self._stream, name)
 
 
-class Serving:
+class _WatchedErrors:
+    """A wsgi.errors that notices the exception whose traceback is written to it."""
+
+    def __init__(self, stream: Any, request: Request) -> None:
+        self._stream = stream
+        self._request = request
+
+    def write(self, text: str) -> Any:
+        if TRACEBACK_TITLE in text:
+            self._request.noticed = sys.exc_info()[1]
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class RequestScope:
     """Adds a request to whatever is recorded in the block, and records what leaves it."""
 
     __slots__ = ("_request", "_token")
@@ -5336,7 +6027,7 @@ class Serving:
         self._token = _current_request.set(self._request)
 
     def __exit__(self, kind: object, error: BaseException | None, tb: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        if issubclass(type(error), Exception) and not issubclass(type(error), StopIteration):
             record_error(error)
         with contextlib.suppress(ValueError):  # left in another context than it was entered in
             _current_request.reset(self._token)
@@ -5353,33 +6044,66 @@ class _Answer:
         return self
 
     def __next__(self) -> bytes:
-        with Serving(self._request):
+        with RequestScope(self._request):
             return next(self._iterator)
 
     def close(self) -> None:
         if hasattr(self._parts, "close"):
-            with Serving(self._request):
+            with RequestScope(self._request):
                 self._parts.close()
+        self._request.end()
+
+
+def _record_failure(request: Request, error: BaseException | None = None) -> None:
+    """Record why an application answers that it failed: `error`, or what it handles now."""
+    error = error or request.noticed or sys.exc_info()[1]
+    if error is not None and error is not request.error_before:
+        record_error(error)
 
 
 def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a WSGI application that adds its request to whatever is recorded meanwhile."""
+    """Return a WSGI application that adds its request to whatever is recorded meanwhile.
+
+    Frameworks that answer errors themselves hand the exception to start_response, as Bottle does,
+    or write its traceback to wsgi.errors, as Falcon does.
+    """
 
     def captured(environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         request = WsgiRequest(environ)
+
+        def start(status: str, headers: Any, exc_info: Any = None) -> Any:
+            if str(status).startswith("5"):
+                _record_failure(request, exc_info[1] if exc_info else None)
+            return start_response(status, headers, *([exc_info] if exc_info else ()))
+
         if "wsgi.input" in environ:
             environ["wsgi.input"] = _KeptInput(environ["wsgi.input"], request)
-        with Serving(request):
-            parts = app(environ, start_response)
+        if "wsgi.errors" in environ:
+            environ["wsgi.errors"] = _WatchedErrors(environ["wsgi.errors"], request)
+        with RequestScope(request):
+            parts = app(environ, start)
         # What is a list, or a file for the server to send, runs no more of the application's code.
         finished = (list, tuple, environ.get("wsgi.file_wrapper"))
-        return parts if type(parts) in finished else _Answer(parts, request)
+        if type(parts) not in finished:
+            return _Answer(parts, request)
+        request.end()
+        return parts  # type: ignore[no-any-return]
 
     return captured
 
 
+def _is_failure(message: Any) -> bool:
+    """Tell an ASGI message by which an application says that it failed."""
+    if message["type"] == "http.response.start":
+        return bool(message["status"] >= 500)
+    return message["type"] == "websocket.close" and message.get("code") in (1011, 4500)
+
+
 def capture_asgi(app: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an ASGI application that adds its request to whatever is recorded meanwhile."""
+    """Return an ASGI application that adds its request to whatever is recorded meanwhile.
+
+    Frameworks that answer errors themselves, as Litestar, do it while they handle the exception.
+    """
 
     async def captured(scope: Any, receive: Callable[[], Any], send: Callable[..., Any]) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -5392,10 +6116,85 @@ def capture_asgi(app: Callable[..., Any]) -> Callable[..., Any]:
             request.keep(message.get("body") or b"")
             return message
 
-        with Serving(request):
-            await app(scope, kept_receive, send)
+        async def watched_send(message: Any) -> None:
+            if attempt(_is_failure, message):
+                _record_failure(request)
+            await send(message)
+
+        try:
+            with RequestScope(request):
+                await app(scope, kept_receive, watched_send)
+        finally:
+            request.end()
 
     return captured
+
+
+def capture_aiohttp(app: Any) -> Any:
+    """Add a middleware to an aiohttp application that does what capture_wsgi() does."""
+    web = sys.modules["aiohttp.web"]
+
+    @web.middleware  # type: ignore[untyped-decorator]
+    async def captured(request: Any, handler: Callable[..., Any]) -> Any:
+        facts = {"method": request.method, "url": str(request.url), "headers": request.headers}
+        scope = ObjectRequest(facts | {"remote_address": request.remote})
+        token = _current_request.set(scope)
+        try:
+            return await handler(request)
+        except Exception as error:
+            if getattr(error, "status", 500) >= 500 or not isinstance(error, web.HTTPException):
+                record_error(error)
+            raise
+        finally:
+            _current_request.reset(token)
+            scope.end()
+
+    app.middlewares.insert(0, captured)
+    return app
+
+
+def capture_tornado(app: Any) -> Any:
+    """Record what Tornado's handlers raise, with the request; for all applications."""
+    web = sys.modules["tornado.web"]
+
+    def record(handler: Any, kind: object, error: Any, tb: object) -> None:
+        request = handler.request
+        facts = {"method": request.method, "url": request.full_url(), "headers": request.headers}
+        with RequestScope(ObjectRequest(facts | {"remote_address": request.remote_ip})):
+            if not isinstance(error, web.HTTPError) or error.status_code >= 500:
+                record_error(error)
+
+    if not hasattr(web.RequestHandler.log_exception, "miniapm"):
+        _hook(web.RequestHandler, "log_exception", lambda *said: attempt(record, *said))
+        web.RequestHandler.log_exception.miniapm = True
+    return app
+
+
+def capture_for(app: object) -> Callable[[Any], Any] | None:
+    """Return what captures an application that is neither WSGI nor ASGI, None for another one."""
+    names = {f"{class_module(one)}.{class_name(one)}" for one in class_bases(type(app))}
+    if "aiohttp.web_app.Application" in names:
+        return capture_aiohttp
+    return capture_tornado if "tornado.web.Application" in names else None
+
+
+def _record_signalled(
+    *_: object, exception: BaseException | None = None, request: object = None, **__: object
+) -> None:
+    record_error(exception, {"user_id": attempt(_user_of_django, request)})
+
+
+async def _record_signalled_async(*said: object, **more: Any) -> None:
+    _record_signalled(*said, **more)
+
+
+def connect_signals() -> None:
+    """Record what Flask, Quart and Django signal, which they do whatever is set up for logging."""
+    for name in ("flask", "django.core.signals"):
+        if signal_ := getattr(sys.modules.get(name), "got_request_exception", None):
+            attempt(functools.partial(signal_.connect, _record_signalled, weak=False))
+    if signal_ := getattr(sys.modules.get("quart"), "got_request_exception", None):
+        attempt(functools.partial(signal_.connect, _record_signalled_async, weak=False))
 
 
 # --- 10. Pages ------------------------------------------------------------------------------------
@@ -7841,11 +8640,17 @@ def environ_of_asgi(scope: Mapping[str, Any], body: bytes) -> Environ:
 class Mount:
     """The dashboard under a prefix of a host program, made in each process when first needed."""
 
-    def __init__(self, at: str, destination: StoreDestination, config: Config) -> None:
+    def __init__(
+        self,
+        at: str,
+        destination: StoreDestination,
+        config: Config,
+        keep_running: Callable[[], None],
+    ) -> None:
         self.at = "/" + at.strip("/")
         if self.at == "/":
             raise BadSetting("at must name a path of its own, such as /errors")
-        self._destination, self.config = destination, config
+        self._destination, self.config, self._keep_running = destination, config, keep_running
         self._made: tuple[Store, App] | None = None
 
     def takes(self, path: str) -> bool:
@@ -7862,6 +8667,7 @@ class Mount:
                 return [f"MiniAPM: {refusal}\n".encode()]
             if self._made is None or self._made[0] is not store:
                 self._made = (store, App(store, self.config))
+                self._keep_running()
             script_name = environ.get("SCRIPT_NAME", "") + self.at
             path = environ["PATH_INFO"][len(self.at) :]
             own = environ | {"SCRIPT_NAME": script_name, "PATH_INFO": path}
@@ -7908,7 +8714,21 @@ def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> M
     config = load_config({}, os.environ, ("password", "allowed_hosts", "max_body_bytes"))
     hosts = (*config.allowed_hosts, *(host.lower() for host in allowed_hosts))
     given = dataclasses.replace(config, password=password or config.password, allowed_hosts=hosts)
-    return Mount(at, client.destination, given)
+    mount = Mount(at, client.destination, given, client.keep_running)
+    client.mounted_at = mount.at
+    return mount
+
+
+def mounted_wsgi(captured: Callable[..., Any], mount: Mount | None) -> Callable[..., Any]:
+    """Return a WSGI application that leaves the dashboard's requests to `mount`."""
+    if mount is None:
+        return captured
+
+    def wsgi(environ: Environ, start_response: Callable[..., Any]) -> Any:
+        is_ours = mount.takes(environ.get("PATH_INFO", ""))
+        return (mount if is_ours else captured)(environ, start_response)
+
+    return wsgi
 
 
 def wrap(
@@ -7918,7 +8738,10 @@ def wrap(
     password: str | None = None,
     allowed_hosts: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """Return a WSGI or ASGI application that adds each request to what is recorded meanwhile.
+    """Return an application that adds each request to what is recorded meanwhile.
+
+    `app` is a WSGI or ASGI application, or one of aiohttp's or Tornado's own. Errors that its
+    framework answers itself are recorded too, unless the answer is below 500.
 
     With `at`, the dashboard of the database that init() named is served under that prefix,
     guarded as the stand-alone one: by Host, by same origin and by `password` (by default
@@ -7928,6 +8751,11 @@ def wrap(
     >>> def application(environ, start_response): ...
     >>> application = wrap(application)
     """
+    connect_signals()
+    if (adapt := capture_for(app)) is not None:
+        if at is not None:
+            raise BadSetting(f"at={at!r} needs a WSGI or ASGI application")
+        return adapt(app)  # type: ignore[no-any-return]
     mount = None if at is None else _mount_for(at, password, allowed_hosts)
     if is_asgi(app):
         captured = capture_asgi(app)
@@ -7939,13 +8767,7 @@ def wrap(
                 await captured(scope, receive, send)
 
         return asgi
-    captured = capture_wsgi(app)
-
-    def wsgi(environ: Environ, start_response: Callable[..., Any]) -> Any:
-        is_ours = mount is not None and mount.takes(environ.get("PATH_INFO", ""))
-        return (mount if mount is not None and is_ours else captured)(environ, start_response)
-
-    return wsgi
+    return mounted_wsgi(capture_wsgi(app), mount)
 
 
 # --- 12. Commands ---------------------------------------------------------------------------------
@@ -8440,6 +9262,8 @@ def serve(config: Config) -> int:
             f"{flag_of('host')} {config.host} lets other machines in:"
             f" set a password first, with {variable_of('password')}"
         )
+    if importlib.util.find_spec("waitress") is None:
+        raise MiniAPMError("the package waitress is missing; pip install bottle waitress")
     shutdown = Shutdown()
     with contextlib.ExitStack() as cleanup:
         listener = cleanup.enter_context(listen(config))

@@ -21,6 +21,8 @@ import concurrent.futures
 import contextlib
 import contextvars
 import dataclasses
+import decimal
+import enum
 import functools
 import gc
 import hashlib
@@ -49,12 +51,15 @@ import time
 import traceback
 import tracemalloc
 import types
+import unittest.mock
 import urllib.parse
+import uuid
 import weakref
 import wsgiref.util
 import wsgiref.validate
 import zlib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -1789,7 +1794,7 @@ def test_fingerprints_join_one_bug_and_part_two(pair: dict[str, Any]) -> None:
     assert (one == other) == pair["same"], (one, other)
 
 
-# --- 6. Sentry# --- 6. Sentry ------------------------------------------------------------------------------------
+# --- 6. Sentry ------------------------------------------------------------------------------------
 
 
 def frame(
@@ -3975,6 +3980,97 @@ class Hostile:
     __str__ = __repr__
 
 
+class Counting(type):
+    """A metaclass that counts how often a class of it, or an object of such a class, is asked."""
+
+    asked = 0
+
+    def __getattribute__(cls, name: str) -> Any:
+        Counting.asked += 1
+        return super().__getattribute__(name)
+
+    def __hash__(cls) -> int:
+        Counting.asked += 1
+        return super().__hash__()
+
+    def __eq__(cls, other: object) -> bool:
+        Counting.asked += 1
+        return super().__eq__(other)
+
+
+def asks(name: str) -> Any:
+    def method(self: Any, *arguments: Any) -> Any:
+        Counting.asked += 1
+        raise RuntimeError(name)
+
+    return method
+
+
+DUNDERS = (
+    "getattribute getattr repr str bytes format bool len iter next contains getitem hash eq ne lt"
+    " call index int float length_hint reversed enter get instancecheck"
+)
+NOSY = {f"__{name}__": asks(name) for name in DUNDERS.split(" ")} | {
+    "__class__": property(asks("__class__")),
+    "lazy": property(asks("lazy")),
+}
+
+
+def nosy(base: type, *arguments: Any, **attributes: Any) -> Any:
+    """Return an object of a class that counts whatever it is asked; see Counting."""
+    kind = Counting("Nosy", (base,), dict(NOSY))
+    made = base.__new__(kind, *arguments)
+    if base in (list, dict, set, collections.deque):
+        base.__init__(made, *arguments)
+    for name, value in attributes.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (nosy(object, id=7, password="x"), "<Nosy id=7 password=[FILTERED]>"),
+        (nosy(str, "abc"), "Nosy('abc')"),
+        (nosy(int, 5), "Nosy(5)"),
+        (nosy(float, 1.5), "Nosy(1.5)"),
+        (nosy(list, [1, 2, 3]), "Nosy([1, 2, 3])"),
+        (nosy(dict, {"a": 1}), "Nosy({'a': 1})"),
+        (nosy(tuple, (1, 2, 3)), "Nosy((1, 2, 3))"),
+        (nosy(set, {1}), "Nosy({1})"),
+        (nosy(bytes, b"abc"), "Nosy(b'abc')"),
+        (nosy(ValueError, "no", 3), "Nosy('no', 3)"),
+        ([nosy(object, a=nosy(object, b=1))], "[<Nosy a=<Nosy b=1>>]"),
+        ({"key": nosy(str, "abc")}, "{'key': Nosy('abc')}"),
+        (type(nosy(object)), "<class test_miniapm.Nosy>"),
+    ],
+    ids=lambda value: value if type(value) is str else "",
+)
+def test_describing_runs_no_code_of_the_host_s_classes(value: Any, expected: str) -> None:
+    Counting.asked = 0
+    assert miniapm.ValueWriter().text(value) == expected
+    miniapm.ValueWriter().json({"a": value})
+    asked = Counting.asked
+    assert asked == 0
+
+
+def test_recording_runs_no_code_of_the_variables_and_the_context(recorder: Recorder) -> None:
+    def failing_with(value: Any, lazy: Any) -> None:
+        raise ValueError("x")
+
+    value, text = nosy(object, a=1), nosy(str, "abc")
+    error = caught(failing_with, value, text)
+    Counting.asked = 0
+    miniapm.record_error(error, context={"user_id": text, "params": {"v": value}, "more": value})
+    logging.getLogger("nosy").error("text", extra={"thing": value, "text": text})
+    asked = Counting.asked
+    assert asked == 0
+    first, second = recorder.reports()
+    assert first["user_id"] == "abc"
+    assert first["params"] == {"v": "<Nosy a=1>"}
+    assert second["context"]["thing"] == "<Nosy a=1>"
+
+
 @dataclasses.dataclass
 class Cart:
     items: list[Any]
@@ -3982,20 +4078,26 @@ class Cart:
     hidden: str = dataclasses.field(default="hunter2", repr=False)
 
 
-CART_REPR = (
-    "Cart{'items': [('password', [FILTERED]), (b'x-api-key', [FILTERED])],"
-    " 'options': {b'token': [FILTERED]}}"
-)
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    item: int
+    card: str = dataclasses.field(default="4111", repr=False)
 
 
-class QuerySet:
-    """Asks a database when it is looked at, as Django's does."""
+class Private:
+    __slots__ = ("__dict__", "__inner", "unset")
 
     def __init__(self) -> None:
-        self._result_cache = None
+        self.__inner, self.outer, self._hint = 1, 2, 3
 
-    def __repr__(self) -> str:
-        raise AssertionError("the database was asked")
+
+Point = collections.namedtuple("Point", "x password")
+Color = enum.Enum("Color", "RED GREEN")
+CART_TEXT = (
+    "<Cart items=[('password', [FILTERED]), (b'x-api-key', [FILTERED])]"
+    " options={b'token': [FILTERED]}>"
+)
+TIME = datetime(2026, 11, 25, 23, 30, tzinfo=UTC)
 
 
 class Leaver:
@@ -4013,18 +4115,34 @@ class Huge:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (Hostile(), "<Hostile: its repr raised RuntimeError>"),
-        ([Hostile()], "<list: its repr raised RuntimeError>"),
+        (Hostile(), "<Hostile>"),
         pytest.param("x" * 10**7, "'" + "x" * 499 + "… [4,096 more cut]", id="a long text"),
         pytest.param(b"x" * 10**7, "b'" + "x" * 498 + "… [4,096 more cut]", id="many bytes"),
         (collections.Counter("aab"), "Counter({'a': 2, 'b': 1})"),
-        (Cart([("password", "hunter2"), (b"x-api-key", b"hunter2")], {b"token": 17}), CART_REPR),
+        (collections.deque([1]), "[1]"),
+        (Cart([("password", "hunter2"), (b"x-api-key", b"hunter2")], {b"token": 17}), CART_TEXT),
+        (Slotted(3), "<Slotted item=3>"),
+        (Private(), "<Private outer=2 __inner=1 _hint=3>"),
+        (Point(1, "hunter2"), "Point(x=1, password=[FILTERED])"),
+        (Color.RED, "<Color.RED>"),
+        (http.HTTPStatus.OK, "<HTTPStatus.OK>"),
+        (KeyError("iban"), "KeyError('iban')"),
+        (TIME, "datetime.datetime(2026, 11, 25, 23, 30) in datetime.timezone.utc"),
+        (TIME.date(), "datetime.date(2026, 11, 25)"),
+        (decimal.Decimal("1.50"), "Decimal('1.50')"),
+        (uuid.UUID(int=7), "UUID('00000000-0000-0000-0000-000000000007')"),
+        (Path("/x"), "PosixPath('/x')"),
+        (range(3), "range(0, 3)"),
+        (json, "<module json>"),
+        (fail, "<function fail>"),
+        (len, "<function len>"),
+        (Cart, "<class test_miniapm.Cart>"),
+        pytest.param(unittest.mock.MagicMock(spec=str), None, id="a mock"),
         pytest.param(1 << 10_000_000, "<int of 10,000,001 bits>", id="a large number"),
         ({"a": [1, (2,)]}, "{'a': [1, (2)]}"),
         ([[[[1]]]], "[[[<list of 1>]]]"),
         (10**20, "100000000000000000000"),
-        (QuerySet(), "<QuerySet, not evaluated>"),
-        (Leaver(), "<Leaver: its repr raised SystemExit>"),
+        (Leaver(), "<Leaver>"),
         pytest.param(
             "x" * 460 + " password='hunter2' and more " + "y" * 99,
             '"' + "x" * 460 + " password='[FILTERED]' and more yyyyyyy… [93 more cut]",
@@ -4032,8 +4150,49 @@ class Huge:
         ),
     ],
 )
-def test_repr_is_bounded_and_never_raises(value: Any, expected: str) -> None:
-    assert miniapm.safe_repr(value) == expected
+def test_value_is_written_in_bounds(value: Any, expected: str | None) -> None:
+    text = miniapm.ValueWriter().text(value)
+    assert text == expected if expected is not None else text.startswith("<MagicMock ")
+
+
+def test_class_that_only_claims_to_be_a_standard_one_is_not_called() -> None:
+    impostor = type("Decimal", (Hostile,), {"__module__": "decimal"})
+    assert miniapm.ValueWriter().text(impostor()) == "<Decimal>"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Hostile(), "<Hostile: its repr raised RuntimeError>"),
+        ([Hostile()], "[<Hostile: its repr raised RuntimeError>]"),
+        (collections.Counter("aab"), "Counter({'a': 2, 'b': 1})"),
+        (Cart([1], {}), "Cart(items=[1], options={})"),
+    ],
+)
+def test_repr_is_called_where_it_is_asked_for(value: Any, expected: str) -> None:
+    assert miniapm.ValueWriter(calls_repr=True).text(value) == expected
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()])
+def test_what_is_no_exception_goes_on_its_way_from_a_repr_and_a_text(
+    recorder: Recorder, error: BaseException
+) -> None:
+    class Interrupted(Exception):
+        def __str__(self) -> str:
+            raise error
+
+    class Variable:
+        __repr__ = Interrupted.__str__
+
+    def failing_with(value: Any) -> None:
+        raise ValueError("x")
+
+    recorder.init(with_locals="repr")
+    for raised_error in (Interrupted(), caught(failing_with, Variable())):
+        with pytest.raises(type(error)):
+            miniapm.record_error(raised_error)
+    miniapm.record_error(ValueError("goes on"))
+    assert recorder.report()["message"] == "goes on"
 
 
 @pytest.mark.parametrize(
@@ -4044,31 +4203,33 @@ def test_repr_is_bounded_and_never_raises(value: Any, expected: str) -> None:
         dict.fromkeys(range(10**6)),
         collections.defaultdict(int, dict.fromkeys(range(10**6))),
         Cart(list(range(10**6)), {}),
+        types.SimpleNamespace(**{f"a{n}": n for n in range(1_000)}),
         Huge(),
     ],
-    ids=["list", "set", "dict", "defaultdict", "dataclass", "own repr"],
+    ids=["list", "set", "dict", "defaultdict", "dataclass", "attributes", "own repr"],
 )
-def test_repr_of_much_is_short(value: Any) -> None:
-    assert len(miniapm.safe_repr(value)) < 600
+def test_text_of_much_is_short(value: Any) -> None:
+    for calls_repr in (False, True):
+        assert len(miniapm.ValueWriter(calls_repr=calls_repr).text(value)) < 600
 
 
-def test_repr_ends_for_what_holds_itself() -> None:
+def test_text_ends_for_what_holds_itself() -> None:
     loop: list[Any] = []
     loop.append(loop)
-    assert miniapm.safe_repr(loop) == "[[[<list of 1>]]]"
+    assert miniapm.ValueWriter().text(loop) == "[[[<list of 1>]]]"
 
 
 @given(JSON)
 def test_json_stays_json(value: Any) -> None:
-    json.dumps(miniapm.jsonable(value), allow_nan=False)
+    json.dumps(miniapm.ValueWriter().json(value), allow_nan=False)
 
 
 def test_what_json_has_no_form_for_becomes_text() -> None:
     value = {1: float("nan"), "when": Path("/x"), "h": Hostile(), "t": (1, {2})}
-    assert miniapm.jsonable(value) == {
+    assert miniapm.ValueWriter().json(value) == {
         "1": "nan",
         "when": "PosixPath('/x')",
-        "h": "<Hostile: its repr raised RuntimeError>",
+        "h": "<Hostile>",
         "t": [1, [2]],
     }
 
@@ -4076,7 +4237,7 @@ def test_what_json_has_no_form_for_becomes_text() -> None:
 def test_json_of_what_holds_itself_is_bounded() -> None:
     loop: dict[str, Any] = {}
     loop.update({str(number): loop for number in range(20)})
-    assert len(json.dumps(miniapm.jsonable(loop))) < 2_000_000
+    assert len(json.dumps(miniapm.ValueWriter().json(loop))) < 2_000_000
 
 
 def test_hostile_exceptions_are_recorded(recorder: Recorder) -> None:
@@ -4254,7 +4415,7 @@ def test_logged_errors_are_recorded(recorder: Recorder) -> None:
     except LookupError:
         logger.exception("with its exception")
     first, second, third = recorder.reports()
-    assert third["context"]["log_message"] == "with its exception"
+    assert third["log_message"] == "with its exception"
     assert first["exception_class"] == "logging.ERROR"
     assert first["message"] == "order 17 of ann@a.example failed"
     assert first["context"] == {"logger": "shop.cart"}
@@ -4365,7 +4526,8 @@ def run_python(folder: Path, code: str, *arguments: str, **environ: str) -> Any:
 def test_script_s_end_is_recorded_and_looks_as_without(tmp_path: Path) -> None:
     code = "{}\ndef f(): raise ValueError('the end')\nf()\n"
     plain = run_python(tmp_path, code.format("import miniapm"))
-    done = run_python(tmp_path, code.format("import miniapm; miniapm.init('errors.db')"))
+    started = code.format("import miniapm; miniapm.init('errors.db')")
+    done = run_python(tmp_path, started, MINI_APM_QUIET="1")
     assert done.returncode == plain.returncode == 1
     assert done.stderr == plain.stderr.replace(
         "import miniapm", "import miniapm; miniapm.init('errors.db')"
@@ -4600,7 +4762,7 @@ def flask_app() -> Any:
 
     @app.post("/cart")
     def cart() -> str:
-        flask.g._login_user = type("User", (), {"get_id": lambda self: "user-5"})()
+        flask.g._login_user = types.SimpleNamespace(id="user-5")
         assert flask.request.form["name"] == "ann"
         fail("in flask")
         return ""
@@ -5168,6 +5330,7 @@ def test_recording_does_not_recurse(recorder: Recorder) -> None:
     def failing_with(value: Any) -> None:
         raise ValueError("once")
 
+    recorder.init(with_locals="repr")
     miniapm.record_error(caught(failing_with, Chatty()))
     frame, *_ = recorder.report()["exceptions"][0]["frames"]
     assert frame["locals"] == {"value": "chatty"}
@@ -6820,7 +6983,8 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_run_is_as_without_it(program: Path, target: list[str], argument: str) -> None:
     plain = python(program, *target, argument, "--url", "x")
-    done = run("run", "--db", "e.db", *target, argument, "--url", "x", cwd=program)
+    arguments = ("run", "--db", "e.db", *target, argument, "--url", "x")
+    done = run(*arguments, cwd=program, MINI_APM_QUIET="1")
     assert done.returncode == plain.returncode == (7 if argument == "exit" else 1)
     assert done.stdout == plain.stdout
     assert done.stderr == plain.stderr
