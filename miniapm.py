@@ -58,9 +58,9 @@ import json
 import linecache
 import logging
 import math
+import mmap
 import operator
 import os
-import pathlib
 import queue
 import re
 import runpy
@@ -549,10 +549,11 @@ _SECRET_HINTS = (
 _KEY_HINTS = ("api", "private")
 # Every repetition before a mandatory part is bounded: matching stays linear on hostile text.
 _PART = r"[\w.\[\]%-]{0,40}"
-# a=1&token=x, as in a URL or its repr; not the keyword argument token=token
+# a=1&token=x, as in a URL, in brackets or in quotes, which end it; not the keyword argument
+# token=token
 _QUERY_SECRET = (
-    rf"(?i:((?:^|[?&;#\s\"']){_NO_SECRET}({_PART}(?:{_SECRET_WORDS}){_PART}|{_SHORT_NAMES})=)"
-    r"(?!\2(?:[\s,)&;#]|$)|[\"'\s])[^\s&;#]+)"
+    rf"(?i:((?:^|[?&;#\s\"'`({{\[<|,]){_NO_SECRET}({_PART}(?:{_SECRET_WORDS}){_PART}|{_SHORT_NAMES})=)"
+    r"(?!\2(?:[\s,)&;#]|$)|[\"'\s])(?:[^\s&;#]*[^\s&;#\"'`)}\]>|,\\]|[^\s&;#]+))"
 )
 # password = "x", "token": "x", 'secret' => 'x', as in source, JSON and reprs
 _QUOTED_SECRET = (
@@ -1223,8 +1224,13 @@ def parse_occurrence(
 
 def iso_time(time_ms: int) -> str:
     """Return milliseconds as ISO 8601 UTC: 2024-01-01T12:00:00.000Z."""
-    exact = _EPOCH + timedelta(milliseconds=time_ms)
-    return exact.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+    # Not by datetime, which crashes while 3.13.0 finalizes: capture still works then.
+    seconds, milliseconds = divmod(time_ms, 1000)
+    if not -62_135_596_800 <= seconds < 253_402_300_800:
+        raise OverflowError("not in the years 1 to 9999")
+    at = time.gmtime(seconds)
+    day, clock = f"{at.tm_year:04}-{at.tm_mon:02}-{at.tm_mday:02}", time.strftime("%H:%M:%S", at)
+    return f"{day}T{clock}.{milliseconds:03}Z"
 
 
 def to_payload(occurrence: Occurrence) -> Json:
@@ -3233,7 +3239,7 @@ def _refusal_of(error: Exception) -> Exception:
 
 def _connect(path: str) -> sqlite3.Connection:
     # Not as a mere path: where the file was deleted, another one would be made.
-    uri = f"{pathlib.Path(os.path.abspath(path)).as_uri()}?mode=rw"
+    uri = f"file://{urllib.parse.quote(os.path.abspath(path))}?mode=rw"
     db = sqlite3.connect(
         uri, timeout=MAX_WAIT_S, isolation_level=None, check_same_thread=False, uri=True
     )
@@ -4347,6 +4353,7 @@ CONTEXT_LINES = 5  # of source on each side of the failing line
 # The parts of a context that are fields of a report; the others are shown as its context.
 CONTEXT_FIELDS = ("user_id", "request_id", "params", "tags", "level", "release", "environment")
 STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
+SCRIPTS = os.path.dirname(os.path.abspath(sys.executable))  # where console scripts are installed
 HERE = os.path.abspath(__file__)
 
 _given_context: contextvars.ContextVar[Json] = contextvars.ContextVar("miniapm_context")
@@ -4629,27 +4636,31 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
+def is_application_file(file: str) -> bool:
+    """Tell the application's files from libraries, start scripts, this one and no files at all."""
+    path = os.path.abspath(file)
+    is_ours = path == HERE or path.startswith(STDLIB) or os.path.dirname(path) == SCRIPTS
+    return not file.startswith("<") and not is_ours and is_own_path(path)
+
+
 def project_root_of(caller: types.FrameType | None) -> str:
     """Return the folder whose files are the application's, as seen by the code that called init().
 
-    The current folder, unless that code lies elsewhere: then the folder that holds it or, for a
-    module of a package, the top package.
+    The current folder, unless it is / or that code lies elsewhere: then the folder that holds it
+    or, for a module of a package, the top package.
     """
     folder = os.getcwd()
-    while caller is not None:
-        file = caller.f_code.co_filename
-        path = os.path.abspath(file)
-        is_known = path != HERE and not path.startswith(STDLIB) and not file.startswith("<")
-        if is_known and is_own_path(file):
-            package = caller.f_globals.get("__package__") or ""
-            depth = package.count(".") + 2 if package else 1
-            if path.startswith(os.path.join(folder, "")):
-                return folder
-            for _ in range(depth):
-                path = os.path.dirname(path)
-            return path
+    while caller is not None and not is_application_file(caller.f_code.co_filename):
         caller = caller.f_back
-    return folder
+    if caller is None:
+        return folder
+    above = os.path.abspath(caller.f_code.co_filename)
+    if folder != os.sep and above.startswith(folder + os.sep):
+        return folder
+    package = caller.f_globals.get("__package__") or ""
+    for _ in range(package.count(".") + 2 if package else 1):
+        above = os.path.dirname(above)
+    return above
 
 
 def safe_text(value: object) -> str:
@@ -4853,11 +4864,7 @@ class Describer:
     @functools.lru_cache(1_000)  # noqa: B019 - there is one for a client
     def is_own(self, file: str) -> bool:
         """Tell the application's files from the library's, from this one and from no files."""
-        if file.startswith("<"):
-            return False
-        path = os.path.abspath(file)
-        is_library = path.startswith(STDLIB) or path == HERE or not is_own_path(path)
-        return not is_library and self._inside(file) is not None
+        return is_application_file(file) and self._inside(file) is not None
 
     def relative(self, file: str) -> str:
         """Return a file's path from the project's root, or what it is called in its library."""
@@ -5394,6 +5401,7 @@ class Outbox:
         self._keeps_running = False
         self._swept_s = time.monotonic()
         self._end_s = math.inf  # on the monotonic clock: when delivering ends for good
+        self._retry_s = 0.0
         self._thread: threading.Thread | None = None
 
     def start_anew(self) -> None:
@@ -5466,15 +5474,14 @@ class Outbox:
         if sys.is_finalizing():
             self._end_s = min(self._end_s, now_s + FLUSH_TIMEOUT_S)
         timeout_s = min(FLUSH_TIMEOUT_S, self._end_s - now_s)
-        if timeout_s <= 0:
+        if timeout_s <= 0 or now_s < self._retry_s:
             return False
         occurrences = collections.deque(self._prepared(reports))
         try:
             self._destination.deliver_at_end(occurrences, self._complain, timeout_s)
         except Retry as retry:
             self._complain.say("reports were lost at the program's end", retry)
-            if self._end_s < math.inf:
-                self._end_s = now_s  # the next ones would be lost too, after a wait
+            self._retry_s = now_s + RETRY_LONGEST_S  # the next ones would wait in vain too
             return False
         self._announce()
         return True
@@ -5602,7 +5609,10 @@ def _hook(owner: Any, name: str, record: Callable[..., None]) -> Callable[[], No
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def hook(*arguments: Any) -> Any:
-            record(*arguments)
+            try:
+                record(*arguments)
+            except Exception:  # noqa: BLE001, S110 - late in finalization our globals are gone
+                pass
             return original(*arguments)
 
         return hook
@@ -5676,6 +5686,9 @@ def _request_of_django(request: object) -> Request | None:
     return WsgiRequest(environ) if type(environ) is dict else None
 
 
+_IMPORTED = {one.__name__: one for one in list(globals().values()) if inspect.ismodule(one)}
+
+
 class Client:
     """Records errors of this program; what it does never raises, waits for long or recurses.
 
@@ -5708,7 +5721,8 @@ class Client:
         self._outbox = Outbox(self.destination, self._prepare, self._complain, self._announce)
         self._surroundings: tuple[int, Json] = (0, {})
         self._known_logs: dict[str, None] = {}  # the newest records, by their event ids
-        self._is_announced = os.environ.get(QUIET_VARIABLE) == "1"
+        self._announced = mmap.mmap(-1, 1)  # of this process and its children
+        self._announced[0] = os.environ.get(QUIET_VARIABLE) == "1"
         self.mounted_at = ""
         self.flush = self._outbox.flush
         self.keep_running = self._outbox.keep_running
@@ -5733,6 +5747,8 @@ class Client:
         try:
             if not _is_busy_here.get():
                 with _own_work():
+                    if sys.is_finalizing():  # re's patterns and others import while they work
+                        sys.modules.update(_IMPORTED)
                     work(*arguments)
         except Exception as error:  # noqa: BLE001 - the host must not notice
             with contextlib.suppress(Exception):
@@ -5799,9 +5815,11 @@ class Client:
         if self._surroundings[0] != os.getpid():
             self._surroundings = (os.getpid(), self._describer.surroundings())
         request = _current_request.get()
+        # Without a timestamp, which is not to be parsed then, the time of receipt is used.
+        now = None if sys.is_finalizing() else iso_time(int(time.time() * 1000))
         parts: list[Json] = [
             self._surroundings[1],
-            {"timestamp": iso_time(int(time.time() * 1000)), "event_id": secrets.token_hex(16)},
+            {"timestamp": now, "event_id": secrets.token_hex(16)},
             (attempt(request.describe) or {}) if request else {},
             report,
         ]
@@ -5828,8 +5846,8 @@ class Client:
 
     def _announce(self) -> None:
         """Say once on stderr where reports go and how to read them."""
-        if not self._is_announced:
-            self._is_announced = True
+        if not self._announced[0]:
+            self._announced[0] = True
             here = f", or open {self.mounted_at}/ of this program" if self.mounted_at else ""
             say(f"miniapm: {self.destination.how_to_read()}{here}", sys.stderr)
 
@@ -6170,14 +6188,6 @@ def capture_tornado(app: Any) -> Any:
     return app
 
 
-def capture_for(app: object) -> Callable[[Any], Any] | None:
-    """Return what captures an application that is neither WSGI nor ASGI, None for another one."""
-    names = {f"{class_module(one)}.{class_name(one)}" for one in class_bases(type(app))}
-    if "aiohttp.web_app.Application" in names:
-        return capture_aiohttp
-    return capture_tornado if "tornado.web.Application" in names else None
-
-
 def _record_signalled(
     *_: object, exception: BaseException | None = None, request: object = None, **__: object
 ) -> None:
@@ -6188,8 +6198,29 @@ async def _record_signalled_async(*said: object, **more: Any) -> None:
     _record_signalled(*said, **more)
 
 
-def connect_signals() -> None:
-    """Record what Flask, Quart and Django signal, which they do whatever is set up for logging."""
+def _record_pyramid(event: Any) -> None:
+    """Record what a view for exceptions has answered."""
+    if event.response.status_code >= 500 and event.request.exception is not None:
+        record_error(event.request.exception)
+
+
+def _names_of_class(value: object) -> set[str]:
+    return {f"{class_module(one)}.{class_name(one)}" for one in class_bases(type(value))}
+
+
+def capture_for(app: object) -> Callable[[Any], Any] | None:
+    """Return what captures an application that is neither WSGI nor ASGI, None for another one."""
+    names = _names_of_class(app)
+    if "aiohttp.web_app.Application" in names:
+        return capture_aiohttp
+    return capture_tornado if "tornado.web.Application" in names else None
+
+
+def connect_signals(app: Any) -> None:
+    """Record what Flask, Quart, Django and Pyramid signal, whatever is set up for logging."""
+    if "pyramid.router.Router" in _names_of_class(app):
+        wanted = [sys.modules["pyramid.interfaces"].INewResponse]
+        attempt(app.registry.registerHandler, lambda event: attempt(_record_pyramid, event), wanted)
     for name in ("flask", "django.core.signals"):
         if signal_ := getattr(sys.modules.get(name), "got_request_exception", None):
             attempt(functools.partial(signal_.connect, _record_signalled, weak=False))
@@ -6430,15 +6461,25 @@ def crumb_of(breadcrumb: Json) -> Crumb:
     )
 
 
+def logged_as(occurrence: Occurrence) -> str:
+    """Return the message with which the exception was logged, empty if there is none."""
+    said = occurrence.extra.get("log_message")
+    return said if isinstance(said, str) and said != occurrence.message else ""
+
+
 def sections_of(occurrence: Occurrence) -> list[tuple[str, Json]]:
     """Return the (title, values) of what an occurrence carries beside its backtrace.
 
-    Tags and breadcrumbs are left out: they have forms of their own.
+    Tags, breadcrumbs and the log message are left out: they have forms of their own.
     """
     ids = {"user_id": occurrence.user_id, "request_id": occurrence.request_id}
     overview: Json = {name: value for name, value in ids.items() if value is not None}
     sections: dict[str, Json] = {"Params": occurrence.params or {}}
-    shown = {"tags": tags_of(occurrence), "breadcrumbs": breadcrumbs_of(occurrence)}
+    shown = {
+        "tags": tags_of(occurrence),
+        "breadcrumbs": breadcrumbs_of(occurrence),
+        "log_message": logged_as(occurrence),
+    }
     for name, value in occurrence.extra.items():
         title = name.replace("_", " ").capitalize()
         if shown.get(name):
@@ -6680,6 +6721,8 @@ def _chain_markdown(chain: Sequence[ChainedException]) -> Iterator[str]:
 
 
 def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
+    if logged := logged_as(occurrence):
+        yield f"## Logged as\n\n{_fenced(logged)}"
     yield from _chain_markdown(chain_of(occurrence))
     if crumbs := [crumb_of(crumb) for crumb in breadcrumbs_of(occurrence)]:
         text = "\n".join(" ".join(filter(None, dataclasses.astuple(crumb))) for crumb in crumbs)
@@ -7004,6 +7047,9 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 % end
 % if one.message != error.message or one.exception_class != error.exception_class:
 <p class="other"><b>{{one.exception_class}}</b></p><pre class="message">{{one.message}}</pre>
+% end
+% if logged:
+<p class="other">Logged as</p><pre class="message">{{logged}}</pre>
 % end
 % if has_calls:
 <p class="order">Most recent call first</p>
@@ -7514,6 +7560,7 @@ def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
             (part, RELATIONS.get(part.relation, ""), group_frames(part.frames, failing))
             for part in chain
         ],
+        "logged": logged_as(one),
         "has_calls": any(frame.is_call for part in chain for frame in part.frames),
         "tags": [
             (name, value, filter_query(ErrorFilter("all", search_for_tag(name, value))))
@@ -8751,7 +8798,7 @@ def wrap(
     >>> def application(environ, start_response): ...
     >>> application = wrap(application)
     """
-    connect_signals()
+    connect_signals(app)
     if (adapt := capture_for(app)) is not None:
         if at is not None:
             raise BadSetting(f"at={at!r} needs a WSGI or ASGI application")
