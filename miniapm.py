@@ -222,6 +222,7 @@ FLUSH_TIMEOUT_S = 2.0
 MAX_FORK_WAIT_S = 0.5
 HTTP_TIMEOUT_S = 10.0
 RETRY_FIRST_S = 0.5
+YIELD_S = 0.0001
 RETRY_LONGEST_S = 30.0
 COMPLAINT_INTERVAL_S = 60.0
 
@@ -975,8 +976,10 @@ def _one_line(text: str) -> str:
 
 def _clean_lines(lines: Iterable[str], limit: int) -> list[str]:
     """Clean source lines as one text, because a private key spans several lines."""
-    text = scrub_text("\n".join(_one_line(line)[: 2 * limit] for line in lines))
-    return [clean(line, limit) for line in text.split("\n")]
+    text = "\n".join(_one_line(line)[: 2 * limit] for line in lines)
+    if not may_hold_secret(text) and len(text) <= limit:  # saves a third of preparing a report
+        return [_displayable(line) for line in text.split("\n")]
+    return [clean(line, limit) for line in scrub_text(text).split("\n")]
 
 
 def _parse_source_context(data: Json | None, at: str, *, plain: bool) -> SourceContext | None:
@@ -4561,8 +4564,9 @@ class ValueWriter:
 
     def cut(self, value: Any, _: int, base: Any) -> str:
         """Return the repr of a text or of bytes."""
-        some = base.__getitem__(value, slice(MAX_REPR_CHARS + SCRUB_AHEAD_CHARS))
-        return _short(repr(some))
+        if type(value) is not base or len(value) > MAX_REPR_CHARS:
+            value = base.__getitem__(value, slice(MAX_REPR_CHARS + SCRUB_AHEAD_CHARS))
+        return _short(repr(value))
 
     def whole_number(self, value: Any, _: int) -> str:
         """Return an int, of which only the size where it is large."""
@@ -4875,7 +4879,7 @@ class Describer:
         """Describe an exception and its chain."""
         name, message = qualified_name(type(error)), safe_text(error)
         chain = exception_chain(error)
-        room = _Room(max(10, MAX_BACKTRACE_LINES // len(chain)))
+        room = _Room(MAX_BACKTRACE_LINES // len(chain) - 1)
         exceptions: list[Json] = []
         for one, relation in chain:
             said = {"exception_class": qualified_name(type(one)), "message": message_of(one)}
@@ -4962,6 +4966,24 @@ class Describer:
                 name, template if has_word else message, (self.relative(file), function)
             ),
             "exceptions": [{"exception_class": name, "message": message, "frames": [frame]}],
+        }
+
+    def printed_traceback(self, message: str) -> Json | None:
+        """Describe the exception whose printed traceback is in a message, None if there is none."""
+        before, title, after = message.partition(TRACEBACK_TITLE)
+        lines = (title + after).splitlines()
+        ends = [line for line in lines[1:] if re.match(r"[A-Za-z_][\w.]*(?:: |$)", line)]
+        if not ends:
+            return None
+        name, _, text = ends[-1].partition(": ")
+        frame = location_frame_of_lines(lines)
+        place = (self.relative(frame.file or ""), frame.function or "") if frame else None
+        return {
+            "exception_class": name,
+            "message": text,
+            "backtrace": lines,
+            "fingerprint": fingerprint_of(name, text, place),
+            "log_message": before.strip() or None,
         }
 
     def surroundings(self) -> Json:
@@ -5246,8 +5268,9 @@ class StoreDestination:
 
     def how_to_read(self) -> str:
         """Say where the reports are."""
-        command = f"python {shlex.quote(HERE)} --db {shlex.quote(self.path)}"
-        return f"errors are recorded in {self.path}; to read them: {command}"
+        here = os.getcwd() + os.sep
+        module, database = (shlex.quote(path.removeprefix(here)) for path in (HERE, self.path))
+        return f"errors are in {database}; to read them: python {module} --db {database}"
 
 
 def must_retry(status: int, body: str) -> bool:
@@ -5327,7 +5350,7 @@ class HttpDestination:
 
     def how_to_read(self) -> str:
         """Say where the reports are."""
-        return f"errors are reported to {self._base}/"
+        return f"errors are on {self._base}/"
 
 
 def merged(parts: Iterable[Json]) -> Json:
@@ -5411,7 +5434,9 @@ class Outbox:
 
     def before_fork(self) -> None:
         """End the thread and close the destination, for MAX_FORK_WAIT_S at most."""
-        end_s = time.monotonic() + MAX_FORK_WAIT_S
+        self._let_go(time.monotonic() + MAX_FORK_WAIT_S)
+
+    def _let_go(self, end_s: float) -> None:
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             with self._changed:
@@ -5494,12 +5519,14 @@ class Outbox:
             is_empty = self._changed.wait_for(
                 lambda: not self._reports and not self._in_hand, max(0.0, timeout_s)
             )
+            self._is_hurried = False
         return is_empty
 
     def end(self) -> None:
-        """Flush at the interpreter's end; from now on put() delivers at once."""
+        """Flush and close at the interpreter's end; from now on put() delivers at once."""
         self._end_s = time.monotonic() + FLUSH_TIMEOUT_S
         self.flush()
+        self._let_go(max(self._end_s, time.monotonic() + MAX_TURN_S))
 
     def close(self) -> None:
         """Flush, end the thread, close the destination."""
@@ -5547,6 +5574,8 @@ class Outbox:
 
     def _prepared(self, reports: list[tuple[Json, RecordMark | None]]) -> Iterator[Occurrence]:
         for report, mark in reports:
+            if not self._is_hurried:
+                time.sleep(YIELD_S)  # else a thread of the host waits 5 ms for its turn
             try:
                 if (occurrence := self._prepare(report, mark)) is not None:
                     yield occurrence
@@ -5608,12 +5637,12 @@ def _hook(owner: Any, name: str, record: Callable[..., None]) -> Callable[[], No
     """Call `record` before a hook; return the undo."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def hook(*arguments: Any) -> Any:
+        def hook(*arguments: Any, **named: Any) -> Any:
             try:
-                record(*arguments)
+                record(*arguments, **named)
             except Exception:  # noqa: BLE001, S110 - late in finalization our globals are gone
                 pass
-            return original(*arguments)
+            return original(*arguments, **named)
 
         return hook
 
@@ -5681,9 +5710,16 @@ def _user_of_django(request: object) -> Any:
     return plain_attribute(user, plain_attributes(meta.get("pk")).get("attname") or "pk")
 
 
-def _request_of_django(request: object) -> Request | None:
+@contextlib.contextmanager
+def _within_django(request: object) -> Iterator[None]:
+    """Add a Django request to what is recorded in the block, unless there is one already."""
     environ = plain_attributes(request).get("META")
-    return WsgiRequest(environ) if type(environ) is dict else None
+    given = WsgiRequest(environ) if type(environ) is dict else None
+    token = _current_request.set(_current_request.get() or given)
+    try:
+        yield
+    finally:
+        _current_request.reset(token)
 
 
 _IMPORTED = {one.__name__: one for one in list(globals().values()) if inspect.ismodule(one)}
@@ -5785,17 +5821,15 @@ class Client:
             given |= {name: value for name, value in record.msg.items() if name != "event"}
         context = {name: value for name, value in given.items() if name[:1] != "_"}
         context |= {"logger": record.name, "user_id": attempt(_user_of_django, request)}
-        token = _current_request.set(_current_request.get() or _request_of_django(request))
-        try:
+        with _within_django(request):
             if error is None:
-                report = self._describer.log_record(record, message)
+                printed = self._describer.printed_traceback(message)
+                report = printed or self._describer.log_record(record, message)
                 self._outbox.put(self._complete(report | {"event_id": event_id}, context))
             elif not issubclass(type(error), SKIPPED):
                 text = message.partition(TRACEBACK_TITLE)[0].strip()
                 more = {"log_message": text} if text and text != safe_text(error) else {}
                 self._record_exception(error, context, more | {"event_id": event_id})
-        finally:
-            _current_request.reset(token)
 
     def _exception_of_log(self, record: logging.LogRecord, message: str) -> BaseException | None:
         """Return the exception that a log record is about, None if it is about none."""
@@ -5879,7 +5913,7 @@ class Client:
             # Not a handler: logging's defaults and Flask's look whether the root logger has one.
             _hook(logging.Logger, "callHandlers", lambda logger, record: self.record_log(record)),
             _replace(process_class, "_bootstrap", around_process),
-            _hook(os, "_exit", lambda status: self._guard(self.flush)),
+            _hook(os, "_exit", lambda *_, **__: self._guard(self.flush)),
         ]
         for name, hook in _FRAMEWORK_HOOKS.items():
             if name in sys.modules:
@@ -6014,7 +6048,16 @@ class _KeptInput:
         return self._request.keep(next(self._stream))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        found = getattr(self._stream, name)
+        if name != "readinto":
+            return found
+
+        def readinto(buffer: Any) -> Any:
+            count = found(buffer)
+            self._request.keep(bytes(memoryview(buffer)[: count or 0]))
+            return count
+
+        return readinto
 
 
 class _WatchedErrors:
@@ -6191,7 +6234,8 @@ def capture_tornado(app: Any) -> Any:
 def _record_signalled(
     *_: object, exception: BaseException | None = None, request: object = None, **__: object
 ) -> None:
-    record_error(exception, {"user_id": attempt(_user_of_django, request)})
+    with _within_django(request):
+        record_error(exception, {"user_id": attempt(_user_of_django, request)})
 
 
 async def _record_signalled_async(*said: object, **more: Any) -> None:

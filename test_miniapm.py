@@ -20,6 +20,7 @@ import collections
 import concurrent.futures
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import decimal
 import enum
@@ -34,8 +35,11 @@ import io
 import itertools
 import json
 import logging
+import logging.handlers
 import multiprocessing.process
 import os
+import pickle
+import queue
 import random
 import re
 import shutil
@@ -3946,7 +3950,7 @@ def test_deep_stack_is_captured_in_bounds(recorder: Recorder) -> None:
 
     miniapm.record_error(caught(dive, 600))
     frames = recorder.report()["exceptions"][0]["frames"]
-    assert len(frames) == miniapm.MAX_BACKTRACE_LINES + 1
+    assert len(frames) == miniapm.MAX_BACKTRACE_LINES - 1
     described = [f for f in frames if isinstance(f, dict) and "locals" in f]
     assert len(described) == miniapm.MAX_DETAILED_FRAMES
     assert described[0]["locals"]["depth"] == "0"
@@ -5392,6 +5396,1209 @@ def test_capture_keeps_its_database_small(recorder: Recorder, monkeypatch: Any) 
         miniapm.record_error(ValueError("same"))
     assert recorder.client.flush(10)
     wait_until(lambda: len(reports_in(recorder.path)) == 5)
+
+
+# Programs that end, fork and exit: each in a process of its own.
+
+ENDINGS = {
+    "an exception in __del__": "raise ValueError('at the end')",
+    "a log line in __del__": "logging.getLogger('late').error('at the end')",
+    "record_error in __del__": "miniapm.record_error(ValueError('at the end'))",
+}
+LATE = """
+import atexit, logging, miniapm, sys, threading, time
+miniapm.init(sys.argv[1], api_key="k")
+class Late:
+    def __del__(self):
+        {ending}
+{keep}
+sys.exit(3)
+"""
+KEEPS = {
+    "a global": "late = Late()",
+    "a cycle": "late = Late(); late.me = late",
+    "many": "late = [Late() for _ in range(30)]",
+    "after another report": "late = Late(); miniapm.record_error(ValueError('before'))",
+    "another module": "logging.late = Late()",
+    "atexit": "late = Late(); atexit.register(lambda: globals().pop('late'))",
+    "a thread": """
+def work():
+    time.sleep(0.2)
+    globals().pop("late")
+late = Late(); threading.Thread(target=work).start()""",
+}
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_first_report_at_the_end_is_recorded_and_the_program_ends(
+    tmp_path: Path, ending: str, keep: str
+) -> None:
+    began = time.monotonic()
+    code = LATE.format(ending=ENDINGS[ending], keep=KEEPS[keep])
+    done = run_python(tmp_path, code, "errors.db", MINI_APM_QUIET="1")
+    assert time.monotonic() - began < 2.5
+    assert done.returncode == 3
+    assert "miniapm.py" not in done.stderr
+    messages = [one["message"] for one in reports_in(tmp_path / "errors.db")]
+    if keep == "another module":  # the interpreter has taken everything away by then
+        return
+    assert messages.count("at the end") == (30 if keep == "many" else 1)
+
+
+@pytest.mark.parametrize("keep", ["a global", "many", "atexit"])
+def test_program_ends_in_time_when_the_tracker_hangs_at_the_end(tmp_path: Path, keep: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(50)  # accepts and never answers
+        began = time.monotonic()
+        code = LATE.format(ending=ENDINGS["an exception in __del__"], keep=KEEPS[keep])
+        done = run_python(tmp_path, code, f"http://localhost:{listener.getsockname()[1]}")
+        assert time.monotonic() - began < 3  # of which half a second is Python's start
+    assert done.returncode == 3
+
+
+def test_reports_of_the_end_reach_a_tracker(tmp_path: Path, tracker: Any) -> None:
+    code = LATE.format(ending=ENDINGS["an exception in __del__"], keep=KEEPS["many"])
+    assert run_python(tmp_path, code, tracker.url).returncode == 3
+    assert accepted(tracker) == ["at the end"] * 30
+
+
+def test_open_aiohttp_session_is_recorded_when_it_is_collected_at_the_end(tmp_path: Path) -> None:
+    need_module("aiohttp")
+    code = """
+import asyncio, aiohttp, miniapm
+miniapm.init("errors.db")
+async def main():
+    global session
+    session = aiohttp.ClientSession()
+asyncio.new_event_loop().run_until_complete(main())
+"""
+    began = time.monotonic()
+    done = run_python(tmp_path, code)
+    assert (done.returncode, time.monotonic() - began < 2.5) == (0, True)
+    (found,) = reports_in(tmp_path / "errors.db")
+    assert found["message"].startswith("Unclosed client session")
+
+
+def test_last_report_waits_no_longer_for_a_locked_database(tmp_path: Path) -> None:
+    code = """
+import miniapm, sqlite3, subprocess, sys
+miniapm.init("errors.db")
+miniapm.record_error(ValueError("first"))
+assert miniapm._Default.client.flush(5)
+lock = "import sqlite3; db = sqlite3.connect('errors.db', isolation_level=None);"
+lock += "db.execute('BEGIN IMMEDIATE'); print('locked', flush=True); input()"
+other = subprocess.Popen([sys.executable, "-c", lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+other.stdout.readline()
+miniapm.record_error(ValueError("second"))
+"""
+    began = time.monotonic()
+    assert run_python(tmp_path, code).returncode == 0
+    assert time.monotonic() - began < 3.5  # with the start of two Pythons
+
+
+def test_ended_program_has_closed_its_database(tmp_path: Path) -> None:
+    code = "import logging, miniapm\nminiapm.init('errors.db')\nlogging.error('x')\n"
+    (tmp_path / "program.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "program.py"],
+        cwd=tmp_path,
+        env=clean_environ() | {"PYTHONPATH": str(HERE), "MINI_APM_QUIET": "1"},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stderr == b"ERROR:root:x\n"
+    assert not (tmp_path / "errors.db-wal").exists()
+
+
+def test_forked_child_that_leaves_by_os_exit_has_recorded(tmp_path: Path) -> None:
+    code = """
+import logging, miniapm, os, sys
+miniapm.init("errors.db")
+if sys.argv[1:]:
+    miniapm.record_error(ValueError("parent"))
+for number in range(3):
+    child = os.fork()
+    if child == 0:
+        try:
+            raise ValueError(f"child {number}")
+        except ValueError:
+            logging.exception("failed")
+        finally:
+            os._exit(status=7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+    for arguments in ((), ("parent first",)):
+        done = run_python(tmp_path, code, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("miniapm: ") == 1  # where the reports are, once for all processes
+    messages = collections.Counter(one["message"] for one in reports_in(tmp_path / "errors.db"))
+    assert messages == {"child 0": 2, "child 1": 2, "child 2": 2, "parent": 1}
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_pool_worker_that_logs_and_raises_on_is_recorded(tmp_path: Path, method: str) -> None:
+    code = f"""
+import logging, miniapm, multiprocessing
+miniapm.init("errors.db")
+def work(number):
+    try:
+        raise ValueError("in the pool")
+    except ValueError:
+        logging.exception("in the worker")
+        raise
+if __name__ == "__main__":
+    with multiprocessing.get_context({method!r}).Pool(1) as pool:
+        try:
+            pool.map(work, [1])
+        except ValueError as error:
+            print(vars(error))
+            logging.exception("in the parent")
+"""
+    done = run_python(tmp_path, code)
+    assert done.stdout == "{}\n", done.stderr
+    logged = {one["log_message"] for one in reports_in(tmp_path / "errors.db")}
+    assert logged >= {"in the parent"}
+    assert logged <= {"in the worker", "in the parent"}
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[str]:
+    """Run a Redis of the test's own; yield its URL."""
+    port = free_port()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen([need("redis-server"), *options], stdout=subprocess.DEVNULL)
+    with socket.socket() as probe:
+        wait_until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0)
+    yield f"redis://127.0.0.1:{port}/0"
+    process.terminate()
+    process.wait(10)
+
+
+TASKS = """
+import os, celery, miniapm
+miniapm.init("errors.db")
+app = celery.Celery("tasks", broker=os.environ["REDIS"])
+@app.task
+def failing(number): raise ValueError(f"task {number}")
+"""
+
+
+def test_celery_s_children_record_before_they_are_replaced(tmp_path: Path, redis: str) -> None:
+    need_module("celery")
+    (tmp_path / "tasks.py").write_text(TASKS)
+    enqueue = "import tasks\nfor number in range(5): tasks.failing.delay(number)\n"
+    assert run_python(tmp_path, enqueue, REDIS=redis).returncode == 0
+    environ = clean_environ() | {"PYTHONPATH": str(HERE), "REDIS": redis, "C_FORCE_ROOT": "1"}
+    options = ["worker", "-c", "2", "--max-tasks-per-child=1", "-l", "error"]
+    command = [sys.executable, "-m", "celery", "-A", "tasks", *options]
+    with (tmp_path / "worker.log").open("w") as log:
+        worker = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: len(reports_in(tmp_path / "errors.db")) == 5, 30)
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(20)
+    found = reports_in(tmp_path / "errors.db")
+    assert {one["message"] for one in found} == {f"task {number}" for number in range(5)}
+    assert len({one["process_id"] for one in found}) == 5
+    assert found[0]["context"]["logger"] == "celery.app.trace"
+    assert found[0]["fingerprint"] == "ValueError|tasks.py:failing|task <number>"
+
+
+def test_rq_s_jobs_record(tmp_path: Path, redis: str) -> None:
+    need_module("rq")
+    (tmp_path / "jobs.py").write_text("def job(number): raise ValueError(f'job {number}')\n")
+    code = """
+import jobs, miniapm, os, redis, rq
+miniapm.init("errors.db")
+connection = redis.Redis.from_url(os.environ["REDIS"])
+queue = rq.Queue(connection=connection)
+for number in range(12): queue.enqueue(jobs.job, number)
+rq.Worker([queue], connection=connection).work(burst=True)
+"""
+    assert run_python(tmp_path, code, REDIS=redis).returncode == 0
+    found = reports_in(tmp_path / "errors.db")
+    assert sorted(one["message"] for one in found) == sorted(f"job {n}" for n in range(12))
+    assert {one["exception_class"] for one in found} == {"ValueError"}
+
+
+def test_fork_while_a_page_is_read_is_short(tmp_path: Path) -> None:
+    code = """
+import miniapm, os, threading, time
+miniapm.init("errors.db")
+miniapm.record_error(ValueError("opens"))
+assert miniapm._Default.client.flush(5)
+store = miniapm._Default.client.destination.store()
+is_reading, may_end = threading.Event(), threading.Event()
+def read():
+    with store.reading() as db:
+        db.execute("SELECT 1")
+        is_reading.set()
+        may_end.wait(20)
+reader = threading.Thread(target=read)
+reader.start()
+is_reading.wait(10)
+began = time.monotonic()
+child = os.fork()
+if child == 0:
+    miniapm.record_error(ValueError("child"))
+    os._exit(0)
+print(time.monotonic() - began < 1)
+os.waitpid(child, 0)
+may_end.set()
+reader.join()
+miniapm.record_error(ValueError("after"))
+"""
+    done = run_python(tmp_path, code)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+    found = {one["message"] for one in reports_in(tmp_path / "errors.db")}
+    assert found == {"opens", "child", "after"}
+
+
+def test_fork_finds_no_thread_of_ours(tmp_path: Path) -> None:
+    code = """
+import logging, miniapm, os, threading, warnings
+warnings.simplefilter("error")  # 3.12 warns of a fork beside threads
+miniapm.init("errors.db")
+for number in range(3):
+    logging.error("parent")
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+print([one.name for one in threading.enumerate()])
+"""
+    done = run_python(tmp_path, code)
+    assert done.returncode == 0, done.stderr
+    assert "MainThread" in done.stdout
+    assert len(reports_in(tmp_path / "errors.db")) == 3
+
+
+# The mark of a recorded exception.
+
+
+def test_mark_is_not_seen_by_the_host_and_does_not_travel(recorder: Recorder) -> None:
+    class Own(Exception):
+        pass
+
+    for error in (ValueError("x"), Own("x"), OSError(2, "x"), KeyError()):
+        error.detail = 7  # type: ignore[attr-defined]
+        before = dict(vars(error)), repr(error), error.args
+        miniapm.record_error(error)
+        assert (vars(error), repr(error), error.args) == before
+        error.more = 8  # type: ignore[attr-defined]
+        assert vars(error) == {"detail": 7, "more": 8}
+        copies = [copy.copy(error), copy.deepcopy(error)]
+        copies += [] if type(error) is Own else [pickle.loads(pickle.dumps(error))]
+        for one in copies:
+            assert type(vars(one)) is dict
+            assert vars(one) == {"detail": 7, "more": 8}
+            miniapm.record_error(one)
+    assert len(recorder.reports()) == 4 * 3 + 3
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_before_send_that_drops_one_sighting_leaves_the_next(
+    recorder: Recorder, is_slow: bool
+) -> None:
+    may_look = threading.Event()
+
+    def before_send(one: miniapm.Occurrence) -> miniapm.Occurrence | None:
+        may_look.wait(10)
+        return None if "log_message" in one.extra else one
+
+    recorder.init(before_send=before_send)
+    if not is_slow:
+        may_look.set()
+    error = caught(fail)
+    logging.getLogger("x").error("dropped", exc_info=error)
+    if not is_slow:
+        assert recorder.reports() == []
+    miniapm.record_error(error)
+    miniapm.record_error(error)
+    may_look.set()
+    assert "log_message" not in recorder.report()
+
+
+def test_report_that_found_no_room_is_not_marked(recorder: Recorder, monkeypatch: Any) -> None:
+    error = caught(fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(miniapm, "MAX_QUEUED_REPORTS", 0)
+        miniapm.record_error(error)
+    miniapm.record_error(error)
+    messages = [one["message"] for one in recorder.reports()]
+    assert sorted(messages)[1].startswith("1 reports were dropped")
+    assert len(messages) == 2
+
+
+# What is the application's own.
+
+
+@pytest.mark.parametrize("place", ["outside", "inside"])
+def test_console_script_finds_the_project_and_tells_two_bugs_apart(
+    tmp_path: Path, place: str
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "shop.py").write_text("""
+import json, miniapm
+miniapm.init("errors.db")
+def one(): return json.loads("{bad")
+def two(): return json.loads("{bad")
+def application(environ, start_response):
+    (one if environ["PATH_INFO"] == "/one" else two)()
+application = miniapm.wrap(application)
+""")
+    # A virtual environment elsewhere: a link to this Python, which finds its packages by PYTHONPATH.
+    scripts = (project if place == "inside" else tmp_path) / "py" / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "python").symlink_to(sys.executable)
+    (scripts / "serve-shop").write_text(
+        "import sys\nfrom gunicorn.app.wsgiapp import run\nsys.exit(run())\n"
+    )
+    port = free_port()
+    environ = clean_environ() | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    process = subprocess.Popen(
+        [scripts / "python", scripts / "serve-shop", "-b", f"127.0.0.1:{port}", "shop:application"],
+        cwd=project,
+        env=environ,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with socket.socket() as probe:
+            wait_until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0, 20)
+        for name in ("one", "two"):
+            requests.get(f"http://127.0.0.1:{port}/{name}", timeout=10)
+        wait_until(lambda: len(reports_in(project / "errors.db")) == 2)
+    finally:
+        process.terminate()
+        process.wait(10)
+    for name, report in zip(("one", "two"), reports_in(project / "errors.db"), strict=True):
+        assert f"|shop.py:{name}|" in report["fingerprint"]
+        own = [one["function"] for one in report["exceptions"][0]["frames"] if one["own"]]
+        assert own == [name, "application"]
+
+
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [
+        (["-m", "shop"], "project"),
+        (["-m", "shop"], "/"),
+        (["project/shop/__main__.py"], "."),
+        (["shop/__main__.py"], "project"),
+        (["start.py"], "elsewhere"),
+    ],
+    ids=str,
+)
+def test_root_is_found_from_the_code_that_calls_init(
+    tmp_path: Path, command: list[str], folder: str
+) -> None:
+    package = tmp_path / "project" / "shop"
+    (tmp_path / "elsewhere").mkdir()
+    (package / "core").mkdir(parents=True)
+    for name in ("__init__.py", "core/__init__.py"):
+        (package / name).write_text("")
+    (package / "core" / "cart.py").write_text("import json\ndef total(): json.loads('{bad')\n")
+    (package / "__main__.py").write_text(
+        f"import miniapm\nminiapm.init({str(tmp_path / 'errors.db')!r})\n"
+        + "import shop.core.cart\nshop.core.cart.total()\n"
+    )
+    (tmp_path / "elsewhere" / "start.py").write_text("import shop.__main__\n")
+    subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path / folder,
+        env=clean_environ() | {"PYTHONPATH": f"{HERE}{os.pathsep}{tmp_path / 'project'}"},
+        stderr=subprocess.DEVNULL,
+        timeout=30,
+        check=False,
+    )
+    (found,) = reports_in(tmp_path / "errors.db")
+    own = [one["file"] for one in found["exceptions"][0]["frames"] if one["own"]]
+    assert str(package / "core" / "cart.py") in own
+    assert "shop/core/cart.py:total|" in found["fingerprint"]
+
+
+def test_pseudo_files_are_told_by_their_text(recorder: Recorder) -> None:
+    @dataclasses.dataclass
+    class Order:
+        number: int
+
+        def __post_init__(self) -> None:
+            raise LookupError("in post init")
+
+    miniapm.record_error(caught(Order, 1))
+    miniapm.record_error(caught(os.makedirs, "/proc/none/x"))
+    miniapm.record_error(caught(eval, "1 / 0"))
+    first, second, third = (one["exceptions"][0]["frames"] for one in recorder.reports())
+    assert next(one["function"] for one in first if one["own"]).endswith("__post_init__")
+    assert {one["file"]: one["own"] for one in first}["<string>"] is False
+    assert {one["file"]: one["own"] for one in second}["<frozen os>"] is False
+    assert [one["function"] for one in second if one["own"]] == ["caught"]
+    assert {one["file"]: one["own"] for one in third}["<string>"] is False
+
+
+def test_generated_code_is_own_where_nothing_better_is_below(
+    recorder: Recorder, tmp_path: Path
+) -> None:
+    recorder.init(project_root=str(tmp_path))
+    miniapm.record_error(caught(eval, "1 / 0"))
+    miniapm.record_error(caught(os.makedirs, "/proc/none/x"))
+    first, second = recorder.reports()
+    assert [one["file"] for one in first["exceptions"][0]["frames"] if one["own"]] == ["<string>"]
+    assert first["fingerprint"].startswith("ZeroDivisionError|<string>:<module>|")
+    assert not any(one["own"] for one in second["exceptions"][0]["frames"])
+
+
+# Logging.
+
+
+def test_log_text_and_extra_are_shown_with_the_exception(recorder: Recorder) -> None:
+    try:
+        fail()
+    except LookupError:
+        logging.getLogger("pay").exception("Payment %s stuck", 42, extra={"order": {"id": 7}})
+    report = recorder.report()
+    assert report["log_message"] == "Payment 42 stuck"
+    assert report["context"] == {"order": {"id": 7}, "logger": "pay"}
+    client = Client(mounted(), "")
+    page = client.get("/errors/errors/1").text
+    assert '<p class="other">Logged as</p><pre class="message">Payment 42 stuck</pre>' in page
+    assert "## Logged as\n\n```\nPayment 42 stuck\n```" in client.get("/errors/errors/1.md").text
+
+
+@pytest.mark.parametrize("template", ["%s: %s", "%s", "%(a)s - %(b)s", "[%s] %r"])
+def test_template_without_words_is_no_fingerprint(recorder: Recorder, template: str) -> None:
+    pairs = (("disk", "full"), ("network", "gone"))
+    for one, other in pairs:
+        arguments = (one, other)[: template.count("%")]
+        given: Any = {"a": one, "b": other} if "(" in template else arguments
+        logging.getLogger("x").error(template, *([given] if type(given) is dict else given))
+    logging.getLogger("x").error("disk %d is full", 1)
+    logging.getLogger("x").error("disk %d is full", 2)
+    fingerprints = [one["fingerprint"] for one in recorder.reports()]
+    assert len(set(fingerprints)) == 3
+
+
+def test_logged_exception_object_is_the_exception(recorder: Recorder) -> None:
+    logging.getLogger("x").error(caught(fail))
+    report = recorder.report()
+    assert report["exception_class"] == "LookupError"
+    assert "log_message" not in report
+
+
+def test_printed_traceback_is_recorded_as_the_exception(recorder: Recorder) -> None:
+    logger = logging.getLogger("x")
+    try:
+        fail()
+    except LookupError:
+        logger.error("it went wrong\n%s", traceback.format_exc())
+    logger.error("in another place:\n%s", "".join(traceback.format_exception(caught(recurse_once))))
+    first, second = recorder.reports()
+    assert (first["exception_class"], first["log_message"]) == ("LookupError", "it went wrong")
+    assert first["exceptions"][0]["frames"][0]["locals"]["count"] == "3"
+    assert (second["exception_class"], second["message"]) == ("KeyError", "'of another process'")
+    assert second["log_message"] == "in another place:"
+    assert "recurse_once" in second["fingerprint"]
+
+
+def recurse_once() -> None:
+    raise KeyError("of another process")
+
+
+def test_record_that_a_queue_hands_on_is_recorded_once(recorder: Recorder) -> None:
+    records: queue.Queue[logging.LogRecord] = queue.Queue()
+    logger = logging.getLogger("queued")
+    logger.propagate = False
+    logger.addHandler(logging.handlers.QueueHandler(records))
+    try:
+        fail()
+    except LookupError:
+        logger.exception("with its exception")
+    logger.error("plain %s", "text")
+    logger.handlers.clear()
+    logger.propagate = True
+    while not records.empty():
+        logging.getLogger("receiver").handle(records.get())
+    first, second = recorder.reports()
+    assert (first["exception_class"], second["message"]) == ("LookupError", "plain text")
+
+
+def test_record_of_a_child_is_recorded_once_for_both_processes(tmp_path: Path) -> None:
+    code = """
+import logging, logging.handlers, miniapm, multiprocessing
+miniapm.init("errors.db")
+def work(queue):
+    logger = logging.getLogger("shop")
+    logger.propagate, logger.handlers = False, [logging.handlers.QueueHandler(queue)]
+    try: 1 / 0
+    except ZeroDivisionError: logger.exception("in a child")
+    logger.error("plain text")
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=work, args=(queue,))
+    child.start()
+    for _ in range(2): logging.getLogger("shop").handle(queue.get(timeout=10))
+    child.join()
+"""
+    done = run_python(tmp_path, code)
+    assert done.returncode == 0, done.stderr
+    found = [one["exception_class"] for one in reports_in(tmp_path / "errors.db")]
+    assert sorted(found) == ["ZeroDivisionError", "logging.ERROR"]
+
+
+@pytest.mark.parametrize("name", ["tornado.access", "werkzeug", "django.server"])
+def test_log_line_that_repeats_a_recorded_error_is_quiet(recorder: Recorder, name: str) -> None:
+    logging.getLogger(name).error("500 GET /cart (127.0.0.1) 2.11ms")
+    logging.getLogger("x").error("refused", extra={"status_code": 404})
+    assert recorder.reports() == []
+
+
+# Requests.
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"--B\r\nContent-Disposition: form-data" + b";" * 65_000 + b"\r\n\r\nx\r\n--B--",
+        b"--B\r\nContent-Type: multipart/mixed; boundary=C\r\n\r\n" * 1_200,
+        b'--B\r\nContent-Disposition: form-data; name="a"\r\n\r\nx\r\n' * 1_000,
+        b"--B" * 20_000,
+        b"\r\n" * 32_000,
+        b'; name="' * 8_000,
+    ],
+    ids=["semicolons", "nested", "parts", "boundaries", "lines", "names"],
+)
+def test_hostile_multipart_body_costs_linear_time(body: bytes) -> None:
+    form = miniapm.Form("multipart/form-data; boundary=B", body)
+    began = time.process_time()
+    for _ in range(20):
+        form.fields()
+    assert time.process_time() - began < 1  # `email` takes seconds for one
+
+
+@pytest.mark.parametrize(
+    "body", [b"a=1&" * 16_384, b"%41" * 21_845, b"a" * 65_536, b"=&" * 32_768, b"\xff=" * 9_000]
+)
+def test_hostile_form_costs_linear_time(body: bytes) -> None:
+    form = miniapm.Form("application/x-www-form-urlencoded", body)
+    began = time.process_time()
+    for _ in range(20):
+        form.fields()
+    assert time.process_time() - began < 1
+
+
+def test_form_keeps_repeated_fields_and_unquoted_names() -> None:
+    part = "--b\r\ncontent-disposition: form-data; name={}\r\n\r\n{}\r\n"
+    body = "".join(part.format(*one) for one in (('"a"', "1"), ('"a"', "2"), ("b", "x\r\ny")))
+    form = miniapm.Form(
+        'multipart/form-data; charset=utf-8; boundary="b"', body.encode() + b"--b--"
+    )
+    assert form.fields() == {"a": ["1", "2"], "b": "x\r\ny"}
+    assert miniapm.Form("multipart/form-data", b"--x").fields() == {}
+    assert miniapm.Form("text/plain", b"a=1").fields() == {}
+
+
+def test_task_that_outlives_its_request_is_marked(recorder: Recorder) -> None:
+    tasks = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def later() -> None:
+            while not wrapped_has_ended:
+                await asyncio.sleep(0)
+            miniapm.record_error(ValueError("later"))
+
+        tasks.append(asyncio.create_task(later()))
+        miniapm.record_error(ValueError("within"))
+
+    wrapped_has_ended: list[bool] = []
+
+    async def main(scope: Any, receive: Any, send: Any) -> None:
+        await miniapm.wrap(app)(scope, receive, send)
+        wrapped_has_ended.append(True)
+        await tasks[0]
+
+    call_asgi(main)
+    within, later = recorder.reports()
+    assert "recorded" not in within["request"]
+    assert later["request"]["recorded"] == "after the request had ended"
+
+
+def test_tags_level_release_and_environment_are_just_that(recorder: Recorder) -> None:
+    with miniapm.capture(tags={"region": "eu"}, release="2.0", environment="test", order=5):
+        context = {"tags": {"shard": 3}, "level": "warning", "cart": 9}
+        miniapm.record_error(ValueError("x"), context=context)
+    report = recorder.report()
+    assert report["tags"] == {"region": "eu", "shard": 3}
+    assert (report["level"], report["release"], report["environment"]) == ("warning", "2.0", "test")
+    assert report["context"] == {"order": 5, "cart": 9}
+    (group,) = Client(mounted(), "").get("/errors/errors.json?q=shard:3").json()["errors"]
+    assert group["level"] == "warning"
+
+
+@pytest.mark.parametrize("depth", [10_000, 200_000])
+def test_deep_stack_costs_as_much_as_a_shallow_one(recorder: Recorder, depth: int) -> None:
+    def dive(left: int) -> None:
+        if left:
+            dive(left - 1)
+        raise LookupError("deep")
+
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(depth + 1_000)
+    try:
+        error = caught(dive, depth)
+    finally:
+        sys.setrecursionlimit(limit)
+    began = time.process_time()
+    miniapm.record_error(error)
+    assert time.process_time() - began < 1  # by a few milliseconds; copying it all took seconds
+    frames = recorder.report()["exceptions"][0]["frames"]
+    assert frames[249] == f"… [{depth + 2 - 498:,} more frames cut]"
+    assert (frames[0]["function"], frames[-1]["function"]) == (dive.__qualname__, "caught")
+    error.__traceback__ = None  # freeing it frame by frame would recurse
+
+
+def test_variables_that_take_long_are_left_out(recorder: Recorder, monkeypatch: Any) -> None:
+    monkeypatch.setattr(miniapm, "MAX_DESCRIBE_S", -1)
+    miniapm.record_error(caught(fail))
+    assert "locals" not in recorder.report()["exceptions"][0]["frames"][0]
+
+
+def test_what_locals_returned_stays_as_it_is(recorder: Recorder) -> None:
+    kept: list[Any] = []
+
+    def failing_with(number: int) -> None:
+        kept.append(locals())
+        raise ValueError(number)
+
+    miniapm.record_error(caught(failing_with, 3))
+    assert recorder.report()["exceptions"][0]["frames"][0]["locals"]["number"] == "3"
+    assert kept[0]["number"] == 3
+
+
+# Where reports are, and what is removed.
+
+
+def test_first_recorded_error_says_once_where_it_went(tmp_path: Path) -> None:
+    code = "import miniapm\nminiapm.init('errors.db')\n"
+    code += "for n in range(3): miniapm.record_error(ValueError(n))\n"
+    lines = run_python(tmp_path, code).stderr.splitlines()
+    module = miniapm.__file__
+    assert lines == [
+        f"miniapm: errors are in errors.db; to read them: python {module} --db errors.db"
+    ]
+    assert run_python(tmp_path, code, MINI_APM_QUIET="1").stderr == ""
+    assert run_python(tmp_path, "import miniapm\nminiapm.init('errors.db')\n").stderr == ""
+
+
+def test_first_recorded_error_names_the_tracker_or_the_mounted_dashboard(
+    tracker: Any, recorder: Recorder, capsys: Any
+) -> None:
+    mounted()
+    miniapm.record_error(ValueError("x"))
+    assert recorder.reports()
+    assert capsys.readouterr().err.endswith(", or open /errors/ of this program\n")
+    miniapm.init(tracker.url, api_key=KEY)
+    miniapm.record_error(ValueError("x"))
+    assert miniapm._Default.client.flush(10)  # type: ignore[union-attr]
+    assert capsys.readouterr().err == f"miniapm: errors are on {tracker.url}/\n"
+
+
+def test_deleted_error_is_removed_from_an_embedded_database(
+    recorder: Recorder, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(miniapm, "SWEEP_INTERVAL_S", 0.05)
+    client = Client(mounted(), "")
+    for _ in range(3):
+        miniapm.record_error(ValueError("x"))
+    assert len(recorder.reports()) == 3
+    assert client.request("POST", "/errors/errors/1", b"action=delete").status == 303
+    store = recorder.client.destination.store()
+    wait_until(lambda: rows(store, "SELECT COUNT(*) FROM occurrences") == [(0,)])
+
+
+def test_retention_runs_in_a_host_that_records_nothing(
+    tmp_path: Path, recorder: Recorder, monkeypatch: Any
+) -> None:
+    assert [one.name for one in threading.enumerate() if one.name.startswith("miniapm")] == []
+    miniapm.record_error(ValueError("old"))
+    assert recorder.reports()
+    miniapm._Default.undo()  # type: ignore[misc]
+    monkeypatch.setattr(miniapm, "SWEEP_INTERVAL_S", 0.05)
+    with contextlib.closing(Store(str(recorder.path))) as store:
+        store.write(lambda db: db.execute("UPDATE occurrences SET received_ms = 1"))
+        recorder.init()
+        wait_until(lambda: rows(store, "SELECT COUNT(*) FROM errors") == [(0,)])
+    undo = recorder.init()
+    assert [one.name for one in threading.enumerate() if one.name.startswith("miniapm")] == []
+    undo()
+
+
+@pytest.mark.parametrize(
+    ("version", "missing_package"), [("3.10", "Python 3.11 or newer"), ("", "waitress")]
+)
+def test_what_is_missing_is_said_in_one_line_before_anything_is_made(
+    tmp_path: Path, version: str, missing_package: str
+) -> None:
+    command = [sys.executable, "-S"]
+    environ = clean_environ()
+    if version:
+        old = Path(os.environ.get("PYENV_ROOT", "/root/.pyenv")) / "versions"
+        found = sorted(old.glob(f"{version}.*/bin/python"))
+        if not found:
+            pytest.skip("there is no older Python on this machine")
+        command = [str(found[0])]
+    else:
+        (tmp_path / "bottle.py").symlink_to(importlib.import_module("bottle").__file__ or "")
+        environ |= {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [*command, HERE / "miniapm.py", "--port", "0"],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert missing_package in done.stderr
+    assert not list(tmp_path.glob("*.db*"))
+
+
+# Frameworks, each as its users run it.
+
+
+def bottle_app() -> Any:
+    import bottle
+
+    app = bottle.Bottle()
+
+    @app.post("/cart")
+    def cart() -> None:
+        assert bottle.request.forms["name"] == "ann"
+        fail("in bottle")
+
+    app.get("/refused", callback=lambda: bottle.abort(403))
+    return app
+
+
+def plain_flask_app() -> Any:
+    import flask
+
+    app = flask.Flask("shop")
+
+    @app.post("/cart")
+    def cart() -> None:
+        assert flask.request.form["name"] == "ann"
+        fail("in flask")
+
+    app.add_url_rule("/refused", view_func=lambda: flask.abort(403))
+    return app
+
+
+def silenced(app: Any) -> Any:
+    """Disable an application's logger, as dictConfig does by default."""
+    assert app.logger
+    app.logger.disabled = True
+    return app
+
+
+def falcon_app(module: str = "falcon") -> Any:
+    falcon = need_module(module)
+
+    class Cart:
+        def on_post(self, request: Any, response: Any) -> None:
+            request.bounded_stream.read()
+            fail("in falcon")
+
+    class Refused:
+        def on_get(self, request: Any, response: Any) -> None:
+            raise need_module("falcon").HTTPForbidden
+
+    class AsyncCart:
+        async def on_post(self, request: Any, response: Any) -> None:
+            await request.stream.read()
+            fail("in falcon")
+
+    class AsyncRefused:
+        async def on_get(self, request: Any, response: Any) -> None:
+            raise need_module("falcon").HTTPForbidden
+
+    app = falcon.App()
+    is_async = module == "falcon.asgi"
+    app.add_route("/cart", AsyncCart() if is_async else Cart())
+    app.add_route("/refused", AsyncRefused() if is_async else Refused())
+    return app
+
+
+def pyramid_app(*, has_view: bool = False) -> Any:
+    config = need_module("pyramid.config").Configurator()
+    httpexceptions = need_module("pyramid.httpexceptions")
+
+    def cart(request: Any) -> None:
+        assert request.POST["name"] == "ann"
+        fail("in pyramid")
+
+    def refused(request: Any) -> None:
+        raise httpexceptions.HTTPForbidden
+
+    for view in (cart, refused):
+        config.add_route(view.__name__, f"/{view.__name__}")
+        config.add_view(view, route_name=view.__name__)
+    if has_view:
+        response = need_module("pyramid.response").Response
+        config.add_exception_view(
+            lambda error, request: response("sorry", status=500), context=LookupError
+        )
+    return config.make_wsgi_app()
+
+
+def cherrypy_app() -> Any:
+    cherrypy = need_module("cherrypy")
+
+    class Root:
+        @cherrypy.expose
+        def cart(self, **form: Any) -> None:
+            assert form["name"] == "ann"
+            fail("in cherrypy")
+
+        @cherrypy.expose
+        def refused(self) -> None:
+            raise cherrypy.HTTPError(403)
+
+    return cherrypy.Application(Root(), "")
+
+
+def starlette_app(*, has_handler: bool = False, framework: str = "starlette") -> Any:
+    applications = need_module("starlette.applications")
+    responses = need_module("starlette.responses")
+    errors = need_module("starlette.exceptions")
+    app = applications.Starlette() if framework == "starlette" else need_module("fastapi").FastAPI()
+
+    async def cart(request: Any) -> None:
+        await request.body()
+        fail("in starlette")
+
+    async def refused(request: Any) -> None:
+        raise errors.HTTPException(403)
+
+    async def handle(request: Any, error: Any) -> Any:
+        return responses.PlainTextResponse("sorry", status_code=500)
+
+    app.add_route("/cart", cart, methods=["POST"])
+    app.add_route("/refused", refused)
+    if has_handler:
+        app.add_exception_handler(LookupError, handle)
+    return app
+
+
+def litestar_app() -> Any:
+    litestar = need_module("litestar")
+
+    @litestar.post("/cart")
+    async def cart(request: litestar.Request) -> None:
+        await request.form()
+        fail("in litestar")
+
+    @litestar.get("/refused")
+    async def refused() -> None:
+        raise need_module("litestar.exceptions").PermissionDeniedException
+
+    for handler in (cart, refused):  # litestar reads annotations, which are texts in this file
+        handler.fn.__annotations__ = {"return": None}
+    cart.fn.__annotations__["request"] = litestar.Request
+    return litestar.Litestar([cart, refused])
+
+
+def quart_app() -> Any:
+    quart = need_module("quart")
+    app = quart.Quart("shop")
+
+    async def cart() -> None:
+        assert (await quart.request.form)["name"] == "ann"
+        fail("in quart")
+
+    async def refused() -> None:
+        quart.abort(403)
+
+    app.add_url_rule("/cart", view_func=cart, methods=["POST"])
+    app.add_url_rule("/refused", view_func=refused)
+    return app
+
+
+FRAMEWORKS: dict[str, Callable[[], Any]] = {
+    "bottle": bottle_app,
+    "flask": plain_flask_app,
+    "flask, silenced": lambda: silenced(plain_flask_app()),
+    "django": lambda: django_app(),
+    "falcon": falcon_app,
+    "falcon.asgi": lambda: falcon_app("falcon.asgi"),
+    "pyramid": pyramid_app,
+    "pyramid, with a view": lambda: pyramid_app(has_view=True),
+    "cherrypy": cherrypy_app,
+    "starlette": starlette_app,
+    "starlette, with a handler": lambda: starlette_app(has_handler=True),
+    "fastapi": lambda: starlette_app(framework="fastapi"),
+    "litestar": litestar_app,
+    "quart": quart_app,
+    "quart, silenced": lambda: silenced(quart_app()),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::litestar.exceptions.LitestarWarning")
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_error_that_a_framework_answers_is_recorded_once_with_its_request(
+    recorder: Recorder, name: str
+) -> None:
+    app = FRAMEWORKS[name]()
+    wrapped = miniapm.wrap(app)
+
+    def call(path: str, body: bytes = b"") -> None:
+        with contextlib.suppress(LookupError):
+            if miniapm.is_asgi(app):
+                call_asgi(wrapped, body, path)
+            else:
+                environ = wsgi_environ(path, body, **(FORM_TYPE if body else {}))
+                list(wrapped(environ, lambda *_: None))
+
+    call("/refused")
+    call("/missing")
+    assert recorder.reports() == []
+    call("/cart", FORM)
+    report = recorder.report()
+    assert report["exception_class"] == "LookupError"
+    assert_has_request(report)
+
+
+@pytest.mark.parametrize("framework", ["aiohttp", "tornado"])
+def test_own_server_of_a_framework_records_once_with_the_request(
+    recorder: Recorder, framework: str
+) -> None:
+    web = need_module(f"{framework}.web")
+
+    async def serve_aiohttp() -> tuple[int, Callable[[], Any]]:
+        async def cart(request: Any) -> None:
+            fail("in aiohttp")
+
+        async def refused(request: Any) -> None:
+            raise web.HTTPForbidden
+
+        app = web.Application()
+        app.router.add_get("/cart", cart)
+        app.router.add_get("/refused", refused)
+        runner = web.AppRunner(miniapm.wrap(app))
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        return site._server.sockets[0].getsockname()[1], runner.cleanup
+
+    async def serve_tornado() -> tuple[int, Callable[[], Any]]:
+        class Cart(web.RequestHandler):  # type: ignore[misc]
+            def get(self) -> None:
+                fail("in tornado")
+
+        class Refused(web.RequestHandler):  # type: ignore[misc]
+            def get(self) -> None:
+                raise web.HTTPError(403)
+
+        app = miniapm.wrap(web.Application([("/cart", Cart), ("/refused", Refused)]))
+        sockets = need_module("tornado.netutil").bind_sockets(0, "127.0.0.1")
+        server = need_module("tornado.httpserver").HTTPServer(app)
+        server.add_sockets(sockets)
+        server.stop_later = server.close_all_connections
+        return sockets[0].getsockname()[1], lambda: (server.stop(), server.close_all_connections())[
+            1
+        ]
+
+    async def main() -> None:
+        port, stop = await (serve_aiohttp() if framework == "aiohttp" else serve_tornado())
+        headers = {"X-Request-ID": "req-9", "Connection": "close"}
+        for path, status in (("refused", 403), ("missing", 404), ("cart", 500)):
+            url = f"http://127.0.0.1:{port}/{path}?page=2&token=hunter2"
+            answer = await asyncio.to_thread(requests.get, url, headers=headers, timeout=10)
+            assert answer.status_code == status
+        await stop()
+
+    asyncio.run(main())
+    report = recorder.report()
+    assert report["exception_class"] == "LookupError"
+    assert report["request_id"] == "req-9"
+    assert report["request"]["url"].endswith("/cart?page=2&token=[FILTERED]")
+    assert report["request"]["remote_address"] == "127.0.0.1"
+    with pytest.raises(miniapm.BadSetting, match="WSGI or ASGI"):
+        miniapm.wrap(web.Application(), at="/errors")
+
+
+def test_django_s_errors_have_their_request_without_wrap(recorder: Recorder) -> None:
+    said = call_wsgi(django_app(), wsgi_environ(body=FORM, **FORM_TYPE))
+    assert said[0] == "500 Internal Server Error"
+    report = recorder.report()
+    assert report["request"]["url"] == "http://shop.example/cart?page=2&token=[FILTERED]"
+    assert report["user_id"] == "77"
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_failing_lifespan_is_recorded_once_as_its_exception(
+    tmp_path: Path, is_wrapped: bool
+) -> None:
+    (tmp_path / "app.py").write_text(f"""
+import contextlib, fastapi, miniapm
+miniapm.init("errors.db")
+@contextlib.asynccontextmanager
+async def lifespan(app):
+    raise LookupError("no database")
+    yield
+app = fastapi.FastAPI(lifespan=lifespan)
+if {is_wrapped}: app = miniapm.wrap(app)
+""")
+    environ = clean_environ() | {"PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-m", "uvicorn", "--port", str(free_port()), "app:app"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environ, capture_output=True, timeout=30, check=False
+    )
+    assert done.returncode == 3
+    (found,) = reports_in(tmp_path / "errors.db")
+    assert (found["exception_class"], found["message"]) == ("LookupError", "no database")
+    assert found["exceptions"][0]["frames"][0]["locals"]
+
+
+def test_variables_of_frameworks_are_described_without_asking_them(recorder: Recorder) -> None:
+    sqlalchemy, orm = need_module("sqlalchemy"), need_module("sqlalchemy.orm")
+    local = need_module("werkzeug.local")
+    functional = need_module("django.utils.functional")
+    asked: list[str] = []
+
+    class Base(orm.DeclarativeBase):  # type: ignore[misc]
+        pass
+
+    class Row(Base):
+        __tablename__ = "rows"
+        id = sqlalchemy.Column(sqlalchemy.Integer, primary_key=True)
+        name = sqlalchemy.Column(sqlalchemy.String)
+
+    engine = sqlalchemy.create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    sqlalchemy.event.listen(
+        engine, "before_cursor_execute", lambda *said: asked.append(str(said[2]))
+    )
+    with orm.Session(engine) as session:
+        session.add(Row(id=1, name="old"))
+        session.commit()
+        expired = session.get(Row, 1)
+        session.expire(expired)
+        session.add(Row(id=2, name="pending"))
+        asked.clear()
+
+        def failing_with(row: Any, proxy: Any, lazy: Any, mock: Any) -> None:
+            raise ValueError("x")
+
+        proxy = local.LocalProxy(lambda: asked.append("proxy"))
+        lazy = functional.SimpleLazyObject(lambda: asked.append("lazy"))
+        mock = unittest.mock.MagicMock(spec=str)
+        error = caught(failing_with, expired, proxy, lazy, mock)
+        miniapm.record_error(error, context={"params": {"row": expired, "proxy": proxy}})
+        assert (asked, mock.mock_calls) == ([], [])
+    described = recorder.report()["exceptions"][0]["frames"][0]["locals"]
+    assert described["row"].startswith("<Row ")
+    assert described["proxy"].startswith("<LocalProxy ")
+    assert described["lazy"].startswith("<SimpleLazyObject ")
+    engine.dispose()
+
+
+HOOKED = {
+    "loguru": """
+from loguru import logger
+import miniapm
+miniapm.init("errors.db")
+logger.error("plain {}", 3)
+try: 1 / 0
+except ZeroDivisionError: logger.bind(order=7).exception("with its exception")
+""",
+    "structlog": """
+import structlog, miniapm
+miniapm.init("errors.db")
+structlog.configure(
+    processors=[structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+)
+structlog.get_logger("shop").error("plain 3", order=7)
+try: 1 / 0
+except ZeroDivisionError: structlog.get_logger("shop").error("with its exception", order=7, exc_info=True)
+""",
+    "structlog, rendered": """
+import structlog, miniapm
+miniapm.init("errors.db")
+structlog.configure(
+    processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+)
+structlog.get_logger("shop").error("plain 3")
+try: 1 / 0
+except ZeroDivisionError: structlog.get_logger("shop").error("with its exception", exc_info=True)
+""",
+    "gevent": """
+import gevent.monkey; gevent.monkey.patch_all()
+import gevent, miniapm, logging
+miniapm.init("errors.db")
+logging.error("plain 3")
+def work(): 1 / 0
+gevent.joinall([gevent.spawn(work)])
+class Slow(Exception):
+    def __str__(self): gevent.sleep(5)
+def within():
+    with gevent.Timeout(0.05): miniapm.record_error(Slow())
+greenlet = gevent.spawn(within)
+greenlet.join()
+assert isinstance(greenlet.exception, gevent.Timeout)
+""",
+    "futures": """
+import concurrent.futures, logging, miniapm
+miniapm.init("errors.db")
+logging.error("plain 3")
+@miniapm.capture()
+def work(): 1 / 0
+with concurrent.futures.ThreadPoolExecutor() as pool: pool.submit(work)
+""",
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_errors_of_other_loggers_and_greenlets_are_recorded(tmp_path: Path, name: str) -> None:
+    if name != "futures":
+        need_module(name.partition(",")[0])
+    done = run_python(tmp_path, HOOKED[name])
+    assert done.returncode == 0, done.stderr
+    first, second = reports_in(tmp_path / "errors.db")
+    assert first["message"].strip("'") in ("plain 3", "event='plain 3'", "event='plain 3")
+    assert second["exception_class"] == "ZeroDivisionError"
+    assert second["exceptions"][0]["frames"][0]["own"] is True
+    if name in ("loguru", "structlog"):
+        assert second["log_message"] == "with its exception"
+        assert second["context"]["order"] == 7
+
+
+def test_cell_of_ipython_that_fails_is_recorded_and_shown(tmp_path: Path) -> None:
+    need_module("IPython")
+    cells = "import miniapm; miniapm.init('errors.db')\ndef f(): raise LookupError('cell')\nf()\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", "--quick"],
+        input=cells,
+        cwd=tmp_path,
+        env=clean_environ() | {"PYTHONPATH": str(HERE), "IPYTHONDIR": str(tmp_path / "ipython")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "LookupError: cell" in done.stdout
+    (found,) = reports_in(tmp_path / "errors.db")
+    assert found["message"] == "cell"
+    assert found["exceptions"][0]["frames"][0]["own"] is True
 
 
 # --- 10. Pages ------------------------------------------------------------------------------------
