@@ -58,7 +58,6 @@ import json
 import linecache
 import logging
 import math
-import mmap
 import operator
 import os
 import queue
@@ -212,11 +211,11 @@ MAX_SENT_REPORTS = 100
 MAX_SENT_BYTES = 4 * _MEBIBYTE
 MAX_REQUEST_BODY_BYTES = 64 * _KIBIBYTE  # of a form, kept for a report
 MAX_DETAILED_FRAMES = 20  # own frames of a chain that are captured with source and variables
-MAX_CAPTURED_CHARS = 16 * _KIBIBYTE  # with as much text of variables, no more frames have theirs
+MAX_CAPTURED_VALUES = 250  # of variables, with all that is in them; then no more frames have theirs
 MAX_DESCRIBE_S = 0.02  # after this, what is left of the variables is left out
 MAX_REPR_CHARS = 500
 MAX_REPR_ITEMS = 20  # of one container
-MAX_REPR_VALUES = 200  # with all that is inside
+MAX_REPR_VALUES = 60  # of one variable, with all that is inside
 MAX_JSON_ITEMS = 2_000
 FLUSH_TIMEOUT_S = 2.0
 MAX_FORK_WAIT_S = 0.5
@@ -4492,12 +4491,12 @@ class ValueWriter:
 
     def __init__(self, *, calls_repr: bool = False) -> None:
         self._calls_repr = calls_repr
-        self._texts_left, self._values_left = MAX_REPR_VALUES, MAX_JSON_ITEMS
+        self.texts_left, self._values_left = MAX_REPR_VALUES, MAX_JSON_ITEMS
 
     def text(self, value: Any, levels: int = 3) -> str:
         """Return a value as text; containers and objects are opened for some levels."""
-        self._texts_left -= 1
-        if self._texts_left < 0:
+        self.texts_left -= 1
+        if self.texts_left < 0:
             return "…"
         kind = type(value)
         if (write := _WRITERS.get(id(kind))) is not None:
@@ -4695,29 +4694,51 @@ def add_sources(exceptions: Iterable[Json]) -> None:
             frame |= attempt(source_around, frame["file"], frame["lineno"]) or {}
 
 
-def local_variables(frame: types.FrameType, end_s: float, *, calls_repr: bool) -> Json:
-    """Return a frame's variables as text, of a module's only the plain values.
+class _Room:
+    """What is left for the details of one report; `frames` is for each exception of its chain."""
 
-    When `end_s` on the performance counter has passed, the rest is left out.
-    """
-    dull = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    is_module = frame.f_code.co_name == "<module>"
+    def __init__(self, frames: int, writer: ValueWriter) -> None:
+        self.frames, self.writer = frames, writer
+        self.detailed, self.values = MAX_DETAILED_FRAMES, MAX_CAPTURED_VALUES
+        self.end_s = time.perf_counter() + MAX_DESCRIBE_S
+
+    def has_values(self) -> bool:
+        """Tell whether there is room for variables."""
+        return self.values > 0 and time.perf_counter() < self.end_s
+
+
+def variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
+    """Return a frame's variables, of a module's only the plain values."""
     variables = frame.f_locals
     if type(variables) is not dict and class_name(type(variables)) != "FrameLocalsProxy":
-        return {}  # a namespace of the host's making
-    found = [
-        (name, value)
-        for name, value in list(variables.items())
-        if not (is_module and (name.startswith("__") or issubclass(type(value), dull)))
-    ]
+        return []  # a namespace of the host's making
+    found = list(variables.items())
+    if frame.f_code.co_name == "<module>":
+        dull = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+        found = [
+            (name, value)
+            for name, value in found
+            if not name.startswith("__") and not issubclass(type(value), dull)
+        ]
     is_snapshot = type(variables) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED
     if is_snapshot and sys.getrefcount(variables) <= 3:  # the host's locals() has returned it not
         variables.clear()  # or the frame would keep all its values alive
+    return found[:MAX_LOCALS]
+
+
+def described_variables(frame: types.FrameType, room: _Room) -> Json:
+    """Return a frame's variables as text; once there is no room, the rest is not opened."""
     texts: Json = {}
-    for name, value in found[:MAX_LOCALS]:
-        if time.perf_counter() > end_s:
-            return texts | {"…": "[left out: describing this report took too long]"}
-        texts[name] = ValueWriter(calls_repr=calls_repr).text(value)
+    writer = room.writer
+    for name, value in variables_of(frame):
+        kind = type(value)
+        if value is None or kind is bool or (kind is int and -(10**18) < value < 10**18):
+            texts[name] = repr(value)  # a third of the time that it takes the writer
+            room.values -= 1
+            continue
+        writer.texts_left = MAX_REPR_VALUES
+        texts[name] = writer.text(value, 3 if room.has_values() else 0)
+        room.values -= MAX_REPR_VALUES - writer.texts_left + len(texts[name]) // 64
     return texts
 
 
@@ -4841,15 +4862,6 @@ _LOG_FIELDS = {
 }
 
 
-class _Room:
-    """What is left for the details of one report; `frames` is for each exception of its chain."""
-
-    def __init__(self, frames: int) -> None:
-        self.frames = frames
-        self.detailed, self.chars = MAX_DETAILED_FRAMES, MAX_CAPTURED_CHARS
-        self.end_s = time.perf_counter() + MAX_DESCRIBE_S
-
-
 @dataclass(frozen=True, slots=True)
 class Describer:
     """Turns what a Python program knows of an error into a report, on the thread where it is."""
@@ -4879,7 +4891,8 @@ class Describer:
         """Describe an exception and its chain."""
         name, message = qualified_name(type(error)), safe_text(error)
         chain = exception_chain(error)
-        room = _Room(MAX_BACKTRACE_LINES // len(chain) - 1)
+        writer = ValueWriter(calls_repr=self.with_locals == "repr")
+        room = _Room(MAX_BACKTRACE_LINES // len(chain) - 1, writer)
         exceptions: list[Json] = []
         for one, relation in chain:
             said = {"exception_class": qualified_name(type(one)), "message": message_of(one)}
@@ -4932,11 +4945,8 @@ class Describer:
         room.detailed -= 1
         attempt(linecache.lazycache, made["file"], frame.f_globals)
         made["context_line"] = None  # for add_sources
-        if self.with_locals and room.chars > 0 and time.perf_counter() < room.end_s:
-            calls_repr = self.with_locals == "repr"
-            found = attempt(lambda: local_variables(frame, room.end_s, calls_repr=calls_repr)) or {}
-            made["locals"] = found
-            room.chars -= sum(map(len, found.values()))
+        if self.with_locals and room.has_values():
+            made["locals"] = attempt(described_variables, frame, room) or {}
 
     def log_message(self, record: logging.LogRecord) -> str:
         """Return the text of a log record, whatever its arguments are."""
@@ -5034,16 +5044,21 @@ class Form:
 class Request:
     """The HTTP request that is being served; what it says is looked at only for a report."""
 
+    # What the application has read of the body, and what it wrote to wsgi.errors.
+    _body: bytearray | None = None
+    noticed: BaseException | None = None
+    has_ended = False
+
     def __init__(self, source: Mapping[str, Any]) -> None:
         self._source = source
-        self._body = bytearray()  # as far as the application has read it
         self.error_before = sys.exc_info()[1]  # of the server, not of the request
-        self.noticed: BaseException | None = None  # what the application wrote to wsgi.errors
-        self.has_ended = False
 
     def keep(self, part: bytes) -> bytes:
         """Remember a part of the body on its way to the application."""
-        self._body += part[: max(0, MAX_REQUEST_BODY_BYTES - len(self._body))]
+        if part:
+            if self._body is None:
+                self._body = bytearray()
+            self._body += part[: max(0, MAX_REQUEST_BODY_BYTES - len(self._body))]
         return part
 
     def end(self) -> None:
@@ -5757,6 +5772,8 @@ class Client:
         self._outbox = Outbox(self.destination, self._prepare, self._complain, self._announce)
         self._surroundings: tuple[int, Json] = (0, {})
         self._known_logs: dict[str, None] = {}  # the newest records, by their event ids
+        import mmap  # only a program that captures pays for it
+
         self._announced = mmap.mmap(-1, 1)  # of this process and its children
         self._announced[0] = os.environ.get(QUIET_VARIABLE) == "1"
         self.mounted_at = ""
@@ -6141,8 +6158,14 @@ def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
             environ["wsgi.input"] = _KeptInput(environ["wsgi.input"], request)
         if "wsgi.errors" in environ:
             environ["wsgi.errors"] = _WatchedErrors(environ["wsgi.errors"], request)
-        with RequestScope(request):
+        token = _current_request.set(request)  # RequestScope would cost more than all the rest
+        try:
             parts = app(environ, start)
+        except Exception as error:
+            record_error(error)
+            raise
+        finally:
+            _current_request.reset(token)
         # What is a list, or a file for the server to send, runs no more of the application's code.
         finished = (list, tuple, environ.get("wsgi.file_wrapper"))
         if type(parts) not in finished:

@@ -4870,12 +4870,18 @@ def call_asgi(app: Any, body: bytes = b"", path: str = "/cart", **more: Any) -> 
         {"type": "http.request", "body": body[10:]},
     ]
     sent: list[Any] = []
+    has_answered = asyncio.Event()
 
     async def receive() -> Any:
-        return incoming.pop(0) if incoming else {"type": "http.disconnect"}
+        if incoming:
+            return incoming.pop(0)
+        await has_answered.wait()
+        return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         sent.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            has_answered.set()
 
     asyncio.run(app(scope, receive, send))
     return sent
@@ -5107,7 +5113,7 @@ def test_mounted_dashboard_with_a_password_has_a_login(recorder: Recorder) -> No
 
 def test_mounted_dashboard_works_in_asgi(recorder: Recorder) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send("the host")
+        await send({"type": "the host"})
 
     wrapped = miniapm.wrap(app, at="errors")
     local = {"client": ("127.0.0.1", 1), "headers": {"host": "localhost"}}
@@ -5120,18 +5126,18 @@ def test_mounted_dashboard_works_in_asgi(recorder: Recorder) -> None:
     assert b"shown" in body["body"]
     start, _ = call_asgi(wrapped, b"action=resolve", "/errors/errors/1", **local)
     assert start["status"] == 303
-    assert call_asgi(wrapped, b"", "/other", **local) == ["the host"]
+    assert call_asgi(wrapped, b"", "/other", **local) == [{"type": "the host"}]
 
 
 def test_mounted_dashboard_follows_root_path(recorder: Recorder) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send("the host")
+        await send({"type": "the host"})
 
     wrapped = miniapm.wrap(app, at="/errors")
     local = {"client": ("127.0.0.1", 1), "headers": {"host": "localhost"}, "root_path": "/api"}
     start, _ = call_asgi(wrapped, b"", "/api/errors", **local)
     assert dict(start["headers"])[b"location"] == b"/api/errors/errors"
-    assert call_asgi(wrapped, b"", "/api/other", **local) == ["the host"]
+    assert call_asgi(wrapped, b"", "/api/other", **local) == [{"type": "the host"}]
 
 
 @pytest.mark.parametrize("at", ["/", "", "//"])

@@ -1,6 +1,7 @@
 """Measures speed as ratios within one run, each the median of alternations.
 
-    python .ci/bench.py [--rounds N] [--seconds S] [--only ingest|pages|start|capture] [--json FILE]
+    python .ci/bench.py [--rounds N] [--seconds S] [--json FILE]
+        [--only ingest|pages|start|capture|host]
     python .ci/bench.py --against FILE [--rounds N] [--seconds S] [--json FILE]
 
 Needs bottle, waitress, sentry-sdk and, for ingest and pages, wrk. Everything that is compared runs
@@ -11,8 +12,12 @@ in turn on loopback:
 - pages at a million occurrences with pages at ten thousand, and under full load with idle;
 - a start until the first 202 with a Python that imports bottle and waitress;
 - importing miniapm with importing bottle; one record_error on the calling thread with one
-  logging.exception to a file; a request to a plain WSGI application with the same application
-  wrapped, called in process and served by waitress to four clients.
+  logging.exception to a file, at 10 and 100 frames with 3 and 50 variables each; a request to a
+  plain WSGI application with the same application wrapped, called in process and served by waitress
+  to four clients;
+- what a program with 20 threads gets done that fails 500 times a second, while the tracker is away,
+  hangs and takes the reports, with the same program without capture; its threads either wait after
+  each piece of work or never.
 
 With --against it compares ingest with another version of the tracker and nothing else, and that
 version with itself: what it finds there is noise.
@@ -23,6 +28,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import http.server
 import importlib.util
 import io
 import json
@@ -159,23 +165,32 @@ def served(app: Callable[..., Any]) -> Iterator[Callable[[], Any]]:
     server.close()
 
 
-def fail(depth: int = 5) -> None:
-    """Raise from some frames down."""
-    if depth:
-        fail(depth - 1)
-    raise ValueError(f"no such order: {time.time()}")
+VALUES = ("17", "'some text'", "None", "(17, 'text')", "{'a': 17}")  # of variables, in turn
 
 
-def failing(report: Callable[[BaseException], Any]) -> Callable[[], Any]:
-    """Return what raises and reports; raising is part of both sides."""
+def failing(folder: Path, frames: int, variables: int) -> Callable[[Callable[..., Any]], Any]:
+    """Return what makes, of a report function, a work that raises from some frames and reports.
 
-    def once() -> None:
-        try:
-            fail()
-        except ValueError as error:
-            report(error)
-
-    return once
+    Raising is part of both sides. The code is a file of the project, for its source is read.
+    """
+    names = [f"item_{number}" for number in range(variables - 1)]
+    lines = [
+        "def fail(depth):",
+        *(f"    {name} = {VALUES[number % 5]}" for number, name in enumerate(names)),
+        "    if depth > 1:",
+        "        fail(depth - 1)",
+        "    raise ValueError(f'no such order: {depth}')",
+        "def attempt(report):",
+        "    try:",
+        f"        fail({frames})",
+        "    except ValueError as error:",
+        "        report(error)",
+    ]
+    file = folder / f"failing_{frames}_{variables}.py"
+    file.write_text("\n".join(lines) + "\n")
+    namespace: dict[str, Any] = {"__name__": "failing"}
+    exec(compile(file.read_text(), str(file), "exec"), namespace)  # noqa: S102 - our own
+    return lambda report: lambda: namespace["attempt"](report)
 
 
 def compare(
@@ -201,15 +216,128 @@ def compare_recording(results: Results, folder: Path, rounds: int) -> None:
     logger = logging.getLogger("bench")
     logger.propagate = False
     logger.addHandler(logging.FileHandler(folder / "bench.log"))
-    client = miniapm.Client(str(folder / "record.db"), project_root=str(ROOT))
-    record = failing(client.record)
-    log = failing(lambda error: logger.error("it failed", exc_info=error))
-    for round_number in range(rounds + 1):
-        ratio = seconds(record, 100) / seconds(log, 100)
-        if round_number:  # the first one warms up
-            results.keep("record_error / logging.exception to a file", ratio)
-        client.flush(30)
+    client = miniapm.Client(str(folder / "record.db"), project_root=str(folder))
+    for frames, variables in ((10, 3), (10, 50), (100, 3), (100, 50)):
+        work = failing(folder, frames, variables)
+        record = work(client.record)
+        log = work(lambda error: logger.error("it failed", exc_info=error))
+        name = (
+            f"record_error / logging.exception to a file, {frames} frames of {variables} variables"
+        )
+        for round_number in range(rounds + 1):
+            ratio = seconds(record, 100) / seconds(log, 100)
+            if round_number:  # the first one warms up
+                results.keep(name, ratio, "<= 1.5")
+            client.flush(30)
     client.close()
+
+
+HOST = """\
+import json, logging, resource, sys, threading, time
+url, lasts_s, pause_s = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+import miniapm
+if url:
+    miniapm.init(url, api_key="bench")
+log = logging.getLogger("host")
+log.propagate = False
+log.addHandler(logging.NullHandler())
+done = [0] * 20
+def fail(depth, order):
+    customer, total = {"id": depth, "name": "ann"}, depth * 3
+    if depth:
+        fail(depth - 1, order)
+    raise LookupError(f"no order {order}")
+def work(number):
+    end_s = time.monotonic() + lasts_s
+    due_s = time.monotonic() + number * 0.002
+    while (now_s := time.monotonic()) < end_s:
+        sum(n * n for n in range(1_000))
+        done[number] += 1
+        if pause_s:
+            time.sleep(pause_s)
+        if now_s >= due_s:
+            due_s += 0.04
+            try:
+                fail(5, done[number])
+            except LookupError:
+                log.exception("order failed")
+threads = [threading.Thread(target=work, args=(number,)) for number in range(20)]
+began_s = time.monotonic()
+for each in threads: each.start()
+for each in threads: each.join()
+seconds = time.monotonic() - began_s
+mebibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"units": sum(done) / seconds, "mebibytes": mebibytes}), flush=True)
+"""
+
+
+class HostTracker(http.server.BaseHTTPRequestHandler):
+    """Takes reports, or hangs; counts what it took and what it was told was dropped."""
+
+    hangs = False
+    taken = dropped = 0
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        while type(self).hangs:
+            time.sleep(0.1)
+        for report in json.loads(body)["errors"]:
+            if report["exception_class"] == "miniapm.ReportsDropped":
+                type(self).dropped += int(report["message"].split()[0].replace(",", ""))
+            else:
+                type(self).taken += 1
+        self.send_response(202)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def compare_hosts(results: Results, folder: Path, rounds: int, lasts_s: int) -> None:
+    """Compare a program that fails 500 times a second with the same one without capture.
+
+    The tracker is away, hangs and takes the reports, each for a third of the time.
+    """
+    script = folder / "host.py"
+    script.write_text(HOST)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "MINI_APM_QUIET": "1"}
+
+    def run(url: str, pause_s: float, meanwhile: Callable[[], None] = lambda: None) -> Any:
+        command = [sys.executable, str(script), url, str(lasts_s), str(pause_s)]
+        with subprocess.Popen(
+            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as host:
+            meanwhile()
+            return json.loads(host.communicate()[0])
+
+    def tracker_comes_and_hangs(port: int) -> Callable[[], None]:
+        def meanwhile() -> None:
+            time.sleep(lasts_s / 3)
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", port), HostTracker)
+            HostTracker.hangs = True
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            time.sleep(lasts_s / 3)
+            HostTracker.hangs = False
+
+        return meanwhile
+
+    for name, pause_s in (("that wait between", 0.02), ("that never wait", 0.0)):
+        for _ in range(rounds):
+            plain = run("", pause_s)
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            HostTracker.taken = HostTracker.dropped = 0
+            url = f"http://127.0.0.1:{port}"
+            captured = run(url, pause_s, tracker_comes_and_hangs(port))
+            label = f"host of 20 threads {name}"
+            results.keep(f"{label}: done / without capture", captured["units"] / plain["units"])
+            more = captured["mebibytes"] - plain["mebibytes"]
+            results.keep(f"{label}: MiB more than without", more)
+            accounted = HostTracker.taken + HostTracker.dropped
+            results.keep(f"{label}: reports taken or counted as dropped", accounted)
+            results.keep(f"{label}: of these dropped", HostTracker.dropped)
 
 
 NO_OP = """\
@@ -669,7 +797,8 @@ def compare_capture(results: Results, folder: Path, rounds: int) -> None:
     def measure(name: str, one: Any, other: Any, times: int) -> None:
         compare(results, name, one, other, times, rounds)
 
-    measure("import miniapm / import bottle", import_of("miniapm"), import_of("bottle"), 3)
+    name = "import miniapm / import bottle"
+    measure(name, import_of("miniapm"), import_of("bottle"), 3)
     compare_recording(results, folder, rounds)
     undo = miniapm.init(str(folder / "bench.db"))
     measure("wrap, in process", call(miniapm.wrap(plain_app)), call(plain_app), 3_000)
@@ -683,7 +812,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=3, help="of each load")
-    parser.add_argument("--only", choices=("ingest", "pages", "start", "capture"))
+    parser.add_argument("--only", choices=("ingest", "pages", "start", "capture", "host"))
     parser.add_argument("--against", type=Path, help="another version of miniapm.py")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -710,6 +839,8 @@ def main() -> None:
             compare_start(results, folder, 2 * given.rounds)
         if given.only in (None, "capture"):
             compare_capture(results, folder, given.rounds)
+        if given.only in (None, "host"):
+            compare_hosts(results, folder, 1, 20 * given.seconds)
     results.print()
     if given.json:
         given.json.write_text(json.dumps(results.rows(), indent=2) + "\n")
