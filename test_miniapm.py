@@ -3,7 +3,8 @@
 # requires-python = ">=3.11"
 # dependencies = ["bottle>=0.13", "waitress>=3.0", "pytest", "hypothesis", "requests", "playwright",
 #     "flask", "django", "fastapi", "uvicorn", "gunicorn", "sentry-sdk", "brotli", "pytest-cov",
-#     "pytest-xdist"]
+#     "pytest-xdist", "falcon", "pyramid", "cherrypy", "litestar", "quart", "tornado", "aiohttp",
+#     "celery", "rq", "gevent", "sqlalchemy", "loguru", "structlog", "ipython"]
 # ///
 """Tests of MiniAPM, in the order of the file they test.
 
@@ -4998,9 +4999,9 @@ def readme_examples() -> list[str]:
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
-def test_readme_has_three_examples_of_six_lines() -> None:
+def test_readme_has_four_examples_of_six_lines() -> None:
     examples = readme_examples()
-    assert len(examples) == 3
+    assert len(examples) == 4
     assert all(len(text.strip().splitlines()) <= 6 for text in examples)
 
 
@@ -5008,6 +5009,26 @@ def test_readme_script_example_records(tmp_path: Path) -> None:
     run_python(tmp_path, readme_examples()[0])
     (found,) = reports_in(tmp_path / "errors.db")
     assert found["exception_class"] == "ZeroDivisionError"
+
+
+def test_readme_example_of_a_context_records(tmp_path: Path) -> None:
+    assert run_python(tmp_path, readme_examples()[3]).returncode == 0
+    (found,) = reports_in(tmp_path / "errors.db")
+    assert found["exception_class"] == "KeyError"
+    assert (found["user_id"], found["tags"], found["params"]) == (
+        "7",
+        {"region": "eu"},
+        {"cart": 3},
+    )
+    assert (found["release"], found["environment"]) == ("1.2", "dev")
+
+
+def test_readme_lists_every_framework_that_wrap_is_run_with() -> None:
+    (said,) = re.findall(
+        r"^`wrap` was run with (.+?)\. Each error", README, re.DOTALL | re.MULTILINE
+    )
+    names = {name.partition(",")[0].partition(".")[0] for name in FRAMEWORKS}
+    assert {name for name in names | {"aiohttp", "tornado"} if name not in said.lower()} == set()
 
 
 @pytest.mark.parametrize(("number", "server"), [(1, "flask"), (2, "uvicorn")])
