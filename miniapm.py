@@ -4639,9 +4639,14 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
+def absolute(file: str) -> str:
+    """Return a file's path from the root, also when the current folder is gone."""
+    return str(attempt(os.path.abspath, file) or file)
+
+
 def is_application_file(file: str) -> bool:
     """Tell the application's files from libraries, start scripts, this one and no files at all."""
-    path = os.path.abspath(file)
+    path = absolute(file)
     is_ours = path == HERE or path.startswith(STDLIB) or os.path.dirname(path) == SCRIPTS
     return not file.startswith("<") and not is_ours and is_own_path(path)
 
@@ -4652,12 +4657,12 @@ def project_root_of(caller: types.FrameType | None) -> str:
     The current folder, unless it is / or that code lies elsewhere: then the folder that holds it
     or, for a module of a package, the top package.
     """
-    folder = os.getcwd()
+    folder = absolute("")
     while caller is not None and not is_application_file(caller.f_code.co_filename):
         caller = caller.f_back
     if caller is None:
         return folder
-    above = os.path.abspath(caller.f_code.co_filename)
+    above = absolute(caller.f_code.co_filename)
     if folder != os.sep and above.startswith(folder + os.sep):
         return folder
     package = caller.f_globals.get("__package__") or ""
@@ -4874,7 +4879,7 @@ class Describer:
     def _inside(self, file: str) -> str | None:
         """Return a file's path from the project's root, None when it lies elsewhere."""
         root = os.path.join(self.project_root, "")
-        path = os.path.abspath(file)
+        path = absolute(file)
         return path[len(root) :] if path.startswith(root) else None
 
     @functools.lru_cache(1_000)  # noqa: B019 - there is one for a client
@@ -5199,10 +5204,13 @@ class StoreDestination:
         self._abandoned: list[Store] = []
         self._is_held = False
 
-    def before_fork(self, end_s: float) -> None:
-        """Close the store, unless that takes until `end_s` on the monotonic clock."""
+    def hurry(self) -> None:
+        """Have a delivery that waits give up, for before_fork() to come."""
         if (store := self._store) is not None:
             store.hurry(True)
+
+    def before_fork(self, end_s: float) -> None:
+        """Close the store, unless that takes until `end_s` on the monotonic clock."""
         self._is_held = self._lock.acquire(timeout=max(0.0, end_s - time.monotonic()))
         if self._is_held and self._store is not None:
             self._store.close(max(0.0, end_s - time.monotonic()))
@@ -5242,30 +5250,34 @@ class StoreDestination:
 
     def deliver(self, waiting: collections.deque[Occurrence], complain: Complaints) -> None:
         """Take occurrences off `waiting` as they are stored; Retry when they can't be now."""
-        with self._lock:
-            self._record(self.store, waiting, complain)
+        with self._lock, self._refusal_as_retry():
+            self._record(self.store(), waiting, complain)
 
     def deliver_at_end(
         self, waiting: collections.deque[Occurrence], complain: Complaints, timeout_s: float
     ) -> None:
         """Do what deliver() does while the interpreter ends, when a lock may be held for ever."""
-        self._record(lambda: Store(self.path, threads=False, wait_s=timeout_s), waiting, complain)
+        with self._refusal_as_retry(), contextlib.ExitStack() as cleanup:
+            store = Store(self.path, threads=False, wait_s=timeout_s)
+            cleanup.callback(store.close)
+            self._record(store, waiting, complain)
 
-    def _record(
-        self,
-        open_store: Callable[[], Store],
-        waiting: collections.deque[Occurrence],
-        complain: Complaints,
-    ) -> None:
+    @staticmethod
+    @contextlib.contextmanager
+    def _refusal_as_retry() -> Iterator[None]:
         try:
-            store = open_store()
-            project = store.ensure_default_project(self._api_key)
-            for refusal in store.record(project.id, list(waiting)):
-                if refusal is not None:
-                    complain.say("a report was refused", refusal)
-            waiting.clear()
+            yield
         except MiniAPMError as refusal:
             raise Retry(str(refusal), refusal.retry_after_s or 0) from None
+
+    def _record(
+        self, store: Store, waiting: collections.deque[Occurrence], complain: Complaints
+    ) -> None:
+        project = store.ensure_default_project(self._api_key)
+        for refusal in store.record(project.id, list(waiting)):
+            if refusal is not None:
+                complain.say("a report was refused", refusal)
+        waiting.clear()
 
     def sweep(self) -> None:
         """Remove what retention and the dashboard have left to remove."""
@@ -5283,7 +5295,7 @@ class StoreDestination:
 
     def how_to_read(self) -> str:
         """Say where the reports are."""
-        here = os.getcwd() + os.sep
+        here = absolute("") + os.sep
         module, database = (shlex.quote(path.removeprefix(here)) for path in (HERE, self.path))
         return f"errors are in {database}; to read them: python {module} --db {database}"
 
@@ -5357,7 +5369,7 @@ class HttpDestination:
     def after_fork(self) -> None:
         """Do nothing, as before_fork()."""
 
-    start_anew = close = sweep = after_fork
+    start_anew = close = sweep = hurry = after_fork
 
     def has_reports(self) -> bool:
         """Return False: the tracker itself removes what is to be removed."""
@@ -5457,9 +5469,9 @@ class Outbox:
             with self._changed:
                 self._is_forking = True
                 self._changed.notify_all()
-        self._destination.before_fork(end_s)
-        if self._is_forking and thread is not None:
+            self._destination.hurry()
             thread.join(max(0.0, end_s - time.monotonic()))
+        self._destination.before_fork(end_s)
 
     def after_fork(self) -> None:
         """Go on in the parent."""
@@ -5746,8 +5758,8 @@ class Client:
     `where` is a tracker's URL or a database's path, `project_root` the folder of the
     application's own code. `release` and `environment` are shown with each report, `with_locals`
     adds the variables of own frames; "repr" calls the `__repr__` of their classes.
-    `before_send(occurrence)` returns the
-    occurrence, another one, or None to drop it; it runs in the background thread.
+    `before_send(occurrence)` returns the occurrence, another one, or None to drop it; it runs in
+    the background thread.
 
     >>> client = Client("errors.db", release="1.2")
     >>> uninstall = client.install()
@@ -5764,14 +5776,14 @@ class Client:
         with_locals: bool | str = True,
         before_send: Callable[[Occurrence], Occurrence | None] | None = None,
     ) -> None:
-        root = os.path.abspath(project_root or project_root_of(sys._getframe(1)))
+        root = absolute(project_root or project_root_of(sys._getframe(1)))
         self.destination = destination_of(where, api_key)
         self._describer = Describer(root, release, environment, with_locals)
         self._before_send = before_send
         self._complain = Complaints()
         self._outbox = Outbox(self.destination, self._prepare, self._complain, self._announce)
         self._surroundings: tuple[int, Json] = (0, {})
-        self._known_logs: dict[str, None] = {}  # the newest records, by their event ids
+        self._known_logs: set[str] = set()  # the newest records, by their event ids
         import mmap  # only a program that captures pays for it
 
         self._announced = mmap.mmap(-1, 1)  # of this process and its children
@@ -5828,16 +5840,17 @@ class Client:
         is_repeated = re.match(_REPEATED_LINE, f"{record.name}: {message}")
         if event_id in self._known_logs or is_refusal or is_repeated:
             return
-        self._known_logs[event_id] = None
-        if len(self._known_logs) > MAX_QUEUED_REPORTS:
-            del self._known_logs[next(iter(self._known_logs))]
+        if len(self._known_logs) >= MAX_QUEUED_REPORTS:
+            self._known_logs = set()
+        self._known_logs.add(event_id)
         error = self._exception_of_log(record, message)
         request = record.__dict__.get("request")  # Django adds it
         given = {name: value for name, value in vars(record).items() if name not in _LOG_FIELDS}
         if type(record.msg) is dict:
             given |= {name: value for name, value in record.msg.items() if name != "event"}
-        context = {name: value for name, value in given.items() if name[:1] != "_"}
-        context |= {"logger": record.name, "user_id": attempt(_user_of_django, request)}
+        context: Json = {"user_id": attempt(_user_of_django, request)}
+        context |= {name: value for name, value in given.items() if name[:1] != "_"}
+        context["logger"] = record.name
         with _within_django(request):
             if error is None:
                 printed = self._describer.printed_traceback(message)
