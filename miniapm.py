@@ -553,7 +553,8 @@ _PART = r"[\w.\[\]%-]{0,40}"
 # token=token
 _QUERY_SECRET = (
     rf"(?i:((?:^|[?&;#\s\"'`({{\[<|,]){_NO_SECRET}({_PART}(?:{_SECRET_WORDS}){_PART}|{_SHORT_NAMES})=)"
-    r"(?!\2(?:[\s,)&;#]|$)|[\"'\s])(?:[^\s&;#]*[^\s&;#\"'`)}\]>|,\\]|[^\s&;#]+))"
+    rf"(?!\2(?:[\s,)&;#]|$)|[\"'\s]|\[FILTERED\])"
+    r"(?:(?:[^\s&;#\"'`]|[\"'`](?=\w))*[^\s&;#\"'`)}\]>|,\\]|[^\s&;#\"'`]+))"
 )
 # password = "x", "token": "x", 'secret' => 'x', as in source, JSON and reprs
 _QUOTED_SECRET = (

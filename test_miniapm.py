@@ -1367,6 +1367,35 @@ def test_huge_field_leaves_room_for_the_others() -> None:
     assert "more cut" in many["…"]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("'token=s3cr3t'", "'token=[FILTERED]'"),
+        ("['--token=abc', 'x']", "['--token=[FILTERED]', 'x']"),
+        ("('password=hunter2',)", "('password=[FILTERED]',)"),
+        ("{token=abc} (token=abc) <token=abc>", "{token=F} (token=F) <token=F>"),
+        ("`api_key=abc` |token=abc| [token=abc]", "`api_key=F` |token=F| [token=F]"),
+        (r"\'token=abc\'", r"\'token=F\'"),
+        ('{"QUERY":"a=1&token=abc","HTTP":"x"}', '{"QUERY":"a=1&token=F","HTTP":"x"}'),
+        ("password=it's x", "password=F x"),
+        ("password=)))", "password=F"),
+        ("<Customer password=[FILTERED] id=1>", "<Customer password=F id=1>"),
+        ("connect(token=token)", "connect(token=token)"),
+    ],
+)
+def test_secret_in_quotes_and_brackets_is_filtered(text: str, expected: str) -> None:
+    expected = re.sub(r"=F\b", "=[FILTERED]", expected)
+    assert miniapm.scrub_text(text) == expected
+    assert miniapm.scrub_text(expected) == expected
+
+
+@pytest.mark.parametrize("part", ["'token=", "token=)", "(token=),", "token='a", "token=x)"])
+def test_secrets_in_quotes_cost_linear_time(part: str) -> None:
+    began = time.process_time()
+    miniapm.scrub_text(part * 20_000)
+    assert time.process_time() - began < 5
+
+
 # --- 5. Stack traces ------------------------------------------------------------------------------
 
 TRACES = data_file("traces.json")
