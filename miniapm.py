@@ -87,8 +87,9 @@ if sys.version_info < (3, 11):  # noqa: UP036 - said in one line, before anythin
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn, TextIO, TypedDict, Unpack
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
+from typing import Any, NoReturn, Self, TextIO, TypedDict, Unpack
 
 try:
     import bottle  # type: ignore[import-untyped]
@@ -214,6 +215,7 @@ MAX_DETAILED_FRAMES = 20  # own frames of a chain that are captured with source 
 MAX_CAPTURED_VALUES = 250  # of variables, with all that is in them; then no more frames have theirs
 MAX_DESCRIBE_S = 0.02  # after this, what is left of the variables is left out
 MAX_REPR_CHARS = 500
+REPR_AHEAD_CHARS = 500  # what is scrubbed beyond that
 MAX_REPR_ITEMS = 20  # of one container
 MAX_REPR_VALUES = 60  # of one variable, with all that is inside
 MAX_JSON_ITEMS = 2_000
@@ -222,6 +224,7 @@ MAX_FORK_WAIT_S = 0.5
 HTTP_TIMEOUT_S = 10.0
 RETRY_FIRST_S = 0.5
 YIELD_S = 0.0001
+CHILD_CHECK_S = 0.5
 RETRY_LONGEST_S = 30.0
 COMPLAINT_INTERVAL_S = 60.0
 
@@ -549,12 +552,13 @@ _SECRET_HINTS = (
 _KEY_HINTS = ("api", "private")
 # Every repetition before a mandatory part is bounded: matching stays linear on hostile text.
 _PART = r"[\w.\[\]%-]{0,40}"
+_PLAIN, _CLOSERS = r"[^\s&;#\"'`)}\]>|,\\]", r"[)}\]>|,\\]"
 # a=1&token=x, as in a URL, in brackets or in quotes, which end it; not the keyword argument
 # token=token
 _QUERY_SECRET = (
     rf"(?i:((?:^|[?&;#\s\"'`({{\[<|,]){_NO_SECRET}({_PART}(?:{_SECRET_WORDS}){_PART}|{_SHORT_NAMES})=)"
     rf"(?!\2(?:[\s,)&;#]|$)|[\"'\s]|\[FILTERED\])"
-    r"(?:(?:[^\s&;#\"'`]|[\"'`](?=\w))*[^\s&;#\"'`)}\]>|,\\]|[^\s&;#\"'`]+))"
+    rf"(?:(?:{_PLAIN}++|{_CLOSERS}{{1,20}}+(?={_PLAIN})|[\"'`](?=\w))++|[^\s&;#\"'`]+))"
 )
 # password = "x", "token": "x", 'secret' => 'x', as in source, JSON and reprs
 _QUOTED_SECRET = (
@@ -562,7 +566,13 @@ _QUOTED_SECRET = (
     r"(?:\\.|(?!\2)[^\\\n])+(?:\2|(?=\n)|$))"
 )
 # {\"token\": \"x\"}: JSON that was put into JSON
-_ESCAPED_SECRET = rf'(?i:((?:{_SECRET_WORDS}){_PART}\\"\s{{0,3}}:\s{{0,3}}\\")[^"\\\n]+)'
+_ESCAPED_SECRET = (
+    rf"(?i:((?:{_SECRET_WORDS}){_PART}\\{{1,8}}[\"']\s{{0,3}}:\s{{0,3}}\\{{1,8}}[\"'])[^\"'\\\n]+)"
+)
+# "password": 1234567
+_NUMERIC_SECRET = (
+    rf"(?i:((?:{_SECRET_WORDS}){_PART}\\{{0,8}}[\"']\s{{0,3}}:\s{{0,3}})-?\d[\d.]{{2,40}})"
+)
 _HEADER_SECRET = r"(?i:\b((?a:authorization|cookie)\s{0,3}:\s{0,3})(?![\s\"'])[^\n]+)"
 _URL_SECRET = r"(://[^\s/@:?#]*):[^\s/?#]+@"  # postgres://user:x@host
 _SECRET_PATTERNS = (
@@ -574,6 +584,7 @@ _SECRET_PATTERNS = (
     (_QUERY_SECRET, rf"\1{FILTERED}"),
     (_QUOTED_SECRET, rf"\1\2{FILTERED}\2"),
     (_ESCAPED_SECRET, rf"\1{FILTERED}"),
+    (_NUMERIC_SECRET, rf"\1{FILTERED}"),
 )
 _SECRETS_IN_TEXT = [(re.compile(pattern), said) for pattern, said in _SECRET_PATTERNS]
 _KEY_MARK = r"-----{} [A-Z0-9 ]{{0,40}}PRIVATE KEY(?: BLOCK)?-----"
@@ -4351,10 +4362,15 @@ _REPEATED_LINE = (
     r"(?:django\.server|werkzeug|tornado\.access): "
     r"|uvicorn\.error: Application (?:startup|shutdown) failed\. Exiting"
 )
+_NOTEBOOK_CELL = r"/(?:ipykernel|marimo)_\d+/"
 TRACEBACK_TITLE = "Traceback (most recent call last)"
 CONTEXT_LINES = 5  # of source on each side of the failing line
 # The parts of a context that are fields of a report; the others are shown as its context.
-CONTEXT_FIELDS = ("user_id", "request_id", "params", "tags", "level", "release", "environment")
+CONTEXT_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("user_id", "request_id"), (str, int, float)),
+    **dict.fromkeys(("params", "tags"), (dict,)),
+    **dict.fromkeys(("level", "release", "environment"), (str,)),
+}
 STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 SCRIPTS = os.path.dirname(os.path.abspath(sys.executable))  # where console scripts are installed
 HERE = os.path.abspath(__file__)
@@ -4372,7 +4388,10 @@ class Complaints:
     def say(self, kind: str, detail: object) -> None:
         """Say it, unless the same kind was said within the last minute."""
         now_s = self._now()
-        if now_s - self._said_s.get(kind, -math.inf) >= COMPLAINT_INTERVAL_S:
+        if (
+            sys.stderr is not None
+            and now_s - self._said_s.get(kind, -math.inf) >= COMPLAINT_INTERVAL_S
+        ):
             self._said_s[kind] = now_s
             say(clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS), sys.stderr)
 
@@ -4402,6 +4421,8 @@ def plain_attributes(value: object) -> Json:
         slots = members.get("__slots__", ())
         slots = (slots,) if type(slots) is str else slots
         for slot in slots if type(slots) is tuple or type(slots) is list else ():
+            if type(slot) is not str:
+                continue
             is_private = slot.startswith("__") and not slot.endswith("__")
             name = f"_{class_name(base).lstrip('_')}{slot}" if is_private else slot
             member = members.get(name)
@@ -4439,7 +4460,7 @@ def _hidden_names(kind: type) -> set[str]:
 
 # Values of the standard library whose repr is short and calls nothing else.
 _VALUE_CLASSES = {
-    "datetime": ("date", "timedelta", "timezone"),
+    "datetime": ("timezone",),
     "decimal": ("Decimal",),
     "fractions": ("Fraction",),
     "ipaddress": ("IPv4Address", "IPv6Address", "IPv4Network", "IPv6Network"),
@@ -4462,7 +4483,9 @@ def _short(text: str) -> str:
     """Cut a repr; what the cut would make unrecognisable as a secret goes before."""
     if len(text) <= MAX_REPR_CHARS:
         return text
-    return clip(scrub_text(text[: MAX_REPR_CHARS + SCRUB_AHEAD_CHARS]), MAX_REPR_CHARS)
+    if len(text) > MAX_REPR_CHARS + REPR_AHEAD_CHARS:
+        return scrub_text(text[: MAX_REPR_CHARS + REPR_AHEAD_CHARS])[:MAX_REPR_CHARS] + "…"
+    return clip(scrub_text(text[: MAX_REPR_CHARS + REPR_AHEAD_CHARS]), MAX_REPR_CHARS)
 
 
 def qualified_name(kind: type) -> str:
@@ -4471,7 +4494,13 @@ def qualified_name(kind: type) -> str:
     return f"{module}.{name}" if type(module) is str and module != "builtins" else str(name)
 
 
-_DATETIME_PARTS = ("year", "month", "day", "hour", "minute", "second", "microsecond")
+_DAY_PARTS, _TIME_PARTS = ("year", "month", "day"), ("hour", "minute", "second", "microsecond")
+_MOMENT_PARTS = {
+    datetime: (*_DAY_PARTS, *_TIME_PARTS),
+    date: _DAY_PARTS,
+    time_of_day: _TIME_PARTS,
+    timedelta: ("days", "seconds", "microseconds"),
+}
 # By the id of a class: how it and its subclasses are written. Filled below.
 _WRITERS: dict[int, Callable[..., str]] = {}
 
@@ -4479,7 +4508,10 @@ _WRITERS: dict[int, Callable[..., str]] = {}
 def _may_hide(name: Any, value: Any) -> bool:
     """Tell whether a value belongs to a secret name; looks at built-in values only."""
     text = name.decode("latin-1") if type(name) is bytes else name
-    return type(text) is str and _is_secret(text, value if id(type(value)) in _WRITERS else "…")
+    if not issubclass(type(text), str):
+        return False
+    text = str.__getitem__(text, slice(SCRUB_AHEAD_CHARS))  # of a subclass, the plain text
+    return _is_secret(text, value if id(type(value)) in _WRITERS else "…")
 
 
 class ValueWriter:
@@ -4493,11 +4525,21 @@ class ValueWriter:
     def __init__(self, *, calls_repr: bool = False) -> None:
         self._calls_repr = calls_repr
         self.texts_left, self._values_left = MAX_REPR_VALUES, MAX_JSON_ITEMS
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Give what is described from now on MAX_DESCRIBE_S of this thread's time."""
+        self._end_s = time.perf_counter() + MAX_DESCRIBE_S
+        self._end_cpu_s = time.thread_time() + MAX_DESCRIBE_S
+
+    def is_late(self) -> bool:
+        """Tell whether that time is over, not counting what other threads took."""
+        return time.perf_counter() > self._end_s and time.thread_time() > self._end_cpu_s
 
     def text(self, value: Any, levels: int = 3) -> str:
         """Return a value as text; containers and objects are opened for some levels."""
         self.texts_left -= 1
-        if self.texts_left < 0:
+        if self.texts_left < 0 or self.is_late():
             return "…"
         kind = type(value)
         if (write := _WRITERS.get(id(kind))) is not None:
@@ -4507,7 +4549,8 @@ class ValueWriter:
         if is_standard_value(kind):
             return _short(repr(value))
         if issubclass(kind, enum.Enum):
-            return f"<{class_name(kind)}.{plain_attribute(value, '_name_')}>"
+            said = (plain_attribute(value, name) for name in ("_name_", "_value_"))
+            return f"<{class_name(kind)}.{next((one for one in said if one is not None), '')}>"
         for base in class_bases(kind)[:-1]:
             if (write := _WRITERS.get(id(base))) is not None:
                 text = write(self, value, levels)
@@ -4565,7 +4608,7 @@ class ValueWriter:
     def cut(self, value: Any, _: int, base: Any) -> str:
         """Return the repr of a text or of bytes."""
         if type(value) is not base or len(value) > MAX_REPR_CHARS:
-            value = base.__getitem__(value, slice(MAX_REPR_CHARS + SCRUB_AHEAD_CHARS))
+            value = base.__getitem__(value, slice(MAX_REPR_CHARS + REPR_AHEAD_CHARS))
         return _short(repr(value))
 
     def whole_number(self, value: Any, _: int) -> str:
@@ -4573,16 +4616,15 @@ class ValueWriter:
         bits = int.bit_length(value)
         return f"<int of {bits:,} bits>" if bits > 1_000 else int.__repr__(value)
 
-    def moment(self, value: Any, _: int) -> str:
-        """Return a datetime; its tzinfo may be a class of the host's."""
-        parts = [getattr(datetime, name).__get__(value) for name in _DATETIME_PARTS]
-        zone = datetime.tzinfo.__get__(value)
-        return repr(datetime(*parts)) + (f" in {self.text(zone, 0)}" if zone is not None else "")
+    def moment(self, value: Any, _: int, base: Any) -> str:
+        """Return a value of `datetime`; its tzinfo may be a class of the host's."""
+        parts = {name: getattr(base, name).__get__(value) for name in _MOMENT_PARTS[base]}
+        zone = base.tzinfo.__get__(value) if "minute" in parts else None
+        return repr(base(**parts)) + (f" in {self.text(zone, 0)}" if zone is not None else "")
 
     def error(self, value: Any, levels: int) -> str:
         """Return an exception's arguments."""
-        arguments = BaseException.__dict__["args"].__get__(value)
-        return self.items(arguments, levels, tuple, "  ")
+        return self.items(BaseException.__dict__["args"].__get__(value), levels, tuple, "  ")
 
     def json(self, value: Any, levels: int = 8) -> Any:
         """Return a bounded copy of a value as JSON; what JSON has no form for becomes text."""
@@ -4599,11 +4641,18 @@ class ValueWriter:
         if levels and issubclass(kind, dict):
             some = itertools.islice(dict.items(value), self._values_left)
             return {self._key(name): self.json(item, levels - 1) for name, item in list(some)}
+        names = class_attribute(kind, "_fields") if issubclass(kind, tuple) else None
+        if levels and type(names) is tuple and len(names) == tuple.__len__(value):
+            named = zip(names, tuple.__iter__(value), strict=True)
+            return {self._key(name): self.json(item, levels - 1) for name, item in named}
         for base in (list, tuple, set, frozenset) if levels else ():
             if issubclass(kind, base):
                 some = itertools.islice(base.__iter__(value), self._values_left)
                 return [self.json(item, levels - 1) for item in list(some)]
-        return ValueWriter(calls_repr=self._calls_repr).text(value, 1 if levels else 0)
+        self.texts_left = min(MAX_REPR_VALUES, self._values_left)
+        text = self.text(value, 1 if levels else 0)
+        self._values_left -= min(MAX_REPR_VALUES, self._values_left) - self.texts_left
+        return text
 
     def _key(self, name: Any) -> str:
         text = self.json(name, 0)
@@ -4623,11 +4672,14 @@ _WRITERS |= {
     },
     id(frozenset): functools.partial(ValueWriter.items, base=frozenset, ends="{}"),
     id(collections.deque): functools.partial(ValueWriter.items, base=collections.deque, ends="[]"),
-    id(datetime): ValueWriter.moment,
+    **{id(kind): functools.partial(ValueWriter.moment, base=kind) for kind in _MOMENT_PARTS},
     id(BaseException): ValueWriter.error,
     id(type): lambda _, value, levels: f"<class {qualified_name(value)}>",
     id(types.ModuleType): lambda _, value, levels: f"<module {plain_attribute(value, '__name__')}>",
     id(types.FunctionType): lambda _, value, levels: f"<function {value.__qualname__}>",
+    id(types.MethodType): lambda writer, value, levels: (
+        f"<method of {writer.text(value.__func__)}>"
+    ),
     id(types.BuiltinFunctionType): lambda _, value, levels: f"<function {value.__name__}>",
 }
 
@@ -4680,6 +4732,24 @@ def safe_text(value: object) -> str:
         return f"<its text raised {class_name(type(error))}>"
 
 
+_arguments_of = BaseException.__dict__["args"].__get__
+_SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
+
+
+def text_of_error(error: BaseException) -> str:
+    """Return str(error); where its arguments are large and it only joins them, a part of it."""
+    arguments = _arguments_of(error)
+    sizes = [
+        base.__len__(one) for one in arguments for base in _SIZED if issubclass(type(one), base)
+    ]
+    is_plain = type(class_attribute(type(error), "__str__")) is types.WrapperDescriptorType
+    if not is_plain or max(sizes, default=0) <= 2 * MAX_MESSAGE_CHARS:
+        return safe_text(error)
+    if len(arguments) == 1 and issubclass(type(arguments[0]), str):
+        return str.__getitem__(arguments[0], slice(2 * MAX_MESSAGE_CHARS))
+    return ValueWriter().error(error, 3)
+
+
 def source_around(file: str, lineno: int) -> Json:
     """Return the source around a line as a frame of `exceptions` has it, empty without source."""
     lines, at = linecache.getlines(file), lineno - 1
@@ -4706,11 +4776,10 @@ class _Room:
     def __init__(self, frames: int, writer: ValueWriter) -> None:
         self.frames, self.writer = frames, writer
         self.detailed, self.values = MAX_DETAILED_FRAMES, MAX_CAPTURED_VALUES
-        self.end_s = time.perf_counter() + MAX_DESCRIBE_S
 
     def has_values(self) -> bool:
         """Tell whether there is room for variables."""
-        return self.values > 0 and time.perf_counter() < self.end_s
+        return self.values > 0 and not self.writer.is_late()
 
 
 def variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
@@ -4787,8 +4856,9 @@ def exception_chain(error: BaseException) -> list[tuple[BaseException, str]]:
 def message_of(error: BaseException) -> str:
     """Return an exception's text and the notes that were added to it (PEP 678)."""
     notes = _attributes_of.__get__(error).get("__notes__")
-    parts = [safe_text(error), *(notes if type(notes) is list else ())]
-    return "\n".join(part for part in parts if type(part) is str)[: 2 * MAX_MESSAGE_CHARS]
+    parts = [text_of_error(error), *(notes[:MAX_PAIRS] if type(notes) is list else ())]
+    cut = (part[: 2 * MAX_MESSAGE_CHARS] for part in parts if type(part) is str)
+    return "\n".join(cut)[: 2 * MAX_MESSAGE_CHARS]
 
 
 def frame_of_syntax_error(error: BaseException) -> Json | None:
@@ -4839,11 +4909,7 @@ class RecordMark:
 
 
 class _Attributes(dict[str, Any]):
-    """An exception's `__dict__` that carries its mark; it is pickled and copied as a plain dict.
-
-    Built-in exceptions can't be referenced weakly, and an attribute would be seen by the host and
-    travel with its pickle.
-    """
+    """A built-in exception's `__dict__` that carries its mark; copied as a plain dict."""
 
     __slots__ = ("mark",)
     mark: RecordMark
@@ -4852,19 +4918,42 @@ class _Attributes(dict[str, Any]):
         return dict, (dict(self),)
 
 
-def mark_of(error: BaseException) -> RecordMark:
-    """Return an exception's mark, made when first asked for."""
-    attributes = _attributes_of.__get__(error)
-    if type(attributes) is not _Attributes:
-        attributes = _Attributes(attributes)
-        attributes.mark = RecordMark()
-        _attributes_of.__set__(error, attributes)
-    return attributes.mark
+class RecordMarks:
+    """Finds the mark of an exception, which the host does not see and which no pickle takes along.
+
+    Exceptions of the host's classes are referenced weakly, which built-in ones can't be.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[BaseException], RecordMark]] = {}
+
+    def of(self, error: BaseException) -> RecordMark:
+        """Return an exception's mark, made when first asked for."""
+        key = id(error)
+        known = self._known.get(key)
+        if known is not None and known[0]() is error:
+            return known[1]
+        mark = RecordMark()
+        try:
+            reference = weakref.ref(error, lambda _: self._known.pop(key, None))
+        except TypeError:
+            return self._of_built_in(error)
+        self._known[key] = (reference, mark)
+        return mark
+
+    @staticmethod
+    def _of_built_in(error: BaseException) -> RecordMark:
+        attributes = _attributes_of.__get__(error)
+        if type(attributes) is not _Attributes:
+            attributes = _Attributes(attributes)
+            attributes.mark = RecordMark()
+            _attributes_of.__set__(error, attributes)
+        return attributes.mark
 
 
 _LOG_FIELDS = {
     *vars(logging.makeLogRecord({})),
-    *("message", "asctime", "taskName", "request"),
+    *("message", "asctime", "taskName"),
 }
 
 
@@ -4886,7 +4975,8 @@ class Describer:
     @functools.lru_cache(1_000)  # noqa: B019 - there is one for a client
     def is_own(self, file: str) -> bool:
         """Tell the application's files from the library's, from this one and from no files."""
-        return is_application_file(file) and self._inside(file) is not None
+        is_inside = self._inside(file) is not None or re.search(_NOTEBOOK_CELL, file) is not None
+        return is_inside and is_application_file(file)
 
     def relative(self, file: str) -> str:
         """Return a file's path from the project's root, or what it is called in its library."""
@@ -4895,7 +4985,7 @@ class Describer:
 
     def exception(self, error: BaseException) -> Json:
         """Describe an exception and its chain."""
-        name, message = qualified_name(type(error)), safe_text(error)
+        name, message = qualified_name(type(error)), text_of_error(error)
         chain = exception_chain(error)
         writer = ValueWriter(calls_repr=self.with_locals == "repr")
         room = _Room(MAX_BACKTRACE_LINES // len(chain) - 1, writer)
@@ -4948,6 +5038,8 @@ class Describer:
     def _add_details(self, made: Json, frame: types.FrameType, room: _Room) -> None:
         if room.detailed <= 0:
             return
+        if room.detailed == MAX_DETAILED_FRAMES:
+            room.writer.start_clock()
         room.detailed -= 1
         attempt(linecache.lazycache, made["file"], frame.f_globals)
         made["context_line"] = None  # for add_sources
@@ -4966,10 +5058,11 @@ class Describer:
     def log_record(self, record: logging.LogRecord, message: str) -> Json:
         """Describe a log record that carries no exception."""
         name = f"logging.{record.levelname}"
-        file, lineno, function = record.pathname, record.lineno, record.funcName or ""
+        file, function = str(record.pathname), str(record.funcName or "")
+        lineno = record.lineno if type(record.lineno) is int and record.lineno > 0 else 0
         frame = {"file": file, "lineno": lineno, "function": function, "own": self.is_own(file)}
         frame["context_line"] = None
-        template = record.msg if type(record.msg) is str else message
+        template = record.msg[:2_000] if type(record.msg) is str else message
         # A template without a word of its own, as "%s: %s", says nothing about what failed.
         has_word = re.search(
             r"[^\W\d_]{2}", re.sub(r"%(?:\(\w*\))?[#0 +-]*[\d.*]*\w", "", template)
@@ -5203,7 +5296,7 @@ class StoreDestination:
         self._lock = threading.RLock()  # held while delivering and while forking
         self._store: Store | None = None
         self._abandoned: list[Store] = []
-        self._is_held = False
+        self._forking: set[int] = set()  # the threads that hold the lock for a fork
 
     def hurry(self) -> None:
         """Have a delivery that waits give up, for before_fork() to come."""
@@ -5212,23 +5305,27 @@ class StoreDestination:
 
     def before_fork(self, end_s: float) -> None:
         """Close the store, unless that takes until `end_s` on the monotonic clock."""
-        self._is_held = self._lock.acquire(timeout=max(0.0, end_s - time.monotonic()))
-        if self._is_held and self._store is not None:
+        if not self._lock.acquire(timeout=max(0.0, end_s - time.monotonic())):
+            return
+        self._forking.add(threading.get_ident())
+        if self._store is not None:
             self._store.close(max(0.0, end_s - time.monotonic()))
             self._abandoned.append(self._store)  # for what is still being read from it
             self._store = None
 
     def after_fork(self) -> None:
         """Go on in the parent."""
-        if self._is_held:
+        if threading.get_ident() in self._forking:
+            self._forking.discard(threading.get_ident())
             self._abandoned.clear()
             self._lock.release()
-        elif self._store is not None:
-            self._store.hurry(False)
+        elif (store := self._store) is not None:
+            store.hurry(False)
 
     def start_anew(self) -> None:
         """Begin with nothing in the child; a store that is open is the parent's."""
         self._lock = threading.RLock()
+        self._forking = set()
         if self._store is not None:
             self._abandoned.append(self._store)  # referenced, for closing it would do harm
             self._store = None
@@ -5417,6 +5514,24 @@ def on_fork(owner: object, **methods: str) -> None:
     os.register_at_fork(**{when: calling(name) for when, name in methods.items()})
 
 
+def fields_of_context(given: Any) -> Json:
+    """Return a context as fields of a report; what has another type than they take stays in it."""
+    if not given:
+        return {}
+    copied = ValueWriter().json(given)
+    context = copied if type(copied) is dict else {"context": copied}
+    found: Json = {}
+    for name, kinds in CONTEXT_FIELDS.items():
+        value = context.get(name)
+        if type(value) in kinds:
+            found[name] = context.pop(name)
+        elif value is None:
+            context.pop(name, None)
+        elif dict not in kinds:
+            found[name] = ValueWriter().text(context.pop(name))
+    return found | ({"context": context} if context else {})
+
+
 class Outbox:
     """A bounded queue and the one thread that empties it into a destination.
 
@@ -5438,6 +5553,7 @@ class Outbox:
         self._prepare = prepare
         self._complain = complain
         self._announce = announce
+        self._is_child = False
         self._begin()
         hooks = {"before": "before_fork", "after_in_parent": "after_fork"}
         on_fork(self, **hooks, after_in_child="start_anew")
@@ -5448,7 +5564,8 @@ class Outbox:
         self._unsent: collections.deque[Occurrence] = collections.deque()
         self._in_hand = 0  # reports that the thread has taken and not yet delivered
         self._dropped = 0
-        self._is_hurried = self._is_closed = self._is_forking = False
+        self._is_hurried = self._is_closed = False
+        self._forks = 0  # that are under way, in several threads perhaps
         self._keeps_running = False
         self._swept_s = time.monotonic()
         self._end_s = math.inf  # on the monotonic clock: when delivering ends for good
@@ -5458,6 +5575,8 @@ class Outbox:
     def start_anew(self) -> None:
         """Begin with nothing in a child: the parent's thread and reports are the parent's."""
         self._begin()
+        self._is_child = True
+        _is_busy_here.set(False)  # the fork may have interrupted us
         self._destination.start_anew()
 
     def before_fork(self) -> None:
@@ -5466,10 +5585,10 @@ class Outbox:
 
     def _let_go(self, end_s: float) -> None:
         thread = self._thread
+        with self._changed:
+            self._forks += 1
+            self._changed.notify_all()
         if thread is not None and thread is not threading.current_thread():
-            with self._changed:
-                self._is_forking = True
-                self._changed.notify_all()
             self._destination.hurry()
             thread.join(max(0.0, end_s - time.monotonic()))
         self._destination.before_fork(end_s)
@@ -5478,7 +5597,7 @@ class Outbox:
         """Go on in the parent."""
         self._destination.after_fork()
         with self._changed:
-            self._is_forking = False
+            self._forks -= 1
             if self._reports or self._unsent or self._keeps_running:
                 self._start()
 
@@ -5490,13 +5609,13 @@ class Outbox:
 
     def _start(self) -> bool:
         """Start the thread unless there is one; False when there can't be."""
-        if self._is_forking or (self._thread is not None and self._thread.is_alive()):
+        if self._forks or (self._thread is not None and self._thread.is_alive()):
             return True
         thread = threading.Thread(target=self._run, name="miniapm", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # no more threads for now, or for good
-            return False
+        except RuntimeError as error:  # no more threads for now or, while Python ends, for good
+            return "shutdown" not in str(error)
         self._thread = thread
         return True
 
@@ -5515,10 +5634,10 @@ class Outbox:
             if self.is_full():
                 return False
             self._reports.append((report, mark))
-            if self._start() or threading.main_thread().is_alive():
+            if self._start():
                 self._changed.notify_all()
                 return True
-            some = list(self._reports)  # 3.12 starts no thread once the main one has ended
+            some = list(self._reports)
             self._reports.clear()
         return self._deliver_at_end(some)
 
@@ -5581,16 +5700,21 @@ class Outbox:
 
     @property
     def _must_stop(self) -> bool:
-        return self._is_closed or self._is_forking
+        return self._is_closed or self._forks > 0
 
     def _wait(self) -> bool:
-        """Wait for reports or the time of a sweep; False when the thread is to end."""
+        """Wait for reports or the time of a sweep; False when the thread is to end.
+
+        A child that was forked in a thread ends with that thread, unless another one is left.
+        """
+        longest_s = CHILD_CHECK_S if self._is_child else SWEEP_INTERVAL_S
+        wait_s = max(0.0, min(longest_s, self._swept_s + SWEEP_INTERVAL_S - time.monotonic()))
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._reports or self._unsent or self._must_stop,
-                max(0.0, self._swept_s + SWEEP_INTERVAL_S - time.monotonic()),
+            has_work = self._changed.wait_for(
+                lambda: self._reports or self._unsent or self._must_stop, wait_s
             )
-            return not self._must_stop
+            is_left = self._is_child and not has_work and not threading.main_thread().is_alive()
+            return not self._must_stop and not is_left
 
     def _take(self) -> list[tuple[Json, RecordMark | None]]:
         with self._changed:
@@ -5617,7 +5741,7 @@ class Outbox:
                 self._destination.deliver(self._unsent, self._complain)
                 self._announce()
             except Retry as retry:
-                if not self._is_forking:
+                if not self._forks:
                     self._complain.say("reports wait, will try again", retry)
                 self._pause(min(max(pause_s, retry.after_s), RETRY_LONGEST_S))
                 pause_s *= 2
@@ -5784,6 +5908,7 @@ class Client:
         self._complain = Complaints()
         self._outbox = Outbox(self.destination, self._prepare, self._complain, self._announce)
         self._surroundings: tuple[int, Json] = (0, {})
+        self._marks = RecordMarks()
         self._known_logs: set[str] = set()  # the newest records, by their event ids
         import mmap  # only a program that captures pays for it
 
@@ -5801,7 +5926,7 @@ class Client:
         recorded.
         """
         if issubclass(type(error), BaseException) and not issubclass(type(error), SKIPPED):
-            self._guard(self._record_exception, error, context or {})
+            self._guard(self._record_exception, error, context)
 
     def record_log(self, record: logging.LogRecord) -> None:
         """Record a log record at ERROR or above: its exception, or else its message."""
@@ -5821,9 +5946,9 @@ class Client:
                 self._complain.say("an error could not be recorded", type(error).__name__)
 
     def _record_exception(
-        self, error: BaseException, context: Json, more: Json | None = None
+        self, error: BaseException, context: Any, more: Json | None = None
     ) -> None:
-        mark = mark_of(error)
+        mark = self._marks.of(error)
         is_known = mark.is_delivered or self._before_send is None
         if (mark.process_id == os.getpid() and is_known) or self._outbox.is_full():
             return
@@ -5832,21 +5957,26 @@ class Client:
             mark.process_id = os.getpid()
 
     def _record_logged(self, record: logging.LogRecord) -> None:
+        message = self._describer.log_message(record)
+        error = self._exception_of_log(record, message)
+        status = record.__dict__.get("status_code")
+        is_refusal = str(record.name).startswith("django.") and type(status) is int and status < 500
+        is_repeated = error is None and re.match(_REPEATED_LINE, f"{record.name}: {message}")
         # A record that a QueueHandler hands on comes again, maybe in another process.
         origin = (record.process, record.thread, record.created, record.name, record.lineno)
-        event_id = hashlib.md5(repr(origin).encode(), usedforsecurity=False).hexdigest()
-        status = record.__dict__.get("status_code")
-        is_refusal = type(status) is int and 400 <= status < 500
-        message = self._describer.log_message(record)
-        is_repeated = re.match(_REPEATED_LINE, f"{record.name}: {message}")
+        origin_text = f"{origin} {message.partition(chr(10))[0]}"
+        event_id = hashlib.md5(
+            origin_text.encode("utf-8", "replace"), usedforsecurity=False
+        ).hexdigest()
         if event_id in self._known_logs or is_refusal or is_repeated:
             return
         if len(self._known_logs) >= MAX_QUEUED_REPORTS:
             self._known_logs = set()
         self._known_logs.add(event_id)
-        error = self._exception_of_log(record, message)
         request = record.__dict__.get("request")  # Django adds it
         given = {name: value for name, value in vars(record).items() if name not in _LOG_FIELDS}
+        if type(plain_attributes(request).get("META")) is dict:
+            del given["request"]
         if type(record.msg) is dict:
             given |= {name: value for name, value in record.msg.items() if name != "event"}
         context: Json = {"user_id": attempt(_user_of_django, request)}
@@ -5857,7 +5987,7 @@ class Client:
                 printed = self._describer.printed_traceback(message)
                 report = printed or self._describer.log_record(record, message)
                 self._outbox.put(self._complete(report | {"event_id": event_id}, context))
-            elif not issubclass(type(error), SKIPPED):
+            elif not issubclass(type(error), SKIPPED):  # servers log that they were told to end
                 text = message.partition(TRACEBACK_TITLE)[0].strip()
                 more = {"log_message": text} if text and text != safe_text(error) else {}
                 self._record_exception(error, context, more | {"event_id": event_id})
@@ -5876,7 +6006,7 @@ class Client:
             return current
         return None
 
-    def _complete(self, report: Json, context: Json) -> Json:
+    def _complete(self, report: Json, context: Any) -> Json:
         if self._surroundings[0] != os.getpid():
             self._surroundings = (os.getpid(), self._describer.surroundings())
         request = _current_request.get()
@@ -5888,12 +6018,7 @@ class Client:
             (attempt(request.describe) or {}) if request else {},
             report,
         ]
-        for given in (_given_context.get({}), context):
-            known = {name: given[name] for name in CONTEXT_FIELDS if given.get(name) is not None}
-            more = {name: value for name, value in given.items() if name not in CONTEXT_FIELDS}
-            copied = [ValueWriter().json(one) for one in (known, more)]
-            parts += [copied[0], {"context": copied[1]} if more else {}]
-        return merged(parts)
+        return merged([*parts, *map(fields_of_context, (_given_context.get({}), context))])
 
     def _prepare(self, report: Json, mark: RecordMark | None) -> Occurrence | None:
         """Turn a report into an Occurrence and let the host have a look; off the host's threads."""
@@ -5911,7 +6036,7 @@ class Client:
 
     def _announce(self) -> None:
         """Say once on stderr where reports go and how to read them."""
-        if not self._announced[0]:
+        if not self._announced[0] and sys.stderr is not None:
             self._announced[0] = True
             here = f", or open {self.mounted_at}/ of this program" if self.mounted_at else ""
             say(f"miniapm: {self.destination.how_to_read()}{here}", sys.stderr)
@@ -5925,7 +6050,8 @@ class Client:
 
         Hooks: sys.excepthook, threading.excepthook, sys.unraisablehook, logging (and by it
         asyncio's tasks), multiprocessing and, of what is imported already, loguru, IPython and
-        gevent. Each calls what it replaced. os._exit, by which forked children end, flushes first.
+        gevent. Each calls what it replaced. os._exit, by which forked children end, and os.exec*
+        flush first.
         """
         import multiprocessing.process  # only a program that captures pays for it
 
@@ -5944,7 +6070,10 @@ class Client:
             # Not a handler: logging's defaults and Flask's look whether the root logger has one.
             _hook(logging.Logger, "callHandlers", lambda logger, record: self.record_log(record)),
             _replace(process_class, "_bootstrap", around_process),
-            _hook(os, "_exit", lambda *_, **__: self._guard(self.flush)),
+            *(
+                _hook(os, name, lambda *_, **__: self._guard(self.flush))
+                for name in ("_exit", "execv", "execve")
+            ),
         ]
         for name, hook in _FRAMEWORK_HOOKS.items():
             if name in sys.modules:
@@ -6059,6 +6188,13 @@ def capture(**context: Any) -> Iterator[None]:
 class _KeptInput:
     """A wsgi.input that remembers what the application reads of it."""
 
+    def __enter__(self) -> Self:
+        self._stream.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> Any:
+        return self._stream.__exit__(*error)
+
     def __init__(self, stream: Any, request: Request) -> None:
         self._stream = stream
         self._request = request
@@ -6128,15 +6264,18 @@ class RequestScope:
 class _Answer:
     """A WSGI answer whose parts are made with the request at hand."""
 
+    _iterator: Iterator[bytes] | None = None
+
     def __init__(self, parts: Iterable[bytes], request: Request) -> None:
         self._parts, self._request = parts, request
-        self._iterator = iter(parts)
 
     def __iter__(self) -> _Answer:
         return self
 
     def __next__(self) -> bytes:
         with RequestScope(self._request):
+            if self._iterator is None:
+                self._iterator = iter(self._parts)
             return next(self._iterator)
 
     def close(self) -> None:
@@ -6144,6 +6283,13 @@ class _Answer:
             with RequestScope(self._request):
                 self._parts.close()
         self._request.end()
+
+
+class _SizedAnswer(_Answer):
+    """One whose number of parts is known, which lets servers send a Content-Length."""
+
+    def __len__(self) -> int:
+        return len(self._parts)  # type: ignore[arg-type]
 
 
 def _record_failure(request: Request, error: BaseException | None = None) -> None:
@@ -6183,7 +6329,7 @@ def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
         # What is a list, or a file for the server to send, runs no more of the application's code.
         finished = (list, tuple, environ.get("wsgi.file_wrapper"))
         if type(parts) not in finished:
-            return _Answer(parts, request)
+            return (_SizedAnswer if hasattr(type(parts), "__len__") else _Answer)(parts, request)
         request.end()
         return parts  # type: ignore[no-any-return]
 
@@ -6192,7 +6338,7 @@ def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_failure(message: Any) -> bool:
     """Tell an ASGI message by which an application says that it failed."""
-    if message["type"] == "http.response.start":
+    if message["type"].endswith("http.response.start"):
         return bool(message["status"] >= 500)
     return message["type"] == "websocket.close" and message.get("code") in (1011, 4500)
 
@@ -8828,7 +8974,17 @@ class Mount:
 
 
 def is_asgi(app: Any) -> bool:
-    """Tell an ASGI application from one of WSGI."""
+    """Tell an ASGI application, which takes three arguments, from one of WSGI, which takes two."""
+    with contextlib.suppress(TypeError, ValueError):
+        parameters = inspect.signature(app).parameters.values()
+        needed = [
+            one
+            for one in parameters
+            if one.default is one.empty
+            and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+        ]
+        if len(needed) in (2, 3):
+            return len(needed) == 3
     while isinstance(app, functools.partial):
         app = app.func
     call = app if inspect.isfunction(app) or inspect.ismethod(app) else type(app).__call__
