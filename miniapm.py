@@ -6127,17 +6127,17 @@ def init(
 ) -> Callable[[], None]:
     """Record what goes wrong in this program from now on; return a function that undoes it.
 
-    `where` is a tracker's URL or a database's path, by default MINI_APM_URL; without either
-    nothing is recorded. `api_key` is by default MINI_APM_API_KEY. The options are project_root,
+    `where` is a tracker's URL or a database's path, by default MINI_APM_URL; without either it does
+    nothing. A second call replaces the first. `api_key` is by default MINI_APM_API_KEY. The options are project_root,
     release, environment, with_locals and before_send, as for Client. Raises BadSetting for a URL
     that is none or has no key.
 
     >>> uninstall = init("errors.db")
     """
-    if _Default.undo is not None:
-        _Default.undo()
     if not (where := where or os.environ.get(URL_VARIABLE)):
         return lambda: None
+    if _Default.undo is not None:
+        _Default.undo()
     client = Client(where, api_key=api_key or os.environ.get(variable_of("api_key")), **options)
     _Default.client, uninstall = client, client.install()
 

@@ -8546,6 +8546,13 @@ def test_run_shares_its_client_with_the_program(program: Path) -> None:
     assert found["user_id"] == "3"
 
 
+def test_run_goes_on_recording_a_program_that_calls_init_itself(program: Path) -> None:
+    (program / "program.py").write_text("import miniapm\nminiapm.init()\n1 / 0\n")
+    done = run("run", "--db", "e.db", "program.py", cwd=program)
+    assert done.stderr.endswith("--db e.db\n")
+    assert [one["exception_class"] for one in reports_in(program / "e.db")] == ["ZeroDivisionError"]
+
+
 def test_run_refuses_in_one_line(tmp_path: Path) -> None:
     for arguments, status in ((["run"], 2), (["run", "-m"], 2), (["run", "none.py"], 1)):
         done = run(*arguments, cwd=tmp_path)
