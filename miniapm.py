@@ -80,7 +80,7 @@ import wsgiref.util
 import zipfile
 import zlib
 
-if sys.version_info < (3, 11):  # noqa: UP036 - said in one line, before anything is made
+if sys.version_info < (3, 11):  # noqa: UP036 - one line instead of a traceback
     said = f"miniapm.py needs Python 3.11 or newer; this is {sys.version.split()[0]}"
     raise SystemExit(said) if __name__ == "__main__" else ImportError(said)
 
@@ -212,8 +212,8 @@ MAX_SENT_REPORTS = 100
 MAX_SENT_BYTES = 4 * _MEBIBYTE
 MAX_REQUEST_BODY_BYTES = 64 * _KIBIBYTE  # of a form, kept for a report
 MAX_DETAILED_FRAMES = 20  # own frames of a chain that are captured with source and variables
-MAX_CAPTURED_VALUES = 250  # of variables, with all that is in them; then no more frames have theirs
-MAX_DESCRIBE_S = 0.02  # after this, what is left of the variables is left out
+MAX_CAPTURED_VALUES = 250  # of variables, with all that is in them; frames after that get none
+MAX_DESCRIBE_S = 0.02  # then the remaining variables are not opened
 MAX_REPR_CHARS = 500
 REPR_AHEAD_CHARS = 500  # what is scrubbed beyond that
 MAX_REPR_ITEMS = 20  # of one container
@@ -223,8 +223,8 @@ FLUSH_TIMEOUT_S = 2.0
 MAX_FORK_WAIT_S = 0.5
 HTTP_TIMEOUT_S = 10.0
 RETRY_FIRST_S = 0.5
-YIELD_S = 0.0001
-CHILD_CHECK_S = 0.5
+YIELD_S = 0.0001  # the background thread lets others run after each report
+CHILD_CHECK_S = 0.5  # how often a forked child's thread looks whether the child has ended
 RETRY_LONGEST_S = 30.0
 COMPLAINT_INTERVAL_S = 60.0
 
@@ -423,7 +423,7 @@ def flag_of(name: str) -> str:
 
 
 URL_VARIABLE = "MINI_APM_URL"  # where programs report to; the tracker itself has no use for it
-QUIET_VARIABLE = "MINI_APM_QUIET"  # with 1 a program that records does not say where to
+QUIET_VARIABLE = "MINI_APM_QUIET"  # 1: don't print where reports go
 
 
 def variable_of(name: str) -> str:
@@ -3253,7 +3253,7 @@ def _refusal_of(error: Exception) -> Exception:
 
 def _connect(path: str) -> sqlite3.Connection:
     # Not as a mere path: where the file was deleted, another one would be made.
-    uri = f"file://{urllib.parse.quote(os.path.abspath(path))}?mode=rw"
+    uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode=rw"
     db = sqlite3.connect(
         uri, timeout=MAX_WAIT_S, isolation_level=None, check_same_thread=False, uri=True
     )
@@ -3500,7 +3500,7 @@ class Writer:
         self._turn = threading.Lock()  # held while the connection is used
         self._locked_since_s = math.inf  # by another process
         self._wait_s = wait_s
-        self.is_hurried = False  # then run_alone() does not wait
+        self.is_refusing = False  # what run_alone() is asked
         self.checkpointer = Checkpointer(path, threads=threads)
         self.trouble = ""  # why the last transaction was not written
         self.after_undo: Callable[[], None] = lambda: None  # called when what was written is not
@@ -3559,7 +3559,7 @@ class Writer:
     def _begin_until(self, end_s: float) -> None:
         while True:
             self.refuse_if_closed()
-            if self.is_hurried:
+            if self.is_refusing:
                 raise Unavailable("the database is being closed", retry_after_s=1)
             try:
                 return self._begin()
@@ -3573,7 +3573,7 @@ class Writer:
             raise Unavailable("the store is closed", retry_after_s=5)
 
     def close(self, timeout_s: float) -> None:
-        """Finish what waits, then close the connection; give up on what takes longer."""
+        """Finish waiting jobs, then close; without a thread, wait `timeout_s` at most."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -3955,7 +3955,7 @@ def _page_of(found: list[ErrorGroup], counts: Json, wanted: ErrorFilter) -> Erro
 
 
 class Readers:
-    """Connections that see one consistent state each and never wait for the writer."""
+    """Read-only connections; each sees one consistent state and never waits for the writer."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -3985,7 +3985,7 @@ class Readers:
             raise _refusal_of(error) from error
 
     def close(self, timeout_s: float) -> None:
-        """Close all; one that is lent for longer is closed when it is given back."""
+        """Close every connection; one still lent after `timeout_s` is closed on its return."""
         end_s = time.monotonic() + timeout_s
         try:
             while self._all:
@@ -4037,9 +4037,9 @@ class Store:
         """Return the time that `now` gives, in milliseconds."""
         return int(self.now() * 1000)
 
-    def hurry(self, is_hurried: bool) -> None:
-        """Refuse writes that would wait or begin, for close() to be quick, or no longer."""
-        self._writer.is_hurried = is_hurried
+    def refuse_writes(self, is_refusing: bool) -> None:
+        """Set whether new and waiting writes are refused, so that close() is quick."""
+        self._writer.is_refusing = is_refusing
 
     def close(self, timeout_s: float = MAX_WAIT_S) -> None:
         """Finish what is being written and read, and close every connection."""
@@ -4372,7 +4372,8 @@ CONTEXT_FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("level", "release", "environment"), (str,)),
 }
 STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
-SCRIPTS = os.path.dirname(os.path.abspath(sys.executable))  # where console scripts are installed
+# Where console scripts are installed; a Python inside another program may not know itself.
+SCRIPTS = os.path.dirname(os.path.abspath(sys.executable)) if sys.executable else ""
 HERE = os.path.abspath(__file__)
 
 _given_context: contextvars.ContextVar[Json] = contextvars.ContextVar("miniapm_context")
@@ -4393,10 +4394,19 @@ class Complaints:
             and now_s - self._said_s.get(kind, -math.inf) >= COMPLAINT_INTERVAL_S
         ):
             self._said_s[kind] = now_s
-            say(clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS), sys.stderr)
+            with contextlib.suppress(Exception):  # the host may have put anything there
+                say(clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS), sys.stderr)
 
 
-# A metaclass may give its classes code that runs when they are looked at; these go around it.
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that touches host objects; return its result, or None if it raises."""
+    try:
+        return function(*arguments)
+    except Exception:  # noqa: BLE001 - a detail that fails must not cost the report
+        return None
+
+
+# A metaclass can run code when its class is inspected; these bypass it.
 # For the same reason types are compared with `is` and found by id(): they may define __eq__.
 class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 class_module: Callable[[type], Any] = type.__dict__["__module__"].__get__
@@ -4405,7 +4415,7 @@ class_members: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"]._
 
 
 def class_attribute(kind: type, name: str) -> Any:
-    """Return what a class, or else a base of it, holds under a name; a descriptor as it is."""
+    """Return a class's own or inherited attribute without calling descriptors, else None."""
     for base in class_bases(kind):
         if name in (members := class_members(base)):
             return members[name]
@@ -4431,7 +4441,7 @@ def plain_attributes(value: object) -> Json:
                     found.setdefault(slot, member.__get__(value))
     holder = class_attribute(kind, "__dict__")
     if type(holder) in (types.GetSetDescriptorType, types.MemberDescriptorType):
-        own = itertools.islice(dict.items(holder.__get__(value)), 5 * MAX_REPR_ITEMS)
+        own = list(itertools.islice(dict.items(holder.__get__(value)), 5 * MAX_REPR_ITEMS))
         found.update((name, item) for name, item in own if type(name) is str)
     return found
 
@@ -4439,7 +4449,7 @@ def plain_attributes(value: object) -> Json:
 def plain_attribute(owner: object, name: str) -> Any:
     """Return an attribute that is a text or a number in the object or its class, else None."""
     found = plain_attributes(owner).get(name, class_attribute(type(owner), name))
-    return found if issubclass(type(found), (str, int)) else None
+    return found if type(found) is str or type(found) is int else None
 
 
 def _hidden_names(kind: type) -> set[str]:
@@ -4460,14 +4470,11 @@ def _hidden_names(kind: type) -> set[str]:
 
 # Values of the standard library whose repr is short and calls nothing else.
 _VALUE_CLASSES = {
-    "datetime": ("timezone",),
     "decimal": ("Decimal",),
     "fractions": ("Fraction",),
     "ipaddress": ("IPv4Address", "IPv6Address", "IPv4Network", "IPv6Network"),
     "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
-    "re": ("Pattern", "Match"),
     "uuid": ("UUID",),
-    "zoneinfo": ("ZoneInfo",),
 }
 
 
@@ -4505,7 +4512,7 @@ _MOMENT_PARTS = {
 _WRITERS: dict[int, Callable[..., str]] = {}
 
 
-def _may_hide(name: Any, value: Any) -> bool:
+def _is_secret_pair(name: Any, value: Any) -> bool:
     """Tell whether a value belongs to a secret name; looks at built-in values only."""
     text = name.decode("latin-1") if type(name) is bytes else name
     if not issubclass(type(text), str):
@@ -4528,7 +4535,7 @@ class ValueWriter:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Give what is described from now on MAX_DESCRIBE_S of this thread's time."""
+        """Allow MAX_DESCRIBE_S of this thread's time from now on."""
         self._end_s = time.perf_counter() + MAX_DESCRIBE_S
         self._end_cpu_s = time.thread_time() + MAX_DESCRIBE_S
 
@@ -4571,7 +4578,7 @@ class ValueWriter:
         shown = [(name, item) for name, item in pairs if name not in hidden]
         shown.sort(key=lambda pair: pair[0].startswith("_"))
         for name, item in shown[:MAX_REPR_ITEMS]:
-            text = FILTERED if _may_hide(name, item) else self.text(item, levels - 1)
+            text = FILTERED if _is_secret_pair(name, item) else self.text(item, levels - 1)
             parts.append(f"{name}={text}")
         if len(shown) > MAX_REPR_ITEMS:
             parts.append("…")
@@ -4580,7 +4587,7 @@ class ValueWriter:
     def _pair(self, name: Any, value: Any, levels: int) -> list[str]:
         return [
             self.text(name, levels),
-            FILTERED if _may_hide(name, value) else self.text(value, levels),
+            FILTERED if _is_secret_pair(name, value) else self.text(value, levels),
         ]
 
     def items(self, value: Any, levels: int, base: Any, ends: str) -> str:
@@ -4605,14 +4612,14 @@ class ValueWriter:
             parts.append(f"… {count - len(some):,} more")
         return _short(f"{ends[0]}{', '.join(parts)}{ends[1]}".strip(" "))
 
-    def cut(self, value: Any, _: int, base: Any) -> str:
+    def text_or_bytes(self, value: Any, _: int, base: Any) -> str:
         """Return the repr of a text or of bytes."""
         if type(value) is not base or len(value) > MAX_REPR_CHARS:
             value = base.__getitem__(value, slice(MAX_REPR_CHARS + REPR_AHEAD_CHARS))
         return _short(repr(value))
 
     def whole_number(self, value: Any, _: int) -> str:
-        """Return an int, of which only the size where it is large."""
+        """Return an int as text, or only its size if it is large."""
         bits = int.bit_length(value)
         return f"<int of {bits:,} bits>" if bits > 1_000 else int.__repr__(value)
 
@@ -4620,7 +4627,8 @@ class ValueWriter:
         """Return a value of `datetime`; its tzinfo may be a class of the host's."""
         parts = {name: getattr(base, name).__get__(value) for name in _MOMENT_PARTS[base]}
         zone = base.tzinfo.__get__(value) if "minute" in parts else None
-        return repr(base(**parts)) + (f" in {self.text(zone, 0)}" if zone is not None else "")
+        said = "" if zone is None else " UTC" if zone is UTC else f" in {self.text(zone, 0)}"
+        return repr(base(**parts)) + said
 
     def error(self, value: Any, levels: int) -> str:
         """Return an exception's arguments."""
@@ -4660,18 +4668,22 @@ class ValueWriter:
 
 
 _WRITERS |= {
-    **{id(kind): lambda _, value, levels: repr(value) for kind in (bool, type(None), type(...))},
-    id(float): lambda _, value, levels: float.__repr__(value),
-    id(complex): lambda _, value, levels: complex.__repr__(value),
-    id(range): lambda _, value, levels: repr(value),
+    **{
+        id(kind): lambda _, value, levels, kind=kind: kind.__repr__(value)
+        for kind in (bool, type(None), type(...), range, float, complex)
+    },
     id(int): ValueWriter.whole_number,
-    **{id(kind): functools.partial(ValueWriter.cut, base=kind) for kind in (str, bytes, bytearray)},
+    **{
+        id(kind): functools.partial(ValueWriter.text_or_bytes, base=kind)
+        for kind in (str, bytes, bytearray)
+    },
     **{
         id(kind): functools.partial(ValueWriter.items, base=kind, ends=ends)
-        for kind, ends in ((dict, "{}"), (list, "[]"), (tuple, "()"), (set, "{}"))
+        for ends, kinds in {"{}": (dict, set, frozenset), "[]": (list, collections.deque)}.items()
+        for kind in kinds
     },
-    id(frozenset): functools.partial(ValueWriter.items, base=frozenset, ends="{}"),
-    id(collections.deque): functools.partial(ValueWriter.items, base=collections.deque, ends="[]"),
+    id(tuple): functools.partial(ValueWriter.items, base=tuple, ends="()"),
+    id(re.Pattern): lambda writer, value, levels: f"<Pattern {writer.text(value.pattern)}>",
     **{id(kind): functools.partial(ValueWriter.moment, base=kind) for kind in _MOMENT_PARTS},
     id(BaseException): ValueWriter.error,
     id(type): lambda _, value, levels: f"<class {qualified_name(value)}>",
@@ -4684,21 +4696,13 @@ _WRITERS |= {
 }
 
 
-def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns that meets the host's objects, None when it raises."""
-    try:
-        return function(*arguments)
-    except Exception:  # noqa: BLE001 - a detail that fails must not cost the report
-        return None
-
-
 def absolute(file: str) -> str:
     """Return a file's path from the root, also when the current folder is gone."""
     return str(attempt(os.path.abspath, file) or file)
 
 
 def is_application_file(file: str) -> bool:
-    """Tell the application's files from libraries, start scripts, this one and no files at all."""
+    """Tell whether a file is the application's: no library, no console script, not this module."""
     path = absolute(file)
     is_ours = path == HERE or path.startswith(STDLIB) or os.path.dirname(path) == SCRIPTS
     return not file.startswith("<") and not is_ours and is_own_path(path)
@@ -4737,7 +4741,7 @@ _SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
 
 
 def text_of_error(error: BaseException) -> str:
-    """Return str(error); where its arguments are large and it only joins them, a part of it."""
+    """Return str(error), cut early if its arguments are large."""
     arguments = _arguments_of(error)
     sizes = [
         base.__len__(one) for one in arguments for base in _SIZED if issubclass(type(one), base)
@@ -4796,13 +4800,13 @@ def variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
             if not name.startswith("__") and not issubclass(type(value), dull)
         ]
     is_snapshot = type(variables) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED
-    if is_snapshot and sys.getrefcount(variables) <= 3:  # the host's locals() has returned it not
+    if is_snapshot and sys.getrefcount(variables) <= 3:  # unless the host holds its locals()
         variables.clear()  # or the frame would keep all its values alive
     return found[:MAX_LOCALS]
 
 
 def described_variables(frame: types.FrameType, room: _Room) -> Json:
-    """Return a frame's variables as text; once there is no room, the rest is not opened."""
+    """Return a frame's variables as text; without room, values are not opened."""
     texts: Json = {}
     writer = room.writer
     for name, value in variables_of(frame):
@@ -4812,7 +4816,7 @@ def described_variables(frame: types.FrameType, room: _Room) -> Json:
             room.values -= 1
             continue
         writer.texts_left = MAX_REPR_VALUES
-        texts[name] = writer.text(value, 3 if room.has_values() else 0)
+        texts[name] = attempt(writer.text, value, 3 if room.has_values() else 0) or "…"
         room.values -= MAX_REPR_VALUES - writer.texts_left + len(texts[name]) // 64
     return texts
 
@@ -4886,7 +4890,7 @@ def ends_of_traceback(
         entry = entry.tb_next
     hops = collections.deque([entry], maxlen=most // 2 // _HOP_ENTRIES + 2)
     count = 1
-    with contextlib.suppress(AttributeError):  # there are fewer than a hop's
+    with contextlib.suppress(AttributeError):  # fewer entries are left than one hop skips
         while (entry := _hop(entry)) is not None:
             hops.append(entry)
             count += 1
@@ -4900,12 +4904,12 @@ def ends_of_traceback(
 
 
 class RecordMark:
-    """Says of an exception that this process has queued or delivered a report of it."""
+    """Records whether this process has queued or delivered a report of an exception."""
 
-    __slots__ = ("is_delivered", "process_id")
+    __slots__ = ("is_counted", "is_delivered", "process_id")
 
     def __init__(self) -> None:
-        self.process_id, self.is_delivered = 0, False
+        self.process_id, self.is_delivered, self.is_counted = 0, False, False
 
 
 class _Attributes(dict[str, Any]):
@@ -4919,7 +4923,7 @@ class _Attributes(dict[str, Any]):
 
 
 class RecordMarks:
-    """Finds the mark of an exception, which the host does not see and which no pickle takes along.
+    """Finds an exception's mark, which the host can't see and no pickle copies.
 
     Exceptions of the host's classes are referenced weakly, which built-in ones can't be.
     """
@@ -4974,7 +4978,7 @@ class Describer:
 
     @functools.lru_cache(1_000)  # noqa: B019 - there is one for a client
     def is_own(self, file: str) -> bool:
-        """Tell the application's files from the library's, from this one and from no files."""
+        """Tell whether a file is the application's and inside its root."""
         is_inside = self._inside(file) is not None or re.search(_NOTEBOOK_CELL, file) is not None
         return is_inside and is_application_file(file)
 
@@ -5005,7 +5009,7 @@ class Describer:
         }
 
     def _frames(self, error: BaseException, room: _Room) -> list[Any]:
-        """Return frames, innermost first, of a deep stack both ends."""
+        """Return frames, innermost first; of a deep stack, only its two ends."""
         outer, left_out, inner = ends_of_traceback(_traceback_of(error), room.frames)
         entries = [
             (self._bare(one), one.tb_frame)
@@ -5063,7 +5067,7 @@ class Describer:
         frame = {"file": file, "lineno": lineno, "function": function, "own": self.is_own(file)}
         frame["context_line"] = None
         template = record.msg[:2_000] if type(record.msg) is str else message
-        # A template without a word of its own, as "%s: %s", says nothing about what failed.
+        # A template without words, such as "%s: %s", does not say what failed.
         has_word = re.search(
             r"[^\W\d_]{2}", re.sub(r"%(?:\(\w*\))?[#0 +-]*[\d.*]*\w", "", template)
         )
@@ -5081,10 +5085,13 @@ class Describer:
         """Describe the exception whose printed traceback is in a message, None if there is none."""
         before, title, after = message.partition(TRACEBACK_TITLE)
         lines = (title + after).splitlines()
-        ends = [line for line in lines[1:] if re.match(r"[A-Za-z_][\w.]*(?:: |$)", line)]
+        last = max(
+            (at for at, line in enumerate(lines) if line.lstrip().startswith("File ")), default=0
+        )
+        ends = [line for line in lines[last + 1 :] if re.match(r"[A-Za-z_][\w.]*(?:: |$)", line)]
         if not ends:
             return None
-        name, _, text = ends[-1].partition(": ")
+        name, _, text = ends[0].partition(": ")
         frame = location_frame_of_lines(lines)
         place = (self.relative(frame.file or ""), frame.function or "") if frame else None
         return {
@@ -5145,7 +5152,7 @@ class Request:
 
     # What the application has read of the body, and what it wrote to wsgi.errors.
     _body: bytearray | None = None
-    noticed: BaseException | None = None
+    printed_error: BaseException | None = None
     has_ended = False
 
     def __init__(self, source: Mapping[str, Any]) -> None:
@@ -5161,8 +5168,8 @@ class Request:
         return part
 
     def end(self) -> None:
-        """Note that what still happens in its context happens after it."""
-        self.has_ended, self.noticed, self.error_before = True, None, None
+        """Mark the request as ended; later reports in its context say so."""
+        self.has_ended, self.printed_error, self.error_before = True, None, None
 
     def headers(self) -> dict[str, str]:
         """Return the headers by their names, as in X-Request-Id."""
@@ -5257,7 +5264,7 @@ class AsgiRequest(Request):
 
 
 class ObjectRequest(Request):
-    """A request as Tornado or aiohttp tells it: `source` holds its headers and its facts."""
+    """A Tornado or aiohttp request: `source` holds its headers and its facts."""
 
     def headers(self) -> dict[str, str]:
         """Return the headers by their names."""
@@ -5268,7 +5275,7 @@ class ObjectRequest(Request):
         return {name: self._source[name] for name in ("method", "url", "remote_address")}
 
     def user(self) -> Any:
-        """Return None: neither says it."""
+        """Return None: neither framework knows the user."""
 
 
 _current_request: contextvars.ContextVar[Request | None] = contextvars.ContextVar(
@@ -5291,6 +5298,8 @@ class StoreDestination:
     locks for its own. So the store is closed before a fork, and opened again when needed.
     """
 
+    fork_wait_s = MAX_FORK_WAIT_S
+
     def __init__(self, path: str, api_key: str | None) -> None:
         self.path, self._api_key = os.path.realpath(path), api_key
         self._lock = threading.RLock()  # held while delivering and while forking
@@ -5299,9 +5308,9 @@ class StoreDestination:
         self._forking: set[int] = set()  # the threads that hold the lock for a fork
 
     def hurry(self) -> None:
-        """Have a delivery that waits give up, for before_fork() to come."""
+        """Make a waiting delivery give up, so that before_fork() gets the lock."""
         if (store := self._store) is not None:
-            store.hurry(True)
+            store.refuse_writes(True)
 
     def before_fork(self, end_s: float) -> None:
         """Close the store, unless that takes until `end_s` on the monotonic clock."""
@@ -5320,7 +5329,7 @@ class StoreDestination:
             self._abandoned.clear()
             self._lock.release()
         elif (store := self._store) is not None:
-            store.hurry(False)
+            store.refuse_writes(False)
 
     def start_anew(self) -> None:
         """Begin with nothing in the child; a store that is open is the parent's."""
@@ -5378,7 +5387,7 @@ class StoreDestination:
         waiting.clear()
 
     def sweep(self) -> None:
-        """Remove what retention and the dashboard have left to remove."""
+        """Remove what is past its retention and what the dashboard deleted."""
         config = load_config({}, os.environ, ("retention_days", "max_occurrences"))
         with self._lock:
             Retention(self.store(), config.retention_days, config.max_occurrences).sweep()
@@ -5405,6 +5414,8 @@ def must_retry(status: int, body: str) -> bool:
 
 class HttpDestination:
     """Sends occurrences to a tracker's /ingest/errors/batch."""
+
+    fork_wait_s = MAX_TURN_S  # nothing of it has to be closed
 
     def __init__(self, url: str, api_key: str) -> None:
         parts = urllib.parse.urlsplit(url)
@@ -5483,7 +5494,7 @@ def merged(parts: Iterable[Json]) -> Json:
     result: Json = {}
     for part in parts:
         for name, value in part.items():
-            if isinstance(value, dict) and isinstance(result.get(name), dict):
+            if type(value) is dict and type(result.get(name)) is dict:
                 result[name] = result[name] | value
             elif value is not None:
                 result[name] = value
@@ -5515,8 +5526,8 @@ def on_fork(owner: object, **methods: str) -> None:
 
 
 def fields_of_context(given: Any) -> Json:
-    """Return a context as fields of a report; what has another type than they take stays in it."""
-    if not given:
+    """Split a context into fields of a report and the rest; an id of a wrong type becomes text."""
+    if given is None:
         return {}
     copied = ValueWriter().json(given)
     context = copied if type(copied) is dict else {"context": copied}
@@ -5568,7 +5579,8 @@ class Outbox:
         self._forks = 0  # that are under way, in several threads perhaps
         self._keeps_running = False
         self._swept_s = time.monotonic()
-        self._end_s = math.inf  # on the monotonic clock: when delivering ends for good
+        self._has_ended = False
+        self._end_left_s = FLUSH_TIMEOUT_S  # for what is delivered while the interpreter ends
         self._retry_s = 0.0
         self._thread: threading.Thread | None = None
 
@@ -5580,10 +5592,10 @@ class Outbox:
         self._destination.start_anew()
 
     def before_fork(self) -> None:
-        """End the thread and close the destination, for MAX_FORK_WAIT_S at most."""
-        self._let_go(time.monotonic() + MAX_FORK_WAIT_S)
+        """End the thread and close the destination, for as long as that one needs at most."""
+        self._stop_thread(time.monotonic() + self._destination.fork_wait_s)
 
-    def _let_go(self, end_s: float) -> None:
+    def _stop_thread(self, end_s: float) -> None:
         thread = self._thread
         with self._changed:
             self._forks += 1
@@ -5598,17 +5610,17 @@ class Outbox:
         self._destination.after_fork()
         with self._changed:
             self._forks -= 1
-            if self._reports or self._unsent or self._keeps_running:
+            if self._reports or self._unsent:  # else later: Python warns of a fork beside threads
                 self._start()
 
     def keep_running(self) -> None:
-        """Have the thread from now on, for what is to be removed even if nothing fails."""
+        """Keep the thread running: retention must work even if nothing fails."""
         with self._changed:
             self._keeps_running = True
             self._start()
 
     def _start(self) -> bool:
-        """Start the thread unless there is one; False when there can't be."""
+        """Start the thread unless there is one; return False once Python allows no more."""
         if self._forks or (self._thread is not None and self._thread.is_alive()):
             return True
         thread = threading.Thread(target=self._run, name="miniapm", daemon=True)
@@ -5620,18 +5632,21 @@ class Outbox:
         return True
 
     def is_full(self) -> bool:
-        """Tell that a report would not fit, and count it as dropped."""
-        if len(self._reports) < MAX_QUEUED_REPORTS and not self._is_closed:
-            return False
-        self._dropped += 1
-        return True
+        """Tell whether there is no room for a report."""
+        return len(self._reports) >= MAX_QUEUED_REPORTS or self._is_closed
+
+    def count_drop(self) -> None:
+        """Count a report that is not even described, for there is no room."""
+        with self._changed:
+            self._dropped += 1
 
     def put(self, report: Json, mark: RecordMark | None = None) -> bool:
         """Queue a report, without waiting; tell whether there was room."""
-        if sys.is_finalizing() or self._end_s < math.inf:
+        if sys.is_finalizing() or self._has_ended:
             return self._deliver_at_end([(report, mark)])
         with self._changed:
             if self.is_full():
+                self._dropped += 1
                 return False
             self._reports.append((report, mark))
             if self._start():
@@ -5642,19 +5657,21 @@ class Outbox:
         return self._deliver_at_end(some)
 
     def _deliver_at_end(self, reports: list[tuple[Json, RecordMark | None]]) -> bool:
-        now_s = time.monotonic()
-        if sys.is_finalizing():
-            self._end_s = min(self._end_s, now_s + FLUSH_TIMEOUT_S)
-        timeout_s = min(FLUSH_TIMEOUT_S, self._end_s - now_s)
-        if timeout_s <= 0 or now_s < self._retry_s:
-            return False
-        occurrences = collections.deque(self._prepared(reports))
+        began_s = time.monotonic()
+        self._has_ended = self._has_ended or sys.is_finalizing()
+        timeout_s = self._end_left_s if self._has_ended else FLUSH_TIMEOUT_S
         try:
+            if timeout_s <= 0 or began_s < self._retry_s:
+                raise Retry("there was no more time")
+            occurrences = collections.deque(self._prepared(reports))
             self._destination.deliver_at_end(occurrences, self._complain, timeout_s)
         except Retry as retry:
             self._complain.say("reports were lost at the program's end", retry)
-            self._retry_s = now_s + RETRY_LONGEST_S  # the next ones would wait in vain too
+            self._retry_s = began_s + RETRY_LONGEST_S  # the next ones would wait in vain too
             return False
+        finally:
+            if self._has_ended:
+                self._end_left_s -= time.monotonic() - began_s
         self._announce()
         return True
 
@@ -5662,6 +5679,8 @@ class Outbox:
         """Try to deliver all that waits, for `timeout_s` at most; True when nothing is left."""
         with self._changed:
             self._is_hurried = True
+            if self._reports:
+                self._start()  # where that failed before
             self._changed.notify_all()
             is_empty = self._changed.wait_for(
                 lambda: not self._reports and not self._in_hand, max(0.0, timeout_s)
@@ -5669,11 +5688,24 @@ class Outbox:
             self._is_hurried = False
         return is_empty
 
+    def flush_before_exit(self) -> None:
+        """Flush, unless that failed just now: execvp() tries one folder after the other."""
+        if time.monotonic() >= self._retry_s and not self.flush():
+            self._retry_s = time.monotonic() + RETRY_LONGEST_S
+
     def end(self) -> None:
         """Flush and close at the interpreter's end; from now on put() delivers at once."""
-        self._end_s = time.monotonic() + FLUSH_TIMEOUT_S
+        began_s = time.monotonic()
+        self._has_ended = True
+        with self._changed:
+            if self._reports:
+                self._start()
+        if self._thread is None and self._reports:  # there was never a thread to have
+            self._deliver_at_end([self._reports.popleft() for _ in range(len(self._reports))])
+            return
         self.flush()
-        self._let_go(max(self._end_s, time.monotonic() + MAX_TURN_S))
+        self._stop_thread(max(began_s + FLUSH_TIMEOUT_S, time.monotonic() + MAX_TURN_S))
+        self._end_left_s -= time.monotonic() - began_s
 
     def close(self) -> None:
         """Flush, end the thread, close the destination."""
@@ -5695,7 +5727,7 @@ class Outbox:
                 self._swept_s = time.monotonic()
                 try:
                     self._destination.sweep()
-                except MiniAPMError as error:
+                except Exception as error:  # noqa: BLE001 - the thread must go on
                     self._complain.say("retention will try again", error)
 
     @property
@@ -5713,8 +5745,8 @@ class Outbox:
             has_work = self._changed.wait_for(
                 lambda: self._reports or self._unsent or self._must_stop, wait_s
             )
-            is_left = self._is_child and not has_work and not threading.main_thread().is_alive()
-            return not self._must_stop and not is_left
+            is_orphaned = self._is_child and not has_work and not threading.main_thread().is_alive()
+            return not self._must_stop and not is_orphaned
 
     def _take(self) -> list[tuple[Json, RecordMark | None]]:
         with self._changed:
@@ -5824,7 +5856,9 @@ def _hook_loguru(_: Record, record_log: RecordLog) -> Callable[[], None]:
         }
         record_log(logging.makeLogRecord(said["extra"] | fields))
 
-    number = logger.add(sink, level="ERROR", format="{message}")
+    # A format that is a function, or loguru would call the repr of every variable.
+    options = {"format": lambda _: "{message}", "diagnose": False, "backtrace": False}
+    number = logger.add(sink, level="ERROR", **options)
     return lambda: attempt(logger.remove, number)  # the host may have removed it
 
 
@@ -5950,7 +5984,12 @@ class Client:
     ) -> None:
         mark = self._marks.of(error)
         is_known = mark.is_delivered or self._before_send is None
-        if (mark.process_id == os.getpid() and is_known) or self._outbox.is_full():
+        if mark.process_id == os.getpid() and is_known:
+            return
+        if self._outbox.is_full():
+            if not mark.is_counted:
+                mark.is_counted = True
+                self._outbox.count_drop()
             return
         report = self._describer.exception(error) | (more or {})
         if self._outbox.put(self._complete(report, context), mark):
@@ -6010,7 +6049,7 @@ class Client:
         if self._surroundings[0] != os.getpid():
             self._surroundings = (os.getpid(), self._describer.surroundings())
         request = _current_request.get()
-        # Without a timestamp, which is not to be parsed then, the time of receipt is used.
+        # Timestamps can't be parsed during finalization; the time of receipt is used.
         now = None if sys.is_finalizing() else iso_time(int(time.time() * 1000))
         parts: list[Json] = [
             self._surroundings[1],
@@ -6039,7 +6078,7 @@ class Client:
         if not self._announced[0] and sys.stderr is not None:
             self._announced[0] = True
             here = f", or open {self.mounted_at}/ of this program" if self.mounted_at else ""
-            say(f"miniapm: {self.destination.how_to_read()}{here}", sys.stderr)
+            attempt(say, f"miniapm: {self.destination.how_to_read()}{here}", sys.stderr)
 
     def close(self) -> None:
         """Flush, and record nothing more."""
@@ -6049,7 +6088,7 @@ class Client:
         """Record everything uncaught and every ERROR that is logged; return what undoes it.
 
         Hooks: sys.excepthook, threading.excepthook, sys.unraisablehook, logging (and by it
-        asyncio's tasks), multiprocessing and, of what is imported already, loguru, IPython and
+        asyncio's tasks), multiprocessing and, if already imported, loguru, IPython and
         gevent. Each calls what it replaced. os._exit, by which forked children end, and os.exec*
         flush first.
         """
@@ -6071,7 +6110,7 @@ class Client:
             _hook(logging.Logger, "callHandlers", lambda logger, record: self.record_log(record)),
             _replace(process_class, "_bootstrap", around_process),
             *(
-                _hook(os, name, lambda *_, **__: self._guard(self.flush))
+                _hook(os, name, lambda *_, **__: self._guard(self._outbox.flush_before_exit))
                 for name in ("_exit", "execv", "execve")
             ),
         ]
@@ -6128,9 +6167,9 @@ def init(
     """Record what goes wrong in this program from now on; return a function that undoes it.
 
     `where` is a tracker's URL or a database's path, by default MINI_APM_URL; without either it does
-    nothing. A second call replaces the first. `api_key` is by default MINI_APM_API_KEY. The options are project_root,
-    release, environment, with_locals and before_send, as for Client. Raises BadSetting for a URL
-    that is none or has no key.
+    nothing. A second call replaces the first. `api_key` is by default MINI_APM_API_KEY. The options
+    are project_root, release, environment, with_locals and before_send, as for Client. Raises
+    BadSetting for a URL that is none or has no key.
 
     >>> uninstall = init("errors.db")
     """
@@ -6168,7 +6207,7 @@ def capture(**context: Any) -> Iterator[None]:
     """Record an exception that leaves the block, which it still does, with a context.
 
     The context also goes with whatever else is recorded within the block; its names are those of
-    record_error(). Works as a decorator too.
+    record_error(). Works as a decorator too, of functions that are neither async nor generators.
 
     >>> with capture(user_id=7, tags={"region": "eu"}):
     ...     pass
@@ -6236,7 +6275,7 @@ class _WatchedErrors:
 
     def write(self, text: str) -> Any:
         if TRACEBACK_TITLE in text:
-            self._request.noticed = sys.exc_info()[1]
+            self._request.printed_error = sys.exc_info()[1]
         return self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -6294,9 +6333,11 @@ class _SizedAnswer(_Answer):
 
 def _record_failure(request: Request, error: BaseException | None = None) -> None:
     """Record why an application answers that it failed: `error`, or what it handles now."""
-    error = error or request.noticed or sys.exc_info()[1]
-    if error is not None and error is not request.error_before:
-        record_error(error)
+    for one in (error, request.printed_error, sys.exc_info()[1]):
+        if one is not None:
+            if one is not request.error_before:
+                record_error(one)
+            return
 
 
 def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
@@ -6337,7 +6378,7 @@ def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_failure(message: Any) -> bool:
-    """Tell an ASGI message by which an application says that it failed."""
+    """Tell whether an ASGI message says that the application failed."""
     if message["type"].endswith("http.response.start"):
         return bool(message["status"] >= 500)
     return message["type"] == "websocket.close" and message.get("code") in (1011, 4500)
@@ -6390,7 +6431,8 @@ def capture_aiohttp(app: Any) -> Any:
                 record_error(error)
             raise
         finally:
-            _current_request.reset(token)
+            with contextlib.suppress(ValueError):  # closed in another context
+                _current_request.reset(token)
             scope.end()
 
     app.middlewares.insert(0, captured)
@@ -6435,7 +6477,7 @@ def _names_of_class(value: object) -> set[str]:
     return {f"{class_module(one)}.{class_name(one)}" for one in class_bases(type(value))}
 
 
-def capture_for(app: object) -> Callable[[Any], Any] | None:
+def adapter_for(app: object) -> Callable[[Any], Any] | None:
     """Return what captures an application that is neither WSGI nor ASGI, None for another one."""
     names = _names_of_class(app)
     if "aiohttp.web_app.Application" in names:
@@ -8939,9 +8981,9 @@ class Mount:
             except MiniAPMError as refusal:
                 start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
                 return [f"MiniAPM: {refusal}\n".encode()]
+            self._keep_running()
             if self._made is None or self._made[0] is not store:
                 self._made = (store, App(store, self.config))
-                self._keep_running()
             script_name = environ.get("SCRIPT_NAME", "") + self.at
             path = environ["PATH_INFO"][len(self.at) :]
             own = environ | {"SCRIPT_NAME": script_name, "PATH_INFO": path}
@@ -8975,7 +9017,7 @@ class Mount:
 
 def is_asgi(app: Any) -> bool:
     """Tell an ASGI application, which takes three arguments, from one of WSGI, which takes two."""
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(Exception):  # there may be no signature, or it is the host's code
         parameters = inspect.signature(app).parameters.values()
         needed = [
             one
@@ -9036,7 +9078,7 @@ def wrap(
     >>> application = wrap(application)
     """
     connect_signals(app)
-    if (adapt := capture_for(app)) is not None:
+    if (adapt := adapter_for(app)) is not None:
         if at is not None:
             raise BadSetting(f"at={at!r} needs a WSGI or ASGI application")
         return adapt(app)  # type: ignore[no-any-return]

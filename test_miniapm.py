@@ -4162,7 +4162,7 @@ class Huge:
         (Color.RED, "<Color.RED>"),
         (http.HTTPStatus.OK, "<HTTPStatus.OK>"),
         (KeyError("iban"), "KeyError('iban')"),
-        (TIME, "datetime.datetime(2026, 11, 25, 23, 30) in datetime.timezone.utc"),
+        (TIME, "datetime.datetime(2026, 11, 25, 23, 30) UTC"),
         (TIME.date(), "datetime.date(2026, 11, 25)"),
         (decimal.Decimal("1.50"), "Decimal('1.50')"),
         (uuid.UUID(int=7), "UUID('00000000-0000-0000-0000-000000000007')"),
@@ -4172,6 +4172,7 @@ class Huge:
         (type("Stamp", (datetime,), {})(2026, 1, 2), "Stamp(datetime.datetime(2026, 1, 2, 0, 0))"),
         (enum.Flag("Perm", "READ WRITE")(0), "<Perm.0>"),
         (TIME.isoformat, "<function isoformat>"),
+        (re.compile("a+"), "<Pattern 'a+'>"),
         (Private().__init__, "<method of <function Private.__init__>>"),
         ({unittest.mock: 1}, "{<module unittest.mock>: 1}"),
         ({Secret.PASSWORD: "hunter2"}, "{<Secret.PASSWORD>: [FILTERED]}"),
@@ -5148,7 +5149,7 @@ def test_readme_example_of_a_context_records(tmp_path: Path) -> None:
 
 def test_readme_lists_every_framework_that_wrap_is_run_with() -> None:
     (said,) = re.findall(
-        r"^`wrap` was run with (.+?)\. Each error", README, re.DOTALL | re.MULTILINE
+        r"^`wrap` is tested with (.+?)\. Each error", README, re.DOTALL | re.MULTILINE
     )
     names = {name.partition(",")[0].partition(".")[0] for name in FRAMEWORKS}
     assert {name for name in names | {"aiohttp", "tornado"} if name not in said.lower()} == set()
@@ -5936,6 +5937,58 @@ print([one.name for one in threading.enumerate()])
     assert len(reports_in(tmp_path / "errors.db")) == 3
 
 
+def test_failed_search_for_a_program_waits_once(tmp_path: Path) -> None:
+    code = f"""
+import miniapm, os
+miniapm.init("http://127.0.0.1:{free_port()}", api_key="x")
+miniapm.record_error(ValueError("waits"))
+os.environ["PATH"] = ":".join(f"/none/{{n}}" for n in range(6))
+try: os.execvp("no-such-program", ["x"])
+except FileNotFoundError: print("not found")
+os._exit(0)
+"""
+    began = time.monotonic()
+    assert run_python(tmp_path, code).stdout == "not found\n"
+    assert time.monotonic() - began < 4
+
+
+def test_report_whose_thread_could_not_start_is_delivered_at_the_end(tmp_path: Path) -> None:
+    code = """
+import miniapm, threading
+miniapm.init("errors.db")
+def start(self): raise RuntimeError("can't start new thread")
+original, threading.Thread.start = threading.Thread.start, start
+miniapm.record_error(ValueError("stranded"))
+"""
+    began = time.monotonic()
+    assert run_python(tmp_path, code).returncode == 0
+    assert time.monotonic() - began < 3.5
+    assert len(reports_in(tmp_path / "errors.db")) == 1
+
+
+def test_late_atexit_handler_is_recorded(tmp_path: Path) -> None:
+    code = """
+import atexit, logging, time
+def late():
+    time.sleep(2.2)
+    logging.error("late")
+atexit.register(late)
+import miniapm
+miniapm.init("errors.db")
+"""
+    assert run_python(tmp_path, code).returncode == 0
+    assert len(reports_in(tmp_path / "errors.db")) == 1
+
+
+@pytest.mark.parametrize("executable", [None, ""])
+def test_python_within_another_program_can_import_it(tmp_path: Path, executable: Any) -> None:
+    code = f"import sys; sys.executable = {executable!r}\nimport miniapm\nminiapm.init('e.db')\n"
+    code += "try: 1 / 0\nexcept ZeroDivisionError: miniapm.record_error()\n"
+    assert run_python(tmp_path, code).returncode == 0
+    (found,) = reports_in(tmp_path / "e.db")
+    assert found["exceptions"][0]["frames"][0]["own"] is True
+
+
 # The mark of a recorded exception.
 
 
@@ -6221,7 +6274,8 @@ def test_printed_traceback_is_recorded_as_the_exception(recorder: Recorder) -> N
         fail()
     except LookupError:
         logger.error("it went wrong\n%s", traceback.format_exc())
-    logger.error("in another place:\n%s", "".join(traceback.format_exception(caught(recurse_once))))
+    printed = "".join(traceback.format_exception(caught(recurse_once)))
+    logger.error("in another place:\n%s\nJob: 17", printed)
     first, second = recorder.reports()
     assert (first["exception_class"], first["log_message"]) == ("LookupError", "it went wrong")
     assert first["exceptions"][0]["frames"][0]["locals"]["count"] == "3"
@@ -6351,6 +6405,48 @@ def test_task_that_outlives_its_request_is_marked(recorder: Recorder) -> None:
     within, later = recorder.reports()
     assert "recorded" not in within["request"]
     assert later["request"]["recorded"] == "after the request had ended"
+
+
+class Prickliest(Exception):
+    """Raises when it, or what it is compared with, is tested for truth or merged."""
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("no truth")
+
+
+class PricklyDict(dict[str, Any]):
+    def __bool__(self) -> bool:
+        raise RuntimeError("no truth")
+
+    __or__ = __ror__ = asks("__or__")  # type: ignore[assignment]
+
+
+def test_prickly_exceptions_and_contexts_are_recorded(recorder: Recorder) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        try:
+            raise Prickliest("answered")
+        except Prickliest:
+            start_response("500 Sorry", [], sys.exc_info())
+        return [b""]
+
+    list(miniapm.wrap(app)(wsgi_environ(), lambda *_: None))
+    Counting.asked = 0
+    with miniapm.capture(tags=PricklyDict(a=1)), miniapm.capture(tags=PricklyDict(b=2)):
+        miniapm.record_error(KeyError("x"), context=PricklyDict(user_id=7))
+    assert Counting.asked == 0
+    first, second = recorder.reports()
+    assert (first["message"], first["request"]["method"]) == ("answered", "GET")
+    assert (second["user_id"], second["tags"]) == ("7", {"b": 2})
+
+
+def test_one_error_is_counted_as_dropped_once(recorder: Recorder, monkeypatch: Any) -> None:
+    error = caught(fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(miniapm, "MAX_QUEUED_REPORTS", 0)
+        for _ in range(3):
+            miniapm.record_error(error)
+    miniapm.record_error(ValueError("x"))
+    assert "1 reports were dropped" in {one["message"][:22] for one in recorder.reports()}
 
 
 def test_tags_level_release_and_environment_are_just_that(recorder: Recorder) -> None:
@@ -6841,7 +6937,11 @@ HOOKED = {
     "loguru": """
 from loguru import logger
 import miniapm
+logger.remove()
 miniapm.init("errors.db")
+class Nosy:
+    def __repr__(self): raise SystemExit("asked")
+nosy = Nosy()
 logger.error("plain {}", 3)
 try: 1 / 0
 except ZeroDivisionError: logger.bind(order=7).exception("with its exception")
