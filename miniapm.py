@@ -5513,18 +5513,6 @@ def _report_of_dropped(count: int) -> Json:
     }
 
 
-def on_fork(owner: object, **methods: str) -> None:
-    """Have methods of `owner` called around every fork, by os.register_at_fork's names."""
-    if not hasattr(os, "register_at_fork"):
-        return
-    this = weakref.ref(owner)  # hooks can't be unregistered, and must not keep the owner alive
-
-    def calling(name: str) -> Callable[[], None]:
-        return lambda: getattr(this(), name, lambda: None)()
-
-    os.register_at_fork(**{when: calling(name) for when, name in methods.items()})
-
-
 def fields_of_context(given: Any) -> Json:
     """Split a context into fields of a report and the rest; an id of a wrong type becomes text."""
     if given is None:
@@ -5549,8 +5537,8 @@ class Outbox:
     `prepare` turns a report into an Occurrence, or None to drop it; `announce` is called once,
     after the first delivery. What does not fit is counted and dropped; the count is reported when
     there is room again. A report is kept until the destination takes or refuses it. The thread
-    ends before a fork and starts again after it. Once the interpreter ends there are no threads:
-    put() delivers at once then, for FLUSH_TIMEOUT_S in all.
+    ends before a fork and starts again after it. Once the interpreter ends, no thread can be
+    started: put() then delivers by itself, for FLUSH_TIMEOUT_S in all.
     """
 
     def __init__(
@@ -5566,8 +5554,15 @@ class Outbox:
         self._announce = announce
         self._is_child = False
         self._begin()
-        hooks = {"before": "before_fork", "after_in_parent": "after_fork"}
-        on_fork(self, **hooks, after_in_child="start_anew")
+        if hasattr(os, "register_at_fork"):
+            this = weakref.ref(self)  # hooks can't be unregistered, and must not keep us alive
+            names = {"before": "before_fork", "after_in_parent": "after_fork"}
+            names["after_in_child"] = "start_anew"
+
+            def calling(name: str) -> Callable[[], None]:
+                return lambda: getattr(this(), name, lambda: None)()
+
+            os.register_at_fork(**{when: calling(name) for when, name in names.items()})
 
     def _begin(self) -> None:
         self._changed = threading.Condition()
@@ -5592,7 +5587,7 @@ class Outbox:
         self._destination.start_anew()
 
     def before_fork(self) -> None:
-        """End the thread and close the destination, for as long as that one needs at most."""
+        """End the thread and close the destination; wait its `fork_wait_s` at most."""
         self._stop_thread(time.monotonic() + self._destination.fork_wait_s)
 
     def _stop_thread(self, end_s: float) -> None:
@@ -5636,7 +5631,7 @@ class Outbox:
         return len(self._reports) >= MAX_QUEUED_REPORTS or self._is_closed
 
     def count_drop(self) -> None:
-        """Count a report that is not even described, for there is no room."""
+        """Count a report that was dropped before it was described."""
         with self._changed:
             self._dropped += 1
 
@@ -5734,19 +5729,20 @@ class Outbox:
     def _must_stop(self) -> bool:
         return self._is_closed or self._forks > 0
 
-    def _wait(self) -> bool:
-        """Wait for reports or the time of a sweep; False when the thread is to end.
+    @property
+    def _is_orphaned(self) -> bool:
+        """True in a child that was forked in a thread, when that thread has ended."""
+        return self._is_child and not threading.main_thread().is_alive()
 
-        A child that was forked in a thread ends with that thread, unless another one is left.
-        """
+    def _wait(self) -> bool:
+        """Wait for reports or the time of a sweep; False when the thread is to end."""
         longest_s = CHILD_CHECK_S if self._is_child else SWEEP_INTERVAL_S
         wait_s = max(0.0, min(longest_s, self._swept_s + SWEEP_INTERVAL_S - time.monotonic()))
         with self._changed:
             has_work = self._changed.wait_for(
                 lambda: self._reports or self._unsent or self._must_stop, wait_s
             )
-            is_orphaned = self._is_child and not has_work and not threading.main_thread().is_alive()
-            return not self._must_stop and not is_orphaned
+            return not self._must_stop and bool(has_work or not self._is_orphaned)
 
     def _take(self) -> list[tuple[Json, RecordMark | None]]:
         with self._changed:
@@ -5759,7 +5755,7 @@ class Outbox:
     def _prepared(self, reports: list[tuple[Json, RecordMark | None]]) -> Iterator[Occurrence]:
         for report, mark in reports:
             if not self._is_hurried:
-                time.sleep(YIELD_S)  # else a thread of the host waits 5 ms for its turn
+                time.sleep(YIELD_S)  # without this, the host's threads wait 5 ms for their turn
             try:
                 if (occurrence := self._prepare(report, mark)) is not None:
                     yield occurrence
@@ -5777,6 +5773,8 @@ class Outbox:
                     self._complain.say("reports wait, will try again", retry)
                 self._pause(min(max(pause_s, retry.after_s), RETRY_LONGEST_S))
                 pause_s *= 2
+                if self._is_orphaned:  # nothing else keeps the process alive
+                    self._unsent.clear()
             except Exception as error:  # noqa: BLE001 - whatever it is, the host goes on
                 self._complain.say("reports were lost", f"{type(error).__name__}: {error}")
                 self._unsent.clear()
@@ -5786,8 +5784,12 @@ class Outbox:
                 self._changed.notify_all()
 
     def _pause(self, seconds: float) -> None:
+        end_s = time.monotonic() + seconds
         with self._changed:
-            self._changed.wait_for(lambda: self._is_hurried or self._must_stop, seconds)
+            while (left_s := end_s - time.monotonic()) > 0 and not self._is_orphaned:
+                step_s = min(left_s, CHILD_CHECK_S) if self._is_child else left_s
+                if self._changed.wait_for(lambda: self._is_hurried or self._must_stop, step_s):
+                    break
             self._is_hurried = False  # one attempt at once; then the pauses go on
 
 
@@ -6224,8 +6226,15 @@ def capture(**context: Any) -> Iterator[None]:
             _given_context.reset(token)
 
 
-class _KeptInput:
-    """A wsgi.input that remembers what the application reads of it."""
+class _WatchedStream:
+    """A stream of a WSGI environ that passes everything on."""
+
+    def __init__(self, stream: Any, request: Request) -> None:
+        self._stream = stream
+        self._request = request
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def __enter__(self) -> Self:
         self._stream.__enter__()
@@ -6234,9 +6243,9 @@ class _KeptInput:
     def __exit__(self, *error: object) -> Any:
         return self._stream.__exit__(*error)
 
-    def __init__(self, stream: Any, request: Request) -> None:
-        self._stream = stream
-        self._request = request
+
+class _KeptInput(_WatchedStream):
+    """A wsgi.input that remembers what the application reads of it."""
 
     def read(self, *size: int) -> bytes:
         return self._request.keep(self._stream.read(*size))
@@ -6254,7 +6263,7 @@ class _KeptInput:
         return self._request.keep(next(self._stream))
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._stream, name)
+        found = super().__getattr__(name)
         if name != "readinto":
             return found
 
@@ -6266,20 +6275,13 @@ class _KeptInput:
         return readinto
 
 
-class _WatchedErrors:
+class _WatchedErrors(_WatchedStream):
     """A wsgi.errors that notices the exception whose traceback is written to it."""
-
-    def __init__(self, stream: Any, request: Request) -> None:
-        self._stream = stream
-        self._request = request
 
     def write(self, text: str) -> Any:
         if TRACEBACK_TITLE in text:
             self._request.printed_error = sys.exc_info()[1]
         return self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 class RequestScope:
@@ -6490,11 +6492,10 @@ def connect_signals(app: Any) -> None:
     if "pyramid.router.Router" in _names_of_class(app):
         wanted = [sys.modules["pyramid.interfaces"].INewResponse]
         attempt(app.registry.registerHandler, lambda event: attempt(_record_pyramid, event), wanted)
-    for name in ("flask", "django.core.signals"):
+    for name in ("flask", "django.core.signals", "quart"):
         if signal_ := getattr(sys.modules.get(name), "got_request_exception", None):
-            attempt(functools.partial(signal_.connect, _record_signalled, weak=False))
-    if signal_ := getattr(sys.modules.get("quart"), "got_request_exception", None):
-        attempt(functools.partial(signal_.connect, _record_signalled_async, weak=False))
+            receiver = _record_signalled_async if name == "quart" else _record_signalled
+            attempt(functools.partial(signal_.connect, receiver, weak=False))
 
 
 # --- 10. Pages ------------------------------------------------------------------------------------

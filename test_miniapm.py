@@ -5733,10 +5733,12 @@ if __name__ == "__main__":
     assert logged <= {"in the worker", "in the parent"}
 
 
-def test_child_forked_in_a_thread_ends_with_the_thread(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize("has_tracker", [True, False])
+def test_child_forked_in_a_thread_ends_with_the_thread(tmp_path: Path, has_tracker: bool) -> None:
+    where = "errors.db" if has_tracker else f"http://127.0.0.1:{free_port()}"
+    code = f"""
 import logging, miniapm, os, threading, time
-miniapm.init("errors.db")
+miniapm.init({where!r}, api_key="k")
 def work():
     child = os.fork()
     if child == 0:
@@ -5755,7 +5757,7 @@ thread.join()
 """
     done = run_python(tmp_path, code)
     assert done.stdout == "ended 0\n", done.stderr
-    assert len(reports_in(tmp_path / "errors.db")) == 1
+    assert len(reports_in(tmp_path / "errors.db")) == has_tracker
 
 
 def test_forks_in_several_threads_leave_the_recorder_alive(tmp_path: Path) -> None:
