@@ -5531,6 +5531,21 @@ def fields_of_context(given: Any) -> Json:
     return found | ({"context": context} if context else {})
 
 
+def call_around_forks(owner: object) -> None:
+    """Have before_fork(), after_fork() and, in a child, start_anew() called around every fork."""
+    this = weakref.ref(owner)  # hooks can't be unregistered, and must not keep the owner alive
+
+    def calling(name: str) -> Callable[[], None]:
+        return lambda: getattr(this(), name, lambda: None)()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=calling("before_fork"),
+            after_in_parent=calling("after_fork"),
+            after_in_child=calling("start_anew"),
+        )
+
+
 class Outbox:
     """A bounded queue and the one thread that empties it into a destination.
 
@@ -5551,18 +5566,9 @@ class Outbox:
         self._destination = destination
         self._prepare = prepare
         self._complain = complain
-        self._announce = announce
-        self._is_child = False
+        self._announce, self._is_child = announce, False
         self._begin()
-        if hasattr(os, "register_at_fork"):
-            this = weakref.ref(self)  # hooks can't be unregistered, and must not keep us alive
-            names = {"before": "before_fork", "after_in_parent": "after_fork"}
-            names["after_in_child"] = "start_anew"
-
-            def calling(name: str) -> Callable[[], None]:
-                return lambda: getattr(this(), name, lambda: None)()
-
-            os.register_at_fork(**{when: calling(name) for when, name in names.items()})
+        call_around_forks(self)
 
     def _begin(self) -> None:
         self._changed = threading.Condition()
@@ -5572,11 +5578,9 @@ class Outbox:
         self._dropped = 0
         self._is_hurried = self._is_closed = False
         self._forks = 0  # that are under way, in several threads perhaps
-        self._keeps_running = False
         self._swept_s = time.monotonic()
-        self._has_ended = False
+        self._has_ended, self._retry_s = False, 0.0
         self._end_left_s = FLUSH_TIMEOUT_S  # for what is delivered while the interpreter ends
-        self._retry_s = 0.0
         self._thread: threading.Thread | None = None
 
     def start_anew(self) -> None:
@@ -5611,7 +5615,6 @@ class Outbox:
     def keep_running(self) -> None:
         """Keep the thread running: retention must work even if nothing fails."""
         with self._changed:
-            self._keeps_running = True
             self._start()
 
     def _start(self) -> bool:
@@ -6096,13 +6099,6 @@ class Client:
         """
         import multiprocessing.process  # only a program that captures pays for it
 
-        def around_process(original: Callable[..., Any]) -> Callable[..., Any]:
-            def bootstrap(process: Any, *arguments: Any, **options: Any) -> Any:
-                process.run = self._recording(process.run)
-                return original(process, *arguments, **options)
-
-            return bootstrap
-
         process_class = multiprocessing.process.BaseProcess
         undo = [
             _hook(sys, "excepthook", lambda kind, error, tb: self._record_uncaught(error)),
@@ -6110,7 +6106,7 @@ class Client:
             _hook(sys, "unraisablehook", lambda said: self._record_uncaught(said.exc_value)),
             # Not a handler: logging's defaults and Flask's look whether the root logger has one.
             _hook(logging.Logger, "callHandlers", lambda logger, record: self.record_log(record)),
-            _replace(process_class, "_bootstrap", around_process),
+            _replace(process_class, "_bootstrap", self._recording_process),
             *(
                 _hook(os, name, lambda *_, **__: self._guard(self._outbox.flush_before_exit))
                 for name in ("_exit", "execv", "execve")
@@ -6134,6 +6130,13 @@ class Client:
     def _record_uncaught(self, error: BaseException | None) -> None:
         if error is not None:
             self.record(error)
+
+    def _recording_process(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def bootstrap(process: Any, *arguments: Any, **options: Any) -> Any:
+            process.run = self._recording(process.run)
+            return original(process, *arguments, **options)
+
+        return bootstrap
 
     def _recording(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
