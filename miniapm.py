@@ -4711,8 +4711,8 @@ def is_application_file(file: str) -> bool:
 def project_root_of(caller: types.FrameType | None) -> str:
     """Return the folder whose files are the application's, as seen by the code that called init().
 
-    The current folder, unless it is / or that code lies elsewhere: then the folder that holds it
-    or, for a module of a package, the top package.
+    That is the current folder, unless it is / or the code lies elsewhere. Then it is the folder of
+    the code or, for a module of a package, the folder that contains the top package.
     """
     folder = absolute("")
     while caller is not None and not is_application_file(caller.f_code.co_filename):
@@ -4775,7 +4775,7 @@ def add_sources(exceptions: Iterable[Json]) -> None:
 
 
 class _Room:
-    """What is left for the details of one report; `frames` is for each exception of its chain."""
+    """The room left for details of one report; `frames` counts for each exception of its chain."""
 
     def __init__(self, frames: int, writer: ValueWriter) -> None:
         self.frames, self.writer = frames, writer
@@ -4827,7 +4827,7 @@ def platform_python() -> str:
     return f"{name or sys.implementation.name} {sys.version.split()[0]}"
 
 
-# What a class derived from BaseException can't override.
+# A class derived from BaseException can't override these.
 _attributes_of = BaseException.__dict__["__dict__"]
 _traceback_of = BaseException.__dict__["__traceback__"].__get__
 _cause_of = BaseException.__dict__["__cause__"].__get__
@@ -5150,7 +5150,7 @@ class Form:
 class Request:
     """The HTTP request that is being served; what it says is looked at only for a report."""
 
-    # What the application has read of the body, and what it wrote to wsgi.errors.
+    # The part of the body that was read, and the exception printed to wsgi.errors.
     _body: bytearray | None = None
     printed_error: BaseException | None = None
     has_ended = False
@@ -6174,7 +6174,7 @@ def init(
     `where` is a tracker's URL or a database's path, by default MINI_APM_URL; without either it does
     nothing. A second call replaces the first. `api_key` is by default MINI_APM_API_KEY. The options
     are project_root, release, environment, with_locals and before_send, as for Client. Raises
-    BadSetting for a URL that is none or has no key.
+    BadSetting for a URL that is malformed or has no key.
 
     >>> uninstall = init("errors.db")
     """
