@@ -4414,6 +4414,9 @@ class_bases: Callable[[type], tuple[type, ...]] = type.__dict__["__mro__"].__get
 class_members: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
 
 
+_arguments_of = BaseException.__dict__["args"].__get__
+
+
 def class_attribute(kind: type, name: str) -> Any:
     """Return a class's own or inherited attribute without calling descriptors, else None."""
     for base in class_bases(kind):
@@ -4632,7 +4635,7 @@ class ValueWriter:
 
     def error(self, value: Any, levels: int) -> str:
         """Return an exception's arguments."""
-        return self.items(BaseException.__dict__["args"].__get__(value), levels, tuple, "  ")
+        return self.items(_arguments_of(value), levels, tuple, "  ")
 
     def json(self, value: Any, levels: int = 8) -> Any:
         """Return a bounded copy of a value as JSON; what JSON has no form for becomes text."""
@@ -4711,8 +4714,8 @@ def is_application_file(file: str) -> bool:
 def project_root_of(caller: types.FrameType | None) -> str:
     """Return the folder whose files are the application's, as seen by the code that called init().
 
-    That is the current folder, unless it is / or the code lies elsewhere. Then it is the folder of
-    the code or, for a module of a package, the folder that contains the top package.
+    That is the current folder, unless it is / or the code lies elsewhere. Then it is the folder
+    that holds the code, or the code's top package.
     """
     folder = absolute("")
     while caller is not None and not is_application_file(caller.f_code.co_filename):
@@ -4736,7 +4739,6 @@ def safe_text(value: object) -> str:
         return f"<its text raised {class_name(type(error))}>"
 
 
-_arguments_of = BaseException.__dict__["args"].__get__
 _SIZED = (str, bytes, bytearray, list, tuple, dict, set, frozenset)
 
 
@@ -5988,8 +5990,9 @@ class Client:
         self, error: BaseException, context: Any, more: Json | None = None
     ) -> None:
         mark = self._marks.of(error)
-        is_known = mark.is_delivered or self._before_send is None
-        if mark.process_id == os.getpid() and is_known:
+        if mark.process_id != os.getpid():
+            mark.is_delivered = False  # what a parent delivered before the fork is the parent's
+        elif mark.is_delivered or self._before_send is None:
             return
         if self._outbox.is_full():
             if not mark.is_counted:

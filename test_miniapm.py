@@ -6018,6 +6018,27 @@ def test_mark_is_not_seen_by_the_host_and_does_not_travel(recorder: Recorder) ->
     assert len(recorder.reports()) == 4 * 3 + 3
 
 
+@pytest.mark.parametrize("kind", ["ValueError", "Own"])
+def test_exception_that_the_parent_has_recorded_is_recorded_in_a_child(
+    tmp_path: Path, kind: str
+) -> None:
+    code = f"""
+import miniapm, os
+miniapm.init("errors.db")
+class Own(Exception): pass
+error = {kind}("in both")
+miniapm.record_error(error)
+assert miniapm._Default.client.flush(5)
+child = os.fork()
+miniapm.record_error(error)
+if child == 0: os._exit(0)
+os.waitpid(child, 0)
+"""
+    assert run_python(tmp_path, code).returncode == 0
+    found = reports_in(tmp_path / "errors.db")
+    assert len({one["process_id"] for one in found}) == len(found) == 2
+
+
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_before_send_that_drops_one_sighting_leaves_the_next(
     recorder: Recorder, is_slow: bool
