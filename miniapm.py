@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import codecs
 import collections
 import contextlib
 import contextvars
@@ -119,17 +120,20 @@ _KIBIBYTE = 1024
 _MEBIBYTE = 1024 * _KIBIBYTE
 
 MAX_BODY_BYTES = 10 * _MEBIBYTE  # the default of the setting max_body_bytes
+MAX_HELD_BYTES = 128 * _MEBIBYTE  # the default of the setting max_held_bytes
 MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it is cut off
 MAX_HEADER_BYTES = 16 * _KIBIBYTE
 MAX_KNOWN_HEADER_BYTES = _KIBIBYTE  # of a request, remembered for the next one
 MAX_KNOWN_HEADER_LINES = 30
 MAX_KNOWN_HEADERS = 200
 MAX_FORM_BYTES = 256 * _KIBIBYTE
+MAX_LOGIN_BYTES = 8 * _KIBIBYTE
 MAX_JSON_DEPTH_LEVELS = 64
 MAX_INDENTED_LEVELS = 20  # JSON that is nested deeper is shown on one line
-MAX_JSON_VALUES = 1_000_000  # commas and opening brackets of a body
+MAX_JSON_BYTES = 48 * _MEBIBYTE  # of memory that one JSON text may take once it is parsed
+WINDOW_BYTES = _MEBIBYTE  # of a large batch, looked at together
+SLICE_ERRORS = 100  # of a large batch, stored in one transaction: other writes come in between
 MAX_BATCH_ERRORS = 10_000
-MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_bytes
 MAX_ENVELOPE_ITEMS = 100
 MAX_ENVELOPE_HEADER_BYTES = 64 * _KIBIBYTE  # its own, and that of an item
 MAX_EVENT_BYTES = _MEBIBYTE
@@ -183,6 +187,7 @@ MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread 
 LOCK_STEP_S = 0.2  # how often the writer looks whether another process's lock is gone
 MAX_DRAIN_S = 10.0
 MAX_CONNECTIONS = 500
+MAX_ACCEPTED = 64  # connections in one round of the server's loop
 BACKLOG_CONNECTIONS = 1_024
 MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
 MAX_REJECTION_REASONS = 30
@@ -400,7 +405,12 @@ class Config:
     max_body_bytes: int = _setting(
         MAX_BODY_BYTES,
         _whole_number(1_000, 512 * _MEBIBYTE),
-        "largest request body that is taken",
+        "largest request body that is taken, also once it is decompressed",
+    )
+    max_held_bytes: int = _setting(
+        MAX_HELD_BYTES,
+        _whole_number(1_000_000, 64 * 1024 * _MEBIBYTE),
+        "bytes of all request bodies that are held in memory at once",
     )
     retention_days: int = _setting(
         30, _whole_number(1, 36_500), "days after which an occurrence is removed"
@@ -815,14 +825,28 @@ def read_text(raw: bytes | bytearray, at: str = "") -> str:
     `at` is the path of what is read when it is not the whole body.
     """
     what, field = at or "the body", at or None
-    if len(raw) > MAX_JSON_VALUES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        # Decoded, each of them takes some hundred bytes.
-        raise TooLarge(f"{what} has over {MAX_JSON_VALUES:,} values", field=field)
+    if len(raw) > _MEBIBYTE:
+        # One of these makes Python store all characters of a text in four bytes each.
+        raw = _FOUR_BYTE_CHARACTER.sub("\ufffd".encode(), raw)
     try:
-        return raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         said = f"{what} must be UTF-8; byte {error.start} is not"
         raise BadRequest(said, field=field) from None
+    refuse_memory(text, at)
+    return text
+
+
+_FOUR_BYTE_CHARACTER = re.compile(rb"[\xf0-\xf4][\x80-\xbf]{3}")
+
+
+def refuse_memory(text: str, at: str = "") -> None:
+    """Raise TooLarge for a JSON text that would take over MAX_JSON_BYTES once it is parsed."""
+    if len(text) <= _MEBIBYTE:  # at most some 25 times its length
+        return
+    objects = 64 * text.count("[") + 200 * text.count("{") + 24 * text.count(",")
+    if 2 * sys.getsizeof(text) + 30 * text.count('"') + objects > MAX_JSON_BYTES:
+        raise TooLarge(f"{at or 'the body'} has too many values", field=at or None)
 
 
 def parse_json(text: str, at: str = "") -> Any:
@@ -7944,7 +7968,8 @@ def read_body(environ: Environ, limit: int) -> bytes:
     if not declared and environ.get("wsgi.input_terminated"):  # chunked, not by waitress
         remaining = limit + 1
     parts = []
-    while remaining > 0 and (part := environ["wsgi.input"].read(min(remaining, _MEBIBYTE))):
+    # All in one piece where that is possible: it is then not copied.
+    while remaining > 0 and (part := environ["wsgi.input"].read(remaining)):
         parts.append(part)
         remaining -= len(part)
     # Who reads it again, as Sentry's integration for Bottle does, must not wait for ever.
@@ -8009,21 +8034,20 @@ _DECODERS: dict[str, Callable[..., bytes | bytearray]] = {
 def read_content(environ: Environ, limit: int) -> bytes | bytearray:
     """Return the request's body as it was before it was compressed.
 
-    TooLarge when it has more than `limit` bytes, or more than twice that once decoded;
-    UnsupportedType and BadRequest for a Content-Encoding that can't be undone.
+    TooLarge when it has more than `limit` bytes, before or after; UnsupportedType and BadRequest
+    for a Content-Encoding that can't be undone.
     """
     encoding = environ.get("HTTP_CONTENT_ENCODING", "").strip(" \t").lower().removeprefix("x-")
     if encoding in ("", "identity"):
         return read_body(environ, limit)
     if encoding not in _DECODERS:
         raise UnsupportedType(f"the Content-Encoding must be one of {', '.join(_DECODERS)}")
-    most = limit * MAX_DECODED_RATIO
     try:
-        decoded = _DECODERS[encoding](read_body(environ, limit), limit=most)
+        decoded = _DECODERS[encoding](read_body(environ, limit), limit=limit)
     except zlib.error as error:
         raise BadRequest(f"the body is not {encoding}, as Content-Encoding says: {error}") from None
-    if len(decoded) > most:
-        raise TooLarge(f"the body is larger than {most:,} bytes once decoded")
+    if len(decoded) > limit:
+        raise TooLarge(f"the body is larger than {limit:,} bytes once decoded")
     return decoded
 
 
@@ -8080,34 +8104,72 @@ def _refuse_length(entries: Sequence[Any]) -> None:
         raise TooLarge(f"errors has more than {MAX_BATCH_ERRORS:,} entries", field="errors")
 
 
-def _split_batch(text: str) -> list[Entry] | None:
-    """Return the entries of a batch that has nothing beside them, None for any other text."""
+def _windows(raw: bytes | bytearray) -> Iterator[str]:
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    for start in range(0, len(raw), WINDOW_BYTES):
+        end = start + WINDOW_BYTES
+        yield decode(raw[start:end], end >= len(raw))
+
+
+def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
+    """Yield each entry of a batch and its text; ValueError unless the batch has nothing else.
+
+    The body comes in pieces. No more of it is looked at together than an entry needs.
+    """
+    text, coming = next(windows, ""), next(windows, None)
     found = _BATCH_START.match(text)
-    entries: list[Entry] = []
-    while found:
+    position = found.end() if found else len(text)
+    while True:
         try:
-            value, end = _JSON_DECODER.raw_decode(text, found.end())
+            value, end = _JSON_DECODER.raw_decode(text, position)
+            found = _BATCH_NEXT.match(text, end)
         except (ValueError, RecursionError):
-            return None
-        entries.append((value, text[found.end() : end]))
-        _refuse_length(entries)
-        found = _BATCH_NEXT.match(text, end)
-        if found and not found[1]:
-            return entries
-    return None
+            found = None
+        if found and (found[1] or coming is None):
+            yield value, text[position:end]
+            if not found[1]:
+                return
+            position = found.end()
+        elif coming is None or not position:
+            raise ValueError("not a batch, or more than that")
+        else:
+            text, missing = text[position:], len(text) - position
+            while coming is not None and missing >= 0:  # twice as much, or the effort is quadratic
+                text, missing, coming = text + coming, missing - len(coming), next(windows, None)
+            refuse_memory(text)
+            position = 0
 
 
 def batch_entries(text: str) -> list[Entry]:
     """Return the entries of a batch; BadRequest if it is none."""
-    found = _split_batch(text)
-    if found is None:
+    entries: list[Entry] = []
+    try:
+        for entry in _split_batch(iter([text])):
+            entries.append(entry)
+            _refuse_length(entries)
+    except ValueError:
         data = parse_json(text)
         errors = data.get("errors") if isinstance(data, dict) else None
         if not isinstance(errors, list):
-            raise BadRequest('the body must be {"errors": [...]}', field="errors")
+            raise BadRequest('the body must be {"errors": [...]}', field="errors") from None
         _refuse_length(errors)
-        found = [(entry, None) for entry in errors]
-    return found
+        entries = [(entry, None) for entry in errors]
+    return entries
+
+
+def texts_of_large_batch(raw: bytes | bytearray) -> list[bytes] | None:
+    """Return the entries' texts of a batch that has nothing beside them, None for any other.
+
+    The values are not kept: those of a whole batch may take 25 times as much memory as its text.
+    """
+    texts: list[bytes] = []
+    try:
+        for _, text in _split_batch(_windows(raw)):
+            texts.append(text.encode())
+            _refuse_length(texts)
+    except ValueError:
+        return None
+    return texts
 
 
 def refusal_json(refusal: MiniAPMError) -> Json:
@@ -8116,16 +8178,16 @@ def refusal_json(refusal: MiniAPMError) -> Json:
     return said if refusal.field is None else {"field": refusal.field} | said
 
 
-def record_batch(
-    store: Store, project_id: int, entries: Sequence[Entry]
+def record_entries(
+    store: Store, project_id: int, entries: Sequence[Entry], first: int
 ) -> dict[int, MiniAPMError]:
     """Store the good entries in one transaction; return the refusals by index, in order.
 
-    Raises Unavailable when the store can't take any of them now.
+    `first` is the index of the first one. Raises Unavailable when the store can't take any now.
     """
     refusals: dict[int, MiniAPMError] = {}
     good: dict[int, Occurrence] = {}
-    for index, (entry, plain) in enumerate(entries):
+    for index, (entry, plain) in enumerate(entries, first):
         try:
             good[index] = parse_occurrence(entry, store.now_ms(), f"errors[{index}]", plain=plain)
         except BadRequest as refusal:
@@ -8413,33 +8475,36 @@ class Ingest:
         self._plain = PlainTexts()
         self._started_s = time.monotonic()
 
-    def _receive(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> tuple[int, str]:
-        """Return the id of the project that reports, and the body's text."""
+    def admit(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> int:
+        """Return the id of the project that reports; raise what its headers are refused for."""
         project_id = owner_of(bearer_key(environ), keys)
         if project_id is None:
             raise Unauthorized("the API key is unknown or revoked")
         require_json(environ)
-        return project_id, read_text(read_content(environ, self._max_body_bytes))
+        return project_id
+
+    def _text(self, environ: Environ) -> str:
+        return read_text(read_content(environ, self._max_body_bytes))
 
     def read_error(
         self, environ: Environ, keys: Iterable[tuple[int, bytes]]
     ) -> tuple[int, Occurrence]:
         """Return what a request reports, and the id of the project that does."""
-        project_id, text = self._receive(environ, keys)
+        project_id, text = self.admit(environ, keys), self._text(environ)
         plain = text if self._plain.includes(text) else None
         return project_id, parse_occurrence(parse_json(text), self._store.now_ms(), plain=plain)
 
     def read_batch(
         self, environ: Environ, keys: Iterable[tuple[int, bytes]]
     ) -> tuple[int, list[Entry]]:
-        """Return the entries of a batch, with their texts if plain, and the project's id."""
-        project_id, text = self._receive(environ, keys)
+        """Return the entries of a small batch, with their texts if plain, and the project's id."""
+        return self.admit(environ, keys), self._entries(self._text(environ))
+
+    def _entries(self, text: str) -> list[Entry]:
         entries = batch_entries(text)
         is_harmless = len(text) <= MAX_FAST_BYTES and self._plain.are_harmless(text)
         is_plain = is_small if is_harmless else self._plain.includes
-        return project_id, [
-            (entry, one if one and is_plain(one) else None) for entry, one in entries
-        ]
+        return [(entry, one if one and is_plain(one) else None) for entry, one in entries]
 
     def error(self) -> bottle.HTTPResponse:
         """Take one report: 202 once it is on disk."""
@@ -8451,15 +8516,45 @@ class Ingest:
 
     def batch(self) -> bottle.HTTPResponse:
         """Take several reports: 202 when any was good, with a list of those that were not."""
-        project_id, entries = self.read_batch(bottle.request.environ, self._store.keys())
-        refusals = record_batch(self._store, project_id, entries)
+        environ = bottle.request.environ
+        project_id = self.admit(environ, self._store.keys())
+        refusals: dict[int, MiniAPMError] = {}
+        count = 0
+        for entries in self._slices(read_content(environ, self._max_body_bytes)):
+            try:
+                refusals |= record_entries(self._store, project_id, entries, count)
+            except Unavailable as refusal:
+                if len(refusals) == count:  # nothing is stored: it can be sent again as a whole
+                    raise
+                refusals |= dict.fromkeys(range(count, count + len(entries)), refusal)
+            count += len(entries)
         if not refusals:
             return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
         for refusal in refusals.values():
             self._rejections.count(refusal)
-        accepted = len(entries) - len(refusals)
         rejected = [{"index": index} | refusal_json(one) for index, one in refusals.items()]
+        accepted = count - len(refusals)
         return answer_json({"accepted": accepted, "rejected": rejected}, 202 if accepted else 500)
+
+    def _slices(self, raw: bytes | bytearray) -> Iterator[list[Entry]]:
+        """Yield a batch's entries in parts that are short to store; the body is checked first."""
+        texts = texts_of_large_batch(raw) if len(raw) > MAX_FAST_BYTES else None
+        if texts is None:
+            entries = self._entries(read_text(raw))
+            for start in range(0, len(entries), SLICE_ERRORS):
+                yield entries[start : start + SLICE_ERRORS]
+            return
+        del raw
+        part: list[Entry] = []
+        size = 0
+        for text in map(bytes.decode, texts):
+            part.append((parse_json(text), text if self._plain.includes(text) else None))
+            size += len(text)
+            if len(part) == SLICE_ERRORS or size > MAX_FAST_BYTES:
+                yield part
+                part, size = [], 0
+        if part:
+            yield part
 
     def preflight(self, **_: int) -> bottle.HTTPResponse:
         """Let web pages of any origin report; the App adds the headers that say so."""
@@ -8586,7 +8681,8 @@ class Intake:
         if path == "/ingest/errors/batch":
             project_id, entries = self._ingest.read_batch(environ, keys)
             now_ms = self._store.now_ms()
-            if is_large and any(plain is None for _, plain in entries):
+            is_slow = is_large and any(plain is None for _, plain in entries)
+            if is_slow or len(entries) > SLICE_ERRORS:
                 return None
             reports = [
                 (project_id, parse_occurrence(entry, now_ms, f"errors[{index}]", plain=plain))
