@@ -134,6 +134,7 @@ MAX_JSON_BYTES = 48 * _MEBIBYTE  # of memory that one JSON text may take once it
 WINDOW_BYTES = _MEBIBYTE  # of a large batch, looked at together
 SLICE_ERRORS = 100  # of a large batch, stored in one transaction: other writes come in between
 MAX_BATCH_ERRORS = 10_000
+MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_bytes
 MAX_ENVELOPE_ITEMS = 100
 MAX_ENVELOPE_HEADER_BYTES = 64 * _KIBIBYTE  # its own, and that of an item
 MAX_EVENT_BYTES = _MEBIBYTE
@@ -193,6 +194,8 @@ MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
 MAX_REJECTION_REASONS = 30
 REJECTION_LOG_INTERVAL_S = 60.0
 MAX_SEARCH_CHARS = 200
+MAX_SEARCHES = 2  # that run at once
+MAX_SEARCH_S = 2.0
 MAX_SESSION_S = 30 * 24 * 3600
 MAX_LOGIN_DELAY_S = 60.0
 MAX_LOGIN_ADDRESSES = 1_000
@@ -405,7 +408,7 @@ class Config:
     max_body_bytes: int = _setting(
         MAX_BODY_BYTES,
         _whole_number(1_000, 512 * _MEBIBYTE),
-        "largest request body that is taken, also once it is decompressed",
+        "largest request body that is taken; compressed ones may be twice that once decoded",
     )
     max_held_bytes: int = _setting(
         MAX_HELD_BYTES,
@@ -825,28 +828,30 @@ def read_text(raw: bytes | bytearray, at: str = "") -> str:
     `at` is the path of what is read when it is not the whole body.
     """
     what, field = at or "the body", at or None
-    if len(raw) > _MEBIBYTE:
-        # One of these makes Python store all characters of a text in four bytes each.
-        raw = _FOUR_BYTE_CHARACTER.sub("\ufffd".encode(), raw)
+    refuse_memory(raw, at)
     try:
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         said = f"{what} must be UTF-8; byte {error.start} is not"
         raise BadRequest(said, field=field) from None
-    refuse_memory(text, at)
-    return text
 
 
-_FOUR_BYTE_CHARACTER = re.compile(rb"[\xf0-\xf4][\x80-\xbf]{3}")
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8
+_FOUR_BYTE_START = re.compile(rb"[\xf0-\xf4]")
 
 
-def refuse_memory(text: str, at: str = "") -> None:
-    """Raise TooLarge for a JSON text that would take over MAX_JSON_BYTES once it is parsed."""
-    if len(text) <= _MEBIBYTE:  # at most some 25 times its length
+def refuse_memory(raw: bytes | bytearray, at: str = "") -> None:
+    """Raise TooLarge for JSON that would take over MAX_JSON_BYTES of memory once it is parsed."""
+    if len(raw) <= _MEBIBYTE:  # at most some 25 times its length
         return
-    objects = 64 * text.count("[") + 200 * text.count("{") + 24 * text.count(",")
-    if 2 * sys.getsizeof(text) + 30 * text.count('"') + objects > MAX_JSON_BYTES:
-        raise TooLarge(f"{at or 'the body'} has too many values", field=at or None)
+    size = len(raw)
+    if not raw.isascii():  # one character decides how many bytes Python takes for each
+        width = 4 if _FOUR_BYTE_START.search(raw) else 2
+        size = width * len(raw.translate(None, _CONTINUATION_BYTES))
+    objects = 64 * raw.count(b"[") + 200 * raw.count(b"{") + 24 * raw.count(b",")
+    if 2 * size + 30 * raw.count(b'"') + objects > MAX_JSON_BYTES:
+        said = f"{at or 'the body'} would take too much memory: send fewer values, or shorter ones"
+        raise TooLarge(said, field=at or None)
 
 
 def parse_json(text: str, at: str = "") -> Any:
@@ -1048,6 +1053,10 @@ RELATIONS = {
     "suppressed": "Suppressed",
     "one_of": "One of the group",
 }
+_CLASS_NAME = (
+    "a string that is not empty; for an anonymous class send the name of the nearest class above"
+    " it that has one, such as StandardError"
+)
 _FRAME_FIELDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("text", "file", "function", "module", "context_line"), (str, "a string")),
     **dict.fromkeys(("lineno", "column"), (int, "a whole number from 0")),
@@ -1078,7 +1087,7 @@ def _check_exceptions(exceptions: Any, path: str) -> None:
         raise BadRequest(f"{path} must be an array of objects", field=path)
     for position, one in enumerate(exceptions):
         fields = _Fields(one, f"{path}[{position}]")
-        fields.text("exception_class", "a string that is not empty")
+        fields.text("exception_class", _CLASS_NAME)
         if one.get("message") is not None:
             fields.text("message", "a string", empty=True)
         if one.get("relation") not in (None, *RELATIONS):
@@ -1234,7 +1243,7 @@ def parse_occurrence(
     fields = _Fields(data, at, tidy)
     if not trust and (plain is None or not is_shallow(plain)):
         refuse_depth(data, at)
-    exception_class = fields.text("exception_class", "a string that is not empty")
+    exception_class = fields.text("exception_class", _CLASS_NAME)
     message = fields.text("message", "a string", empty=True)
     backtrace = fields.lines("backtrace", required=True)
     fingerprint = fields.text("fingerprint", "a string that is not empty")
@@ -2294,7 +2303,7 @@ class Envelope:
     items: tuple[tuple[str, memoryview], ...]
 
 
-def _header_line(raw: bytes | bytearray, start: int, at: str) -> tuple[Json, int]:
+def header_line(raw: bytes | bytearray, start: int, at: str) -> tuple[Json, int]:
     """Return the JSON object of the line that begins at `start`, and where the next one begins."""
     end = raw.find(b"\n", start)
     end = end if end >= 0 else len(raw)
@@ -2329,7 +2338,7 @@ def parse_envelope(raw: bytes | bytearray) -> Envelope:
     envelope or items[2]; TooLarge when there are too many.
     """
     view = memoryview(raw)
-    header, position = _header_line(raw, 0, "the envelope")
+    header, position = header_line(raw, 0, "the envelope")
     items: list[tuple[str, memoryview]] = []
     while position < len(raw):
         if blank := _NEWLINES.match(raw, position):
@@ -2338,7 +2347,7 @@ def parse_envelope(raw: bytes | bytearray) -> Envelope:
         at = f"items[{len(items)}]"
         if len(items) == MAX_ENVELOPE_ITEMS:
             raise TooLarge(f"the envelope has over {MAX_ENVELOPE_ITEMS} items", field=at)
-        item_header, start = _header_line(raw, position, at)
+        item_header, start = header_line(raw, position, at)
         position = _payload_end(raw, start, item_header, at)
         items.append((_text(item_header.get("type")), view[start:position]))
     return Envelope(header, tuple(items))
@@ -7980,6 +7989,99 @@ def read_body(environ: Environ, limit: int) -> bytes:
     return body
 
 
+REFUSAL_KEY = "miniapm.refusal"  # of an environ whose body was not kept: why
+
+
+class BodyBudget:
+    """Counts the bytes of all request bodies that are held, up to a limit."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._left = most_bytes
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> bool:
+        """Count some bytes more, or return False when there is no room for them."""
+        with self._lock:
+            has_room = count <= self._left
+            self._left -= count if has_room else 0
+        return has_room
+
+    def give_back(self, count: int) -> None:
+        """Make room again."""
+        with self._lock:
+            self._left += count
+
+
+@dataclass(frozen=True, slots=True)
+class BodyRule:
+    """How much of a request's body is worth keeping, as its headers tell.
+
+    Where they don't tell who sends it, `check` looks at what has arrived until it returns True;
+    it raises what the body is refused for.
+    """
+
+    limit_bytes: int
+    check: Callable[[bytes], bool] | None = None
+
+
+class HeldBody:
+    """A request's body in memory, as it arrives; nothing is kept of one that is refused.
+
+    What is beyond the limit is dropped, and one byte too many tells the App. The methods are
+    those of waitress's buffers.
+    """
+
+    def __init__(self, budget: BodyBudget, rule: BodyRule | MiniAPMError) -> None:
+        self.refusal = rule if isinstance(rule, MiniAPMError) else None
+        self._budget = budget
+        self._rule = BodyRule(0) if isinstance(rule, MiniAPMError) else rule
+        self._check = self._rule.check
+        self._file = io.BytesIO()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, data: bytes) -> None:
+        """Keep what is worth it."""
+        data = data[: max(0, self._rule.limit_bytes + 1 - self._size)]
+        if self.refusal is not None or not data:
+            return
+        try:
+            if not self._budget.take(len(data)):
+                raise Unavailable("too many large bodies arrive at once", retry_after_s=2)
+            self._size += len(data)
+            self._file.write(data)
+            if self._check is not None and self._check(self._file.getvalue()):
+                self._check = None
+        except MiniAPMError as refusal:
+            self.close()
+            self.refusal = refusal
+
+    def get(self) -> bytes:
+        """Return all of it."""
+        return self._file.getvalue()
+
+    def replace(self, data: bytes | bytearray) -> bool:
+        """Keep this instead, unless it is beyond the limit; tell whether it was kept."""
+        if len(data) > self._rule.limit_bytes:
+            return False
+        self.close()
+        self._check = None
+        self.append(bytes(data))
+        return True
+
+    def getfile(self) -> io.BytesIO:
+        """Hand it over as a file, which does not copy it."""
+        file, self._file = io.BytesIO(self._file.getvalue()), io.BytesIO()
+        return file
+
+    def close(self) -> None:
+        """Drop it; no part of the budget is used any more."""
+        self._budget.give_back(self._size)
+        self._file, self._size = io.BytesIO(), 0
+
+
 def _inflate(raw: bytes, wbits: int, limit: int) -> bytes:
     """Undo gzip (wbits 31, RFC 1952), zlib (15, RFC 1950) or bare deflate (-15, RFC 1951)."""
     engine = zlib.decompressobj(wbits)
@@ -8034,27 +8136,28 @@ _DECODERS: dict[str, Callable[..., bytes | bytearray]] = {
 def read_content(environ: Environ, limit: int) -> bytes | bytearray:
     """Return the request's body as it was before it was compressed.
 
-    TooLarge when it has more than `limit` bytes, before or after; UnsupportedType and BadRequest
-    for a Content-Encoding that can't be undone.
+    TooLarge when it has more than `limit` bytes, or more than twice that once decoded;
+    UnsupportedType and BadRequest for a Content-Encoding that can't be undone.
     """
     encoding = environ.get("HTTP_CONTENT_ENCODING", "").strip(" \t").lower().removeprefix("x-")
     if encoding in ("", "identity"):
         return read_body(environ, limit)
     if encoding not in _DECODERS:
         raise UnsupportedType(f"the Content-Encoding must be one of {', '.join(_DECODERS)}")
+    most = limit * MAX_DECODED_RATIO
     try:
-        decoded = _DECODERS[encoding](read_body(environ, limit), limit=limit)
+        decoded = _DECODERS[encoding](read_body(environ, limit), limit=most)
     except zlib.error as error:
         raise BadRequest(f"the body is not {encoding}, as Content-Encoding says: {error}") from None
-    if len(decoded) > limit:
-        raise TooLarge(f"the body is larger than {limit:,} bytes once decoded")
+    if len(decoded) > most:
+        raise TooLarge(f"the body is larger than {most:,} bytes once decoded")
     return decoded
 
 
-def read_form(environ: Environ) -> dict[str, list[str]]:
+def read_form(environ: Environ, limit: int = MAX_FORM_BYTES) -> dict[str, list[str]]:
     """Return the fields of a submitted form."""
     try:
-        text = read_body(environ, MAX_FORM_BYTES).decode("utf-8", "replace")
+        text = read_body(environ, limit).decode("utf-8", "replace")
         return urllib.parse.parse_qs(text, keep_blank_values=True, max_num_fields=10_000)
     except ValueError:
         raise BadRequest("the form has too many fields") from None
@@ -8136,7 +8239,7 @@ def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
             text, missing = text[position:], len(text) - position
             while coming is not None and missing >= 0:  # twice as much, or the effort is quadratic
                 text, missing, coming = text + coming, missing - len(coming), next(windows, None)
-            refuse_memory(text)
+            refuse_memory(text.encode())
             position = 0
 
 
@@ -8354,6 +8457,19 @@ class PasswordGate:
         return hmac.new(self._hash, text.encode(), "sha256").hexdigest()
 
 
+def is_large(environ: Environ) -> bool:
+    """Tell whether a report may take much memory once it is decoded."""
+    size = environ.get("CONTENT_LENGTH") or ""
+    is_long = bool(_DIGITS.fullmatch(size)) and int(size) > MAX_FAST_BYTES
+    return is_long or "HTTP_CONTENT_ENCODING" in environ
+
+
+def is_search(environ: Environ) -> bool:
+    """Tell whether a request reads all errors."""
+    path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
+    return path.endswith(("/errors", "/errors.json")) and bool(re.search("(?:^|&)q=.", query))
+
+
 def is_public(path: str) -> bool:
     """Tell whether a path is open without a session."""
     return path == "/login" or path.startswith("/assets/")
@@ -8460,7 +8576,10 @@ def answer_json(
     value: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> bottle.HTTPResponse:
     """Answer with a JSON value."""
-    more = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    more = {"Content-Type": "application/json"}
+    if not is_ingest(bottle.request.environ["PATH_INFO"]):
+        # Chromium never ends a request whose answer says so and is not read, as SDKs do.
+        more["Cache-Control"] = "no-store"
     text = json.dumps(value, ensure_ascii=False)
     return bottle.HTTPResponse(text, status, more | dict(headers or {}))
 
@@ -8530,8 +8649,8 @@ class Ingest:
             count += len(entries)
         if not refusals:
             return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
-        for refusal in refusals.values():
-            self._rejections.count(refusal)
+        for one in refusals.values():
+            self._rejections.count(one)
         rejected = [{"index": index} | refusal_json(one) for index, one in refusals.items()]
         accepted = count - len(refusals)
         return answer_json({"accepted": accepted, "rejected": rejected}, 202 if accepted else 500)
@@ -8598,6 +8717,25 @@ class SentryIngest:
             )
         if project_id not in owners:
             raise Forbidden(f"the key of the DSN is not one of project {project_id}")
+
+    def body_rule(
+        self, environ: Environ, project_id: int, form: str, keys: Sequence[tuple[int, bytes]]
+    ) -> BodyRule:
+        """Return how much to keep of a body; raise what its headers are refused for."""
+        if (key := sentry_key(environ)) or form == "store":
+            self.admit(key, project_id, keys)
+            return BodyRule(self._max_body_bytes)
+        is_compressed = "HTTP_CONTENT_ENCODING" in environ
+
+        def admit_start(start: bytes) -> bool:
+            """Admit by the DSN in the envelope's first line, once that is there."""
+            if (is_compressed or b"\n" not in start) and len(start) <= MAX_ENVELOPE_HEADER_BYTES:
+                return False
+            header: Json = {} if is_compressed else header_line(start, 0, "the envelope")[0]
+            self.admit(key_of_dsn(header.get("dsn")), project_id, keys)
+            return True
+
+        return BodyRule(self._max_body_bytes, admit_start)
 
     def read(self, environ: Environ, parse: Callable[[bytes | bytearray], Envelope]) -> Envelope:
         """Return the envelope that a request brings."""
@@ -8718,9 +8856,9 @@ class Dashboard:
         self._gate = gate
         self._rejections = rejections
 
-    def has_session(self) -> bool:
-        """Tell whether the request may see pages: always when there is no password."""
-        return self._gate is None or self._gate.accepts(session_of(bottle.request.environ))
+    def has_session(self, environ: Environ) -> bool:
+        """Tell whether a request may see pages: always when there is no password."""
+        return self._gate is None or self._gate.accepts(session_of(environ))
 
     def html(
         self,
@@ -8730,7 +8868,7 @@ class Dashboard:
         **values: Any,
     ) -> bottle.HTTPResponse:
         """Answer with a page."""
-        show_nav = self.has_session()
+        show_nav = self.has_session(bottle.request.environ)
         shown = {"show_nav": show_nav, "show_logout": show_nav and self._gate is not None}
         trouble = self._store.trouble if show_nav else ""
         root = root_of(bottle.request.environ)
@@ -8864,7 +9002,8 @@ class Dashboard:
     def login(self) -> bottle.HTTPResponse:
         """Show the login form."""
         target = local_path(read_query(bottle.request.environ).get("next", ""))
-        return redirect(target) if self.has_session() else self._login_form(target)
+        has_session = self.has_session(bottle.request.environ)
+        return redirect(target) if has_session else self._login_form(target)
 
     def _login_form(self, target: str, problem: MiniAPMError | None = None) -> bottle.HTTPResponse:
         status = problem.status if problem else 200
@@ -8873,7 +9012,8 @@ class Dashboard:
 
     def log_in(self) -> bottle.HTTPResponse:
         """Check the password and start a session."""
-        form, address = read_form(bottle.request.environ), bottle.request.environ["REMOTE_ADDR"]
+        environ = bottle.request.environ
+        form, address = read_form(environ, MAX_LOGIN_BYTES), environ["REMOTE_ADDR"]
         target = local_path(form.get("next", [""])[0])
         if self._gate is None:
             return redirect(target)
@@ -8909,7 +9049,7 @@ class App:
     """
 
     def __init__(self, store: Store, config: Config, log: Log = lambda _: None) -> None:
-        self._config = config
+        self._config, self._store = config, store
         gate = None
         if config.password is not None:
             gate = PasswordGate(config.password, store)
@@ -8918,6 +9058,7 @@ class App:
         self._sentry = SentryIngest(store, config.max_body_bytes, self.rejections)
         self._dashboard = Dashboard(store, gate, self.rejections)
         self.intake = Intake(store, self._ingest, self._sentry)
+        self._large_turn = threading.Semaphore()
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._unhandled
         for path, method, handler in self.routes():
@@ -8964,20 +9105,60 @@ class App:
         answer: Iterable[bytes] = self._bottle(environ, start)
         return answer
 
+    def body_rule(self, environ: Environ) -> BodyRule | MiniAPMError:
+        """Return how much of a request's body to keep, or what its headers are refused for."""
+        path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
+        try:
+            if is_post and path in ("/ingest/errors", "/ingest/errors/batch"):
+                self._ingest.admit(environ, self._store.keys())
+                return BodyRule(self._config.max_body_bytes)
+            if is_post and (found := _SENTRY_PATH.fullmatch(path)):
+                keys = self._store.keys()
+                return self._sentry.body_rule(environ, int(found[1]), found[2], keys)
+        except MiniAPMError as refusal:
+            return refusal
+        if is_post and path == "/login":
+            return BodyRule(MAX_LOGIN_BYTES)
+        is_form = is_post and not is_machine_path(path) and self._dashboard.has_session(environ)
+        return BodyRule(MAX_FORM_BYTES if is_form else 0)
+
     def _answer(
         self, handler: Callable[..., bottle.HTTPResponse], **arguments: str
     ) -> bottle.HTTPResponse:
         if is_sentry(bottle.request.environ["PATH_INFO"]):
             attempt(leave_untraced)
+        environ = bottle.request.environ
         try:
-            self._admit(bottle.request.environ)
+            self._admit(environ)
             numbers = {name: int(v) for name, v in arguments.items() if name.endswith("_id")}
-            return handler(**arguments | numbers)
+            with self._turn_for(environ):
+                return handler(**arguments | numbers)
         except MiniAPMError as refusal:
             return self._refuse(refusal)
 
+    @contextlib.contextmanager
+    def _turn_for(self, environ: Environ) -> Iterator[None]:
+        """Let one large report at a time be decoded: together they would fill the memory."""
+        if not is_ingest(environ["PATH_INFO"]) or not is_large(environ):
+            yield
+            return
+        if isinstance(rule := self.body_rule(environ), MiniAPMError):
+            raise rule
+        # All of it has to be here first: a slow client must not make the others wait.
+        body = read_body(environ, rule.limit_bytes)
+        environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+        del body
+        if not self._large_turn.acquire(timeout=MAX_WAIT_S):
+            raise Unavailable("too many large reports arrive at once", retry_after_s=2)
+        try:
+            yield
+        finally:
+            self._large_turn.release()
+
     def _admit(self, environ: Environ) -> None:
         path = environ["PATH_INFO"]
+        if REFUSAL_KEY in environ:
+            raise environ[REFUSAL_KEY]
         if is_machine_path(path):
             return
         check_host(environ, self._config)
@@ -8985,7 +9166,7 @@ class App:
             check_peer(environ)
         if environ["REQUEST_METHOD"] == "POST":
             check_same_origin(environ)
-        if not is_public(path) and not self._dashboard.has_session():
+        if not is_public(path) and not self._dashboard.has_session(environ):
             raise Unauthorized("log in first")
 
     def _refuse(self, refusal: MiniAPMError) -> bottle.HTTPResponse:
@@ -9309,41 +9490,58 @@ def _strict_parser_class() -> Any:
     return Parser
 
 
-def _parser_class(max_body_bytes: int) -> Any:
-    """Return the strict parser with two differences.
+RuleOf = Callable[[Environ], BodyRule | MiniAPMError]
 
-    Bodies that are too large are read to their end: cut off in the middle of sending, most
-    clients never see the 413. What is beyond the limit is dropped, and one byte too many tells
-    the App. And headers with a body that come again byte for byte, as those of a client with one
-    connection do, are not parsed again.
+
+def environ_of_headers(request: Any) -> Environ:
+    """Return what a request of waitress's parser says but for its body, as a WSGI environ."""
+    environ = {f"HTTP_{name}": value for name, value in request.headers.items()}
+    return environ | {
+        "REQUEST_METHOD": request.command,
+        "PATH_INFO": request.path,
+        "QUERY_STRING": request.query,
+        "SCRIPT_NAME": "",
+        "CONTENT_TYPE": request.headers.get("CONTENT_TYPE", ""),
+        "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH", ""),
+    }
+
+
+def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
+    """Return the strict parser with three differences.
+
+    Of a body no more is kept than it is worth, in memory. Those that are refused are read to
+    their end: cut off in the middle of sending, most clients never see the answer. And headers
+    with a body that come again byte for byte, as those of a client with one connection do, are
+    not parsed again within a second.
     """
-    import waitress.buffers  # type: ignore[import-untyped]
     from waitress.receiver import FixedStreamReceiver  # type: ignore[import-untyped]
 
-    class Buffer(waitress.buffers.OverflowableBuffer):  # type: ignore[misc]
-        def append(self, data: bytes) -> None:
-            super().append(data[: max(0, max_body_bytes + 1 - self.__len__())])
-
     known: dict[bytes, dict[str, Any]] = {}  # headers, and what parse_header() made of them
+    forgotten_s = 0.0  # when `known` was last emptied
 
     class Parser(_strict_parser_class()):  # type: ignore[misc]
         def parse_header(self, header: bytes) -> None:
+            nonlocal forgotten_s
+            if (now_s := time.monotonic()) - forgotten_s > 1 or len(known) > MAX_KNOWN_HEADERS:
+                known.clear()
+                forgotten_s = now_s
             if (parts := known.get(header)) is not None:
                 self.__dict__.update(parts, headers=dict(parts["headers"]))
                 self.body_rcv = FixedStreamReceiver(self.content_length, None)
             else:
                 self._parse_new_header(header)
             if self.body_rcv is not None:
-                self.body_rcv.buf = Buffer(self.adj.inbuf_overflow)
+                self.body_rcv.buf = HeldBody(budget, self.rule)
 
         def _parse_new_header(self, header: bytes) -> None:
             own = {*self.__dict__, "body_rcv"}  # what is not made of the header alone
             super().parse_header(header)
+            if self.body_rcv is None:
+                return
+            self.rule = rule_of(environ_of_headers(self))
             is_short = len(header) <= MAX_KNOWN_HEADER_BYTES
             is_short = is_short and len(self.headers) <= MAX_KNOWN_HEADER_LINES
             if is_short and self.content_length and not self.chunked:
-                if len(known) >= MAX_KNOWN_HEADERS:
-                    known.clear()
                 parts = {name: self.__dict__[name] for name in self.__dict__.keys() - own}
                 known[header] = parts | {"headers": dict(self.headers)}
 
@@ -9362,11 +9560,12 @@ class _Answered:
         self._channel.write_soon(self._data)
 
 
-def _channel_class(max_body_bytes: int) -> Any:
+def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
     """Return waitress's channel with three differences.
 
-    Large bodies are read to their end. What waitress refuses by itself it says in JSON, to pages
-    of any origin. And a request whose `answer` is set is answered with that.
+    It keeps of bodies what the rule says, and tells the App when it refused one. What waitress
+    refuses by itself it says in JSON, to pages of any origin. And a request whose `answer` is
+    set is answered with that.
     """
     import waitress.channel  # type: ignore[import-untyped]
     import waitress.task  # type: ignore[import-untyped]
@@ -9381,16 +9580,39 @@ def _channel_class(max_body_bytes: int) -> Any:
             self.set_close_on_finish()
             self.write(body)
 
+    class Task(waitress.task.WSGITask):  # type: ignore[misc]
+        def get_environment(self) -> Environ:
+            environ: Environ = super().get_environment()
+            receiver = self.request.body_rcv
+            if receiver is not None and receiver.getbuf().refusal is not None:
+                environ[REFUSAL_KEY] = receiver.getbuf().refusal
+            return environ
+
     class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-        parser_class = _parser_class(max_body_bytes)
+        parser_class = _parser_class(rule_of, budget)
         error_task_class = ErrorTask
         answer: bytes | None = None  # to the first request, when FastIngest has one
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.completed_s = time.monotonic()  # when the last request was there in full
+
+        def received(self, data: bytes) -> bool:
+            is_taken: bool = super().received(data)
+            if self.requests:
+                self.completed_s = time.monotonic()
+            return is_taken
 
         def task_class(self, channel: Any, request: Any) -> Any:
             data, self.answer = self.answer, None
             if data is None:
-                return waitress.task.WSGITask(channel, request)
+                return Task(channel, request)
             return _Answered(channel, request, data)
+
+        def handle_close(self) -> None:
+            if self.request is not None:  # which had not arrived in full
+                self.request.close()
+            super().handle_close()
 
     return Channel
 
@@ -9402,12 +9624,48 @@ def fast_answer(status: str, body: bytes, now_s: int) -> bytes:
         ("Content-Type", "application/json"),
         ("Content-Length", str(len(body))),
         ("Date", email.utils.formatdate(now_s, usegmt=True)),
-        *([("Cache-Control", "no-store")] if body else []),
         *EVERY_HEADERS,
         *CORS_HEADERS,
     ]
     lines = [f"HTTP/1.1 {status}", *(f"{name}: {text}" for name, text in headers)]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body
+
+
+def is_body_refused(request: Any) -> bool:
+    """Tell whether nothing of a waitress request's body was kept."""
+    return request.body_rcv is not None and request.body_rcv.getbuf().refusal is not None
+
+
+class Lanes:
+    """Hands requests to threads; those that take long have their own, and nobody waits for them.
+
+    Of waitress it relies on `task.ThreadedTaskDispatcher`, and on what FastIngest names.
+    """
+
+    def __init__(self, server: Any) -> None:
+        import waitress.task
+
+        self._short = server.task_dispatcher
+        self._large, self._searches = (waitress.task.ThreadedTaskDispatcher() for _ in range(2))
+        self._large.set_thread_count(1)
+        self._searches.set_thread_count(MAX_SEARCHES)
+
+    def add_task(self, channel: Any) -> None:
+        """Let a channel's first request be answered; called from any thread."""
+        request, lane = channel.requests[0], self._short
+        if request.error is None and not is_body_refused(request):
+            environ = environ_of_headers(request)
+            if is_search(environ):
+                lane = self._searches
+            elif is_ingest(request.path) and is_large(environ):
+                lane = self._large
+        lane.add_task(channel)
+
+    def shutdown(self, timeout_s: float) -> None:
+        """Finish what is being answered, and drop what waits."""
+        end_s = time.monotonic() + timeout_s
+        for lane in (self._short, self._large, self._searches):
+            lane.shutdown(timeout=max(0.1, end_s - time.monotonic()))
 
 
 class FastIngest:
@@ -9425,7 +9683,7 @@ class FastIngest:
 
     def __init__(self, server: Any, intake: Intake, store: Store, log: Log | None) -> None:
         self._server, self._intake, self._store, self._log = server, intake, store, log
-        self._pool_task = server.add_task
+        self._pool_task = server.add_task  # of Lanes
         self._waiting: collections.deque[Any] = collections.deque()
         server.add_task = self.add_task
 
@@ -9439,6 +9697,9 @@ class FastIngest:
     def _may_take(self, request: Any) -> bool:
         if request.error is not None or request.command != "POST" or request.version != "1.1":
             return False
+        if request.body_rcv is None or is_body_refused(request):
+            return False
+        self._undo_compression(request)
         headers = request.headers
         return (
             is_ingest(request.path)
@@ -9446,6 +9707,20 @@ class FastIngest:
             and "CONTENT_ENCODING" not in headers
             and headers.get("CONNECTION", "keep-alive").lower() == "keep-alive"
         )
+
+    def _undo_compression(self, request: Any) -> None:
+        """Decode a small body in place; any other is left to the App."""
+        if "CONTENT_ENCODING" not in request.headers or not is_ingest(request.path):
+            return
+        body = request.body_rcv.getbuf()
+        environ = environ_of_headers(request) | {"wsgi.input": io.BytesIO(body.get())}
+        try:
+            decoded = read_content(environ, MAX_FAST_BYTES // MAX_DECODED_RATIO)
+        except MiniAPMError:
+            return
+        if body.replace(decoded):
+            del request.headers["CONTENT_ENCODING"]
+            request.headers["CONTENT_LENGTH"] = str(len(decoded))
 
     def has_waiting(self) -> bool:
         """Tell whether there is something to do, such as a connection's next request."""
@@ -9504,16 +9779,7 @@ class FastIngest:
 
     def _read(self, request: Any, keys: Sequence[tuple[int, bytes]]) -> Delivery | None:
         body = request.body_rcv.getbuf().get() if request.body_rcv is not None else b""
-        environ = {f"HTTP_{name}": value for name, value in request.headers.items()}
-        environ |= {
-            "REQUEST_METHOD": request.command,
-            "PATH_INFO": request.path,
-            "QUERY_STRING": request.query,
-            "SCRIPT_NAME": "",
-            "CONTENT_TYPE": request.headers.get("CONTENT_TYPE", ""),
-            "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH", ""),
-            "wsgi.input": io.BytesIO(body),
-        }
+        environ = environ_of_headers(request) | {"wsgi.input": io.BytesIO(body)}
         try:
             return self._intake.read(environ, keys)
         except Exception:  # noqa: BLE001 - whatever it is, the App refuses it properly
@@ -9603,14 +9869,20 @@ class Server:
             threads=8,
             backlog=BACKLOG_CONNECTIONS,
             recv_bytes=64 * _KIBIBYTE,
-            connection_limit=MAX_CONNECTIONS,
+            connection_limit=sys.maxsize,  # see _accept
+            outbuf_overflow=sys.maxsize,  # no temporary files, they can't be written everywhere
             channel_timeout=MAX_IDLE_S,
             cleanup_interval=5,
             max_request_header_size=MAX_HEADER_BYTES,
             max_request_body_size=MAX_SWALLOWED_BYTES,
             clear_untrusted_proxy_headers=True,
         )
-        self._server.channel_class = _channel_class(config.max_body_bytes)
+        budget = BodyBudget(config.max_held_bytes)
+        self._server.channel_class = _channel_class(app.body_rule, budget)
+        self._lanes = Lanes(self._server)
+        self._server.add_task = self._lanes.add_task
+        self._accept_one = self._server.handle_accept
+        self._server.handle_accept = self._accept
         self._fast = self._fast_ingest(app, store, log_line if config.verbose else None)
         self._rejections = app.rejections
         self._shutdown = shutdown
@@ -9641,6 +9913,18 @@ class Server:
         if self._fast is not None:
             self._fast.run()
 
+    def _accept(self) -> None:
+        """Accept what waits; at the limit, who has waited longest without a request gives way."""
+        channels = self._server.active_channels
+        for _ in range(MAX_ACCEPTED):
+            known = len(channels)
+            self._accept_one()
+            if len(channels) == known:
+                break
+            if known >= MAX_CONNECTIONS:
+                idle = [one for one in channels.values() if not one.requests]
+                min(idle, key=operator.attrgetter("completed_s")).handle_close()
+
     def _drain(self) -> None:
         """Answer every request that has arrived, for MAX_DRAIN_S at most."""
         end_s = time.monotonic() + MAX_DRAIN_S
@@ -9662,7 +9946,7 @@ class Server:
                 if not (channel.requests or channel.total_outbufs_len or arrives):
                     channel.handle_close()
             self._round(0.05)
-        self._server.task_dispatcher.shutdown(timeout=max(0.1, end_s - time.monotonic()))
+        self._lanes.shutdown(end_s - time.monotonic())
 
 
 def welcome(url: str, path: str, project: Project, config: Config) -> str:

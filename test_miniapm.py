@@ -12249,7 +12249,8 @@ def test_body_of_countless_values_is_413_before_it_is_decoded(
     before = peak_memory(server)
     for path in ("/ingest/errors", "/ingest/errors/batch"):
         answer = requests.post(server.url + path, data=body, headers=headers, timeout=60)
-        assert (answer.status_code, "values" in answer.json()["error"]) == (413, True)
+        said = re.search("too much memory|more than 10,000 entries", answer.text)
+        assert (answer.status_code, bool(said)) == (413, True), answer.text
     assert peak_memory(server) - before <= 64 * 2**20
 
 
