@@ -132,7 +132,7 @@ MAX_JSON_DEPTH_LEVELS = 64
 MAX_INDENTED_LEVELS = 20  # JSON that is nested deeper is shown on one line
 MAX_JSON_BYTES = 48 * _MEBIBYTE  # of memory that one JSON text may take once it is parsed
 WINDOW_BYTES = _MEBIBYTE  # of a large batch, looked at together
-SLICE_ERRORS = 100  # of a large batch, stored in one transaction: other writes come in between
+SLICE_ERRORS = 500  # of a large batch, stored in one transaction: other writes come in between
 MAX_BATCH_ERRORS = 10_000
 MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_bytes
 MAX_ENVELOPE_ITEMS = 100
@@ -199,6 +199,8 @@ MAX_SEARCH_S = 2.0
 MAX_SESSION_S = 30 * 24 * 3600
 MAX_LOGIN_DELAY_S = 60.0
 MAX_LOGIN_ADDRESSES = 1_000
+MAX_LOGIN_BURST = 10  # wrong passwords from all addresses together, then one each LOGIN_PAUSE_S
+LOGIN_PAUSE_S = 6.0
 
 PAGE_ERRORS = 50  # rows on one page of the list
 SWEEP_STEP_ROWS = 500  # what retention removes in one transaction, fewer where it takes longer
@@ -3419,12 +3421,16 @@ def _savepoint(db: sqlite3.Connection) -> Iterator[None]:
 Work = Callable[[sqlite3.Connection], Any]
 
 
-def _file_identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
+def _file_identities(path: str) -> list[tuple[int, int] | None]:
+    """Return what tells a database and its two companions from files of the same names."""
+    found: list[tuple[int, int] | None] = []
+    for name in (path, path + "-wal", path + "-shm"):
+        try:
+            status = os.stat(name)
+            found.append((status.st_dev, status.st_ino))
+        except FileNotFoundError:
+            found.append(None)
+    return found
 
 
 def lack_of_space(path: str) -> str:
@@ -3479,12 +3485,12 @@ class Checkpointer:
         if self._commits % CHECKPOINT_COMMITS:
             return
         if not self._has_thread:
-            self._copy(db)
+            self.copy(db)
             return
         self.copy_soon()
         with contextlib.suppress(OSError):
             if os.path.getsize(self._path + "-wal") > MAX_WAL_BYTES:
-                self._copy(db)
+                self.copy(db)
 
     def copy_soon(self) -> None:
         """Copy, which also shortens the file when there is less in it."""
@@ -3510,9 +3516,10 @@ class Checkpointer:
             while not self._is_closed:
                 self._is_due.wait()
                 self._is_due.clear()
-                self._copy(db)
+                self.copy(db)
 
-    def _copy(self, db: sqlite3.Connection) -> None:
+    def copy(self, db: sqlite3.Connection) -> None:
+        """Copy what can be copied now, in the calling thread."""
         with self._copying, contextlib.suppress(sqlite3.Error):  # the next one will say why not
             db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
@@ -3527,7 +3534,7 @@ class Writer:
     def __init__(self, db: sqlite3.Connection, path: str, *, threads: bool, wait_s: float) -> None:
         self._db = db
         self._path = path
-        self._file = _file_identity(path)
+        self._files: list[tuple[int, int] | None] = []  # from the first transaction on
         self._jobs: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
         self._turn = threading.Lock()  # held while the connection is used
@@ -3661,10 +3668,11 @@ class Writer:
     def _transaction(self) -> Iterator[None]:
         """Commit what the block writes in the transaction that has begun, or undo it."""
         try:
-            if _file_identity(self._path) != self._file:  # SQLite would go on and tell nobody
-                raise MiniAPMError(f"{self._path} was deleted or replaced; start the server anew")
+            self._files = self._files or _file_identities(self._path)
+            self._refuse_other_files()
             yield
             self._db.execute("COMMIT")
+            self._refuse_other_files()
         except BaseException as error:
             if isinstance(error, (sqlite3.Error, MiniAPMError)):
                 self.trouble = str(_refusal_of(error))
@@ -3672,9 +3680,20 @@ class Writer:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
             self.after_undo()
+            if self.has_other_files():  # what is in a log without a name is lost with the process
+                self.checkpointer.copy(self._db)
             raise
         self.trouble = ""
         self.checkpointer.count_commit(self._db)
+
+    def has_other_files(self) -> bool:
+        """Tell whether a file of the database was deleted or replaced: SQLite does not notice."""
+        return bool(self._files) and _file_identities(self._path) != self._files
+
+    def _refuse_other_files(self) -> None:
+        if self.has_other_files():
+            said = "(with -wal and -shm) was deleted or replaced; start the server anew"
+            raise MiniAPMError(f"{self._path} {said}")
 
     def _commit(self, jobs: list[_Job]) -> None:
         try:
@@ -4029,6 +4048,23 @@ class Readers:
             self._is_abandoned = True
 
 
+@contextlib.contextmanager
+def _search_time(db: sqlite3.Connection) -> Iterator[None]:
+    """Stop the block's statements after MAX_SEARCH_S, and say so by Unavailable."""
+    end_s = time.monotonic() + MAX_SEARCH_S
+    # 1,000 steps of SQLite's machine are some 30 rows of a search.
+    db.set_progress_handler(lambda: time.monotonic() > end_s, 1_000)
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+            raise
+        said = f"the search was stopped after {MAX_SEARCH_S:g} s; name a field, such as file:, or"
+        raise Unavailable(f"{said} a time, such as since:1d", field="q") from None
+    finally:
+        db.set_progress_handler(None, 0)
+
+
 class Store:
     """Everything that is kept, in one SQLite database.
 
@@ -4065,6 +4101,13 @@ class Store:
     def trouble(self) -> str:
         """Why reports can't be stored, as far as is known now; empty if they can."""
         return lack_of_space(self.path) or self._writer.trouble
+
+    def notice_trouble(self) -> str:
+        """Return `trouble`, after a look at what only a write would have found."""
+        if self._writer.has_other_files() and not self._writer.trouble:
+            with contextlib.suppress(MiniAPMError):
+                self.write(lambda db: None)
+        return self.trouble
 
     def now_ms(self) -> int:
         """Return the time that `now` gives, in milliseconds."""
@@ -4132,7 +4175,7 @@ class Store:
         found: list[ErrorGroup] = []
         counts = dict.fromkeys(STATUSES, 0)
         is_later = bool(wanted.after or wanted.before)
-        with self.reading() as db:
+        with self.reading() as db, _search_time(db):
             ids = [row["id"] for row in db.execute("SELECT id FROM projects")]
             for project_id in ids if wanted.project_id is None else [wanted.project_id]:
                 for status in STATUSES:
@@ -7471,6 +7514,10 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 % end
 </tbody></table></section>
 % end
+% if dropped:
+<p id="dropped">Taken since the start, but not kept, as MiniAPM stores errors only:
+{{", ".join(f"{kind} ({count:,})" for kind, count in dropped)}}.</p>
+% end
 % for project, keys, ways in projects:
 <section class="card">
 <h2>{{project.name}}</h2>
@@ -7990,6 +8037,7 @@ def read_body(environ: Environ, limit: int) -> bytes:
 
 
 REFUSAL_KEY = "miniapm.refusal"  # of an environ whose body was not kept: why
+ADMITTED_KEY = "miniapm.admitted"  # of an environ whose key, in its body, is valid
 
 
 class BodyBudget:
@@ -8367,21 +8415,41 @@ class Rejections:
         self._lock = threading.Lock()
         self._found: dict[tuple[int, str], Rejection] = {}
         self._logged: dict[tuple[int, str], tuple[float, int]] = {}  # when, and how many by then
+        self._dropped: collections.Counter[str] = collections.Counter()
 
-    def count(self, refusal: MiniAPMError) -> None:
-        """Count one refused report or request."""
-        reason = clean(str(refusal), MAX_CLASS_CHARS)
-        is_about_data = refusal.status in (BadRequest.status, TooLarge.status)
-        kind = (refusal.status, fingerprint_of("", reason, ("", "")) if is_about_data else reason)
+    def count(self, refusal: MiniAPMError, *, has_key: bool = True) -> None:
+        """Count one refused report or request; all that have no valid key are of one kind."""
+        reason, status = clean(str(refusal), MAX_CLASS_CHARS), refusal.status
+        kind = (status, reason)
+        if not has_key:
+            reason = f"without a valid key; the last one: {reason}"
+            status, kind = Unauthorized.status, (Unauthorized.status, "")
+        elif status in (BadRequest.status, TooLarge.status):
+            kind = (status, fingerprint_of("", reason, ("", "")))
+        elif status in (NotFound.status, http.HTTPStatus.METHOD_NOT_ALLOWED):
+            kind = (status, "")
         with self._lock:
             before = self._found.pop(kind, None)
             count = 1 + (before.count if before else 0)
-            self._found[kind] = Rejection(refusal.status, reason, count, self._now_ms())
+            self._found[kind] = Rejection(status, reason, count, self._now_ms())
             if len(self._found) > MAX_REJECTION_REASONS:
                 oldest = next(iter(self._found))
                 del self._found[oldest]
                 self._logged.pop(oldest, None)
             self._log_if_due(kind, REJECTION_LOG_INTERVAL_S)
+
+    def count_dropped(self, kind: str) -> None:
+        """Count one request that was taken though nothing of it is kept."""
+        with self._lock:
+            is_new_kind = kind not in self._dropped
+            if is_new_kind and len(self._dropped) >= MAX_REJECTION_REASONS:
+                kind = "others"
+            self._dropped[kind] += 1
+
+    def dropped(self) -> list[tuple[str, int]]:
+        """Return what was taken and dropped, the most frequent first."""
+        with self._lock:
+            return self._dropped.most_common()
 
     def log_rest(self, interval_s: float = REJECTION_LOG_INTERVAL_S) -> None:
         """Log what was counted since a reason was last logged, if that is so long ago."""
@@ -8402,6 +8470,23 @@ class Rejections:
             return list(self._found.values())[::-1]
 
 
+def _network_of(address: str) -> str:
+    """Return what one person can't change at will: an IPv4 address, or the /64 of an IPv6 one."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if found.version == 4:
+        return address
+    return str(found.ipv4_mapped or ipaddress.ip_network((int(found), 64), strict=False))
+
+
+def _remember(known: dict[str, Any], address: str, value: Any) -> None:
+    if len(known) >= MAX_LOGIN_ADDRESSES:
+        del known[next(iter(known))]
+    known[address] = value
+
+
 class PasswordGate:
     """Knows one password: checks it, slowly after failures, and issues and checks sessions.
 
@@ -8409,12 +8494,16 @@ class PasswordGate:
     store remembers: it outlives a restart, and ends with a log-out or a change of the password.
     """
 
-    def __init__(self, password: str, store: Store) -> None:
-        self._store, self._now = store, store.now
+    def __init__(
+        self, password: str, store: Store, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store, self._now, self._clock = store, store.now, clock
         self._salt: bytes = store.setting("secret")
         self._hash = self._scrypt(password)
-        self._lock = threading.Lock()
+        self._checking = threading.Lock()
         self._failures: dict[str, tuple[int, float]] = {}  # address -> (how many, wait until)
+        self._known: dict[str, None] = {}  # addresses that have logged in
+        self._next_s = 0.0  # when the failures of all addresses have been waited for
 
     def _scrypt(self, password: str) -> bytes:
         # RFC 7914; 16 MiB and some 50 ms a guess
@@ -8422,19 +8511,33 @@ class PasswordGate:
         return hashlib.scrypt(data, salt=self._salt, n=2**14, r=8, p=1)
 
     def check(self, password: str, address: str) -> None:
-        """Raise Unauthorized for a wrong password, TooManyRequests for one that comes too soon."""
-        with self._lock:
-            count, wait_until = self._failures.pop(address, (0, 0.0))
-            if (wait_s := math.ceil(wait_until - self._now())) > 0:
-                self._failures[address] = (count, wait_until)
-                raise TooManyRequests(f"Try again in {wait_s} s.", retry_after_s=wait_s)
-            if hmac.compare_digest(self._scrypt(password), self._hash):
-                return
-            delay_s = min(MAX_LOGIN_DELAY_S, 2.0 ** min(count - 2, 10)) if count >= 2 else 0.0
-            if len(self._failures) >= MAX_LOGIN_ADDRESSES:
-                del self._failures[next(iter(self._failures))]
-            self._failures[address] = (count + 1, self._now() + delay_s)
-            raise Unauthorized("That is not the password.")
+        """Raise Unauthorized for a wrong password, TooManyRequests for one that comes too soon.
+
+        Never waits. An address that has logged in before does not wait for the others' failures.
+        """
+        if not self._checking.acquire(blocking=False):
+            raise TooManyRequests("Another login is being checked. Try again.", retry_after_s=1)
+        try:
+            self._check(password, _network_of(address))
+        finally:
+            self._checking.release()
+
+    def _check(self, password: str, address: str) -> None:
+        now_s = self._clock()
+        count, wait_until_s = self._failures.get(address, (0, 0.0))
+        if address not in self._known:
+            burst_s = (MAX_LOGIN_BURST - 1) * LOGIN_PAUSE_S
+            wait_until_s = max(wait_until_s, self._next_s - burst_s)
+        if (wait_s := math.ceil(wait_until_s - now_s)) > 0:
+            raise TooManyRequests(f"Try again in {wait_s} s.", retry_after_s=wait_s)
+        self._failures.pop(address, None)
+        if hmac.compare_digest(self._scrypt(password), self._hash):
+            _remember(self._known, address, None)
+            return
+        delay_s = min(MAX_LOGIN_DELAY_S, 2.0 ** min(count - 2, 10)) if count >= 2 else 0.0
+        _remember(self._failures, address, (count + 1, now_s + delay_s))
+        self._next_s = max(self._next_s, now_s) + LOGIN_PAUSE_S
+        raise Unauthorized("That is not the password.")
 
     def issue(self) -> str:
         """Return the cookie value of a new session."""
@@ -8640,12 +8743,7 @@ class Ingest:
         refusals: dict[int, MiniAPMError] = {}
         count = 0
         for entries in self._slices(read_content(environ, self._max_body_bytes)):
-            try:
-                refusals |= record_entries(self._store, project_id, entries, count)
-            except Unavailable as refusal:
-                if len(refusals) == count:  # nothing is stored: it can be sent again as a whole
-                    raise
-                refusals |= dict.fromkeys(range(count, count + len(entries)), refusal)
+            refusals |= record_entries(self._store, project_id, entries, count)
             count += len(entries)
         if not refusals:
             return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
@@ -8660,8 +8758,10 @@ class Ingest:
         texts = texts_of_large_batch(raw) if len(raw) > MAX_FAST_BYTES else None
         if texts is None:
             entries = self._entries(read_text(raw))
-            for start in range(0, len(entries), SLICE_ERRORS):
-                yield entries[start : start + SLICE_ERRORS]
+            del raw
+            while entries:
+                yield entries[:SLICE_ERRORS]
+                del entries[:SLICE_ERRORS]
             return
         del raw
         part: list[Entry] = []
@@ -8675,7 +8775,15 @@ class Ingest:
         if part:
             yield part
 
-    def preflight(self, **_: int) -> bottle.HTTPResponse:
+    def drop(self, kind: str) -> bottle.HTTPResponse:
+        """Take what is no error, as clients of the original MiniAPM send it, and keep nothing."""
+        key = bearer_key(bottle.request.environ)
+        if owner_of(key, self._store.keys()) is None:
+            raise Unauthorized("the API key is unknown or revoked")
+        self._rejections.count_dropped(clip(kind, MAX_ID_CHARS))
+        return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
+
+    def preflight(self, **_: Any) -> bottle.HTTPResponse:
         """Let web pages of any origin report; the App adds the headers that say so."""
         return bottle.HTTPResponse("", 204)
 
@@ -8761,6 +8869,7 @@ class SentryIngest:
         envelope = self.read(environ, parse)
         if not key:
             self.admit(key_of_dsn(envelope.header.get("dsn")), project_id, keys)
+        environ[ADMITTED_KEY] = True
         ids: list[str | None] = []
         refusals: list[MiniAPMError] = []
         for index, (kind, _) in enumerate(envelope.items):
@@ -8890,7 +8999,7 @@ class Dashboard:
         """Show one page of the list, or how to send the first report."""
         try:
             wanted, page, buckets, _ = self._listed()
-        except BadRequest as problem:
+        except (BadRequest, Unavailable) as problem:
             if problem.field != "q":
                 raise
             wanted = parse_filter(read_query(bottle.request.environ))
@@ -8996,6 +9105,7 @@ class Dashboard:
             url=url,
             projects=projects,
             rejections=[(one, moment(one.last_ms, now_ms)) for one in self._rejections.listed()],
+            dropped=self._rejections.dropped(),
             quote=shlex.quote,
         )
 
@@ -9058,7 +9168,7 @@ class App:
         self._sentry = SentryIngest(store, config.max_body_bytes, self.rejections)
         self._dashboard = Dashboard(store, gate, self.rejections)
         self.intake = Intake(store, self._ingest, self._sentry)
-        self._large_turn = threading.Semaphore()
+        self._large_turn, self._search_turn = (threading.Semaphore(n) for n in (1, MAX_SEARCHES))
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._unhandled
         for path, method, handler in self.routes():
@@ -9067,6 +9177,7 @@ class App:
     def routes(self) -> tuple[tuple[str, str, Callable[..., bottle.HTTPResponse]], ...]:
         """Return the URL map."""
         take, sentry, show = self._ingest, self._sentry, self._dashboard
+        other = "/ingest/<kind:re:deploys|spans|traces|v1/[a-z_-]+>"
         error = "/errors/<error_id:re:[0-9]{1,18}>"
         project = "/api/<project_id:re:[0-9]{1,18}>"
         return (
@@ -9078,7 +9189,10 @@ class App:
             (project + "/envelope<:re:/?>", "OPTIONS", take.preflight),
             (project + "/store<:re:/?>", "POST", sentry.event),
             (project + "/store<:re:/?>", "OPTIONS", take.preflight),
+            (other, "POST", take.drop),
+            (other, "OPTIONS", take.preflight),
             ("/health", "GET", take.health),
+            ("/health", "POST", take.health),
             ("/", "GET", show.home),
             ("/errors", "GET", show.errors),
             ("/errors", "POST", show.triage_many),
@@ -9138,22 +9252,26 @@ class App:
 
     @contextlib.contextmanager
     def _turn_for(self, environ: Environ) -> Iterator[None]:
-        """Let one large report at a time be decoded: together they would fill the memory."""
-        if not is_ingest(environ["PATH_INFO"]) or not is_large(environ):
+        """Bound what runs at once: large reports fill the memory, searches keep the disk busy."""
+        if is_ingest(environ["PATH_INFO"]) and is_large(environ):
+            if isinstance(rule := self.body_rule(environ), MiniAPMError):
+                raise rule
+            # All of it has to be here first: a slow client must not make the others wait.
+            body = read_body(environ, rule.limit_bytes)
+            environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+            del body
+            turn = self._large_turn
+        elif is_search(environ):
+            turn = self._search_turn
+        else:
             yield
             return
-        if isinstance(rule := self.body_rule(environ), MiniAPMError):
-            raise rule
-        # All of it has to be here first: a slow client must not make the others wait.
-        body = read_body(environ, rule.limit_bytes)
-        environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
-        del body
-        if not self._large_turn.acquire(timeout=MAX_WAIT_S):
-            raise Unavailable("too many large reports arrive at once", retry_after_s=2)
+        if not turn.acquire(timeout=MAX_WAIT_S):
+            raise Unavailable("too many of these requests at once", retry_after_s=2)
         try:
             yield
         finally:
-            self._large_turn.release()
+            turn.release()
 
     def _admit(self, environ: Environ) -> None:
         path = environ["PATH_INFO"]
@@ -9174,7 +9292,7 @@ class App:
         request = bottle.request
         path, headers, status = request.environ["PATH_INFO"], retry_header(refusal), refusal.status
         if is_ingest(path):
-            self.rejections.count(refusal)
+            self.rejections.count(refusal, has_key=self._has_key(request.environ))
         if is_sentry(path):
             if status >= MiniAPMError.status:  # which an SDK in our own process would report
                 status = TooManyRequests.status
@@ -9189,6 +9307,19 @@ class App:
             return redirect(f"/login?{urllib.parse.urlencode({'next': path + query})}")
         heading, text = http.HTTPStatus(refusal.status).phrase, str(refusal)
         return self._dashboard.html("message", refusal.status, headers, heading=heading, text=text)
+
+    def _has_key(self, environ: Environ) -> bool:
+        """Tell whether a request to ingest has a valid key, for whichever project."""
+        if ADMITTED_KEY in environ:
+            return True
+        sent = [header_text(environ, "HTTP_AUTHORIZATION").partition(" ")[2].strip(" \t")]
+        with contextlib.suppress(BadRequest):
+            sent.append(sentry_key(environ))
+        try:
+            keys = self._store.keys()
+        except MiniAPMError:  # which the refusal may be about
+            return True
+        return any(owner_of(key, keys) is not None for key in sent)
 
     def _unhandled(self, error: bottle.HTTPError) -> Any:
         """Say what Bottle refuses (404, 405) and what no handler foresaw (500)."""
@@ -9884,7 +10015,7 @@ class Server:
         self._accept_one = self._server.handle_accept
         self._server.handle_accept = self._accept
         self._fast = self._fast_ingest(app, store, log_line if config.verbose else None)
-        self._rejections = app.rejections
+        self._rejections, self._store = app.rejections, store
         self._shutdown = shutdown
         shutdown.wake = self._server.pull_trigger
 
@@ -9899,8 +10030,14 @@ class Server:
     def run(self) -> None:
         """Serve, then drain."""
         due_s = time.monotonic() + REJECTION_LOG_INTERVAL_S
+        trouble, look_s = "", 0.0
         while not self._shutdown.is_asked:
             self._round(1.0)
+            if time.monotonic() >= look_s:
+                look_s = time.monotonic() + 1
+                before, trouble = trouble, self._store.notice_trouble()
+                if trouble and trouble != before:
+                    log_line(trouble)
             if time.monotonic() >= due_s:
                 due_s = time.monotonic() + REJECTION_LOG_INTERVAL_S
                 self._rejections.log_rest()
