@@ -2886,7 +2886,9 @@ RECORD_FIRST = """
 SELECT_SAMPLE = "SELECT body FROM samples WHERE error_id = :error_id"
 RECORD_SAMPLE = "INSERT INTO samples (error_id, body) VALUES (:error_id, :body)"
 SELECT_EVENT = """
-    SELECT id FROM occurrences WHERE event_id = :event_id AND project_id = :project_id"""
+    SELECT occurrences.id, status FROM occurrences JOIN errors ON errors.id = error_id
+    WHERE event_id = :event_id AND occurrences.project_id = :project_id"""
+FORGET_EVENT = "UPDATE occurrences SET event_id = NULL WHERE id = :id"
 RECORD_OCCURRENCE = """
     INSERT INTO occurrences (error_id, received_ms, body, project_id, event_id, request_key)
     VALUES (:error_id, :received_ms, :body, :project_id, :event_id, :request_key)"""
@@ -3771,14 +3773,18 @@ def _sample_of(error_id: int, first_body: str, db: sqlite3.Connection) -> bytes:
 
 
 def _without_repeated(rows: Iterable[_Row], db: sqlite3.Connection) -> Iterator[_Row]:
-    """Leave out what was sent before, by its event id."""
+    """Leave out what was sent before, by its event id, unless its error was deleted since."""
     seen: set[tuple[int, bytes]] = set()
     for row in rows:
         if row.event_id is not None:
             key = (row.project_id, row.event_id)
             values = {"project_id": row.project_id, "event_id": row.event_id}
-            if key in seen or db.execute(SELECT_EVENT, values).fetchone():
+            if key in seen:
                 continue
+            if (found := db.execute(SELECT_EVENT, values).fetchone()) is not None:
+                if found["status"] != "deleted":
+                    continue
+                db.execute(FORGET_EVENT, {"id": found["id"]})
             seen.add(key)
         yield row
 

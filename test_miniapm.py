@@ -3134,6 +3134,36 @@ def test_report_may_come_again_after_its_error_was_deleted(store: Store) -> None
     assert only_error(store).occurrence_count == 1
 
 
+def test_report_comes_again_before_its_deleted_error_is_gone(store: Store) -> None:
+    other = "fedcba9876543210" * 2
+    assert store.record(1, [parse(event_id=EVENT_ID), parse(event_id=other)]) == [None] * 2
+    record(store, fingerprint="kept", event_id="ab" * 16)
+    store.delete([1])
+    again = [parse(event_id=EVENT_ID)] * 2 + [parse(fingerprint="new", event_id=other)]
+    assert store.record(1, [*again, parse(event_id="ab" * 16)]) == [None] * 4
+    store.record_here([(1, again[0])])
+    for _ in range(2):
+        found = {one.fingerprint: one for one in store.errors(ErrorFilter()).errors}
+        counts = {name: one.occurrence_count for name, one in found.items()}
+        assert counts == {"user_save_runtime_error": 1, "new": 1, "kept": 1}
+        stored = store.occurrence(found["new"].id)
+        assert stored
+        assert stored.occurrence.event_id == other
+        sweep(store)
+
+
+def test_report_comes_again_after_retention_removed_its_error(store: Store, clock: Clock) -> None:
+    record(store, event_id=EVENT_ID)
+    clock.seconds += 31 * 86_400
+    retention = miniapm.Retention(store, 30, 1_000)
+    retention._repeat(retention._remove_expired)
+    record(store, event_id=EVENT_ID, fingerprint="between")
+    sweep(store)
+    assert only_error(store).fingerprint == "between"
+    record(store, event_id="ab" * 16)
+    assert len(store.errors(ErrorFilter()).errors) == 2
+
+
 def searched(store: Store, text: str) -> list[str]:
     """Return the fingerprints of the errors that a search finds, sorted."""
     found = store.errors(ErrorFilter("all", text)).errors
@@ -8303,6 +8333,21 @@ def test_envelope_and_event_are_taken(client: Client, slash: str) -> None:
     assert (error["exception_class"], error["occurrences"]) == ("Boom", 2)
 
 
+def test_report_that_comes_again_after_a_deletion_is_stored(client: Client) -> None:
+    native = {"message": "native", "fingerprint": "native", "event_id": EVENT_ID[::-1]}
+    for number in range(3):
+        client.report(**native)
+        client.post_json("/ingest/errors/batch", {"errors": [report(**native)] * 2})
+        sentry_post(client, envelope(*[event(BOOM)] * 2))
+        found = client.errors()
+        assert sorted(error["occurrences"] for error in found) == [1, 1]
+        assert all(
+            client.get(error["url"].removeprefix(client.prefix)).status == 200 for error in found
+        )
+        client.post_form("/errors", action="delete", id=[error["id"] for error in found])
+        assert client.errors() == []
+
+
 def test_same_event_is_stored_once(client: Client) -> None:
     for _ in range(2):
         answer = sentry_post(client, envelope(event(BOOM)))
@@ -9789,6 +9834,20 @@ def test_client_that_leaves_amid_its_body_leaves_nothing(
     server.report(fingerprint="whole")
     assert [error["fingerprint"] for error in server.errors()] == ["whole"]
     assert_counts_agree(server.db)
+
+
+def test_report_sent_again_while_its_deleted_error_is_removed_is_stored(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    for number in range(1, 31):
+        server.report(event_id=EVENT_ID)
+        (error,) = server.errors()
+        assert (error["id"], error["occurrences"]) == (number, 1)
+        answer = requests.post(
+            f"{server.url}/errors/{number}", data={"action": "delete"}, timeout=9
+        )
+        assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["closed", "reset"])
