@@ -2833,8 +2833,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE INDEX occurrences_by_request ON occurrences (request_key)
             WHERE request_key IS NOT NULL""",
     ),
-    # Users are forgotten, the oldest first: ids are in the order in which users were last seen, on
-    # a day counted from 1970. Those from before were seen with the newest report of their error.
+    # Users can be forgotten: ids follow the order in which users were last seen, by the day. One
+    # from before counts as seen with the newest report of its error.
     (
         "ALTER TABLE errors ADD COLUMN has_more_users INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE error_users RENAME TO old_users",
@@ -2848,7 +2848,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             FROM errors JOIN old_users ON error_id = errors.id""",
         "DROP TABLE old_users",
         "CREATE INDEX users_by_day ON error_users (seen_day)",
-        # By how long a bucket's time is: an hour is 0, a day 1, 366 days 2; see bucket_hour().
+        # The first part is 0 for an hour, 1 for a day and 2 for 366 days: see bucket_hour().
         """CREATE INDEX buckets_by_length ON buckets
             ((hour % 24 = 0) + (hour % 8784 = 0), hour)""",
     ),
@@ -3071,9 +3071,9 @@ class Project:
 class ErrorGroup:
     """All occurrences with one fingerprint in one project.
 
-    `occurrence_count` counts all that were ever reported, `stored_count` those still kept, and
-    `user_count` the users that are remembered, of which there were more with `has_more_users`.
-    Class, message, location and level are the newest occurrence's.
+    `occurrence_count` counts all that were ever reported, `stored_count` those still kept;
+    class, message, location and level are the newest occurrence's. `user_count` counts the users
+    that are remembered; `has_more_users` says that there were more.
     """
 
     id: int
@@ -3792,8 +3792,8 @@ def _without_repeated(rows: Iterable[_Row], db: sqlite3.Connection) -> Iterator[
 def bucket_hour(hour: int, now_hour: int) -> int:
     """Return the hour under which reports of an hour are counted: its own, or an earlier one.
 
-    An error has no more than some 6,500 buckets, whatever times its reports claim. Retention
-    does the same with buckets that have become old.
+    So an error has at most 6,500 buckets or so, whatever times its reports claim. Retention moves
+    the counts of hours that have become old in the same way.
     """
     if hour >= now_hour - MAX_TREND_HOURS:
         return hour
@@ -4354,8 +4354,8 @@ class Retention:
     """Removes what is too old or too much, in steps of one short transaction each.
 
     `retention_days` counts from receipt; of each error the newest `max_occurrences` are kept.
-    Counts, first and last seen and the trend of an error stay, older parts of it by the day; an
-    error with nothing left goes, unless it is ignored. Users go as occurrences do.
+    Of its users the newest MAX_USERS are remembered, for as many days. Its other counts, first and
+    last seen and the trend stay; an error with nothing left goes, unless it is ignored.
     """
 
     def __init__(self, store: Store, retention_days: int, max_occurrences: int) -> None:
@@ -4427,7 +4427,7 @@ class Retention:
         return _remove_counted(db, DELETE_EXPIRED, DISCOUNT_STORED, values)
 
     def _remove_expired_users(self, db: sqlite3.Connection) -> int:
-        # Those that were surplus were older, so with these no more users are missing.
+        # Surplus users were seen before these were, so they would be expired as well.
         cutoff_day = (self._store.now_ms() - self._retention_ms) // DAY_MS
         values = {"cutoff_day": cutoff_day, "step": self._step_rows, "has_more": False}
         return _remove_counted(db, DELETE_EXPIRED_USERS, DISCOUNT_USERS, values)
