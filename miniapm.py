@@ -175,6 +175,9 @@ MAX_REMEMBERED = {
     "tag": MAX_TAG_VALUES,
 }
 MAX_TAGS = 50  # of one report, that are remembered
+MAX_USERS = 10_000  # that an error remembers, the newest
+MAX_TREND_HOURS = 31 * 24  # an error's reports are counted by the hour; older ones by the day
+MAX_DAILY_HOURS = 10 * 366 * 24  # and those older than this by pieces of 366 days
 SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
@@ -2865,6 +2868,25 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE INDEX occurrences_by_request ON occurrences (request_key)
             WHERE request_key IS NOT NULL""",
     ),
+    # Users can be forgotten: ids follow the order in which users were last seen, by the day. One
+    # from before counts as seen with the newest report of its error.
+    (
+        "ALTER TABLE errors ADD COLUMN has_more_users INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE error_users RENAME TO old_users",
+        """CREATE TABLE error_users (
+            id INTEGER PRIMARY KEY, error_id INTEGER NOT NULL, user_id TEXT NOT NULL,
+            seen_day INTEGER NOT NULL, UNIQUE (error_id, user_id))""",
+        """INSERT INTO error_users (error_id, user_id, seen_day)
+            SELECT error_id, user_id, COALESCE((SELECT received_ms FROM occurrences WHERE id =
+                (SELECT MAX(id) FROM occurrences WHERE error_id = errors.id)), last_seen_ms)
+                / 86400000
+            FROM errors JOIN old_users ON error_id = errors.id""",
+        "DROP TABLE old_users",
+        "CREATE INDEX users_by_day ON error_users (seen_day)",
+        # The first part is 0 for an hour, 1 for a day and 2 for 366 days: see bucket_hour().
+        """CREATE INDEX buckets_by_length ON buckets
+            ((hour % 24 = 0) + (hour % 8784 = 0), hour)""",
+    ),
 )
 
 RECORD_AGAIN = """
@@ -2899,7 +2921,9 @@ RECORD_FIRST = """
 SELECT_SAMPLE = "SELECT body FROM samples WHERE error_id = :error_id"
 RECORD_SAMPLE = "INSERT INTO samples (error_id, body) VALUES (:error_id, :body)"
 SELECT_EVENT = """
-    SELECT id FROM occurrences WHERE event_id = :event_id AND project_id = :project_id"""
+    SELECT occurrences.id, status FROM occurrences JOIN errors ON errors.id = error_id
+    WHERE event_id = :event_id AND occurrences.project_id = :project_id"""
+FORGET_EVENT = "UPDATE occurrences SET event_id = NULL WHERE id = :id"
 RECORD_OCCURRENCE = """
     INSERT INTO occurrences (error_id, received_ms, body, project_id, event_id, request_key)
     VALUES (:error_id, :received_ms, :body, :project_id, :event_id, :request_key)"""
@@ -2907,7 +2931,12 @@ SELECT_LAST_ID = "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name =
 RECORD_BUCKET = """
     INSERT INTO buckets (error_id, hour, count) VALUES (:error_id, :hour, :count)
     ON CONFLICT (error_id, hour) DO UPDATE SET count = count + :count"""
-RECORD_USER = "INSERT OR IGNORE INTO error_users (error_id, user_id) VALUES (:error_id, :user_id)"
+RECORD_USER = """
+    INSERT OR IGNORE INTO error_users (error_id, user_id, seen_day)
+    VALUES (:error_id, :user_id, :day)"""
+RECORD_USER_AGAIN = """
+    UPDATE error_users SET seen_day = :day, id = (SELECT MAX(id) + 1 FROM error_users)
+    WHERE error_id = :error_id AND user_id = :user_id AND seen_day <> :day"""
 RECORD_FACET = """
     INSERT OR IGNORE INTO error_facets (error_id, name, value) VALUES (:error_id, :name, :value)"""
 FORGET_FACETS = """
@@ -2917,10 +2946,11 @@ FORGET_FACETS = """
         LIMIT -1 OFFSET :most)"""
 COUNT_USERS = "UPDATE errors SET user_count = user_count + :count WHERE id = :error_id"
 
-_ERROR_COLUMNS = """id, project_id,
+_ERROR_COLUMNS = f"""id, project_id,
     (SELECT name FROM projects WHERE projects.id = project_id) AS project,
     fingerprint, exception_class, message, location, level, first_seen_ms, last_seen_ms,
-    occurrence_count, stored_count, user_count, status, status_ms, regressed_ms"""
+    occurrence_count, stored_count, MIN(user_count, {MAX_USERS}) AS user_count,
+    has_more_users OR user_count > {MAX_USERS} AS has_more_users, status, status_ms, regressed_ms"""
 SELECT_ERROR = f"SELECT {_ERROR_COLUMNS} FROM errors WHERE id = :id AND status <> 'deleted'"
 SELECT_OCCURRENCE = """
     SELECT occurrences.id, error_id, received_ms, body, grouping_key, hex(event_id) AS event_id,
@@ -2990,9 +3020,31 @@ DELETE_SURPLUS = """
         (SELECT id FROM occurrences WHERE error_id = :error_id ORDER BY id LIMIT
         (SELECT MAX(0, MIN(:step, stored_count - :most)) FROM errors WHERE id = :error_id))
     RETURNING error_id"""
+DELETE_EXPIRED_USERS = """
+    DELETE FROM error_users WHERE id IN
+        (SELECT id FROM error_users WHERE seen_day < :cutoff_day ORDER BY seen_day LIMIT :step)
+    RETURNING error_id"""
+DELETE_SURPLUS_USERS = """
+    DELETE FROM error_users WHERE id IN
+        (SELECT id FROM error_users WHERE error_id = :error_id AND +id <= :surplus_user
+        LIMIT :step)
+    RETURNING error_id"""
 SELECT_CROWDED = """
-    SELECT id FROM errors WHERE stored_count > :most AND status <> 'deleted' LIMIT :step"""
+    SELECT id AS error_id, (SELECT id FROM error_users WHERE error_id = errors.id
+        ORDER BY id DESC LIMIT 1 OFFSET :most_users) AS surplus_user
+    FROM errors WHERE (stored_count > :most OR user_count > :most_users) AND status <> 'deleted'
+    LIMIT :step"""
 DISCOUNT_STORED = "UPDATE errors SET stored_count = stored_count - :count WHERE id = :error_id"
+DISCOUNT_USERS = """
+    UPDATE errors SET user_count = user_count - :count, has_more_users = :has_more
+    WHERE id = :error_id"""
+SELECT_OLD_BUCKETS = """
+    SELECT error_id, hour, count FROM buckets
+    WHERE (hour % 24 = 0) + (hour % 8784 = 0) = 0 AND hour < :daily_before
+    UNION ALL SELECT error_id, hour, count FROM buckets
+    WHERE (hour % 24 = 0) + (hour % 8784 = 0) = 1 AND hour < :yearly_before
+    LIMIT :step"""
+DELETE_BUCKET = "DELETE FROM buckets WHERE error_id = :error_id AND hour = :hour"
 DELETE_EMPTY = """
     UPDATE errors SET status = 'deleted', grouping_key = NULL WHERE id IN
         (SELECT id FROM errors WHERE stored_count = 0 AND status IN ('open', 'resolved')
@@ -3002,8 +3054,8 @@ DELETE_BUCKETS = """
     DELETE FROM buckets WHERE error_id = :error_id AND hour IN
         (SELECT hour FROM buckets WHERE error_id = :error_id LIMIT :step)"""
 DELETE_USERS = """
-    DELETE FROM error_users WHERE error_id = :error_id AND user_id IN
-        (SELECT user_id FROM error_users WHERE error_id = :error_id LIMIT :step)"""
+    DELETE FROM error_users WHERE id IN
+        (SELECT id FROM error_users WHERE error_id = :error_id LIMIT :step)"""
 DELETE_FACETS = """
     DELETE FROM error_facets WHERE id IN
         (SELECT id FROM error_facets WHERE error_id = :error_id LIMIT :step)"""
@@ -3037,6 +3089,7 @@ SORTS = {
     "count": "occurrence_count",
 }
 HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -3054,7 +3107,8 @@ class ErrorGroup:
     """All occurrences with one fingerprint in one project.
 
     `occurrence_count` counts all that were ever reported, `stored_count` those still kept;
-    class, message, location and level are the newest occurrence's.
+    class, message, location and level are the newest occurrence's. `user_count` counts the users
+    that are remembered; `has_more_users` says that there were more.
     """
 
     id: int
@@ -3070,6 +3124,7 @@ class ErrorGroup:
     occurrence_count: int
     stored_count: int
     user_count: int
+    has_more_users: bool
     status: str
     status_ms: int
     regressed_ms: int | None
@@ -3770,16 +3825,32 @@ def _sample_of(error_id: int, first_body: str, db: sqlite3.Connection) -> bytes:
 
 
 def _without_repeated(rows: Iterable[_Row], db: sqlite3.Connection) -> Iterator[_Row]:
-    """Leave out what was sent before, by its event id."""
+    """Leave out what was sent before, by its event id, unless its error was deleted since."""
     seen: set[tuple[int, bytes]] = set()
     for row in rows:
         if row.event_id is not None:
             key = (row.project_id, row.event_id)
             values = {"project_id": row.project_id, "event_id": row.event_id}
-            if key in seen or db.execute(SELECT_EVENT, values).fetchone():
+            if key in seen:
                 continue
+            if (found := db.execute(SELECT_EVENT, values).fetchone()) is not None:
+                if found["status"] != "deleted":
+                    continue
+                db.execute(FORGET_EVENT, {"id": found["id"]})
             seen.add(key)
         yield row
+
+
+def bucket_hour(hour: int, now_hour: int) -> int:
+    """Return the hour under which reports of an hour are counted: its own, or an earlier one.
+
+    So an error has at most 6,500 buckets or so, whatever times its reports claim. Retention moves
+    the counts of hours that have become old in the same way.
+    """
+    if hour >= now_hour - MAX_TREND_HOURS:
+        return hour
+    size = 24 if hour >= now_hour - MAX_DAILY_HOURS else 366 * 24
+    return hour // size * size
 
 
 @dataclass(slots=True)
@@ -3788,7 +3859,7 @@ class _Known:
 
     id: int
     sample: bytes  # by which its reports are compressed
-    seen: dict[str, set[str]]  # values that are stored, by facet; its users under "user"
+    seen: dict[str, set[str]]  # values that are stored, by facet; users by the day they were seen
 
 
 class _KnownErrors:
@@ -3882,9 +3953,12 @@ class _Recorder:
                 }
                 for row in group
             ]
-            hours = collections.Counter(row.occurrence.occurred_ms // HOUR_MS for row in group)
+            hours = collections.Counter(
+                bucket_hour(row.occurrence.occurred_ms // HOUR_MS, received_ms // HOUR_MS)
+                for row in group
+            )
             buckets += [{"error_id": error.id, "hour": n, "count": hours[n]} for n in hours]
-            self._record_users(error, group, db)
+            self._record_users(error, group, received_ms // DAY_MS, db)
             self._record_facets(error, group, db)
         db.executemany(RECORD_OCCURRENCE, occurrences)
         db.executemany(RECORD_BUCKET, buckets)
@@ -3924,14 +3998,20 @@ class _Recorder:
         self._known.add(key, known)
         return known
 
-    def _record_users(self, error: _Known, rows: Sequence[_Row], db: sqlite3.Connection) -> None:
-        users = {row.occurrence.user_id for row in rows} - error.seen["user"] - {None}
+    def _record_users(
+        self, error: _Known, rows: Sequence[_Row], day: int, db: sqlite3.Connection
+    ) -> None:
+        seen = f"users of day {day}"
+        found = dict.fromkeys(row.occurrence.user_id for row in rows)
+        users = [user for user in found if user is not None and user not in error.seen[seen]]
         if not users:
             return
-        new = [{"error_id": error.id, "user_id": user_id} for user_id in users]
+        new = [{"error_id": error.id, "user_id": user, "day": day} for user in users]
         if count := db.executemany(RECORD_USER, new).rowcount:
             db.execute(COUNT_USERS, {"error_id": error.id, "count": count})
-        self._known.add_seen(error, "user", filter(None, users))
+        if count < len(new):
+            db.executemany(RECORD_USER_AGAIN, new)
+        self._known.add_seen(error, seen, users)
 
     def _record_facets(self, error: _Known, rows: Sequence[_Row], db: sqlite3.Connection) -> None:
         found: dict[str, dict[str, None]] = {}
@@ -4095,7 +4175,7 @@ class Store:
         self.has_surplus = threading.Event()  # there may be something for Retention to remove
         self._reports_since_surplus = 0
         self._recorder = _Recorder(self.now_ms)
-        self._writer.after_undo = self._recorder.forget
+        self.forget_known = self._writer.after_undo = self._recorder.forget
 
     @property
     def trouble(self) -> str:
@@ -4311,11 +4391,11 @@ class Store:
         self.write(lambda db: db.execute(SET_SETTING, {"name": name, "value": value}).rowcount)
 
 
-def _remove_occurrences(db: sqlite3.Connection, statement: str, values: Json) -> int:
-    """Remove occurrences as a statement says; return how many they were."""
+def _remove_counted(db: sqlite3.Connection, statement: str, discount: str, values: Json) -> int:
+    """Remove rows as a statement says, and discount them; return how many they were."""
     removed = collections.Counter(row["error_id"] for row in db.execute(statement, values))
     counts = [{"error_id": error_id, "count": count} for error_id, count in removed.items()]
-    db.executemany(DISCOUNT_STORED, counts)
+    db.executemany(discount, [values | one for one in counts])
     return removed.total()
 
 
@@ -4324,7 +4404,7 @@ def _remove_deleted(db: sqlite3.Connection, step: int) -> int:
     left = step
     while left > 0 and (error := db.execute(SELECT_DELETED).fetchone()):
         values = {"error_id": error["id"], "step": left}
-        left -= _remove_occurrences(db, DELETE_OLDEST, values)
+        left -= _remove_counted(db, DELETE_OLDEST, DISCOUNT_STORED, values)
         left -= db.execute(DELETE_BUCKETS, values).rowcount
         left -= db.execute(DELETE_USERS, values).rowcount
         left -= db.execute(DELETE_FACETS, values).rowcount
@@ -4350,13 +4430,13 @@ class Retention:
     """Removes what is too old or too much, in steps of one short transaction each.
 
     `retention_days` counts from receipt; of each error the newest `max_occurrences` are kept.
-    Counts, first and last seen and the trend of an error stay; an error with nothing left goes,
-    unless it is ignored.
+    Of its users the newest MAX_USERS are remembered, for as many days. Its other counts, first and
+    last seen and the trend stay; an error with nothing left goes, unless it is ignored.
     """
 
     def __init__(self, store: Store, retention_days: int, max_occurrences: int) -> None:
         self._store = store
-        self._retention_ms = retention_days * 24 * HOUR_MS
+        self._retention_ms = retention_days * DAY_MS
         self._max_occurrences = max_occurrences
         self._is_stopped = False
         self._step_rows = SWEEP_STEP_ROWS
@@ -4386,11 +4466,14 @@ class Retention:
     def sweep(self) -> None:
         """Remove all that is to be removed now and give the space back to the disk."""
         self._repeat(self._remove_expired)
+        self._repeat(self._remove_expired_users)
         with self._store.reading() as db:
-            values = {"most": self._max_occurrences, "step": SWEEP_STEP_ROWS}
-            crowded = db.execute(SELECT_CROWDED, values).fetchall()
+            values = {"most": self._max_occurrences, "most_users": MAX_USERS}
+            rows = db.execute(SELECT_CROWDED, values | {"step": SWEEP_STEP_ROWS})
+            crowded = [values | dict(row) for row in rows]
         if crowded:
-            self._repeat(functools.partial(self._remove_surplus, [row["id"] for row in crowded]))
+            self._repeat(functools.partial(self._remove_surplus, crowded[:]))
+        self._repeat(self._fold_buckets)
         self._repeat(lambda db: db.execute(DELETE_EMPTY, {"step": SWEEP_STEP_ROWS}).rowcount)
         self._repeat(lambda db: _remove_deleted(db, self._step_rows))
         if self._repeat(_release_pages):
@@ -4417,17 +4500,37 @@ class Retention:
     def _remove_expired(self, db: sqlite3.Connection) -> int:
         cutoff_ms = self._store.now_ms() - self._retention_ms
         values = {"cutoff_ms": cutoff_ms, "step": self._step_rows}
-        return _remove_occurrences(db, DELETE_EXPIRED, values)
+        return _remove_counted(db, DELETE_EXPIRED, DISCOUNT_STORED, values)
 
-    def _remove_surplus(self, error_ids: list[int], db: sqlite3.Connection) -> int:
+    def _remove_expired_users(self, db: sqlite3.Connection) -> int:
+        # Surplus users were seen before these were, so they would be expired as well.
+        cutoff_day = (self._store.now_ms() - self._retention_ms) // DAY_MS
+        values = {"cutoff_day": cutoff_day, "step": self._step_rows, "has_more": False}
+        return _remove_counted(db, DELETE_EXPIRED_USERS, DISCOUNT_USERS, values)
+
+    def _remove_surplus(self, crowded: list[Json], db: sqlite3.Connection) -> int:
         """Remove a step from the last of the errors; return how many errors are left."""
         left = self._step_rows
-        while error_ids and left > 0:
-            values = {"error_id": error_ids[-1], "most": self._max_occurrences, "step": left}
-            left -= _remove_occurrences(db, DELETE_SURPLUS, values)
+        while crowded and left > 0:
+            values = crowded[-1] | {"step": left, "has_more": True}
+            left -= _remove_counted(db, DELETE_SURPLUS, DISCOUNT_STORED, values)
+            values["step"] = left
+            if users := _remove_counted(db, DELETE_SURPLUS_USERS, DISCOUNT_USERS, values):
+                self._store.forget_known()  # when one of them is seen again, it is new
+            left -= users
             if left > 0:
-                error_ids.pop()
-        return len(error_ids)
+                crowded.pop()
+        return len(crowded)
+
+    def _fold_buckets(self, db: sqlite3.Connection) -> int:
+        now_hour = self._store.now_ms() // HOUR_MS
+        daily, yearly = now_hour - MAX_TREND_HOURS, now_hour - MAX_DAILY_HOURS
+        values = {"daily_before": daily, "yearly_before": yearly, "step": self._step_rows}
+        old = [dict(row) for row in db.execute(SELECT_OLD_BUCKETS, values)]
+        db.executemany(DELETE_BUCKET, old)
+        folded = [row | {"hour": bucket_hour(row["hour"], now_hour)} for row in old]
+        db.executemany(RECORD_BUCKET, folded)
+        return len(old)
 
 
 # --- 9. Capture -----------------------------------------------------------------------------------
@@ -6583,7 +6686,6 @@ def connect_signals(app: Any) -> None:
 # --- 10. Pages ------------------------------------------------------------------------------------
 
 SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24)}  # a trend's bars, hours in a bar
-MAX_TREND_HOURS = 31 * 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -6731,6 +6833,11 @@ def is_new(error: ErrorGroup, now_ms: int) -> bool:
 def is_regressed(error: ErrorGroup) -> bool:
     """Tell whether an error was resolved and has come back."""
     return error.status == "open" and error.regressed_ms is not None
+
+
+def user_count_text(error: ErrorGroup) -> str:
+    """Return the number of an error's users for display, marked when there are more."""
+    return f"{error.user_count:,}{'+' if error.has_more_users else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -6921,6 +7028,7 @@ def error_json(error: ErrorGroup, root: str) -> Json:
         "occurrences": error.occurrence_count,
         "occurrences_kept": error.stored_count,
         "users": error.user_count,
+        "has_more_users": bool(error.has_more_users),
     }
 
 
@@ -7099,7 +7207,7 @@ def markdown(error: ErrorGroup, stored: StoredOccurrence | None, url: str) -> st
         ("Project", _code(error.project)),
         ("Status", error.status + (" (regressed)" if is_regressed(error) else "")),
         ("Occurrences", f"{error.occurrence_count:,}"),
-        ("Users", f"{error.user_count:,}"),
+        ("Users", user_count_text(error)),
         ("First seen", iso_time(error.first_seen_ms)),
         ("Last seen", iso_time(error.last_seen_ms)),
         ("Fingerprint", _code(error.fingerprint)),
@@ -7854,7 +7962,7 @@ def _row_values(error: ErrorGroup, buckets: Mapping[int, int], now_ms: int) -> J
         "is_new": is_new(error, now_ms),
         "is_regressed": is_regressed(error),
         "count": f"{error.occurrence_count:,}",
-        "users": f"{error.user_count:,}",
+        "users": user_count_text(error),
         "seen": moment(error.last_seen_ms, now_ms),
         "points": sparkline(series),
         "day_count": sum(count for _, count in series),
@@ -7954,7 +8062,7 @@ def error_values(
             ("Last seen", last.ago, last.exact),
             ("Occurrences", f"{error.occurrence_count:,}", "all that were ever reported"),
             ("Kept", f"{error.stored_count:,}", "occurrences that can be looked at"),
-            ("Users", f"{error.user_count:,}", "distinct user ids"),
+            ("Users", user_count_text(error), "distinct user ids"),
             ("Project", error.project, ""),
             (f"{error.status.capitalize()} since", since.ago, since.exact),
         ],

@@ -2624,7 +2624,7 @@ def test_database_of_the_version_before_opens_and_shows(tmp_path: Path) -> None:
         client = Client(App(store, Config()), "")
         assert (tmp_path / "old.db.version3").exists()
         with store.reading() as db:
-            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 4
+            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 5
             assert list(miniapm.faults_of(db)) == []
         errors = {error["fingerprint"]: error for error in client.errors()}
         assert set(errors) == {
@@ -2652,6 +2652,33 @@ def test_database_of_the_version_before_opens_and_shows(tmp_path: Path) -> None:
         record(store, fingerprint="user_save", request_id="new")
         assert client.errors("?q=request:new")[0]["occurrences"] == 4
         assert client.errors("?q=user:1")[0]["fingerprint"] == "user_save"
+
+
+def test_users_and_buckets_of_version_4_are_brought_up_to_date(
+    tmp_path: Path, clock: Clock
+) -> None:
+    path = tmp_path / "old.db"
+    shutil.copy(HERE / ".ci" / "version4.sqlite", path)
+    clock.seconds = 1_793_456_000 + 29 * 86_400  # its newest reports came 29 days ago
+
+    def users() -> dict[str, int]:
+        with store.reading() as db:
+            assert list(miniapm.faults_of(db)) == []
+        return {one.fingerprint: one.user_count for one in store.errors(ErrorFilter("all")).errors}
+
+    with contextlib.closing(Store(str(path), clock)) as store:
+        assert (tmp_path / "old.db.version4").exists()
+        assert users() == {"ignored": 1, "times": 2, "old times": 3}
+        assert searched(store, "user:u1") == ["times"]
+        record(store, fingerprint="times", user_id="u0", event_id="fedcba9876543210" * 2)
+        sweep(store)
+        assert users() == {"ignored": 0, "times": 2, "old times": 3}
+        assert rows(store, "SELECT COUNT(*), SUM(count) FROM buckets WHERE error_id = 2") == [
+            (6, 9)
+        ]
+        clock.seconds += 2 * 86_400
+        sweep(store)
+        assert users() == {"ignored": 0, "times": 1}
 
 
 # --- 8. Store -------------------------------------------------------------------------------------
@@ -2754,12 +2781,48 @@ def test_users_are_counted_once(store: Store) -> None:
     assert only_error(store).user_count == 2
 
 
+def test_user_is_written_once_a_day(store: Store, clock: Clock) -> None:
+    def changes() -> int:
+        before = store.write(lambda db: db.total_changes)
+        record(store, user_id="1")
+        return int(store.write(lambda db: db.total_changes)) - before
+
+    changes()
+    usual = changes()
+    clock.seconds += 86_400
+    assert [changes(), changes()] == [usual + 1, usual]
+
+
 def test_buckets_count_by_hour_of_occurrence(store: Store) -> None:
-    for text in ("2026-01-01T10:59:59Z", "2026-01-01T10:00:00Z", "2026-01-01T11:00:00Z"):
+    for text in ("2027-01-01T10:59:59Z", "2027-01-01T10:00:00Z", "2027-01-01T11:00:00Z"):
         record(store, timestamp=text)
-    hour = miniapm.parse_timestamp("2026-01-01T10:00:00Z") // 3_600_000
+    hour = miniapm.parse_timestamp("2027-01-01T10:00:00Z") // 3_600_000
     assert store.buckets([1], hour) == {1: {hour: 2, hour + 1: 1}}
     assert store.buckets([1], hour + 1) == {1: {hour + 1: 1}}
+
+
+@pytest.mark.parametrize(
+    ("ago", "expected"),
+    [
+        ("-1 hour", "2027-01-15T09"),
+        ("0 hours", "2027-01-15T08"),
+        ("744 hours", "2026-12-15T08"),
+        ("745 hours", "2026-12-15T00"),
+        ("87840 hours", "2017-01-07T00"),
+        ("87841 hours", "2016-02-05T00"),  # where a piece of 366 days begins
+    ],
+)
+def test_old_hours_are_counted_by_longer_times(store: Store, ago: str, expected: str) -> None:
+    time_ms = NOW_MS - int(ago.split()[0]) * 3_600_000
+    record(store, timestamp=miniapm.iso_time(time_ms))
+    ((hour, count),) = rows(store, "SELECT hour, count FROM buckets")
+    assert (miniapm.iso_time(hour * 3_600_000)[:13], count) == (expected, 1)
+
+
+def test_buckets_of_an_error_are_bounded_whatever_times_are_claimed() -> None:
+    now_hour = NOW_MS // 3_600_000
+    hours = [*range(now_hour - 2_026 * 8_766, now_hour, 7), *range(now_hour - 2_000, now_hour + 2)]
+    assert len({miniapm.bucket_hour(hour, now_hour) for hour in hours}) < 6_500
 
 
 @settings(max_examples=25)
@@ -3073,6 +3136,36 @@ def test_report_may_come_again_after_its_error_was_deleted(store: Store) -> None
     miniapm.Retention(store, 30, 1000).sweep()
     record(store, event_id=EVENT_ID)
     assert only_error(store).occurrence_count == 1
+
+
+def test_report_comes_again_before_its_deleted_error_is_gone(store: Store) -> None:
+    other = "fedcba9876543210" * 2
+    assert store.record(1, [parse(event_id=EVENT_ID), parse(event_id=other)]) == [None] * 2
+    record(store, fingerprint="kept", event_id="ab" * 16)
+    store.delete([1])
+    again = [parse(event_id=EVENT_ID)] * 2 + [parse(fingerprint="new", event_id=other)]
+    assert store.record(1, [*again, parse(event_id="ab" * 16)]) == [None] * 4
+    store.record_here([(1, again[0])])
+    for _ in range(2):
+        found = {one.fingerprint: one for one in store.errors(ErrorFilter()).errors}
+        counts = {name: one.occurrence_count for name, one in found.items()}
+        assert counts == {"user_save_runtime_error": 1, "new": 1, "kept": 1}
+        stored = store.occurrence(found["new"].id)
+        assert stored
+        assert stored.occurrence.event_id == other
+        sweep(store)
+
+
+def test_report_comes_again_after_retention_removed_its_error(store: Store, clock: Clock) -> None:
+    record(store, event_id=EVENT_ID)
+    clock.seconds += 31 * 86_400
+    retention = miniapm.Retention(store, 30, 1_000)
+    retention._repeat(retention._remove_expired)
+    record(store, event_id=EVENT_ID, fingerprint="between")
+    sweep(store)
+    assert only_error(store).fingerprint == "between"
+    record(store, event_id="ab" * 16)
+    assert len(store.errors(ErrorFilter()).errors) == 2
 
 
 def searched(store: Store, text: str) -> list[str]:
@@ -3470,9 +3563,104 @@ def test_retention_keeps_counts_and_trend(store: Store, clock: Clock) -> None:
     record(store, user_id="2")
     sweep(store)
     error = only_error(store)
-    assert (error.occurrence_count, error.stored_count, error.user_count) == (2, 1, 2)
+    assert (error.occurrence_count, error.stored_count, error.user_count) == (2, 1, 1)
     assert error.first_seen_ms == NOW_MS
     assert store.buckets([1], 0)[1][hour] == 1
+
+
+def test_retention_forgets_users_that_were_not_seen_again(store: Store, clock: Clock) -> None:
+    record(store, user_id="seen once")
+    record(store, user_id="seen again")
+    clock.seconds += 20 * 86_400
+    record(store, user_id="seen again")
+    record(store, user_id="new")
+    clock.seconds += 9 * 86_400
+    sweep(store)
+    assert only_error(store).user_count == 3
+    clock.seconds += 2 * 86_400
+    sweep(store)
+    assert only_error(store).user_count == 2
+    assert searched(store, 'user:"seen once"') == []
+    assert searched(store, 'user:"seen again"') == ["user_save_runtime_error"]
+
+
+def report_users(store: Store, numbers: range) -> None:
+    """Report an error by numbered users, in batches."""
+    for start in range(numbers.start, numbers.stop, 5_000):
+        batch = range(start, min(start + 5_000, numbers.stop))
+        assert not any(store.record(1, [parse(user_id=number) for number in batch]))
+
+
+def test_retention_keeps_the_newest_users_of_each_error(store: Store, clock: Clock) -> None:
+    record(store, fingerprint="other", user_id="7")
+    report_users(store, range(10_700))
+    error = store.error(2)
+    assert (error.user_count, error.has_more_users) == (10_000, True)
+    for _ in range(2):
+        sweep(store)
+        assert rows(store, "SELECT COUNT(*) FROM error_users WHERE error_id = 2") == [(10_000,)]
+        assert [n for n in (0, 699, 700, 10_699) if searched(store, f"user:{n}")] == [700, 10_699]
+        error = store.error(2)
+        assert (error.user_count, error.has_more_users) == (10_000, True)
+    assert (store.error(1).user_count, store.error(1).has_more_users) == (1, False)
+    record(store, user_id="0")
+    assert searched(store, "user:0")
+    with store.reading() as db:
+        assert list(miniapm.faults_of(db)) == []
+    clock.seconds += 31 * 86_400
+    record(store, user_id="0")
+    sweep(store)
+    error = store.error(2)
+    assert (error.user_count, error.has_more_users) == (1, False)
+
+
+def test_retention_of_many_users_works_in_short_steps(
+    store: Store, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    report_users(store, range(12_000))
+    store.record(1, [parse(timestamp=f"20{n % 27:02d}-01-01") for n in range(1_000)])
+    steps: list[int] = []
+    write = store.write
+
+    def spy(work: Any) -> Any:
+        before = write(lambda db: db.total_changes)
+        result = write(work)
+        steps.append(write(lambda db: db.total_changes) - before)
+        return result
+
+    monkeypatch.setattr(store, "write", spy)
+    sweep(store, most=1_000_000)
+    assert sum(steps) > 2_000
+    clock.seconds += 31 * 86_400
+    sweep(store, most=1_000_000)
+    assert sum(steps) > 12_000
+    assert max(steps) <= 3 * miniapm.SWEEP_STEP_ROWS
+    assert rows(store, "SELECT COUNT(*) FROM error_users") == [(0,)]
+
+
+@pytest.mark.parametrize("days", [0, 1, 29.5, 30.9, 31, 32, 400])
+def test_retention_folds_old_hours_and_no_trend_changes(
+    store: Store, clock: Clock, days: float
+) -> None:
+    hour = NOW_MS // 3_600_000
+    times = collections.Counter({hour - n: 1 + n % 5 for n in range(0, 40 * 24, 5)})
+    times.update({-1: 2, -8_785: 3, hour - 11 * 8_766: 4})
+    for one, count in times.items():
+        stamp = miniapm.iso_time(one * 3_600_000)
+        assert not any(store.record(1, [parse(timestamp=stamp)] * count))
+    store.set_status([1], "ignored")
+    clock.seconds += days * 86_400
+    now_hour = hour + int(days * 24)
+    sweep(store)
+    hours = store.buckets([1], -(10**9))[1]
+    assert sum(hours.values()) == times.total()
+    assert all(one % 24 == 0 for one in hours if one < now_hour - 31 * 24)
+    assert all(one % (366 * 24) == 0 for one in hours if one < now_hour - 3_660 * 24)
+    for span in miniapm.SPANS:
+        now_ms = store.now_ms()
+        assert miniapm.trend(hours, span, now_ms) == miniapm.trend(times, span, now_ms)
+    with store.reading() as db:
+        assert list(miniapm.faults_of(db)) == []
 
 
 def test_retention_keeps_the_newest_of_each_error(store: Store) -> None:
@@ -3493,8 +3681,8 @@ def test_retention_removes_empty_errors_but_ignored_ones(store: Store, clock: Cl
     clock.seconds += 31 * 86_400
     sweep(store)
     assert only_error(store).fingerprint == "ignored"
-    for table in ("buckets", "error_users", "errors"):
-        assert rows(store, f"SELECT COUNT(*) FROM {table}") == [(1,)]
+    for table, count in (("buckets", 1), ("error_users", 0), ("errors", 1)):
+        assert rows(store, f"SELECT COUNT(*) FROM {table}") == [(count,)]
     record(store, fingerprint="ignored")
     assert only_error(store).status == "ignored"
 
@@ -3522,13 +3710,13 @@ def test_retention_leaves_a_tenth_of_the_file_to_the_next_reports(store: Store) 
 def test_retention_works_in_short_steps(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.record(1, [parse() for _ in range(1_700)])
     steps = []
-    remove = miniapm._remove_occurrences
+    remove = miniapm._remove_counted
 
     def spy(*arguments: Any) -> int:
         steps.append(remove(*arguments))
         return steps[-1]
 
-    monkeypatch.setattr(miniapm, "_remove_occurrences", spy)
+    monkeypatch.setattr(miniapm, "_remove_counted", spy)
     sweep(store, most=1)
     assert sum(steps) == 1_699
     assert max(steps) <= miniapm.SWEEP_STEP_ROWS
@@ -7830,6 +8018,7 @@ def test_error_json_is_as_documented(client: Client) -> None:
         "occurrences": 2,
         "occurrences_kept": 2,
         "users": 1,
+        "has_more_users": False,
     }
     for name in error:
         assert f"`{name}`" in README
@@ -7840,6 +8029,24 @@ def test_error_json_is_as_documented(client: Client) -> None:
     listed = client.get("/errors.json").json()
     assert listed["errors"] == [error | {"trend": [0] * 23 + [1]}]
     assert listed["counts"] == {"open": 1, "resolved": 0, "ignored": 0, "all": 1}
+
+
+def test_users_beyond_those_remembered_are_marked(client: Client, store: Store) -> None:
+    def shown() -> list[Any]:
+        said = client.get("/errors/1.json").json()["error"]
+        listed = client.get("/errors.json").json()["errors"][0]
+        assert listed["users"] == said["users"]
+        assert listed["has_more_users"] is said["has_more_users"]
+        pages = [client.get(path).text for path in ("/errors", "/errors/1", "/errors/1.md")]
+        marked = [re.search(r"10,000\+?(?=</|\n)", page) for page in pages]
+        return [said["users"], said["has_more_users"], *(found and found[0] for found in marked)]
+
+    report_users(store, range(10_000))
+    assert shown() == [10_000, False, *["10,000"] * 3]
+    client.report(user_id="one more")
+    for _ in range(2):
+        assert shown() == [10_000, True, *["10,000+"] * 3]
+        sweep(store)
 
 
 def test_markdown_holds_the_report_in_code(client: Client) -> None:
@@ -8191,6 +8398,21 @@ def test_envelope_and_event_are_taken(client: Client, slash: str) -> None:
     assert (answer.status, answer.json()) == (200, {"id": other})
     (error,) = client.errors()
     assert (error["exception_class"], error["occurrences"]) == ("Boom", 2)
+
+
+def test_report_that_comes_again_after_a_deletion_is_stored(client: Client) -> None:
+    native = {"message": "native", "fingerprint": "native", "event_id": EVENT_ID[::-1]}
+    for number in range(3):
+        client.report(**native)
+        client.post_json("/ingest/errors/batch", {"errors": [report(**native)] * 2})
+        sentry_post(client, envelope(*[event(BOOM)] * 2))
+        found = client.errors()
+        assert sorted(error["occurrences"] for error in found) == [1, 1]
+        assert all(
+            client.get(error["url"].removeprefix(client.prefix)).status == 200 for error in found
+        )
+        client.post_form("/errors", action="delete", id=[error["id"] for error in found])
+        assert client.errors() == []
 
 
 def test_same_event_is_stored_once(client: Client) -> None:
@@ -9320,6 +9542,18 @@ def test_check_says_what_is_wrong(store: Store, tmp_path: Path, damage: str, sai
     assert "faults: 1" in done.stdout
 
 
+def test_check_takes_what_retention_has_not_done_yet_for_whole(
+    store: Store, tmp_path: Path
+) -> None:
+    report_users(store, range(10_001))
+    values = {"error_id": 1, "hour": 5, "count": 1}
+    store.write(lambda db: db.execute(miniapm.RECORD_BUCKET, values))
+    store.write(lambda db: db.execute("UPDATE errors SET occurrence_count = occurrence_count + 1"))
+    for _ in range(2):
+        assert run("check", "--db", store.path, cwd=tmp_path).returncode == 0
+        sweep(store)
+
+
 def test_check_refuses_what_this_program_does_not_know(store: Store, tmp_path: Path) -> None:
     newest = len(miniapm.MIGRATIONS)
     for version, said in ((newest - 1, "brings an older one up"), (newest + 1, "a newer version")):
@@ -9667,6 +9901,20 @@ def test_client_that_leaves_amid_its_body_leaves_nothing(
     server.report(fingerprint="whole")
     assert [error["fingerprint"] for error in server.errors()] == ["whole"]
     assert_counts_agree(server.db)
+
+
+def test_report_sent_again_while_its_deleted_error_is_removed_is_stored(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    for number in range(1, 31):
+        server.report(event_id=EVENT_ID)
+        (error,) = server.errors()
+        assert (error["id"], error["occurrences"]) == (number, 1)
+        answer = requests.post(
+            f"{server.url}/errors/{number}", data={"action": "delete"}, timeout=9
+        )
+        assert answer.status_code == 200
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["closed", "reset"])
