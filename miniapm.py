@@ -8608,7 +8608,7 @@ class PasswordGate:
         self._store, self._now, self._clock = store, store.now, clock
         self._salt: bytes = store.setting("secret")
         self._hash = self._scrypt(password)
-        self._checking = threading.Lock()
+        self._checking = {is_known: threading.Lock() for is_known in (False, True)}
         self._failures: dict[str, tuple[int, float]] = {}  # address -> (how many, wait until)
         self._known: dict[str, None] = {}  # addresses that have logged in
         self._next_s = 0.0  # when the failures of all addresses have been waited for
@@ -8623,12 +8623,14 @@ class PasswordGate:
 
         Never waits. An address that has logged in before does not wait for the others' failures.
         """
-        if not self._checking.acquire(blocking=False):
+        network = _network_of(address)
+        turn = self._checking[network in self._known]
+        if not turn.acquire(blocking=False):
             raise TooManyRequests("Another login is being checked. Try again.", retry_after_s=1)
         try:
-            self._check(password, _network_of(address))
+            self._check(password, network)
         finally:
-            self._checking.release()
+            turn.release()
 
     def _check(self, password: str, address: str) -> None:
         now_s = self._clock()
@@ -8945,7 +8947,7 @@ class SentryIngest:
 
         def admit_start(start: bytes) -> bool:
             """Admit by the DSN in the envelope's first line, once that is there."""
-            if (is_compressed or b"\n" not in start) and len(start) <= MAX_ENVELOPE_HEADER_BYTES:
+            if (is_compressed or b"\n" not in start) and len(start) <= MAX_HEADER_BYTES:
                 return False
             header: Json = {} if is_compressed else header_line(start, 0, "the envelope")[0]
             self.admit(key_of_dsn(header.get("dsn")), project_id, keys)
@@ -9361,9 +9363,10 @@ class App:
     @contextlib.contextmanager
     def _turn_for(self, environ: Environ) -> Iterator[None]:
         """Bound what runs at once: large reports fill the memory, searches keep the disk busy."""
-        if is_ingest(environ["PATH_INFO"]) and is_large(environ):
-            if isinstance(rule := self.body_rule(environ), MiniAPMError):
-                raise rule
+        rule = self.body_rule(environ) if is_large(environ) else BodyRule(0)
+        if isinstance(rule, MiniAPMError):
+            raise rule
+        if is_ingest(environ["PATH_INFO"]) and rule.limit_bytes:
             # All of it has to be here first: a slow client must not make the others wait.
             body = read_body(environ, rule.limit_bytes)
             environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
@@ -9491,26 +9494,43 @@ class Mount:
             raise BadSetting("at must name a path of its own, such as /errors")
         self._destination, self.config, self._keep_running = destination, config, keep_running
         self._made: tuple[Store, App] | None = None
+        self._budget = BodyBudget(config.max_held_bytes)
 
     def takes(self, path: str) -> bool:
         """Tell whether a path belongs to the dashboard."""
         return path == self.at or path.startswith(self.at + "/")
 
+    def _app(self) -> App:
+        store = self._destination.store()
+        self._keep_running()
+        if self._made is None or self._made[0] is not store:
+            self._made = (store, App(store, self.config))
+        return self._made[1]
+
+    def _below(self, environ: Environ) -> Environ:
+        script_name = environ.get("SCRIPT_NAME", "") + self.at
+        return environ | {
+            "SCRIPT_NAME": script_name,
+            "PATH_INFO": environ["PATH_INFO"][len(self.at) :],
+        }
+
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer a request of WSGI; what goes wrong is not recorded, for it is our own."""
         with _own_work():
             try:
-                store = self._destination.store()
+                app = self._app()
             except MiniAPMError as refusal:
                 start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
                 return [f"MiniAPM: {refusal}\n".encode()]
-            self._keep_running()
-            if self._made is None or self._made[0] is not store:
-                self._made = (store, App(store, self.config))
-            script_name = environ.get("SCRIPT_NAME", "") + self.at
-            path = environ["PATH_INFO"][len(self.at) :]
-            own = environ | {"SCRIPT_NAME": script_name, "PATH_INFO": path}
-            return self._made[1](own, start_response)
+            return app(self._below(environ), start_response)
+
+    def body_rule(self, environ: Environ) -> BodyRule | MiniAPMError:
+        """Return how much of a request's body to keep, or what it is refused for."""
+        with _own_work():
+            try:
+                return self._app().body_rule(self._below(environ))
+            except MiniAPMError as refusal:
+                return refusal
 
     async def answer(
         self, scope: Any, receive: Callable[[], Any], send: Callable[..., Any]
@@ -9518,22 +9538,25 @@ class Mount:
         """Answer a request of ASGI."""
         import asyncio
 
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            more = message.get("more_body", False)
-            room = self.config.max_body_bytes + 1 - len(body)
-            body += message.get("body", b"")[: max(0, room)]
+        rule = await asyncio.to_thread(self.body_rule, environ_of_asgi(scope, b""))
         said: list[Any] = []
 
         def start(status: str, headers: list[tuple[str, str]], *_: Any) -> None:
             encoded = [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in headers]
             said[:] = [int(status[:3]), encoded]
 
-        environ = environ_of_asgi(scope, bytes(body))
-        parts = await asyncio.to_thread(lambda: list(self(environ, start)))
+        with contextlib.closing(HeldBody(self._budget, rule)) as body:
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                more = message.get("more_body", False)
+                body.append(message.get("body", b""))
+            environ = environ_of_asgi(scope, body.get())
+            if body.refusal is not None:
+                environ[REFUSAL_KEY] = body.refusal
+            parts = await asyncio.to_thread(lambda: list(self(environ, start)))
         await send({"type": "http.response.start", "status": said[0], "headers": said[1]})
         await send({"type": "http.response.body", "body": b"".join(parts)})
 
@@ -9560,7 +9583,8 @@ def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> M
     client = _Default.client
     if client is None or not isinstance(client.destination, StoreDestination):
         raise BadSetting(f"at={at!r} shows a database: call init() with the path of one first")
-    config = load_config({}, os.environ, ("password", "allowed_hosts", "max_body_bytes"))
+    names = ("password", "allowed_hosts", "max_body_bytes", "max_held_bytes")
+    config = load_config({}, os.environ, names)
     hosts = (*config.allowed_hosts, *(host.lower() for host in allowed_hosts))
     given = dataclasses.replace(config, password=password or config.password, allowed_hosts=hosts)
     mount = Mount(at, client.destination, given, client.keep_running)
@@ -9787,6 +9811,11 @@ def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
     return Parser
 
 
+def is_body_refused(request: Any) -> bool:
+    """Tell whether nothing of a waitress request's body was kept."""
+    return request.body_rcv is not None and request.body_rcv.getbuf().refusal is not None
+
+
 class _Answered:
     """Stands in for a waitress task when the whole answer is there already."""
 
@@ -9836,6 +9865,18 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
             super().__init__(*arguments, **options)
             self.completed_s = time.monotonic()  # when the last request was there in full
 
+        @property
+        def is_begun(self) -> bool:
+            """True while a request has not arrived in full, the first one even before it begins."""
+            return self.request is not None or self.last_activity == self.creation_time
+
+        def recv(self, buffer_size: int) -> bytes:
+            # Much at once only where it is kept: the system's allocator leaves holes behind.
+            is_body = self.request is not None and self.request.body_rcv is not None
+            is_kept = is_body and not is_body_refused(self.request)
+            data: bytes = super().recv(buffer_size if is_kept else MAX_HEADER_BYTES)
+            return data
+
         def received(self, data: bytes) -> bool:
             is_taken: bool = super().received(data)
             if self.requests:
@@ -9870,11 +9911,6 @@ def fast_answer(status: str, body: bytes, now_s: int) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body
 
 
-def is_body_refused(request: Any) -> bool:
-    """Tell whether nothing of a waitress request's body was kept."""
-    return request.body_rcv is not None and request.body_rcv.getbuf().refusal is not None
-
-
 class Lanes:
     """Hands requests to threads; those that take long have their own, and nobody waits for them.
 
@@ -9896,7 +9932,7 @@ class Lanes:
             environ = environ_of_headers(request)
             if is_search(environ):
                 lane = self._searches
-            elif is_ingest(request.path) and is_large(environ):
+            elif is_large(environ):
                 lane = self._large
         lane.add_task(channel)
 
@@ -10155,20 +10191,33 @@ class Server:
     def _round(self, timeout_s: float) -> None:
         has_waiting = self._fast is not None and self._fast.has_waiting()
         self._loop(timeout=0.0 if has_waiting else timeout_s)
+        if len(self._server.active_channels) > MAX_CONNECTIONS:
+            self._close_longest_waiting()
         if self._fast is not None:
             self._fast.run()
 
     def _accept(self) -> None:
-        """Accept what waits; at the limit, who has waited longest without a request gives way."""
+        """Accept what waits; beyond the limit, those that wait longest for a request give way."""
         channels = self._server.active_channels
         for _ in range(MAX_ACCEPTED):
             known = len(channels)
             self._accept_one()
             if len(channels) == known:
                 break
-            if known >= MAX_CONNECTIONS:
-                idle = [one for one in channels.values() if not one.requests]
-                min(idle, key=operator.attrgetter("completed_s")).handle_close()
+
+    def _close_longest_waiting(self) -> None:
+        """Close connections beyond the limit, first those with a request that does not end.
+
+        Between two rounds: in the middle of one, a new connection could get the number of the
+        closed one, and the events that are meant for it.
+        """
+        channels, now_s = self._server.active_channels, time.monotonic()
+        idle = [one for one in channels.values() if not one.requests]
+        idle.sort(
+            key=lambda one: (now_s - one.completed_s < 1 or not one.is_begun, one.completed_s)
+        )
+        for channel in idle[: max(0, len(channels) - MAX_CONNECTIONS)]:
+            channel.handle_close()
 
     def _drain(self) -> None:
         """Answer every request that has arrived, for MAX_DRAIN_S at most."""
