@@ -120,6 +120,7 @@ _KIBIBYTE = 1024
 _MEBIBYTE = 1024 * _KIBIBYTE
 
 MAX_BODY_BYTES = 10 * _MEBIBYTE  # the default of the setting max_body_bytes
+PART_BYTES = 64 * _KIBIBYTE  # of a body that is held
 MAX_HELD_BYTES = 128 * _MEBIBYTE  # the default of the setting max_held_bytes
 MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it is cut off
 MAX_HEADER_BYTES = 16 * _KIBIBYTE
@@ -8192,7 +8193,8 @@ class HeldBody:
         self._budget = budget
         self._rule = BodyRule(0) if isinstance(rule, MiniAPMError) else rule
         self._check = self._rule.check
-        self._file = io.BytesIO()
+        self._parts: list[bytes] = []  # not one growing piece: that takes much more than its size
+        self._tail = bytearray()
         self._size = 0
 
     def __len__(self) -> int:
@@ -8207,16 +8209,24 @@ class HeldBody:
             if not self._budget.take(len(data)):
                 raise Unavailable("too many large bodies arrive at once", retry_after_s=2)
             self._size += len(data)
-            self._file.write(data)
-            if self._check is not None and self._check(self._file.getvalue()):
+            self._tail += data
+            if self._check is not None and self._check(self.get()):
                 self._check = None
+            if len(self._tail) >= PART_BYTES:
+                self._parts.append(bytes(self._tail))
+                self._tail.clear()
         except MiniAPMError as refusal:
             self.close()
             self.refusal = refusal
 
+    @property
+    def is_wanted(self) -> bool:
+        """True when what comes next is kept; not yet while it is unknown who sends it."""
+        return self.refusal is None and self._check is None and self._rule.limit_bytes > 0
+
     def get(self) -> bytes:
         """Return all of it."""
-        return self._file.getvalue()
+        return b"".join([*self._parts, self._tail])
 
     def replace(self, data: bytes | bytearray) -> bool:
         """Keep this instead, unless it is beyond the limit; tell whether it was kept."""
@@ -8228,14 +8238,15 @@ class HeldBody:
         return True
 
     def getfile(self) -> io.BytesIO:
-        """Hand it over as a file, which does not copy it."""
-        file, self._file = io.BytesIO(self._file.getvalue()), io.BytesIO()
-        return file
+        """Hand it over as a file; it stays counted until close()."""
+        body = self.get()
+        self._parts, self._tail = [], bytearray()
+        return io.BytesIO(body)
 
     def close(self) -> None:
         """Drop it; no part of the budget is used any more."""
         self._budget.give_back(self._size)
-        self._file, self._size = io.BytesIO(), 0
+        self._parts, self._tail, self._size = [], bytearray(), 0
 
 
 def _inflate(raw: bytes, wbits: int, limit: int) -> bytes:
@@ -9872,8 +9883,8 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
 
         def recv(self, buffer_size: int) -> bytes:
             # Much at once only where it is kept: the system's allocator leaves holes behind.
-            is_body = self.request is not None and self.request.body_rcv is not None
-            is_kept = is_body and not is_body_refused(self.request)
+            receiver = self.request.body_rcv if self.request is not None else None
+            is_kept = receiver is not None and receiver.getbuf().is_wanted
             data: bytes = super().recv(buffer_size if is_kept else MAX_HEADER_BYTES)
             return data
 
