@@ -7913,7 +7913,13 @@ CORS_HEADERS = [
     ("Access-Control-Max-Age", "86400"),
 ]
 SESSION_COOKIE = "miniapm_session"
-FORWARDING_HEADERS = ("HTTP_FORWARDED", "HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP", "HTTP_VIA")
+# What proxies add: there is no end of names, but they go by a pattern.
+_FORWARDING_HEADER = re.compile(
+    "HTTP_(?:VIA|CDN_LOOP|.*FORWARDED.*|CF_.+|X_(?:ORIGINAL|PROXY|ENVOY|REAL|REWRITE)_.+"
+    "|X_(?:HOST|SCHEME|PROTO)|FRONT_END_HTTPS|.*(?:IP|ADDR|ADDRESS))"
+)
+# same-site is not enough: every port of localhost is the same site.
+OWN_SITES = (None, "same-origin", "none")  # what Sec-Fetch-Site says when no other page asks
 ACTIONS = {"resolve": "resolved", "ignore": "ignored", "reopen": "open"}
 
 
@@ -8157,8 +8163,8 @@ def check_host(environ: Environ, config: Config) -> None:
 
 def check_peer(environ: Environ) -> None:
     """Refuse other machines: what has no password is for this one only."""
-    forwarded = any(name in environ for name in FORWARDING_HEADERS)  # by a proxy on this machine
-    if forwarded or not is_loopback_name(environ.get("REMOTE_ADDR", "")):
+    is_forwarded = any(map(_FORWARDING_HEADER.fullmatch, environ))  # by a proxy on this machine
+    if is_forwarded or not is_loopback_name(environ.get("REMOTE_ADDR", "")):
         raise Forbidden(
             "without a password the dashboard is for this machine only;"
             f" to open it to others set {variable_of('password')}"
@@ -8169,11 +8175,24 @@ def check_same_origin(environ: Environ) -> None:
     """Refuse a change that another site's page asks for; programs send neither header."""
     site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
     own = environ.get("HTTP_HOST", "").lower()
-    # same-site is not enough: every port of localhost is the same site.
-    if site not in (None, "same-origin", "none") or (
+    if site not in OWN_SITES or (
         origin is not None and origin.lower() not in (f"http://{own}", f"https://{own}")
     ):
         raise Forbidden("changes are taken from this dashboard's own pages only")
+
+
+def check_reader(environ: Environ) -> None:
+    """Refuse what another site's page loads, even unseen: it could time a search's answer.
+
+    A person may follow a link to here. Programs send none of these headers.
+    """
+    is_opened = (
+        environ.get("HTTP_SEC_FETCH_MODE") == "navigate"
+        and environ.get("HTTP_SEC_FETCH_DEST") == "document"  # not a frame
+        and "HTTP_SEC_PURPOSE" not in environ  # not fetched ahead
+    )
+    if environ.get("HTTP_SEC_FETCH_SITE") not in OWN_SITES and not is_opened:
+        raise Forbidden("another site's page may link to this dashboard, but not load it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -8889,6 +8908,8 @@ class App:
             check_peer(environ)
         if environ["REQUEST_METHOD"] == "POST":
             check_same_origin(environ)
+        elif not path.startswith("/assets/"):
+            check_reader(environ)
         if not is_public(path) and not self._dashboard.has_session():
             raise Unauthorized("log in first")
 
@@ -9512,7 +9533,7 @@ class Server:
             cleanup_interval=5,
             max_request_header_size=MAX_HEADER_BYTES,
             max_request_body_size=MAX_SWALLOWED_BYTES,
-            clear_untrusted_proxy_headers=True,
+            clear_untrusted_proxy_headers=False,  # check_peer() goes by them
         )
         self._server.channel_class = _channel_class(config.max_body_bytes)
         self._fast = self._fast_ingest(app, store, log_line if config.verbose else None)

@@ -337,7 +337,7 @@ class Server:
         self.port = int(self.url.rpartition(":")[2])
 
     def post(self, value: Any, path: str = "/ingest/errors", **options: Any) -> requests.Response:
-        headers = {"Authorization": f"Bearer {self.key}"}
+        headers = {"Authorization": f"Bearer {self.key}"} | options.pop("headers", {})
         return requests.post(self.url + path, json=value, headers=headers, timeout=20, **options)
 
     def report(self, **changes: Any) -> None:
@@ -7707,6 +7707,87 @@ def test_cross_site_change_is_refused(client: Client, path: str, headers: Any) -
     assert len(client.errors()) == 1
 
 
+READ_PATHS = ["/errors?q=secret", "/errors.json", "/errors/1", "/errors/1.json", "/errors/1.md"]
+READ_PATHS += ["/", "/setup", "/login", "/errors/1/occurrences/1"]
+
+
+@pytest.mark.parametrize("path", READ_PATHS)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_page_of_another_site_loads_nothing_and_times_nothing(
+    client: Client, monkeypatch: Any, method: str, path: str
+) -> None:
+    client.report()
+    for name in ("errors", "error", "occurrence", "projects", "facets", "buckets"):
+        monkeypatch.setattr(Store, name, lambda *_: pytest.fail("the data was read"))
+    for site in ("cross-site", "same-site", "", "same-origin, cross-site"):
+        for mode, dest in (
+            *(("no-cors", dest) for dest in ("empty", "image", "script", "style", "document")),
+            *(("navigate", dest) for dest in ("iframe", "frame", "embed", "object", "")),
+            *(("navigate", "fencedframe"), ("cors", "empty"), ("websocket", "websocket")),
+        ):
+            sent = {"SEC_FETCH_SITE": site, "SEC_FETCH_MODE": mode, "SEC_FETCH_DEST": dest}
+            assert client.request(method, path, **sent).status == 403
+        ahead = {"SEC_FETCH_MODE": "navigate", "SEC_FETCH_DEST": "document"}
+        ahead |= {"SEC_FETCH_SITE": site, "SEC_PURPOSE": "prefetch;anonymous-client-ip"}
+        assert client.request(method, path, **ahead).status == 403
+        assert client.request(method, path, SEC_FETCH_SITE=site).status == 403
+
+
+def test_page_of_another_site_loads_nothing_with_a_session_either(guarded: Client) -> None:
+    guarded.cookie = log_in(guarded).cookies[0].partition(";")[0]
+    assert guarded.get("/errors").status == 200
+    for path in ("/errors", "/login"):
+        sent = {"SEC_FETCH_SITE": "same-site", "SEC_FETCH_MODE": "no-cors"}
+        assert guarded.get(path, SEC_FETCH_DEST="image", **sent).status == 403
+
+
+def test_links_of_other_sites_and_own_pages_are_followed(client: Client) -> None:
+    client.report()
+    opened = {"SEC_FETCH_MODE": "navigate", "SEC_FETCH_DEST": "document", "SEC_FETCH_USER": "?1"}
+    own = {"SEC_FETCH_MODE": "cors", "SEC_FETCH_DEST": "empty"}
+    for path in READ_PATHS:
+        expected = client.get(path).status
+        assert expected in (200, 303)
+        for site in ("cross-site", "same-site", "same-origin", "none"):
+            assert client.get(path, SEC_FETCH_SITE=site, **opened).status == expected
+        assert client.get(path, SEC_FETCH_SITE="same-origin", **own).status == expected
+
+
+def test_pages_of_other_sites_may_report_and_load_assets(client: Client) -> None:
+    sent = {"SEC_FETCH_SITE": "cross-site", "SEC_FETCH_MODE": "cors", "SEC_FETCH_DEST": "empty"}
+    assert client.post_json("/ingest/errors", report(), **sent).status == 202
+    assert sentry_post(client, envelope(event(BOOM)), **sent).status == 200
+    assert client.request("OPTIONS", "/ingest/errors", **sent).status == 204
+    assert client.get("/health", **sent).status == 200
+    for name in miniapm.ASSETS:
+        assert client.get(f"/assets/{name}", **sent).status == 200
+
+
+FORWARDING_HEADERS = [
+    *("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP"),
+    *("X-Forwarded-Port", "X-Forwarded-Server", "X-Forwarded-Prefix", "X-Forwarded-By"),
+    *("X-Forwarded", "Forwarded-For", "X-Original-Forwarded-For", "X-Forwarded-SSL", "X-Real-Port"),
+    *("CF-Connecting-IP", "CF-Ray", "CF-Visitor", "CDN-Loop", "True-Client-IP", "X-Client-IP"),
+    *("Fastly-Client-IP", "Fly-Client-IP", "X-Cluster-Client-IP", "Proxy-Client-IP"),
+    *("WL-Proxy-Client-IP", "X-Azure-ClientIP", "X-Envoy-External-Address", "X-ProxyUser-Ip"),
+    *("X-Remote-Addr", "X-Remote-IP", "DO-Connecting-IP", "X-Appengine-User-IP", "X-Original-URL"),
+    *("X-Original-Host", "X-Scheme", "X-Host", "Front-End-Https", "X-Nf-Client-Connection-Ip"),
+]
+
+
+@pytest.mark.parametrize("name", FORWARDING_HEADERS)
+def test_dashboard_without_a_password_is_closed_to_what_a_proxy_forwards(
+    client: Client, name: str
+) -> None:
+    sent = {name.upper().replace("-", "_"): "127.0.0.1"}
+    for path in ("/errors", "/errors.json", "/setup"):
+        answer = client.get(path, **sent)
+        assert answer.status == 403
+        assert "this machine only" in answer.text
+    assert client.post_json("/ingest/errors", report(), **sent).status == 202
+    assert client.get("/health", **sent).status == 200
+
+
 def test_own_page_and_program_may_change(client: Client) -> None:
     client.report()
     own = {"ORIGIN": "http://127.0.0.1:3000", "SEC_FETCH_SITE": "same-origin"}
@@ -10177,6 +10258,32 @@ def test_line_ends_and_nul_in_every_header_that_is_read_are_400(
     assert "Traceback" not in said and "exception" not in said
 
 
+def test_server_passes_forwarding_headers_to_the_guard(start: Callable[..., Server]) -> None:
+    server = start()
+    for name in FORWARDING_HEADERS:
+        sent = {name: "192.0.2.7"}
+        assert requests.get(server.url + "/errors", headers=sent, timeout=9).status_code == 403
+        assert server.post(report(), headers=sent).status_code == 202
+
+
+def test_pages_do_not_go_by_what_a_proxy_claims(start: Callable[..., Server]) -> None:
+    server = start("--password", "open sesame")
+    sent = {name: "evil.example" for name in FORWARDING_HEADERS} | {"X-Forwarded-Proto": "https"}
+    session = requests.Session()
+    form = {"password": "open sesame"}
+    answer = session.post(
+        server.url + "/login", data=form, headers=sent, allow_redirects=False, timeout=9
+    )
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/errors")
+    assert "Secure" not in answer.headers["Set-Cookie"]
+    server.report()
+    for path in ("/setup", "/errors/1.md", "/errors.json", "/errors", "/nothing"):
+        page = session.get(server.url + path, headers=sent, timeout=9)
+        assert page.status_code == (404 if path == "/nothing" else 200)
+        assert "evil.example" not in page.text
+        assert "https://127" not in page.text
+
+
 def test_hosts_and_origins_that_come_twice_are_refused(start: Callable[..., Server]) -> None:
     server = start()
     server.report()
@@ -11241,13 +11348,14 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         (
-            "Another site in the same browser can neither read the dashboard nor change anything: "
-            "foreign `Host`, `Origin` and `Sec-Fetch-Site` are refused, and no page can be "
-            "framed."
+            "Another site in the same browser can neither read the dashboard nor change anything, "
+            "nor tell from the time of an answer what is in it: foreign `Host`, `Origin` and "
+            "`Sec-Fetch-Site` are refused, and no page can be framed."
         ),
         (
             "test_dashboard_answers_to_known_hosts_only",
             "test_cross_site_change_is_refused",
+            "test_page_of_another_site_loads_nothing_and_times_nothing",
             "test_pages_carry_security_headers_and_nothing_inline",
         ),
     ),
