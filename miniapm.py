@@ -74,6 +74,7 @@ import tempfile
 import threading
 import time
 import types
+import unicodedata
 import urllib.parse
 import weakref
 import wsgiref.util
@@ -84,7 +85,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - one line instead of a traceback
     said = f"miniapm.py needs Python 3.11 or newer; this is {sys.version.split()[0]}"
     raise SystemExit(said) if __name__ == "__main__" else ImportError(said)
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -334,11 +335,31 @@ def _read_switch(text: str) -> bool:
     return text == "1"
 
 
+def normal_host(text: str) -> str:
+    """Return a host in the one form that is compared: without port, brackets and last dot.
+
+    Names are lower-case and in xn-- form, addresses as `ipaddress` writes them. Raises ValueError
+    for anything else.
+    """
+    bracketed = re.fullmatch(r"\[([^%\]]+)(?:%[^\]]*)?\](?::[0-9]{1,5})?", text)
+    if bracketed or text.count(":") > 1:
+        address = ipaddress.IPv6Address(bracketed[1] if bracketed else text.partition("%")[0])
+        return str(address.ipv4_mapped or address)
+    found = re.fullmatch(r"([^:]{1,254})(?::[0-9]{1,5})?", text)
+    name = unicodedata.normalize("NFKC", found[1] if found else "").lower()
+    labels = name.replace("\u3002", ".").removesuffix(".").split(".")
+    if labels[-1].isdigit():
+        return str(ipaddress.IPv4Address(".".join(labels)))
+    for index, label in enumerate(labels):
+        if not (label.isprintable() and re.fullmatch(r"(?:[a-z0-9_-]|[^\x00-\x7f])+", label)):
+            raise ValueError(text)
+        if not label.isascii():  # the codec idna is of 2003 and knows another form of some names
+            labels[index] = "xn--" + label.encode("punycode").decode()
+    return ".".join(labels)
+
+
 def _read_hosts(text: str) -> tuple[str, ...]:
-    hosts = tuple(name.strip().lower() for name in text.split(",") if name.strip())
-    if not all(re.fullmatch(r"[\w.-]+|\[?[0-9a-f:.]+\]?", name) for name in hosts):
-        raise ValueError(text)
-    return tuple(name.strip("[]") for name in hosts)
+    return tuple(normal_host(name.strip()) for name in text.split(",") if name.strip())
 
 
 def _setting(
@@ -355,9 +376,10 @@ _TEXT = (_read_text, "printable text")
 
 def is_loopback_name(name: str) -> bool:
     """Tell whether a host name or address means this machine."""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
     with contextlib.suppress(ValueError):
+        name = normal_host(name)
+        if name == "localhost" or name.endswith(".localhost"):
+            return True
         return ipaddress.ip_address(name).is_loopback
     return False
 
@@ -394,7 +416,10 @@ class Config:
     )
     allowed_hosts: tuple[str, ...] = _setting(
         (),
-        (_read_hosts, "host names without ports, separated by commas"),
+        (
+            _read_hosts,
+            "host names or addresses with commas between: no http://, no path, no wildcard",
+        ),
         "names beyond localhost under which the dashboard may be opened",
     )
     max_body_bytes: int = _setting(
@@ -8149,12 +8174,20 @@ def record_batch(
     return dict(sorted(refusals.items()))
 
 
-def check_host(environ: Environ, config: Config) -> None:
+def known_hosts(config: Config) -> frozenset[str]:
+    """Return the hosts beyond localhost under which the dashboard may be opened."""
+    hosts = set(_read_hosts(",".join(config.allowed_hosts)))
+    with contextlib.suppress(ValueError):  # the resolver takes more
+        hosts.add(normal_host(config.host))
+    return frozenset(hosts)
+
+
+def check_host(environ: Environ, hosts: Collection[str]) -> None:
     """Refuse a Host header we don't go by: a foreign name that resolves to us is an attack."""
-    host = environ.get("HTTP_HOST", "").lower()
-    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(?::[0-9]{1,5})?", host, re.ASCII)
-    name = found[1].strip("[]").removesuffix(".") if found else ""
-    if not (is_loopback_name(name) or name in (*config.allowed_hosts, config.host.lower())):
+    name = ""
+    with contextlib.suppress(ValueError):
+        name = normal_host(header_text(environ, "HTTP_HOST"))
+    if not (is_loopback_name(name) or name in hosts):
         raise Forbidden(
             "this Host is not allowed; if it is right, start with"
             f" {flag_of('allowed_hosts')} or {variable_of('allowed_hosts')}"
@@ -8832,7 +8865,7 @@ class App:
     """
 
     def __init__(self, store: Store, config: Config, log: Log = lambda _: None) -> None:
-        self._config = config
+        self._config, self._hosts = config, known_hosts(config)
         gate = None
         if config.password is not None:
             gate = PasswordGate(config.password, store)
@@ -8903,7 +8936,7 @@ class App:
         path = environ["PATH_INFO"]
         if is_machine_path(path):
             return
-        check_host(environ, self._config)
+        check_host(environ, self._hosts)
         if self._config.password is None:
             check_peer(environ)
         if environ["REQUEST_METHOD"] == "POST":
@@ -9066,7 +9099,9 @@ def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> M
     if client is None or not isinstance(client.destination, StoreDestination):
         raise BadSetting(f"at={at!r} shows a database: call init() with the path of one first")
     config = load_config({}, os.environ, ("password", "allowed_hosts", "max_body_bytes"))
-    hosts = (*config.allowed_hosts, *(host.lower() for host in allowed_hosts))
+    named = [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts
+    given_hosts = load_config({"allowed_hosts": ",".join(named) or None}, {}).allowed_hosts
+    hosts = (*config.allowed_hosts, *given_hosts)
     given = dataclasses.replace(config, password=password or config.password, allowed_hosts=hosts)
     mount = Mount(at, client.destination, given, client.keep_running)
     client.mounted_at = mount.at

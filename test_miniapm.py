@@ -514,7 +514,12 @@ def test_setting_is_read_from_flag_and_variable(name: str, text: str, value: Any
     [
         *[("port", text) for text in ("", "x", "-1", "65536", "3.5")],
         *[("api_key", text) for text in ("", "a b", "a'b", "$x", "a\n", "x" * 201)],
-        *[("allowed_hosts", text) for text in ("a b", "http://x", "x:80/")],
+        *[("allowed_hosts", text) for text in ("a b", "http://x", "x:80/", "*.x", "x/y", "a..b")],
+        *[
+            ("allowed_hosts", text)
+            for text in (".x", "[::1", "::g", "x:y", "u@x", "x?y", "a\tb", ".")
+        ],
+        *[("allowed_hosts", text) for text in ("127.1", "10.0.0.256", "x,*", "\u2100", "x" * 300)],
         *[("max_body_bytes", text) for text in ("10MB", "0")],
         *[("retention_days", text) for text in ("0", "-3")],
         *[("max_occurrences", text) for text in ("0", "many")],
@@ -552,9 +557,32 @@ def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("10.0.0.5:3000", "10.0.0.5"),
+        ("B\xfccher.DE", "xn--bcher-kva.de"),
+        ("bu\u0308cher.de:80", "xn--bcher-kva.de"),
+        ("xn--bcher-kva.de", "xn--bcher-kva.de"),
+        ("stra\xdfe.de", "xn--strae-oqa.de"),  # as browsers send it
+        ("\u4f8b\u3048\u3002\u30c6\u30b9\u30c8", "xn--r8jz45g.xn--zckzah"),
+        ("my.name.", "my.name"),
+        ("MY_box:1", "my_box"),
+        *[(text, "::1") for text in ("[0:0::1]:3000", "::1", "[::1]", "0:0:0:0:0:0:0:1")],
+        ("[FE80::1%eth0]:80", "fe80::1"),
+        ("fe80::1%eth0", "fe80::1"),
+        ("[::ffff:10.0.0.5]", "10.0.0.5"),
+    ],
+)
+def test_host_has_one_form(text: str, host: str) -> None:
+    assert miniapm.normal_host(text) == host
+    assert miniapm.load_config({"allowed_hosts": f" {text} ,x"}, {}).allowed_hosts == (host, "x")
+
+
+@pytest.mark.parametrize(
     ("host", "is_local"),
     [
-        *[(host, True) for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost")],
+        *[(host, True) for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost", "0::1")],
+        *[(host, True) for host in ("LOCALHOST", "localhost.", "::ffff:127.0.0.1")],
         *[(host, False) for host in ("0.0.0.0", "::", "192.168.1.5", "example.com", "")],
     ],
 )
@@ -5235,6 +5263,15 @@ def test_mounted_dashboard_without_a_password_is_for_this_machine(
     assert client.request("GET", "/other", **changes).body == b"the host"
 
 
+def test_mounted_dashboard_reads_its_hosts_as_the_setting_does(recorder: Recorder) -> None:
+    for hosts in (["b\xfccher.de:80", "[FD00:0::1]"], ("x", "B\xdcCHER.de."), "b\xfccher.de"):
+        client = Client(mounted(allowed_hosts=hosts), "")
+        assert client.get("/errors/errors.json", HOST="xn--bcher-kva.de").status == 200
+    for hosts in (["http://x"], ["*.x"], ["x", "a b"], "x/y"):
+        with pytest.raises(miniapm.BadSetting, match="takes host names or addresses"):
+            mounted(allowed_hosts=hosts)
+
+
 def test_mounted_dashboard_refuses_cross_site_changes(recorder: Recorder) -> None:
     client = Client(mounted(), "")
     miniapm.record_error(ValueError("x"))
@@ -7817,6 +7854,28 @@ def test_dashboard_answers_to_known_hosts_only(store: Store, host: str, status: 
         assert client.get(path, HOST=host).status == status
     assert client.post_json("/ingest/errors", report(), HOST=host).status == 202
     assert client.get("/health", HOST=host).status == 200
+
+
+@pytest.mark.parametrize(
+    ("setting", "host"),
+    [
+        ("10.0.0.5:3000", "10.0.0.5"),
+        ("b\xfccher.de", "xn--bcher-kva.de"),
+        ("b\xfccher.de", "b\xfccher.de:3000".encode().decode("latin-1")),
+        ("xn--bcher-kva.de", "XN--bcher-kva.de."),
+        ("my.name.", "my.name:3000"),
+        ("my.name", "my.name."),
+        ("[fd00:0::1]:3000", "[fd00::0:1]"),
+        ("fd00::1", "[FD00:0:0::1]:3000"),
+    ],
+)
+def test_host_header_and_setting_may_be_written_in_any_way(
+    store: Store, setting: str, host: str
+) -> None:
+    config = miniapm.load_config({"allowed_hosts": setting}, {})
+    assert Client(App(store, config), "").get("/errors", HOST=host).status == 200
+    assert Client(App(store, Config()), "").get("/errors", HOST=host).status == 403
+    assert Client(App(store, Config(host=setting)), "").get("/errors", HOST=host).status == 200
 
 
 def test_error_page_tells_everything(client: Client) -> None:
