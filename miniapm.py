@@ -362,6 +362,21 @@ def _read_hosts(text: str) -> tuple[str, ...]:
     return tuple(normal_host(name.strip()) for name in text.split(",") if name.strip())
 
 
+def _read_public_url(text: str) -> str:
+    pattern = (
+        r"(?ai)(https?)://(\[[^\]]+\]|[^/?#@\\:]+)(?::([0-9]{1,5}))?((?:/[a-zA-Z0-9_.~-]+)*)/?"
+    )
+    found = re.fullmatch(pattern, text)
+    if not found or re.search(r"/\.{1,2}(?:/|$)", found[4]) or found[4] in ("/ingest", "/assets"):
+        raise ValueError(text)
+    scheme, host, port = found[1].lower(), normal_host(found[2]), int(found[3] or 0)
+    if found[3] and not 1 <= port <= 65_535:
+        raise ValueError(text)
+    is_usual = port in (0, {"http": 80, "https": 443}[scheme])
+    netloc = (f"[{host}]" if ":" in host else host) + ("" if is_usual else f":{port}")
+    return f"{scheme}://{netloc}{found[4]}"
+
+
 def _setting(
     default: Any, reader: tuple[Callable[[str], Any], str], help: str, *, is_secret: bool = False
 ) -> Any:
@@ -422,6 +437,14 @@ class Config:
         ),
         "names beyond localhost under which the dashboard may be opened",
     )
+    public_url: str | None = _setting(
+        None,
+        (
+            _read_public_url,
+            "an address such as https://my.name/apm: no user, no query, not /ingest or /assets",
+        ),
+        "address under which a reverse proxy serves the tracker",
+    )
     max_body_bytes: int = _setting(
         MAX_BODY_BYTES,
         _whole_number(1_000, 512 * _MEBIBYTE),
@@ -445,6 +468,14 @@ class Config:
 def flag_of(name: str) -> str:
     """Return a setting's flag: max_body_bytes -> --max-body-bytes."""
     return "--" + name.replace("_", "-")
+
+
+def way_in(config: Config) -> str:
+    """Return the flag that lets other machines in, with its value; empty if none does."""
+    if not config.is_local:
+        return f"{flag_of('host')} {config.host}"
+    host = urllib.parse.urlsplit(config.public_url or "//localhost").netloc
+    return "" if is_loopback_name(host) else f"{flag_of('public_url')} {config.public_url}"
 
 
 URL_VARIABLE = "MINI_APM_URL"  # where programs report to; the tracker itself has no use for it
@@ -7938,6 +7969,8 @@ CORS_HEADERS = [
     ("Access-Control-Max-Age", "86400"),
 ]
 SESSION_COOKIE = "miniapm_session"
+PUBLIC_URL = "miniapm.public_url"  # of the environ: the setting, where the App has one
+_PROXY_HINT = f"{flag_of('public_url')} https://… or {variable_of('public_url')}"
 # What proxies add: there is no end of names, but they go by a pattern.
 _FORWARDING_HEADER = re.compile(
     "HTTP_(?:VIA|CDN_LOOP|.*FORWARDED.*|CF_.+|X_(?:ORIGINAL|PROXY|ENVOY|REAL|REWRITE)_.+"
@@ -8179,7 +8212,21 @@ def known_hosts(config: Config) -> frozenset[str]:
     hosts = set(_read_hosts(",".join(config.allowed_hosts)))
     with contextlib.suppress(ValueError):  # the resolver takes more
         hosts.add(normal_host(config.host))
+    if config.public_url:
+        hosts.add(normal_host(urllib.parse.urlsplit(config.public_url).netloc))
     return frozenset(hosts)
+
+
+def client_address(environ: Environ) -> str:
+    """Return the address of the one who asks: the one that our own proxy has added, if any."""
+    peer: str = environ.get("REMOTE_ADDR", "")
+    said = environ.get("HTTP_X_FORWARDED_FOR") if PUBLIC_URL in environ else None
+    if not said or not is_loopback_name(peer):
+        return peer
+    try:
+        return str(ipaddress.ip_address(normal_host(said.rpartition(",")[2].strip())))
+    except ValueError:
+        return "unknown"
 
 
 def check_host(environ: Environ, hosts: Collection[str]) -> None:
@@ -8190,28 +8237,43 @@ def check_host(environ: Environ, hosts: Collection[str]) -> None:
     if not (is_loopback_name(name) or name in hosts):
         raise Forbidden(
             "this Host is not allowed; if it is right, start with"
-            f" {flag_of('allowed_hosts')} or {variable_of('allowed_hosts')}"
+            f" {flag_of('allowed_hosts')} or {variable_of('allowed_hosts')},"
+            f" behind a reverse proxy with {_PROXY_HINT}"
         )
 
 
 def check_peer(environ: Environ) -> None:
     """Refuse other machines: what has no password is for this one only."""
     is_forwarded = any(map(_FORWARDING_HEADER.fullmatch, environ))  # by a proxy on this machine
-    if is_forwarded or not is_loopback_name(environ.get("REMOTE_ADDR", "")):
+    is_told = PUBLIC_URL in environ and environ.get("HTTP_X_FORWARDED_FOR")
+    if is_forwarded and not is_told or not is_loopback_name(client_address(environ)):
         raise Forbidden(
-            "without a password the dashboard is for this machine only;"
-            f" to open it to others set {variable_of('password')}"
+            "without a password the dashboard is for this machine only; to open it to others set"
+            f" {variable_of('password')}, behind a reverse proxy also {_PROXY_HINT}"
         )
+
+
+def own_origins(environ: Environ) -> set[str]:
+    """Return what the header Origin says on pages of this dashboard."""
+    host = environ.get("HTTP_HOST", "").lower()
+    if not (url := environ.get(PUBLIC_URL)):
+        return {f"http://{host}", f"https://{host}"}
+    scheme, netloc, *_ = urllib.parse.urlsplit(url)
+    is_public = host == netloc or (  # nginx's $host leaves the port out
+        normal_host(host) == normal_host(netloc) and not is_loopback_name(host)
+    )
+    direct = set() if is_public else {f"http://{host}", f"https://{host}"}
+    return {f"{scheme}://{netloc}", *direct}
 
 
 def check_same_origin(environ: Environ) -> None:
     """Refuse a change that another site's page asks for; programs send neither header."""
     site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
-    own = environ.get("HTTP_HOST", "").lower()
-    if site not in OWN_SITES or (
-        origin is not None and origin.lower() not in (f"http://{own}", f"https://{own}")
-    ):
-        raise Forbidden("changes are taken from this dashboard's own pages only")
+    if site not in OWN_SITES or (origin is not None and origin.lower() not in own_origins(environ)):
+        raise Forbidden(
+            "changes are taken from this dashboard's own pages only; if this is one of them,"
+            f" behind a reverse proxy, start with {_PROXY_HINT}"
+        )
 
 
 def check_reader(environ: Environ) -> None:
@@ -8376,13 +8438,21 @@ def root_of(environ: Environ) -> str:
 
 def url_of_request(environ: Environ) -> str:
     """Return the address under which a browser has reached the App."""
+    if url := environ.get(PUBLIC_URL):
+        return str(url)
     return f"{environ['wsgi.url_scheme']}://{environ['HTTP_HOST']}{root_of(environ)}"
+
+
+def valid_path(environ: Environ) -> str:
+    """Return the path; what is not UTF-8, and control characters, become U+FFFD: not a route."""
+    path = environ["PATH_INFO"].encode("latin-1", "replace").decode("utf-8", "replace")
+    return re.sub(r"[\x00-\x1f\x7f]", "\ufffd", path)
 
 
 _REPORTING_PATH = re.compile(r"/api/[0-9]+/(?:envelope|store)/?|/ingest/errors(?:/batch)?")
 
 
-def is_about_us(event: Json, environ: Environ) -> bool:
+def is_about_us(event: Json, environ: Environ, public_url: str | None) -> bool:
     """Tell whether a Sentry event reports that we could not take a report.
 
     An SDK in the tracker's own process sends these: taken, each could cause the next one.
@@ -8390,8 +8460,15 @@ def is_about_us(event: Json, environ: Environ) -> bool:
     request = event.get("request")
     url = str(request.get("url")) if isinstance(request, dict) else ""
     address = url.partition("://")[2].partition("?")[0].lower()
-    own = (environ.get("HTTP_HOST", "") + root_of(environ)).lower()
-    return address.startswith(own) and bool(_REPORTING_PATH.fullmatch(address[len(own) :]))
+    host = environ.get("HTTP_HOST", "")
+    own = {host + root_of(environ)}
+    if public_url:
+        public = urllib.parse.urlsplit(public_url)
+        own |= {host, host + public.path, public.netloc + public.path}
+    return any(
+        address.startswith(one) and _REPORTING_PATH.fullmatch(address[len(one) :])
+        for one in map(str.lower, own)
+    )
 
 
 def leave_untraced() -> None:
@@ -8436,7 +8513,9 @@ def with_session(answer: bottle.HTTPResponse, value: str, maxage_s: int) -> bott
         maxage=maxage_s,
         httponly=True,
         samesite="lax",
-        secure=environ["wsgi.url_scheme"] == "https",
+        # A browser that came directly, and not by the proxy, says so by its Origin.
+        secure=url_of_request(environ).startswith("https:")
+        and not environ.get("HTTP_ORIGIN", "").startswith("http:"),
     )
     return answer
 
@@ -8531,8 +8610,14 @@ class Ingest:
 class SentryIngest:
     """The handlers for Sentry SDKs."""
 
-    def __init__(self, store: Store, max_body_bytes: int, rejections: Rejections) -> None:
-        self._store = store
+    def __init__(
+        self,
+        store: Store,
+        max_body_bytes: int,
+        rejections: Rejections,
+        public_url: str | None = None,
+    ) -> None:
+        self._store, self._public_url = store, public_url
         self._max_body_bytes = max_body_bytes
         self._rejections = rejections
         self._plain = PlainTexts()
@@ -8563,7 +8648,7 @@ class SentryIngest:
     def occurrence(self, environ: Environ, envelope: Envelope, index: int) -> Occurrence | None:
         """Return the event at an index of an envelope, None for one about our own endpoints."""
         event = read_event(envelope.items[index][1], f"items[{index}]")
-        if is_about_us(event, environ):
+        if is_about_us(event, environ, self._public_url):
             return None
         spare_id = read_event_id(envelope.header.get("event_id"))
         is_first = all(kind != "event" for kind, _ in envelope.items[:index])
@@ -8829,7 +8914,8 @@ class Dashboard:
 
     def log_in(self) -> bottle.HTTPResponse:
         """Check the password and start a session."""
-        form, address = read_form(bottle.request.environ), bottle.request.environ["REMOTE_ADDR"]
+        environ = bottle.request.environ
+        form, address = read_form(environ), client_address(environ)
         target = local_path(form.get("next", [""])[0])
         if self._gate is None:
             return redirect(target)
@@ -8858,8 +8944,8 @@ class App:
     """The tracker as a WSGI application (PEP 3333): ingest, dashboard, health.
 
     Works at the root of a server and, by SCRIPT_NAME, under a prefix of another application.
-    Reads host, password, allowed_hosts and max_body_bytes of the settings. `log` takes a line
-    about reports that were refused.
+    Reads host, password, allowed_hosts, public_url and max_body_bytes of the settings. `log` takes
+    a line about reports that were refused.
 
     >>> app = App(Store("errors.db"), Config())
     """
@@ -8871,7 +8957,9 @@ class App:
             gate = PasswordGate(config.password, store)
         self.rejections = Rejections(store.now_ms, log)
         self._ingest = Ingest(store, config.max_body_bytes, self.rejections)
-        self._sentry = SentryIngest(store, config.max_body_bytes, self.rejections)
+        self._sentry = SentryIngest(
+            store, config.max_body_bytes, self.rejections, config.public_url
+        )
         self._dashboard = Dashboard(store, gate, self.rejections)
         self.intake = Intake(store, self._ingest, self._sentry)
         self._bottle = bottle.Bottle()
@@ -8912,6 +9000,7 @@ class App:
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer one request; every answer carries the security headers."""
+        self._locate(environ)
         more = CORS_HEADERS if is_ingest(environ["PATH_INFO"]) else PAGE_HEADERS
 
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
@@ -8919,6 +9008,23 @@ class App:
 
         answer: Iterable[bytes] = self._bottle(environ, start)
         return answer
+
+    def _locate(self, environ: Environ) -> None:
+        """Set path and prefix; with a public URL, its path may have been stripped or not."""
+        path = valid_path(environ)
+        if url := self._config.public_url:
+            root = urllib.parse.urlsplit(url).path
+            if root and not self._has_route(path) and f"{path}/".startswith(f"{root}/"):
+                path = path[len(root) :] or "/"
+            environ |= {PUBLIC_URL: url, "SCRIPT_NAME": root}
+        environ["PATH_INFO"] = path.encode().decode("latin-1")
+
+    def _has_route(self, path: str) -> bool:
+        try:
+            self._bottle.match({"REQUEST_METHOD": "GET", "PATH_INFO": path})
+        except bottle.HTTPError as refusal:
+            return bool(refusal.status_code != NotFound.status)
+        return True
 
     def _answer(
         self, handler: Callable[..., bottle.HTTPResponse], **arguments: str
@@ -9506,7 +9612,7 @@ def logging_requests(app: Callable[..., Any]) -> Callable[..., Any]:
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
             took_ms = (time.perf_counter() - began_s) * 1_000
             request = f"{environ['REQUEST_METHOD']} {header_text(environ, 'PATH_INFO')}"
-            log_line(f"{environ.get('REMOTE_ADDR')} {request} {status[:3]} {took_ms:.1f} ms")
+            log_line(f"{client_address(environ)} {request} {status[:3]} {took_ms:.1f} ms")
             return start_response(status, headers, *rest)
 
         return app(environ, start)
@@ -9626,8 +9732,11 @@ class Server:
 
 
 def welcome(url: str, path: str, project: Project, config: Config) -> str:
-    """Return what a start prints."""
+    """Return what a start prints; `url` is where it listens."""
+    listening, url = url, config.public_url or url
     lines = [f"MiniAPM {__version__}", "", f"  Dashboard  {url}/", f"  Database   {path}"]
+    if url != listening:
+        lines.append(f"  Listening  {listening}, for the reverse proxy")
     if not config.is_local:
         lines.append(
             f"  Open to    other machines, on {config.host}; the dashboard asks for a password"
@@ -9646,10 +9755,9 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
 
 def serve(config: Config) -> int:
     """Run the tracker until a signal ends it; return the exit status."""
-    if not config.is_local and config.password is None:
+    if (way := way_in(config)) and config.password is None:
         raise MiniAPMError(
-            f"{flag_of('host')} {config.host} lets other machines in:"
-            f" set a password first, with {variable_of('password')}"
+            f"{way} lets other machines in: set a password first, with {variable_of('password')}"
         )
     if importlib.util.find_spec("waitress") is None:
         raise MiniAPMError("the package waitress is missing; pip install bottle waitress")
@@ -9661,7 +9769,7 @@ def serve(config: Config) -> int:
         cleanup.callback(ServingLock(path).release)
         store = Store(path)
         cleanup.callback(store.close)
-        store.set_setting("url", url)
+        store.set_setting("url", config.public_url or url)
         store.set_setting("served_by", f"process {os.getpid()} at {url}")
         project = store.ensure_default_project(config.api_key)
         retention = Retention(store, config.retention_days, config.max_occurrences)
@@ -9717,9 +9825,9 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
     revoke = commands.add_parser("revoke", help="refuse a project's keys from now on")
     revoke.add_argument("name", metavar="NAME", help="the project's name, or one key")
     for each in (parser, listing, create, revoke):
-        add_flags(each, ("db",))
+        add_flags(each, ("db", "public_url"))
     given = parser.parse_args(arguments)
-    config = load_config(vars(given), environ, ("db",))
+    config = load_config(vars(given), environ, ("db", "public_url"))
     if given.action != "create":
         refuse_missing(config.db)
     with contextlib.closing(Store(config.db)) as store:
@@ -9729,8 +9837,8 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
             count = store.revoke(given.name)
             say(f"{count} key{'' if count == 1 else 's'} revoked")
         else:
-            url = store.setting("url") or f"http://127.0.0.1:{Config().port}"
-            say(keys_table(store.projects(), url))
+            url = config.public_url or store.setting("url")
+            say(keys_table(store.projects(), url or f"http://127.0.0.1:{Config().port}"))
     return 0
 
 

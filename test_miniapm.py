@@ -331,7 +331,9 @@ class Server:
                 break
         else:
             raise AssertionError(self.process.stderr and self.process.stderr.read())
-        self.url = re.search(r"Dashboard +(http://\S+)/", self.banner)[1]  # type: ignore[index]
+        found = re.search(r"Listening +(http://[^\s,]+)", self.banner)
+        found = found or re.search(r"Dashboard +(http://\S+)/", self.banner)
+        self.url = found[1]  # type: ignore[index]
         found = re.search(r"API key +(\S+)", self.banner)
         self.key = found[1] if found else ""
         self.port = int(self.url.rpartition(":")[2])
@@ -471,8 +473,8 @@ SETTINGS = [field.name for field in dataclasses.fields(Config)]
 
 def test_settings_are_the_documented_ones() -> None:
     assert SETTINGS == [
-        *("host", "port", "db", "api_key", "password", "allowed_hosts", "max_body_bytes"),
-        *("retention_days", "max_occurrences", "verbose"),
+        *("host", "port", "db", "api_key", "password", "allowed_hosts", "public_url"),
+        *("max_body_bytes", "retention_days", "max_occurrences", "verbose"),
     ]
     assert Config() == Config(
         host="127.0.0.1", port=3000, db="miniapm.db", retention_days=30, max_occurrences=1000
@@ -496,6 +498,11 @@ def test_setting_flag_beats_variable_beats_default() -> None:
         ("api_key", "clé", "clé"),
         ("password", "open sesame", "open sesame"),
         ("allowed_hosts", "A.example, b.example", ("a.example", "b.example")),
+        ("public_url", "https://my.name/apm", "https://my.name/apm"),
+        ("public_url", "HTTPS://My.Name.:443/a/B.1/", "https://my.name/a/B.1"),
+        ("public_url", "http://b\xfccher.de:80", "http://xn--bcher-kva.de"),
+        ("public_url", "http://my.name:443/", "http://my.name:443"),
+        ("public_url", "https://[FD00:0::1]:8443/errors", "https://[fd00::1]:8443/errors"),
         ("max_body_bytes", "2000", 2000),
         ("retention_days", "7", 7),
         ("max_occurrences", "5", 5),
@@ -520,6 +527,28 @@ def test_setting_is_read_from_flag_and_variable(name: str, text: str, value: Any
             for text in (".x", "[::1", "::g", "x:y", "u@x", "x?y", "a\tb", ".")
         ],
         *[("allowed_hosts", text) for text in ("127.1", "10.0.0.256", "x,*", "\u2100", "x" * 300)],
+        *[
+            ("public_url", text)
+            for text in ("", "my.name", "//my.name", "ftp://my.name", "https://")
+        ],
+        *[("public_url", f"https://{text}") for text in ("u@my.name", "u:p@my.name", "my.name?q")],
+        *[
+            ("public_url", f"https://{text}")
+            for text in ("my.name#f", "my.name:0", "my.name:65536")
+        ],
+        *[
+            ("public_url", f"https://{text}")
+            for text in ("my.name:", "my.name:x", "a b", "*.x", "::1")
+        ],
+        *[
+            ("public_url", f"https://my.name/{text}")
+            for text in ("a b", "a//b", "/", "..", "a/./b")
+        ],
+        *[
+            ("public_url", f"https://my.name/{text}")
+            for text in ("%61", "a\\b", "ingest", "assets/")
+        ],
+        *[("public_url", text) for text in ("https://my.name/a\n", " https://x", "http\u017f://x")],
         *[("max_body_bytes", text) for text in ("10MB", "0")],
         *[("retention_days", text) for text in ("0", "-3")],
         *[("max_occurrences", text) for text in ("0", "many")],
@@ -549,7 +578,7 @@ def test_config_does_not_show_its_secrets() -> None:
 
 def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
     defaults = {"api_key": "generated", "password": "none", "allowed_hosts": "none"}
-    defaults["verbose"] = "`0`"
+    defaults |= {"verbose": "`0`", "public_url": "none"}
     for setting in dataclasses.fields(Config):
         default = defaults.get(setting.name, f"`{setting.default}`")
         flag, variable = miniapm.flag_of(setting.name), miniapm.variable_of(setting.name)
@@ -7878,6 +7907,177 @@ def test_host_header_and_setting_may_be_written_in_any_way(
     assert Client(App(store, Config(host=setting)), "").get("/errors", HOST=host).status == 200
 
 
+PUBLIC = Config(public_url="https://my.name:8443/apm", password="open sesame")
+
+
+def public_client(store: Store, url: str, password: str | None = None) -> Client:
+    config = miniapm.load_config({"public_url": url}, {})
+    return Client(App(store, dataclasses.replace(config, password=password)), "")
+
+
+@pytest.mark.parametrize("prefix", ["/apm", "/errors", "/api", "/login", "/errors/1", "/a/b.c"])
+def test_public_url_works_whether_its_path_is_stripped_or_kept(store: Store, prefix: str) -> None:
+    client = public_client(store, "http://localhost" + prefix)
+    client.report()
+    assert client.post_json(prefix + "/ingest/errors", report(fingerprint="x")).status == 202
+    for root in ("", prefix):
+        assert sentry_post(client, envelope(event(BOOM)), f"{root}/api/1/envelope/").status == 200
+        page = client.get(root + "/errors")
+        assert page.status == 200
+        links = re.findall(r'(?:href|src|action)="(/[^"]*)"', page.text)
+        assert links
+        assert all(link.startswith(prefix + "/") for link in links)
+        for link in links:
+            if not link.endswith("/logout"):
+                assert client.get(link.replace("&amp;", "&")).status in (200, 303), link
+                assert client.get(link[len(prefix) :].replace("&amp;", "&")).status in (200, 303)
+        assert client.get(root + "/").headers["Location"] == prefix + "/errors"
+        assert client.get(root + "/errors.json").json()["errors"][0]["url"].startswith(prefix)
+        assert f"http://localhost{prefix}/errors/1" in client.get(root + "/errors/1.md").text
+        done = client.post_form(root + "/errors/1", action="resolve")
+        assert done.headers["Location"] == prefix + "/errors/1"
+        assert client.get(root + "/health").status == 200
+    assert client.get(prefix).status in (200, 303)
+    assert client.get(prefix + "x/errors").status == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        *[(host, "https://my.name:8443", 303) for host in ("my.name:8443", "my.name", "127.0.0.1")],
+        ("localhost:3000", "http://localhost:3000", 303),
+        ("box.lan:3000", "http://box.lan:3000", 303),
+        *[("my.name:8443", origin, 403) for origin in ("http://my.name:8443", "https://my.name")],
+        *[("my.name", origin, 403) for origin in ("https://my.name", "http://my.name")],
+        ("127.0.0.1:3000", "https://evil.example", 403),
+        ("127.0.0.1:3000", "http://127.0.0.1:9", 403),
+        ("127.0.0.1:3000", "null", 403),
+        ("evil.example", "https://my.name:8443", 403),
+        ("evil.example", "http://evil.example", 403),
+    ],
+)
+def test_public_url_says_which_host_and_origin_are_own(
+    store: Store, host: str, origin: str, status: int
+) -> None:
+    config = dataclasses.replace(PUBLIC, allowed_hosts=("box.lan",))
+    form = b"password=open+sesame"
+    client = Client(App(store, config), "")
+    answer = client.request("POST", "/login", form, HOST=host, ORIGIN=origin)
+    assert answer.status == status
+    if status == 303:
+        (cookie,) = answer.cookies
+        assert "Path=/apm" in cookie
+        # Who came directly would not get a cookie back that is for HTTPS.
+        assert ("Secure" in cookie) is origin.startswith("https")
+
+
+def test_session_of_a_public_url_is_for_its_scheme_and_path(store: Store) -> None:
+    for url, path, is_secure in (
+        ("https://my.name", "/", True),
+        ("http://my.name:81/apm/", "/apm", False),
+    ):
+        client = public_client(store, url, "open sesame")
+        answer = log_in(client)
+        assert f"Path={path};" in answer.cookies[0] + ";"
+        assert ("Secure" in answer.cookies[0]) is is_secure
+        client.cookie = answer.cookies[0].partition(";")[0]
+        assert client.get("/errors").status == 200
+
+
+@pytest.mark.parametrize(
+    ("peer", "said", "address"),
+    [
+        ("127.0.0.1", "192.0.2.1", "192.0.2.1"),
+        ("::1", "203.0.113.9, 192.0.2.1", "192.0.2.1"),
+        ("::ffff:127.0.0.1", "192.0.2.1:5000", "192.0.2.1"),
+        ("127.0.0.1", "[FD00:0::1]:80", "fd00::1"),
+        ("127.0.0.1", "192.0.2.1, unknown", "unknown"),
+        ("127.0.0.1", "192.0.2.1,", "unknown"),
+        ("127.0.0.1", None, "127.0.0.1"),
+        ("192.0.2.7", "192.0.2.1", "192.0.2.7"),
+    ],
+)
+def test_client_of_a_proxy_is_who_the_proxy_says(peer: str, said: Any, address: str) -> None:
+    environ = {"REMOTE_ADDR": peer, "HTTP_X_FORWARDED_FOR": said}
+    environ = {name: value for name, value in environ.items() if value}
+    assert miniapm.client_address(environ) == peer
+    assert miniapm.client_address(environ | {miniapm.PUBLIC_URL: "https://my.name"}) == address
+
+
+def test_wrong_passwords_slow_down_one_client_of_a_proxy(store: Store) -> None:
+    client = Client(App(store, PUBLIC), "")
+
+    def guess(address: str) -> int:
+        return client.request("POST", "/login", b"password=x", X_FORWARDED_FOR=address).status
+
+    assert [guess("6.6.6.6, 192.0.2.1") for _ in range(4)] == [401, 401, 401, 429]
+    assert guess("6.6.6.7, 192.0.2.1") == 429
+    assert guess("192.0.2.1, 192.0.2.2") == 401
+    assert log_in(client).status == 303
+
+
+def test_local_proxy_without_a_password_is_for_this_machine(store: Store) -> None:
+    client = public_client(store, "http://localhost:8080/apm")
+    for headers, status in (
+        ({}, 200),
+        ({"X_FORWARDED_FOR": "127.0.0.1", "X_FORWARDED_PROTO": "http"}, 200),
+        ({"X_FORWARDED_FOR": "192.0.2.1"}, 403),
+        ({"X_FORWARDED_FOR": "127.0.0.1, 192.0.2.1"}, 403),
+        ({"X_FORWARDED_FOR": "unknown"}, 403),
+        ({"X_FORWARDED_FOR": "", "VIA": "1.1 x"}, 403),
+        ({"VIA": "1.1 x"}, 403),
+    ):
+        assert client.get("/errors", **headers).status == status, headers
+
+
+def test_refusals_that_a_proxy_may_cause_name_the_public_url(client: Client) -> None:
+    for answer in (
+        client.get("/errors", HOST="my.name"),
+        client.get("/errors", X_FORWARDED_FOR="192.0.2.1"),
+        client.request("POST", "/errors", ORIGIN="https://my.name"),
+    ):
+        assert answer.status == 403
+        assert "--public-url" in answer.text
+        assert "MINI_APM_PUBLIC_URL" in answer.text
+
+
+def test_event_about_our_own_public_url_is_dropped(store: Store) -> None:
+    client = Client(App(store, PUBLIC), "")
+    own = ("https://my.name:8443/apm", "http://127.0.0.1:3000", "http://127.0.0.1:3000/apm")
+    for root in (*own, "https://my.name:8443", "https://my.name:8443/apm/other"):
+        said = event(BOOM, event_id=None, request={"url": root + "/ingest/errors"})
+        assert sentry_post(client, envelope(said)).status == 200
+    assert only_error(store).occurrence_count == 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/err\xffors",
+        "/errors\xc0\xaf",
+        "/errors\0",
+        "/errors/1\n",
+        "/errors/1\xff.json",
+        "/\xfferrors",
+    ]
+    + ["/errors/\xed\xa0\x801", "/health\xff", "/setup\x80", "/login\xff", "/assets\xff/x", "/\x7f"]
+    + ["/ingest/errors\xff", "/ingest/err\xc0\xafors", "/ingest\xff/errors", "/api/1/store\xff/"]
+    + ["/api/1/envelope/\n", "/api/\xff1/envelope/", "/ingest/errors/batch\0", "/errors/1.md\r"],
+)
+def test_path_that_is_no_text_is_404(client: Client, store: Store, path: str) -> None:
+    client.report()
+    for app in (client, public_client(store, "http://localhost/apm")):
+        for root in ("", "/apm") if app is not client else ("",):
+            assert app.get(root + path).status == 404
+            given = {"CONTENT_TYPE": "application/json", "AUTHORIZATION": f"Bearer {KEY}"}
+            answer = app.request("POST", root + path, json.dumps(report()).encode(), **given)
+            assert answer.status == 404
+            if path.startswith(("/ingest/", "/api/")):
+                assert "no such page" in answer.json()["error"]
+                assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert only_error(store).occurrence_count == 1
+
+
 def test_error_page_tells_everything(client: Client) -> None:
     client.report(
         backtrace=[
@@ -9310,6 +9510,217 @@ def test_waitress_that_is_other_inside_takes_the_slower_path(
         assert answer.status_code == 202
         assert only_error(store).occurrence_count == 1
     assert miniapm.missing_for_fast_ingest(types.SimpleNamespace(channel_class=object)) != ""
+
+
+# Behind nginx
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: Any) -> tuple[Path, Path]:
+    """Return the files of a certificate for my.name, signed by itself, and of its key."""
+    files = [tmp_path_factory.mktemp("certificate") / name for name in ("cert.pem", "key.pem")]
+    subject = ["-subj", "/CN=my.name", "-addext", "subjectAltName=DNS:my.name"]
+    kind = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    out = ["-out", str(files[0]), "-keyout", str(files[1])]
+    subprocess.run([need("openssl"), *kind, *subject, *out], check=True, capture_output=True)
+    return files[0], files[1]
+
+
+class Proxy:
+    """An nginx, unprivileged and in a folder of its own, that passes an address on to a server."""
+
+    def __init__(
+        self,
+        folder: Path,
+        certificate: tuple[Path, Path] | None,
+        prefix: str,
+        *,
+        is_stripped: bool,
+        host: str,
+    ) -> None:
+        port = free_port()
+        self.url = f"http{'s' if certificate else ''}://my.name:{port}{prefix}"
+        self.folder, self.prefix = folder, prefix
+        self.server = Server(folder, "--public-url", self.url, MINI_APM_PASSWORD="open sesame")
+        self.session = requests.Session()
+        self.session.trust_env = False  # its certificates
+        tls = ""
+        if certificate:
+            tls = f"ssl_certificate {certificate[0]}; ssl_certificate_key {certificate[1]};"
+            self.session.verify = str(certificate[0])
+        passed = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
+        passed += f"proxy_set_header Host {host};" if host else ""
+        temporary = "".join(
+            f"{name}_temp_path {folder};"
+            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        target = f"http://127.0.0.1:{self.server.port}{'/' if is_stripped else ''}"
+        (folder / "nginx.conf").write_text(
+            f"daemon off; master_process off; pid {folder}/nginx.pid;"
+            f"events {{}} http {{ access_log off; {temporary}"
+            f"server {{ listen 127.0.0.1:{port}{' ssl' if certificate else ''}; {tls}"
+            f"location {prefix}/ {{ proxy_pass {target}; {passed} }} }} }}"
+        )
+        log = ["-e", str(folder / "nginx.log"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
+        self.process = subprocess.Popen([need("nginx"), *log], stderr=subprocess.DEVNULL)
+        with socket.socket() as probe:
+            wait_until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0)
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        return self.session.get(self.url + path, timeout=9, **options)
+
+    def post(self, path: str, data: Any, **options: Any) -> requests.Response:
+        """Submit a form as a browser does."""
+        origin = "/".join(self.url.split("/")[:3])
+        headers = {"Origin": origin, "Sec-Fetch-Site": "same-origin"}
+        return self.session.post(self.url + path, data, headers=headers, timeout=9, **options)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+        self.server.stop()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (True, "/apm", True, ""),
+        (True, "/apm", True, "$host"),
+        (True, "/apm", False, ""),
+        (True, "/apm", False, "$http_host"),
+        (True, "", True, ""),
+        (True, "", False, "$http_host"),
+        (False, "/apm", True, "$http_host"),
+        (False, "", False, ""),
+    ],
+    ids=lambda one: " ".join(
+        ("tls" if one[0] else "plain", one[1] or "/", "stripped" if one[2] else "kept", one[3])
+    ).strip(),
+)
+def proxy(tmp_path_factory: Any, certificate: Any, request: Any) -> Iterator[Proxy]:
+    """Run the tracker behind nginx, which passes path and Host on in one way after the other."""
+    has_tls, prefix, is_stripped, host = request.param
+    resolve = socket.getaddrinfo
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            socket,
+            "getaddrinfo",
+            lambda name, *rest, **more: resolve(
+                "127.0.0.1" if name == "my.name" else name, *rest, **more
+            ),
+        )
+        started = Proxy(
+            tmp_path_factory.mktemp("nginx"),
+            certificate if has_tls else None,
+            prefix,
+            is_stripped=is_stripped,
+            host=host,
+        )
+        yield started
+        started.stop()
+
+
+def test_dashboard_behind_nginx_is_used_as_any_other(proxy: Proxy) -> None:
+    proxy.session.cookies.clear()
+    form = {"password": "open sesame", "next": "/errors?status=all"}
+    assert proxy.get("/").url == f"{proxy.url}/login?next=%2F"
+    answer = proxy.post("/login", form, allow_redirects=False)
+    assert (answer.status_code, answer.headers["Location"]) == (
+        303,
+        f"{proxy.prefix}/errors?status=all",
+    )
+    (cookie,) = proxy.session.cookies
+    assert (cookie.path, cookie.secure) == (proxy.prefix or "/", proxy.url.startswith("https"))
+    assert cookie.has_nonstandard_attr("HttpOnly")
+    proxy.server.report(fingerprint="seen in the list")
+    assert "RuntimeError" in proxy.get("/errors?status=all").text
+    listed = proxy.get("/errors.json?status=all").json()["errors"]
+    url = listed[0]["url"]
+    assert url.startswith(f"{proxy.prefix}/errors/")
+    path = url[len(proxy.prefix) :]
+    page = proxy.get(path)
+    assert page.status_code == 200
+    for asset in re.findall(r'(?:href|src)="([^"]+/assets/[^"]+)"', page.text):
+        loaded = proxy.session.get(urllib.parse.urljoin(proxy.url, asset), timeout=9)
+        assert (loaded.status_code, loaded.history) == (200, [])
+    assert f"{proxy.url}{path}" in proxy.get(path + ".md").text
+    assert proxy.get(path + ".json").json()["error"]["url"] == url
+    done = proxy.post(path, {"action": "resolve"})
+    assert (done.url, done.status_code) == (proxy.url + path, 200)
+    assert proxy.get(path + ".json").json()["error"]["status"] == "resolved"
+    done = proxy.post("/errors", {"action": "delete", "id": listed[0]["id"]})
+    assert done.url == proxy.url + "/errors"
+    assert proxy.get(path).status_code == 404
+    assert proxy.post("/logout", {}).url == proxy.url + "/login"
+    assert proxy.get("/errors").url.startswith(proxy.url + "/login")
+
+
+def test_reports_behind_nginx_arrive_as_shown(proxy: Proxy) -> None:
+    need("curl")
+    proxy.post("/login", {"password": "open sesame"})
+    page = proxy.get("/setup").text
+    key, dsn = proxy.server.key, f"{proxy.url.replace('://', f'://{proxy.server.key}@')}/1"
+    for text in (page, proxy.server.banner, run("keys", cwd=proxy.folder).stdout):
+        assert dsn in text
+    assert f"{proxy.url}/ingest/errors" in page
+    (proxy.folder / ".curlrc").write_text(
+        f"resolve = my.name:{urllib.parse.urlsplit(proxy.url).port}:127.0.0.1\n"
+        f"cacert = {proxy.session.verify if proxy.session.verify is not True else os.devnull}\n"
+    )
+    environ = clean_environ() | {"CURL_HOME": str(proxy.folder)}
+    curl = ["sh", "-c", curl_of(proxy.server)]
+    done = subprocess.run(curl, env=environ, capture_output=True, timeout=20, check=True)
+    assert b"202 Accepted" in done.stdout
+    body = {"errors": [report(message="in a batch")]}
+    headers = {"Authorization": f"Bearer {key}"}
+    url = proxy.url + "/ingest/errors/batch"
+    assert proxy.session.post(url, json=body, headers=headers, timeout=9).status_code == 202
+    address, _, project = dsn.replace(f"{key}@", "").rpartition("/")
+    url = f"{address}/api/{project}/envelope/?sentry_key={key}"
+    sent = envelope(event(BOOM, event_id=None))
+    assert proxy.session.post(url, sent, timeout=9).status_code == 200
+    found = proxy.get("/errors.json?status=all").json()["errors"]
+    assert {"Hello from curl", "in a batch"} < {one["message"] for one in found}
+    # and without nginx
+    direct = requests.Session()
+    proxy.server.report(message="directly", fingerprint="directly")
+    for root in {"", proxy.prefix}:
+        url = proxy.server.url + root
+        form = {"password": "open sesame"}
+        sent_from = {"Origin": proxy.server.url}
+        answer = direct.post(url + "/login", form, headers=sent_from, timeout=9)
+        assert (answer.status_code, "directly" in direct.get(url + "/errors").text) == (200, True)
+
+
+def test_foreign_pages_get_nothing_through_nginx(proxy: Proxy) -> None:
+    proxy.post("/login", {"password": "open sesame"})
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
+        answer = proxy.session.post(proxy.url + "/logout", headers=headers, timeout=9)
+        assert answer.status_code == 403
+    assert proxy.get("/errors").status_code == 200
+    sent = {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
+    assert proxy.get("/errors", headers=sent).status_code == 403
+
+
+@pytest.mark.parametrize("url", ["https://my.name/apm", "http://10.0.0.5"])
+def test_public_url_without_a_password_is_refused(tmp_path: Path, url: str) -> None:
+    done = run("--port", "0", "--public-url", url, cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"--public-url {url} lets other machines in" in done.stderr
+    assert "MINI_APM_PASSWORD" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_url_of_this_machine_needs_no_password(start: Callable[..., Server]) -> None:
+    server = start(MINI_APM_PUBLIC_URL="http://localhost:8080/apm")
+    assert "Dashboard  http://localhost:8080/apm/" in server.banner
+    assert "http://localhost:8080/apm/ingest/errors" in server.banner
+    server.report()
+    assert len(server.errors()) == 1
 
 
 # Copies, checks, the log
