@@ -7969,6 +7969,7 @@ CORS_HEADERS = [
     ("Access-Control-Max-Age", "86400"),
 ]
 SESSION_COOKIE = "miniapm_session"
+MAX_SESSION_COOKIES = 50  # of a request, that are looked at
 PUBLIC_URL = "miniapm.public_url"  # of the environ: the setting, where the App has one
 _PROXY_HINT = f"{flag_of('public_url')} https://… or {variable_of('public_url')}"
 # What proxies add: there is no end of names, but they go by a pattern.
@@ -8496,11 +8497,11 @@ def act(store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]]) -
     return action
 
 
-def session_of(environ: Environ) -> str:
-    """Return the session's cookie, whatever cookies other programs on this host have set."""
-    cookies = environ.get("HTTP_COOKIE", "")
-    found = re.search(rf"(?:^|;)\s*{SESSION_COOKIE}=([0-9a-f.]+)(?:;|$)", cookies)
-    return found[1] if found else ""
+def sessions_of(environ: Environ) -> list[str]:
+    """Return what may be the session's cookie: other paths and programs have theirs beside it."""
+    pattern = rf"(?:^|;)\s*{SESSION_COOKIE}=([0-9]+\.[0-9a-f]{{64}})(?=\s*(?:;|$))"
+    found = re.finditer(pattern, environ.get("HTTP_COOKIE", ""), re.ASCII)
+    return [one[1] for one in itertools.islice(found, MAX_SESSION_COOKIES)]
 
 
 def with_session(answer: bottle.HTTPResponse, value: str, maxage_s: int) -> bottle.HTTPResponse:
@@ -8761,7 +8762,8 @@ class Dashboard:
 
     def has_session(self) -> bool:
         """Tell whether the request may see pages: always when there is no password."""
-        return self._gate is None or self._gate.accepts(session_of(bottle.request.environ))
+        sessions = sessions_of(bottle.request.environ)
+        return self._gate is None or any(map(self._gate.accepts, sessions))
 
     def html(
         self,
@@ -8940,6 +8942,18 @@ class Dashboard:
         return bottle.HTTPResponse(text, 200, headers)
 
 
+_SHOWN_PART = re.compile(
+    r"|[0-9]{1,18}(?:\.json|\.md)?|ingest|errors(?:\.json)?|batch|api|envelope|store|health"
+    r"|occurrences|setup|login|logout|assets|" + "|".join(map(re.escape, ASSETS))
+)
+
+
+def shown_path(path: str) -> str:
+    """Return a path as it may be logged: any part that is no word of the URL map can be a key."""
+    parts = path.split("/")
+    return "/".join(part if _SHOWN_PART.fullmatch(part) else "…" for part in parts)
+
+
 class App:
     """The tracker as a WSGI application (PEP 3333): ingest, dashboard, health.
 
@@ -9077,9 +9091,10 @@ class App:
         """Say what Bottle refuses (404, 405) and what no handler foresaw (500)."""
         status = error.status_code
         path = bottle.request.environ["PATH_INFO"]
+        shown = f": {shown_path(path)}" if is_ingest(path) and status in (404, 405) else ""
         known = {404: "there is no such page", 405: "this address does not take that method"}
         said = known.get(status, "something went wrong; the server's log says more")
-        refusal = MiniAPMError(f"{said}: {path}" if is_ingest(path) and status in known else said)
+        refusal = MiniAPMError(said + shown)
         refusal.status = status
         answer = self._refuse(refusal)
         for name, value in answer.headerlist:
@@ -9604,14 +9619,14 @@ def log_line(text: str) -> None:
 
 
 def logging_requests(app: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a WSGI application: it logs a line a request, without the query, for that holds keys."""
+    """Wrap a WSGI application: it logs a line a request, without what could be a key."""
 
     def logged(environ: Environ, start_response: Callable[..., Any]) -> Any:
         began_s = time.perf_counter()
 
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
             took_ms = (time.perf_counter() - began_s) * 1_000
-            request = f"{environ['REQUEST_METHOD']} {header_text(environ, 'PATH_INFO')}"
+            request = f"{environ['REQUEST_METHOD']} {shown_path(environ['PATH_INFO'])}"
             log_line(f"{client_address(environ)} {request} {status[:3]} {took_ms:.1f} ms")
             return start_response(status, headers, *rest)
 

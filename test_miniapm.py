@@ -8350,13 +8350,33 @@ def test_logout_ends_the_session(guarded: Client) -> None:
     assert guarded.get("/errors").status == 303  # with the cookie's old value
 
 
-@pytest.mark.parametrize("other", ["a/b=1", "a,b=1", '"', "x" * 5_000, "=;=", "b=\xe9"])
+NAME = miniapm.SESSION_COOKIE
+OTHER_COOKIES = ["a/b=1", "a,b=1", '"', "x" * 5_000, "=;=", "b=\xe9", f"{NAME}=00", f"{NAME}=\xff"]
+OTHER_COOKIES += [
+    f"{NAME}=",
+    f"{NAME}=1.2; {NAME}={'9' * 5_000}.{'0' * 64}",
+    f'{NAME}="',
+    f"{NAME}=;",
+]
+OTHER_COOKIES += [f"{NAME}=\u0669." + "0" * 64, f"{NAME}=1." + "0" * 64, f"{NAME}={NAME}=1.2"]
+
+
+@pytest.mark.parametrize("other", OTHER_COOKIES)
 def test_cookies_of_other_programs_do_no_harm(guarded: Client, other: str) -> None:
     session = log_in(guarded).cookies[0].partition(";")[0]
     guarded.cookie = f"{other}; {session}; {other}"
     assert guarded.get("/errors").status == 200
     guarded.cookie = other
     assert guarded.get("/login").status == 200
+
+
+def test_session_is_looked_for_among_so_many_cookies(guarded: Client, monkeypatch: Any) -> None:
+    session = log_in(guarded).cookies[0].partition(";")[0]
+    looked: list[str] = []
+    monkeypatch.setattr(miniapm.PasswordGate, "accepts", lambda _, one: looked.append(one))
+    guarded.cookie = f"{NAME}=1.{'0' * 64};" * 5_000 + session
+    assert guarded.get("/errors").status == 303
+    assert len(looked) <= 2 * miniapm.MAX_SESSION_COOKIES
 
 
 def test_wrong_passwords_are_slowed_down(guarded: Client, clock: Clock) -> None:
@@ -8557,15 +8577,48 @@ def test_database_error_is_429_for_sentry(client: Client, monkeypatch: Any) -> N
 
 
 def test_wrong_sentry_address_says_so_in_the_header(client: Client) -> None:
-    for method, path, status in (
-        ("POST", "/api/x/envelope/", 404),
-        ("PUT", "/api/1/store", 405),
-        ("POST", "/old/prefix/api/1/envelope/", 404),
+    for method, path, status, shown in (
+        ("POST", "/api/x/envelope/", 404, "/api/…/envelope/"),
+        ("PUT", "/api/1/store", 405, "/api/1/store"),
+        ("POST", "/old/prefix/api/1/envelope/", 404, "/…/…/api/1/envelope/"),
     ):
         answer = client.request(method, path)
         assert answer.status == status
-        assert answer.headers["X-Sentry-Error"].endswith(f": {path}")
-        assert path in client.get("/setup").text
+        assert answer.headers["X-Sentry-Error"].endswith(f": {ascii(shown)[1:-1]}")
+        assert shown in client.get("/setup").text
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/ingest/errors/batch", "/ingest/errors/batch"),
+        ("/errors/17.json", "/errors/17.json"),
+        ("/errors/17/occurrences/3", "/errors/17/occurrences/3"),
+        ("/api/1/hunter2/", "/api/1/…/"),
+        ("/hunter2/1", "/…/1"),
+        ("/ingest/errorshunter2", "/ingest/…"),
+        ("/ingest/hunter2%2Ferrors", "/ingest/…"),
+        ("/ingest/9999999999999999999", "/ingest/…"),
+        ("//api//", "//api//"),
+        ("/api\n/1", "/…/1"),
+        *[(f"/assets/{name}", f"/assets/{name}") for name in miniapm.ASSETS],
+    ],
+)
+def test_path_is_logged_without_what_may_be_a_key(path: str, shown: str) -> None:
+    assert miniapm.shown_path(path) == shown
+
+
+def test_refused_path_is_said_without_the_key_in_it(store: Store) -> None:
+    log: list[str] = []
+    client = Client(App(store, Config(), log.append), "")
+    for path in ("/api/{}/envelope/", "/api/1/{}/store/", "/ingest/{}", "/ingest/errors/{}"):
+        for key in ("hunter2", "cl\xe9".encode().decode("latin-1"), "a/b", KEY):
+            answer = client.request("POST", path.format(key))
+            assert answer.status == 404
+            said = answer.text + str(answer.headers) + client.get("/setup").text + str(log)
+            assert "no such page: /" in said
+            assert not re.search("hunter2|cl\xe9|a/b", said)
+            assert KEY not in answer.text + str(answer.headers) + str(log)
 
 
 def test_other_items_are_taken_and_dropped(client: Client, store: Store) -> None:
@@ -8725,7 +8778,7 @@ def test_refused_reports_are_counted_by_reason(client: Client, clock: Clock) -> 
     page = client.get("/setup").text
     found = re.findall(r"<tr><td>([\d,]+)</td><td>(\d+)</td><td>(.*?)</td>", page)
     assert found == [
-        ("1", "404", "there is no such page: /ingest/eror"),
+        ("1", "404", "there is no such page: /ingest/…"),
         ("1", "401", "the API key is unknown or revoked"),
         ("2", "400", "errors[3] must be an object"),
         ("1", "400", "errors[0].message must be a string"),
@@ -9884,12 +9937,12 @@ def test_log_has_a_line_a_request_when_it_is_asked_for(start: Callable[..., Serv
         r"127\.0\.0\.1 POST /ingest/errors 202",
         r"127\.0\.0\.1 GET /errors 200 \d+\.\d ms",
         r"127\.0\.0\.1 POST /api/1/envelope/ 200",
-        r"GET /no␛\[31m␊␛\[31mpage 404",
+        r"GET /… 404",
     ):
         found = [line for line in lines if re.search(wanted, line)]
         assert len(found) == 1, (wanted, lines)
         assert re.match(r"20\d\d-\d\d-\d\dT[\d:.]+Z ", found[0])
-    assert not re.search(rf"{server.key}|searched|a message", server.log)
+    assert not re.search(rf"{server.key}|searched|a message|page", server.log)
 
 
 def test_log_counts_refused_reports_once_a_minute_by_reason(
