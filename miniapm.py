@@ -9294,7 +9294,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def served_by(path: str) -> str:
-    """Return what a database remembers of the last process that served it."""
+    """Return what a database remembers of the process that serves it."""
+    if not os.path.exists(path + "-wal"):  # it lies beside another name of the same file
+        return "another process"
     with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
         if row := db.execute(SELECT_SETTING, {"name": "served_by"}).fetchone():
             return str(row["value"])
@@ -9304,9 +9306,12 @@ def served_by(path: str) -> str:
 class ServingLock:
     """Makes one process at a time the server of a database; ends with the process.
 
-    SQLite's own lock on a file beside the database, for that is portable. Raises MiniAPMError
-    when another process has it.
+    SQLite's own lock on a file beside the database, for that is portable; on Linux, where flock
+    is independent of SQLite's locks, also one on the database itself, which may have two names.
+    Raises MiniAPMError when another process has one of them.
     """
+
+    _handle: int | None = None  # stays open: SQLite's locks would go when it is closed
 
     def __init__(self, path: str) -> None:
         lock_path = path + ".lock"
@@ -9318,12 +9323,33 @@ class ServingLock:
             self._db.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             if _is_busy(error):
-                raise MiniAPMError(f"{path} is served already, by {served_by(path)}") from None
+                raise self._refusal(path) from None
             raise MiniAPMError(f"can't lock {lock_path}: {error}") from None
+        if sys.platform == "linux":
+            self._lock_file(path)
+
+    def _lock_file(self, path: str) -> None:
+        import fcntl
+
+        _create_private(path)
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal(path) from None
+        except OSError:  # opening the store says why; or the file system has no such locks
+            pass
+
+    def _refusal(self, path: str) -> MiniAPMError:
+        return MiniAPMError(f"{path} is served already, by {served_by(path)}")
 
     def release(self) -> None:
         """Let another process serve."""
         self._db.close()
+        if sys.platform == "linux" and self._handle is not None:
+            import fcntl
+
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
 
 
 def listen(config: Config) -> socket.socket:

@@ -8897,6 +8897,40 @@ def test_second_server_through_a_link_is_refused(
     assert f"process {first.process.pid}" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="flock is SQLite's own lock elsewhere")
+def test_second_server_without_the_lock_file_is_refused(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    first = start()
+    (tmp_path / "miniapm.db.lock").unlink()
+    done = run("--port", "0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"served already, by process {first.process.pid} at {first.url}" in done.stderr
+    first.report()
+    assert first.stop() == 0
+    assert start().stop() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="flock is SQLite's own lock elsewhere")
+def test_second_server_through_a_hard_link_is_refused(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    assert start().stop() == 0
+    first = start()
+    (tmp_path / "other").mkdir()
+    os.link(first.db, tmp_path / "other" / "link.db")
+    done = run("--port", "0", "--db", "other/link.db", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "link.db is served already, by another process" in done.stderr
+    assert {one.name for one in (tmp_path / "other").iterdir()} <= {"link.db", "link.db.lock"}
+    first.report()
+    with contextlib.closing(sqlite3.connect(first.db)) as db:  # SQLite's own locks are there
+        db.execute("BEGIN IMMEDIATE")
+    first.process.kill()
+    first.process.wait()
+    assert start("--db", str(tmp_path / "other" / "link.db")).stop() == 0
+
+
 def test_lock_file_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "miniapm.db.lock").write_bytes(b"garbage " * 200)
     done = run("--port", "0", cwd=tmp_path)
@@ -11822,6 +11856,8 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
         "One database has one server; commands and programs that record share it safely.",
         (
             "test_second_server_on_a_database_is_refused",
+            "test_second_server_without_the_lock_file_is_refused",
+            "test_second_server_through_a_hard_link_is_refused",
             "test_server_commands_and_programs_share_one_database",
         ),
     ),
