@@ -3307,9 +3307,9 @@ def _refusal_of(error: Exception) -> Exception:
     return MiniAPMError(f"the database refused: {error}") if is_sqlite else error
 
 
-def _connect(path: str) -> sqlite3.Connection:
+def _connect(path: str, mode: str = "rw") -> sqlite3.Connection:
     # Not as a mere path: where the file was deleted, another one would be made.
-    uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode=rw"
+    uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"
     db = sqlite3.connect(
         uri, timeout=MAX_WAIT_S, isolation_level=None, check_same_thread=False, uri=True
     )
@@ -3413,6 +3413,8 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
 def open_database(path: str) -> sqlite3.Connection:
     """Open a database for writing, made or migrated as needed; MiniAPMError says why not."""
     _create_private(path)
+    if not os.access(path, os.W_OK):  # SQLite would make files that its owner can't write
+        raise MiniAPMError(f"can't write the database {path}: it belongs to somebody else")
     with contextlib.ExitStack() as undo:
         try:
             db = undo.enter_context(contextlib.closing(_connect(path)))
@@ -9883,12 +9885,28 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
     return 0
 
 
+def mode_to_read(path: str) -> str:
+    """Return how to open a database for reading so that nothing is left beside it.
+
+    SQLite makes a -wal and a -shm, which one who may not write the database can't remove.
+    """
+    if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
+        return "rw"
+    log_bytes = os.path.getsize(path + "-wal") if os.path.exists(path + "-wal") else -1
+    if log_bytes >= 0 and os.path.exists(path + "-shm"):
+        return "rw"  # it is in use, and both are there
+    if log_bytes > 0:
+        raise MiniAPMError(f"{path}-wal holds the newest reports: read it as the user who owns it")
+    return "ro&immutable=1"
+
+
 @contextlib.contextmanager
 def existing_database(path: str) -> Iterator[sqlite3.Connection]:
     """Lend a database that is there, at one moment and as it is; MiniAPMError if it is not ours."""
     refuse_missing(path)
+    full_path = os.path.realpath(path)
     try:
-        with contextlib.closing(_connect(os.path.realpath(path))) as db:
+        with contextlib.closing(_connect(full_path, mode_to_read(full_path))) as db:
             db.execute("PRAGMA query_only = ON")
             refuse_foreign(db, path)
             db.execute("BEGIN")

@@ -9869,6 +9869,75 @@ def test_backup_under_load_holds_what_was_acknowledged_before(
         sender.join()
 
 
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder in which everybody may write."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        missing("the right to become another user")
+    with contextlib.ExitStack() as undo:
+        for folder in (tmp_path, *tmp_path.parents):  # pytest's own are for one user
+            mode = folder.stat().st_mode
+            if not mode & 0o005:
+                folder.chmod(mode | 0o005)
+                undo.callback(folder.chmod, mode)
+        tmp_path.chmod(0o777)
+        yield tmp_path
+
+
+def run_as_nobody(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user that owns nothing."""
+    # With its modules loaded before it loses the right to read them.
+    code = f"import encodings.idna, fcntl, os, sys, waitress; sys.path.insert(0, {str(HERE)!r}); import miniapm;"
+    code += "os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(miniapm.main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env=clean_environ(),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def test_check_and_backup_by_another_user_leave_nothing_behind(shared: Path) -> None:
+    assert run("keys", "create", "x", cwd=shared).returncode == 0
+    (shared / "miniapm.db").chmod(0o644)
+    before = sorted(shared.iterdir())
+    for arguments in (["check"], ["backup", "copy.db"]):
+        done = run_as_nobody(shared, *arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(shared.iterdir()) == sorted([*before, shared / "copy.db"])
+    for arguments in (["keys"], ["keys", "create", "y"], ["--port", "0"]):
+        done = run_as_nobody(shared, *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "belongs to somebody else" in done.stderr
+    assert not list(shared.glob("*-wal")) + list(shared.glob("*-shm"))
+    assert run("check", cwd=shared).returncode == 0
+
+
+def test_check_by_another_user_does_not_harm_a_server(shared: Path) -> None:
+    server = Server(shared)
+    try:
+        server.report()
+        for name in ("miniapm.db", "miniapm.db-wal", "miniapm.db-shm"):
+            (shared / name).chmod(0o644)
+        done = run_as_nobody(shared, "check")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "occurrences: 1" in done.stdout
+        assert {one.stat().st_uid for one in shared.glob("miniapm.db*")} == {os.geteuid()}
+        server.report()
+        server.process.kill()
+        server.process.wait()
+        (shared / "miniapm.db-shm").unlink()
+        done = run_as_nobody(shared, "check")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "miniapm.db-wal holds the newest reports" in done.stderr
+        assert not (shared / "miniapm.db-shm").exists()
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
