@@ -8284,12 +8284,11 @@ def check_reader(environ: Environ) -> None:
 
     A person may follow a link to here. Programs send none of these headers.
     """
-    is_opened = (
-        environ.get("HTTP_SEC_FETCH_MODE") == "navigate"
-        and environ.get("HTTP_SEC_FETCH_DEST") == "document"  # not a frame
-        and "HTTP_SEC_PURPOSE" not in environ  # not fetched ahead
-    )
-    if environ.get("HTTP_SEC_FETCH_SITE") not in OWN_SITES and not is_opened:
+    mode_and_target = (environ.get("HTTP_SEC_FETCH_MODE"), environ.get("HTTP_SEC_FETCH_DEST"))
+    is_own = environ.get("HTTP_SEC_FETCH_SITE") in OWN_SITES
+    # Chromium's Sec-Fetch-Site is none when a page has it fetch another site's page ahead.
+    is_ahead = "HTTP_SEC_PURPOSE" in environ
+    if is_ahead or not (is_own or mode_and_target == ("navigate", "document")):
         raise Forbidden("another site's page may link to this dashboard, but not load it")
 
 

@@ -7793,10 +7793,13 @@ def test_page_of_another_site_loads_nothing_and_times_nothing(
         ):
             sent = {"SEC_FETCH_SITE": site, "SEC_FETCH_MODE": mode, "SEC_FETCH_DEST": dest}
             assert client.request(method, path, **sent).status == 403
-        ahead = {"SEC_FETCH_MODE": "navigate", "SEC_FETCH_DEST": "document"}
-        ahead |= {"SEC_FETCH_SITE": site, "SEC_PURPOSE": "prefetch;anonymous-client-ip"}
-        assert client.request(method, path, **ahead).status == 403
         assert client.request(method, path, SEC_FETCH_SITE=site).status == 403
+    for site, purpose in itertools.product(
+        ("cross-site", "none"), ("prefetch", "prefetch;prerender")
+    ):
+        ahead = {"SEC_FETCH_MODE": "navigate", "SEC_FETCH_DEST": "document"}
+        ahead |= {"SEC_FETCH_SITE": site, "SEC_PURPOSE": purpose}
+        assert client.request(method, path, **ahead).status == 403
 
 
 def test_page_of_another_site_loads_nothing_with_a_session_either(guarded: Client) -> None:
