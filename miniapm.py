@@ -8967,14 +8967,13 @@ class App:
 
     def __init__(self, store: Store, config: Config, log: Log = lambda _: None) -> None:
         self._config, self._hosts = config, known_hosts(config)
+        self._public_url = _read_public_url(config.public_url) if config.public_url else None
         gate = None
         if config.password is not None:
             gate = PasswordGate(config.password, store)
         self.rejections = Rejections(store.now_ms, log)
         self._ingest = Ingest(store, config.max_body_bytes, self.rejections)
-        self._sentry = SentryIngest(
-            store, config.max_body_bytes, self.rejections, config.public_url
-        )
+        self._sentry = SentryIngest(store, config.max_body_bytes, self.rejections, self._public_url)
         self._dashboard = Dashboard(store, gate, self.rejections)
         self.intake = Intake(store, self._ingest, self._sentry)
         self._bottle = bottle.Bottle()
@@ -9027,7 +9026,7 @@ class App:
     def _locate(self, environ: Environ) -> None:
         """Set path and prefix; with a public URL, its path may have been stripped or not."""
         path = valid_path(environ)
-        if url := self._config.public_url:
+        if url := self._public_url:
             root = urllib.parse.urlsplit(url).path
             if root and not self._has_route(path) and f"{path}/".startswith(f"{root}/"):
                 path = path[len(root) :] or "/"

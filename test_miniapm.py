@@ -51,6 +51,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -7914,8 +7915,7 @@ PUBLIC = Config(public_url="https://my.name:8443/apm", password="open sesame")
 
 
 def public_client(store: Store, url: str, password: str | None = None) -> Client:
-    config = miniapm.load_config({"public_url": url}, {})
-    return Client(App(store, dataclasses.replace(config, password=password)), "")
+    return Client(App(store, Config(public_url=url, password=password)), "")
 
 
 @pytest.mark.parametrize("prefix", ["/apm", "/errors", "/api", "/login", "/errors/1", "/a/b.c"])
@@ -9004,6 +9004,18 @@ def test_keys_work_while_the_server_runs(start: Callable[..., Server], tmp_path:
     assert "(no key)" in run("keys", "list", cwd=tmp_path).stdout
 
 
+def test_keys_are_listed_with_the_public_url(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start("--public-url", "http://localhost:8080/apm")
+    dsn = f"http://{server.key}@localhost:8080/apm/1"
+    assert dsn in run("keys", cwd=tmp_path).stdout
+    other = "https://my.name"
+    for done in (
+        run("keys", "--public-url", other, cwd=tmp_path),
+        run("keys", "list", cwd=tmp_path, MINI_APM_PUBLIC_URL=other),
+    ):
+        assert f"https://{server.key}@my.name/1" in done.stdout
+
+
 def test_keys_create_works_before_the_first_start(
     start: Callable[..., Server], tmp_path: Path
 ) -> None:
@@ -9873,18 +9885,13 @@ def test_backup_under_load_holds_what_was_acknowledged_before(
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Iterator[Path]:
-    """Return a folder in which everybody may write."""
+def shared() -> Iterator[Path]:
+    """Return a folder in which everybody may write; pytest's own are closed to other users."""
     if sys.platform != "linux" or os.geteuid() != 0:
         missing("the right to become another user")
-    with contextlib.ExitStack() as undo:
-        for folder in (tmp_path, *tmp_path.parents):  # pytest's own are for one user
-            mode = folder.stat().st_mode
-            if not mode & 0o005:
-                folder.chmod(mode | 0o005)
-                undo.callback(folder.chmod, mode)
-        tmp_path.chmod(0o777)
-        yield tmp_path
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
 
 
 def run_as_nobody(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
