@@ -75,6 +75,7 @@ import tempfile
 import threading
 import time
 import types
+import unicodedata
 import urllib.parse
 import weakref
 import wsgiref.util
@@ -85,7 +86,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - one line instead of a traceback
     said = f"miniapm.py needs Python 3.11 or newer; this is {sys.version.split()[0]}"
     raise SystemExit(said) if __name__ == "__main__" else ImportError(said)
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -348,11 +349,46 @@ def _read_switch(text: str) -> bool:
     return text == "1"
 
 
+def normal_host(text: str) -> str:
+    """Return a host in the one form that is compared: without port, brackets and last dot.
+
+    Names are lower-case and in xn-- form, addresses as `ipaddress` writes them. Raises ValueError
+    for anything else.
+    """
+    bracketed = re.fullmatch(r"\[([^%\]]+)(?:%[^\]]*)?\](?::[0-9]{1,5})?", text)
+    if bracketed or text.count(":") > 1:
+        address = ipaddress.IPv6Address(bracketed[1] if bracketed else text.partition("%")[0])
+        return str(address.ipv4_mapped or address)
+    found = re.fullmatch(r"([^:]{1,254})(?::[0-9]{1,5})?", text)
+    name = unicodedata.normalize("NFKC", found[1] if found else "").lower()
+    labels = name.replace("\u3002", ".").removesuffix(".").split(".")
+    if labels[-1].isdigit():
+        return str(ipaddress.IPv4Address(".".join(labels)))
+    for index, label in enumerate(labels):
+        if not (label.isprintable() and re.fullmatch(r"(?:[a-z0-9_-]|[^\x00-\x7f])+", label)):
+            raise ValueError(text)
+        if not label.isascii():  # the codec idna is of 2003 and knows another form of some names
+            labels[index] = "xn--" + label.encode("punycode").decode()
+    return ".".join(labels)
+
+
 def _read_hosts(text: str) -> tuple[str, ...]:
-    hosts = tuple(name.strip().lower() for name in text.split(",") if name.strip())
-    if not all(re.fullmatch(r"[\w.-]+|\[?[0-9a-f:.]+\]?", name) for name in hosts):
+    return tuple(normal_host(name.strip()) for name in text.split(",") if name.strip())
+
+
+def _read_public_url(text: str) -> str:
+    pattern = (
+        r"(?ai)(https?)://(\[[^\]]+\]|[^/?#@\\:]+)(?::([0-9]{1,5}))?((?:/[a-zA-Z0-9_.~-]+)*)/?"
+    )
+    found = re.fullmatch(pattern, text)
+    if not found or re.search(r"/\.{1,2}(?:/|$)", found[4]) or found[4] in ("/ingest", "/assets"):
         raise ValueError(text)
-    return tuple(name.strip("[]") for name in hosts)
+    scheme, host, port = found[1].lower(), normal_host(found[2]), int(found[3] or 0)
+    if found[3] and not 1 <= port <= 65_535:
+        raise ValueError(text)
+    is_usual = port in (0, {"http": 80, "https": 443}[scheme])
+    netloc = (f"[{host}]" if ":" in host else host) + ("" if is_usual else f":{port}")
+    return f"{scheme}://{netloc}{found[4]}"
 
 
 def _setting(
@@ -369,9 +405,10 @@ _TEXT = (_read_text, "printable text")
 
 def is_loopback_name(name: str) -> bool:
     """Tell whether a host name or address means this machine."""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
     with contextlib.suppress(ValueError):
+        name = normal_host(name)
+        if name == "localhost" or name.endswith(".localhost"):
+            return True
         return ipaddress.ip_address(name).is_loopback
     return False
 
@@ -408,8 +445,19 @@ class Config:
     )
     allowed_hosts: tuple[str, ...] = _setting(
         (),
-        (_read_hosts, "host names without ports, separated by commas"),
+        (
+            _read_hosts,
+            "host names or addresses with commas between: no http://, no path, no wildcard",
+        ),
         "names beyond localhost under which the dashboard may be opened",
+    )
+    public_url: str | None = _setting(
+        None,
+        (
+            _read_public_url,
+            "an address such as https://my.name/apm: no user, no query, not /ingest or /assets",
+        ),
+        "address under which a reverse proxy serves the tracker",
     )
     max_body_bytes: int = _setting(
         MAX_BODY_BYTES,
@@ -439,6 +487,14 @@ class Config:
 def flag_of(name: str) -> str:
     """Return a setting's flag: max_body_bytes -> --max-body-bytes."""
     return "--" + name.replace("_", "-")
+
+
+def way_in(config: Config) -> str:
+    """Return the flag that lets other machines in, with its value; empty if none does."""
+    if not config.is_local:
+        return f"{flag_of('host')} {config.host}"
+    host = urllib.parse.urlsplit(config.public_url or "//localhost").netloc
+    return "" if is_loopback_name(host) else f"{flag_of('public_url')} {config.public_url}"
 
 
 URL_VARIABLE = "MINI_APM_URL"  # where programs report to; the tracker itself has no use for it
@@ -3342,9 +3398,9 @@ def _refusal_of(error: Exception) -> Exception:
     return MiniAPMError(f"the database refused: {error}") if is_sqlite else error
 
 
-def _connect(path: str) -> sqlite3.Connection:
+def _connect(path: str, mode: str = "rw") -> sqlite3.Connection:
     # Not as a mere path: where the file was deleted, another one would be made.
-    uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode=rw"
+    uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"
     db = sqlite3.connect(
         uri, timeout=MAX_WAIT_S, isolation_level=None, check_same_thread=False, uri=True
     )
@@ -3448,6 +3504,8 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
 def open_database(path: str) -> sqlite3.Connection:
     """Open a database for writing, made or migrated as needed; MiniAPMError says why not."""
     _create_private(path)
+    if not os.access(path, os.W_OK):  # SQLite would make files that its owner can't write
+        raise MiniAPMError(f"can't write the database {path}: it belongs to somebody else")
     with contextlib.ExitStack() as undo:
         try:
             db = undo.enter_context(contextlib.closing(_connect(path)))
@@ -8102,7 +8160,16 @@ CORS_HEADERS = [
     ("Access-Control-Max-Age", "86400"),
 ]
 SESSION_COOKIE = "miniapm_session"
-FORWARDING_HEADERS = ("HTTP_FORWARDED", "HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP", "HTTP_VIA")
+MAX_SESSION_COOKIES = 50  # of a request, that are looked at
+PUBLIC_URL = "miniapm.public_url"  # of the environ: the setting, where the App has one
+_PROXY_HINT = f"{flag_of('public_url')} https://… or {variable_of('public_url')}"
+# What proxies add: there is no end of names, but they go by a pattern.
+_FORWARDING_HEADER = re.compile(
+    "HTTP_(?:VIA|CDN_LOOP|.*FORWARDED.*|CF_.+|X_(?:ORIGINAL|PROXY|ENVOY|REAL|REWRITE)_.+"
+    "|X_(?:HOST|SCHEME|PROTO)|FRONT_END_HTTPS|.*(?:IP|ADDR|ADDRESS))"
+)
+# same-site is not enough: every port of localhost is the same site.
+OWN_SITES = (None, "same-origin", "none")  # what Sec-Fetch-Site says when no other page asks
 ACTIONS = {"resolve": "resolved", "ignore": "ignored", "reopen": "open"}
 
 
@@ -8475,37 +8542,86 @@ def record_entries(
     return dict(sorted(refusals.items()))
 
 
-def check_host(environ: Environ, config: Config) -> None:
+def known_hosts(config: Config) -> frozenset[str]:
+    """Return the hosts beyond localhost under which the dashboard may be opened."""
+    hosts = set(_read_hosts(",".join(config.allowed_hosts)))
+    with contextlib.suppress(ValueError):  # the resolver takes more
+        hosts.add(normal_host(config.host))
+    if config.public_url:
+        hosts.add(normal_host(urllib.parse.urlsplit(config.public_url).netloc))
+    return frozenset(hosts)
+
+
+def client_address(environ: Environ) -> str:
+    """Return the address of the one who asks: the one that our own proxy has added, if any."""
+    peer: str = environ.get("REMOTE_ADDR", "")
+    said = environ.get("HTTP_X_FORWARDED_FOR") if PUBLIC_URL in environ else None
+    if not said or not is_loopback_name(peer):
+        return peer
+    try:
+        return str(ipaddress.ip_address(normal_host(said.rpartition(",")[2].strip())))
+    except ValueError:
+        return "unknown"
+
+
+def check_host(environ: Environ, hosts: Collection[str]) -> None:
     """Refuse a Host header we don't go by: a foreign name that resolves to us is an attack."""
-    host = environ.get("HTTP_HOST", "").lower()
-    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(?::[0-9]{1,5})?", host, re.ASCII)
-    name = found[1].strip("[]").removesuffix(".") if found else ""
-    if not (is_loopback_name(name) or name in (*config.allowed_hosts, config.host.lower())):
+    name = ""
+    with contextlib.suppress(ValueError):
+        name = normal_host(header_text(environ, "HTTP_HOST"))
+    if not (is_loopback_name(name) or name in hosts):
         raise Forbidden(
             "this Host is not allowed; if it is right, start with"
-            f" {flag_of('allowed_hosts')} or {variable_of('allowed_hosts')}"
+            f" {flag_of('allowed_hosts')} or {variable_of('allowed_hosts')},"
+            f" behind a reverse proxy with {_PROXY_HINT}"
         )
 
 
 def check_peer(environ: Environ) -> None:
     """Refuse other machines: what has no password is for this one only."""
-    forwarded = any(name in environ for name in FORWARDING_HEADERS)  # by a proxy on this machine
-    if forwarded or not is_loopback_name(environ.get("REMOTE_ADDR", "")):
+    is_forwarded = any(map(_FORWARDING_HEADER.fullmatch, environ))  # by a proxy on this machine
+    is_told = PUBLIC_URL in environ and environ.get("HTTP_X_FORWARDED_FOR")
+    if is_forwarded and not is_told or not is_loopback_name(client_address(environ)):
         raise Forbidden(
-            "without a password the dashboard is for this machine only;"
-            f" to open it to others set {variable_of('password')}"
+            "without a password the dashboard is for this machine only; to open it to others set"
+            f" {variable_of('password')}, behind a reverse proxy also {_PROXY_HINT}"
         )
+
+
+def own_origins(environ: Environ) -> set[str]:
+    """Return what the header Origin says on pages of this dashboard."""
+    host = environ.get("HTTP_HOST", "").lower()
+    if not (url := environ.get(PUBLIC_URL)):
+        return {f"http://{host}", f"https://{host}"}
+    scheme, netloc, *_ = urllib.parse.urlsplit(url)
+    is_public = host == netloc or (  # nginx's $host leaves the port out
+        normal_host(host) == normal_host(netloc) and not is_loopback_name(host)
+    )
+    direct = set() if is_public else {f"http://{host}", f"https://{host}"}
+    return {f"{scheme}://{netloc}", *direct}
 
 
 def check_same_origin(environ: Environ) -> None:
     """Refuse a change that another site's page asks for; programs send neither header."""
     site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
-    own = environ.get("HTTP_HOST", "").lower()
-    # same-site is not enough: every port of localhost is the same site.
-    if site not in (None, "same-origin", "none") or (
-        origin is not None and origin.lower() not in (f"http://{own}", f"https://{own}")
-    ):
-        raise Forbidden("changes are taken from this dashboard's own pages only")
+    if site not in OWN_SITES or (origin is not None and origin.lower() not in own_origins(environ)):
+        raise Forbidden(
+            "changes are taken from this dashboard's own pages only; if this is one of them,"
+            f" behind a reverse proxy, start with {_PROXY_HINT}"
+        )
+
+
+def check_reader(environ: Environ) -> None:
+    """Refuse what another site's page loads, even unseen: it could time a search's answer.
+
+    A person may follow a link to here. Programs send none of these headers.
+    """
+    mode_and_target = (environ.get("HTTP_SEC_FETCH_MODE"), environ.get("HTTP_SEC_FETCH_DEST"))
+    is_own = environ.get("HTTP_SEC_FETCH_SITE") in OWN_SITES
+    # Chromium's Sec-Fetch-Site is none when a page has it fetch another site's page ahead.
+    is_ahead = "HTTP_SEC_PURPOSE" in environ
+    if is_ahead or not (is_own or mode_and_target == ("navigate", "document")):
+        raise Forbidden("another site's page may link to this dashboard, but not load it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -8726,13 +8842,21 @@ def root_of(environ: Environ) -> str:
 
 def url_of_request(environ: Environ) -> str:
     """Return the address under which a browser has reached the App."""
+    if url := environ.get(PUBLIC_URL):
+        return str(url)
     return f"{environ['wsgi.url_scheme']}://{environ['HTTP_HOST']}{root_of(environ)}"
+
+
+def valid_path(environ: Environ) -> str:
+    """Return the path; what is not UTF-8, and control characters, become U+FFFD: not a route."""
+    path = environ["PATH_INFO"].encode("latin-1", "replace").decode("utf-8", "replace")
+    return re.sub(r"[\x00-\x1f\x7f]", "\ufffd", path)
 
 
 _REPORTING_PATH = re.compile(r"/api/[0-9]+/(?:envelope|store)/?|/ingest/errors(?:/batch)?")
 
 
-def is_about_us(event: Json, environ: Environ) -> bool:
+def is_about_us(event: Json, environ: Environ, public_url: str | None) -> bool:
     """Tell whether a Sentry event reports that we could not take a report.
 
     An SDK in the tracker's own process sends these: taken, each could cause the next one.
@@ -8740,8 +8864,15 @@ def is_about_us(event: Json, environ: Environ) -> bool:
     request = event.get("request")
     url = str(request.get("url")) if isinstance(request, dict) else ""
     address = url.partition("://")[2].partition("?")[0].lower()
-    own = (environ.get("HTTP_HOST", "") + root_of(environ)).lower()
-    return address.startswith(own) and bool(_REPORTING_PATH.fullmatch(address[len(own) :]))
+    host = environ.get("HTTP_HOST", "")
+    own = {host + root_of(environ)}
+    if public_url:
+        public = urllib.parse.urlsplit(public_url)
+        own |= {host, host + public.path, public.netloc + public.path}
+    return any(
+        address.startswith(one) and _REPORTING_PATH.fullmatch(address[len(one) :])
+        for one in map(str.lower, own)
+    )
 
 
 def leave_untraced() -> None:
@@ -8769,11 +8900,11 @@ def act(store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]]) -
     return action
 
 
-def session_of(environ: Environ) -> str:
-    """Return the session's cookie, whatever cookies other programs on this host have set."""
-    cookies = environ.get("HTTP_COOKIE", "")
-    found = re.search(rf"(?:^|;)\s*{SESSION_COOKIE}=([0-9a-f.]+)(?:;|$)", cookies)
-    return found[1] if found else ""
+def sessions_of(environ: Environ) -> list[str]:
+    """Return what may be the session's cookie: other paths and programs have theirs beside it."""
+    pattern = rf"(?:^|;)\s*{SESSION_COOKIE}=([0-9]+\.[0-9a-f]{{64}})(?=\s*(?:;|$))"
+    found = re.finditer(pattern, environ.get("HTTP_COOKIE", ""), re.ASCII)
+    return [one[1] for one in itertools.islice(found, MAX_SESSION_COOKIES)]
 
 
 def with_session(answer: bottle.HTTPResponse, value: str, maxage_s: int) -> bottle.HTTPResponse:
@@ -8786,7 +8917,9 @@ def with_session(answer: bottle.HTTPResponse, value: str, maxage_s: int) -> bott
         maxage=maxage_s,
         httponly=True,
         samesite="lax",
-        secure=environ["wsgi.url_scheme"] == "https",
+        # A browser that came directly, and not by the proxy, says so by its Origin.
+        secure=url_of_request(environ).startswith("https:")
+        and not environ.get("HTTP_ORIGIN", "").startswith("http:"),
     )
     return answer
 
@@ -8922,8 +9055,14 @@ class Ingest:
 class SentryIngest:
     """The handlers for Sentry SDKs."""
 
-    def __init__(self, store: Store, max_body_bytes: int, rejections: Rejections) -> None:
-        self._store = store
+    def __init__(
+        self,
+        store: Store,
+        max_body_bytes: int,
+        rejections: Rejections,
+        public_url: str | None = None,
+    ) -> None:
+        self._store, self._public_url = store, public_url
         self._max_body_bytes = max_body_bytes
         self._rejections = rejections
         self._plain = PlainTexts()
@@ -8973,7 +9112,7 @@ class SentryIngest:
     def occurrence(self, environ: Environ, envelope: Envelope, index: int) -> Occurrence | None:
         """Return the event at an index of an envelope, None for one about our own endpoints."""
         event = read_event(envelope.items[index][1], f"items[{index}]")
-        if is_about_us(event, environ):
+        if is_about_us(event, environ, self._public_url):
             return None
         spare_id = read_event_id(envelope.header.get("event_id"))
         is_first = all(kind != "event" for kind, _ in envelope.items[:index])
@@ -9088,7 +9227,7 @@ class Dashboard:
 
     def has_session(self, environ: Environ) -> bool:
         """Tell whether a request may see pages: always when there is no password."""
-        return self._gate is None or self._gate.accepts(session_of(environ))
+        return self._gate is None or any(map(self._gate.accepts, sessions_of(environ)))
 
     def html(
         self,
@@ -9244,7 +9383,8 @@ class Dashboard:
     def log_in(self) -> bottle.HTTPResponse:
         """Check the password and start a session."""
         environ = bottle.request.environ
-        form, address = read_form(environ, MAX_LOGIN_BYTES), environ["REMOTE_ADDR"]
+        form = read_form(environ, MAX_LOGIN_BYTES)
+        address = client_address(environ)
         target = local_path(form.get("next", [""])[0])
         if self._gate is None:
             return redirect(target)
@@ -9269,24 +9409,37 @@ class Dashboard:
         return bottle.HTTPResponse(text, 200, headers)
 
 
+_SHOWN_PART = re.compile(
+    r"|[0-9]{1,18}(?:\.json|\.md)?|ingest|errors(?:\.json)?|batch|api|envelope|store|health"
+    r"|occurrences|setup|login|logout|assets|" + "|".join(map(re.escape, ASSETS))
+)
+
+
+def shown_path(path: str) -> str:
+    """Return a path as it may be logged: any part that is no word of the URL map can be a key."""
+    parts = path.split("/")
+    return "/".join(part if _SHOWN_PART.fullmatch(part) else "…" for part in parts)
+
+
 class App:
     """The tracker as a WSGI application (PEP 3333): ingest, dashboard, health.
 
     Works at the root of a server and, by SCRIPT_NAME, under a prefix of another application.
-    Reads host, password, allowed_hosts and max_body_bytes of the settings. `log` takes a line
-    about reports that were refused.
+    Reads host, password, allowed_hosts, public_url and max_body_bytes of the settings. `log` takes
+    a line about reports that were refused.
 
     >>> app = App(Store("errors.db"), Config())
     """
 
     def __init__(self, store: Store, config: Config, log: Log = lambda _: None) -> None:
-        self._config, self._store = config, store
+        self._config, self._store, self._hosts = config, store, known_hosts(config)
+        self._public_url = _read_public_url(config.public_url) if config.public_url else None
         gate = None
         if config.password is not None:
             gate = PasswordGate(config.password, store)
         self.rejections = Rejections(store.now_ms, log)
         self._ingest = Ingest(store, config.max_body_bytes, self.rejections)
-        self._sentry = SentryIngest(store, config.max_body_bytes, self.rejections)
+        self._sentry = SentryIngest(store, config.max_body_bytes, self.rejections, self._public_url)
         self._dashboard = Dashboard(store, gate, self.rejections)
         self.intake = Intake(store, self._ingest, self._sentry)
         self._large_turn, self._search_turn = (threading.Semaphore(n) for n in (1, MAX_SEARCHES))
@@ -9332,6 +9485,7 @@ class App:
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer one request; every answer carries the security headers."""
+        self._locate(environ)
         more = CORS_HEADERS if is_ingest(environ["PATH_INFO"]) else PAGE_HEADERS
 
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
@@ -9342,6 +9496,7 @@ class App:
 
     def body_rule(self, environ: Environ) -> BodyRule | MiniAPMError:
         """Return how much of a request's body to keep, or what its headers are refused for."""
+        self._locate(environ)
         path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
         try:
             if is_post and path in ("/ingest/errors", "/ingest/errors/batch"):
@@ -9356,6 +9511,23 @@ class App:
             return BodyRule(MAX_LOGIN_BYTES)
         is_form = is_post and not is_machine_path(path) and self._dashboard.has_session(environ)
         return BodyRule(MAX_FORM_BYTES if is_form else 0)
+
+    def _locate(self, environ: Environ) -> None:
+        """Set path and prefix; with a public URL, its path may have been stripped or not."""
+        path = valid_path(environ)
+        if url := self._public_url:
+            root = urllib.parse.urlsplit(url).path
+            if root and not self._has_route(path) and f"{path}/".startswith(f"{root}/"):
+                path = path[len(root) :] or "/"
+            environ |= {PUBLIC_URL: url, "SCRIPT_NAME": root}
+        environ["PATH_INFO"] = path.encode().decode("latin-1")
+
+    def _has_route(self, path: str) -> bool:
+        try:
+            self._bottle.match({"REQUEST_METHOD": "GET", "PATH_INFO": path})
+        except bottle.HTTPError as refusal:
+            return bool(refusal.status_code != NotFound.status)
+        return True
 
     def _answer(
         self, handler: Callable[..., bottle.HTTPResponse], **arguments: str
@@ -9401,11 +9573,13 @@ class App:
             raise environ[REFUSAL_KEY]
         if is_machine_path(path):
             return
-        check_host(environ, self._config)
+        check_host(environ, self._hosts)
         if self._config.password is None:
             check_peer(environ)
         if environ["REQUEST_METHOD"] == "POST":
             check_same_origin(environ)
+        elif not path.startswith("/assets/"):
+            check_reader(environ)
         if not is_public(path) and not self._dashboard.has_session(environ):
             raise Unauthorized("log in first")
 
@@ -9447,9 +9621,10 @@ class App:
         """Say what Bottle refuses (404, 405) and what no handler foresaw (500)."""
         status = error.status_code
         path = bottle.request.environ["PATH_INFO"]
+        shown = f": {shown_path(path)}" if is_ingest(path) and status in (404, 405) else ""
         known = {404: "there is no such page", 405: "this address does not take that method"}
         said = known.get(status, "something went wrong; the server's log says more")
-        refusal = MiniAPMError(f"{said}: {path}" if is_ingest(path) and status in known else said)
+        refusal = MiniAPMError(said + shown)
         refusal.status = status
         answer = self._refuse(refusal)
         for name, value in answer.headerlist:
@@ -9596,7 +9771,9 @@ def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> M
         raise BadSetting(f"at={at!r} shows a database: call init() with the path of one first")
     names = ("password", "allowed_hosts", "max_body_bytes", "max_held_bytes")
     config = load_config({}, os.environ, names)
-    hosts = (*config.allowed_hosts, *(host.lower() for host in allowed_hosts))
+    named = [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts
+    given_hosts = load_config({"allowed_hosts": ",".join(named) or None}, {}).allowed_hosts
+    hosts = (*config.allowed_hosts, *given_hosts)
     given = dataclasses.replace(config, password=password or config.password, allowed_hosts=hosts)
     mount = Mount(at, client.destination, given, client.keep_running)
     client.mounted_at = mount.at
@@ -9668,7 +9845,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def served_by(path: str) -> str:
-    """Return what a database remembers of the last process that served it."""
+    """Return what a database remembers of the process that serves it."""
+    if not os.path.exists(path + "-wal"):  # it lies beside another name of the same file
+        return "another process"
     with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
         if row := db.execute(SELECT_SETTING, {"name": "served_by"}).fetchone():
             return str(row["value"])
@@ -9678,9 +9857,12 @@ def served_by(path: str) -> str:
 class ServingLock:
     """Makes one process at a time the server of a database; ends with the process.
 
-    SQLite's own lock on a file beside the database, for that is portable. Raises MiniAPMError
-    when another process has it.
+    SQLite's own lock on a file beside the database, for that is portable; on Linux, where flock
+    is independent of SQLite's locks, also one on the database itself, which may have two names.
+    Raises MiniAPMError when another process has one of them.
     """
+
+    _handle: int | None = None  # stays open: SQLite's locks would go when it is closed
 
     def __init__(self, path: str) -> None:
         lock_path = path + ".lock"
@@ -9692,12 +9874,33 @@ class ServingLock:
             self._db.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             if _is_busy(error):
-                raise MiniAPMError(f"{path} is served already, by {served_by(path)}") from None
+                raise self._refusal(path) from None
             raise MiniAPMError(f"can't lock {lock_path}: {error}") from None
+        if sys.platform == "linux":
+            self._lock_file(path)
+
+    def _lock_file(self, path: str) -> None:
+        import fcntl
+
+        _create_private(path)
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal(path) from None
+        except OSError:  # opening the store says why; or the file system has no such locks
+            pass
+
+    def _refusal(self, path: str) -> MiniAPMError:
+        return MiniAPMError(f"{path} is served already, by {served_by(path)}")
 
     def release(self) -> None:
         """Let another process serve."""
         self._db.close()
+        if sys.platform == "linux" and self._handle is not None:
+            import fcntl
+
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
 
 
 def listen(config: Config) -> socket.socket:
@@ -10090,15 +10293,15 @@ def log_line(text: str) -> None:
 
 
 def logging_requests(app: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a WSGI application: it logs a line a request, without the query, for that holds keys."""
+    """Wrap a WSGI application: it logs a line a request, without what could be a key."""
 
     def logged(environ: Environ, start_response: Callable[..., Any]) -> Any:
         began_s = time.perf_counter()
 
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
             took_ms = (time.perf_counter() - began_s) * 1_000
-            request = f"{environ['REQUEST_METHOD']} {header_text(environ, 'PATH_INFO')}"
-            log_line(f"{environ.get('REMOTE_ADDR')} {request} {status[:3]} {took_ms:.1f} ms")
+            request = f"{environ['REQUEST_METHOD']} {shown_path(environ['PATH_INFO'])}"
+            log_line(f"{client_address(environ)} {request} {status[:3]} {took_ms:.1f} ms")
             return start_response(status, headers, *rest)
 
         return app(environ, start)
@@ -10161,7 +10364,7 @@ class Server:
             cleanup_interval=5,
             max_request_header_size=MAX_HEADER_BYTES,
             max_request_body_size=MAX_SWALLOWED_BYTES,
-            clear_untrusted_proxy_headers=True,
+            clear_untrusted_proxy_headers=False,  # check_peer() goes by them
         )
         budget = BodyBudget(config.max_held_bytes)
         self._server.channel_class = _channel_class(app.body_rule, budget)
@@ -10255,8 +10458,11 @@ class Server:
 
 
 def welcome(url: str, path: str, project: Project, config: Config) -> str:
-    """Return what a start prints."""
+    """Return what a start prints; `url` is where it listens."""
+    listening, url = url, config.public_url or url
     lines = [f"MiniAPM {__version__}", "", f"  Dashboard  {url}/", f"  Database   {path}"]
+    if url != listening:
+        lines.append(f"  Listening  {listening}, for the reverse proxy")
     if not config.is_local:
         lines.append(
             f"  Open to    other machines, on {config.host}; the dashboard asks for a password"
@@ -10275,10 +10481,9 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
 
 def serve(config: Config) -> int:
     """Run the tracker until a signal ends it; return the exit status."""
-    if not config.is_local and config.password is None:
+    if (way := way_in(config)) and config.password is None:
         raise MiniAPMError(
-            f"{flag_of('host')} {config.host} lets other machines in:"
-            f" set a password first, with {variable_of('password')}"
+            f"{way} lets other machines in: set a password first, with {variable_of('password')}"
         )
     if importlib.util.find_spec("waitress") is None:
         raise MiniAPMError("the package waitress is missing; pip install bottle waitress")
@@ -10290,7 +10495,7 @@ def serve(config: Config) -> int:
         cleanup.callback(ServingLock(path).release)
         store = Store(path)
         cleanup.callback(store.close)
-        store.set_setting("url", url)
+        store.set_setting("url", config.public_url or url)
         store.set_setting("served_by", f"process {os.getpid()} at {url}")
         project = store.ensure_default_project(config.api_key)
         retention = Retention(store, config.retention_days, config.max_occurrences)
@@ -10346,9 +10551,9 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
     revoke = commands.add_parser("revoke", help="refuse a project's keys from now on")
     revoke.add_argument("name", metavar="NAME", help="the project's name, or one key")
     for each in (parser, listing, create, revoke):
-        add_flags(each, ("db",))
+        add_flags(each, ("db", "public_url"))
     given = parser.parse_args(arguments)
-    config = load_config(vars(given), environ, ("db",))
+    config = load_config(vars(given), environ, ("db", "public_url"))
     if given.action != "create":
         refuse_missing(config.db)
     with contextlib.closing(Store(config.db)) as store:
@@ -10358,17 +10563,33 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
             count = store.revoke(given.name)
             say(f"{count} key{'' if count == 1 else 's'} revoked")
         else:
-            url = store.setting("url") or f"http://127.0.0.1:{Config().port}"
-            say(keys_table(store.projects(), url))
+            url = config.public_url or store.setting("url")
+            say(keys_table(store.projects(), url or f"http://127.0.0.1:{Config().port}"))
     return 0
+
+
+def mode_to_read(path: str) -> str:
+    """Return how to open a database for reading so that nothing is left beside it.
+
+    SQLite makes a -wal and a -shm, which one who may not write the database can't remove.
+    """
+    if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
+        return "rw"
+    log_bytes = os.path.getsize(path + "-wal") if os.path.exists(path + "-wal") else -1
+    if log_bytes >= 0 and os.path.exists(path + "-shm"):
+        return "rw"  # it is in use, and both are there
+    if log_bytes > 0:
+        raise MiniAPMError(f"{path}-wal holds the newest reports: read it as the user who owns it")
+    return "ro&immutable=1"
 
 
 @contextlib.contextmanager
 def existing_database(path: str) -> Iterator[sqlite3.Connection]:
     """Lend a database that is there, at one moment and as it is; MiniAPMError if it is not ours."""
     refuse_missing(path)
+    full_path = os.path.realpath(path)
     try:
-        with contextlib.closing(_connect(os.path.realpath(path))) as db:
+        with contextlib.closing(_connect(full_path, mode_to_read(full_path))) as db:
             db.execute("PRAGMA query_only = ON")
             refuse_foreign(db, path)
             db.execute("BEGIN")

@@ -51,6 +51,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -335,13 +336,15 @@ class Server:
                 break
         else:
             raise AssertionError(self.process.stderr and self.process.stderr.read())
-        self.url = re.search(r"Dashboard +(http://\S+)/", self.banner)[1]  # type: ignore[index]
+        found = re.search(r"Listening +(http://[^\s,]+)", self.banner)
+        found = found or re.search(r"Dashboard +(http://\S+)/", self.banner)
+        self.url = found[1]  # type: ignore[index]
         found = re.search(r"API key +(\S+)", self.banner)
         self.key = found[1] if found else ""
         self.port = int(self.url.rpartition(":")[2])
 
     def post(self, value: Any, path: str = "/ingest/errors", **options: Any) -> requests.Response:
-        headers = {"Authorization": f"Bearer {self.key}"}
+        headers = {"Authorization": f"Bearer {self.key}"} | options.pop("headers", {})
         return requests.post(self.url + path, json=value, headers=headers, timeout=20, **options)
 
     def report(self, **changes: Any) -> None:
@@ -475,8 +478,8 @@ SETTINGS = [field.name for field in dataclasses.fields(Config)]
 
 def test_settings_are_the_documented_ones() -> None:
     assert SETTINGS == [
-        *("host", "port", "db", "api_key", "password", "allowed_hosts", "max_body_bytes"),
-        *("retention_days", "max_occurrences", "verbose"),
+        *("host", "port", "db", "api_key", "password", "allowed_hosts", "public_url"),
+        *("max_body_bytes", "retention_days", "max_occurrences", "verbose"),
     ]
     assert Config() == Config(
         host="127.0.0.1", port=3000, db="miniapm.db", retention_days=30, max_occurrences=1000
@@ -500,6 +503,11 @@ def test_setting_flag_beats_variable_beats_default() -> None:
         ("api_key", "clé", "clé"),
         ("password", "open sesame", "open sesame"),
         ("allowed_hosts", "A.example, b.example", ("a.example", "b.example")),
+        ("public_url", "https://my.name/apm", "https://my.name/apm"),
+        ("public_url", "HTTPS://My.Name.:443/a/B.1/", "https://my.name/a/B.1"),
+        ("public_url", "http://b\xfccher.de:80", "http://xn--bcher-kva.de"),
+        ("public_url", "http://my.name:443/", "http://my.name:443"),
+        ("public_url", "https://[FD00:0::1]:8443/errors", "https://[fd00::1]:8443/errors"),
         ("max_body_bytes", "2000", 2000),
         ("retention_days", "7", 7),
         ("max_occurrences", "5", 5),
@@ -518,7 +526,34 @@ def test_setting_is_read_from_flag_and_variable(name: str, text: str, value: Any
     [
         *[("port", text) for text in ("", "x", "-1", "65536", "3.5")],
         *[("api_key", text) for text in ("", "a b", "a'b", "$x", "a\n", "x" * 201)],
-        *[("allowed_hosts", text) for text in ("a b", "http://x", "x:80/")],
+        *[("allowed_hosts", text) for text in ("a b", "http://x", "x:80/", "*.x", "x/y", "a..b")],
+        *[
+            ("allowed_hosts", text)
+            for text in (".x", "[::1", "::g", "x:y", "u@x", "x?y", "a\tb", ".")
+        ],
+        *[("allowed_hosts", text) for text in ("127.1", "10.0.0.256", "x,*", "\u2100", "x" * 300)],
+        *[
+            ("public_url", text)
+            for text in ("", "my.name", "//my.name", "ftp://my.name", "https://")
+        ],
+        *[("public_url", f"https://{text}") for text in ("u@my.name", "u:p@my.name", "my.name?q")],
+        *[
+            ("public_url", f"https://{text}")
+            for text in ("my.name#f", "my.name:0", "my.name:65536")
+        ],
+        *[
+            ("public_url", f"https://{text}")
+            for text in ("my.name:", "my.name:x", "a b", "*.x", "::1")
+        ],
+        *[
+            ("public_url", f"https://my.name/{text}")
+            for text in ("a b", "a//b", "/", "..", "a/./b")
+        ],
+        *[
+            ("public_url", f"https://my.name/{text}")
+            for text in ("%61", "a\\b", "ingest", "assets/")
+        ],
+        *[("public_url", text) for text in ("https://my.name/a\n", " https://x", "http\u017f://x")],
         *[("max_body_bytes", text) for text in ("10MB", "0")],
         *[("retention_days", text) for text in ("0", "-3")],
         *[("max_occurrences", text) for text in ("0", "many")],
@@ -548,7 +583,7 @@ def test_config_does_not_show_its_secrets() -> None:
 
 def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
     defaults = {"api_key": "generated", "password": "none", "allowed_hosts": "none"}
-    defaults["verbose"] = "`0`"
+    defaults |= {"verbose": "`0`", "public_url": "none"}
     for setting in dataclasses.fields(Config):
         default = defaults.get(setting.name, f"`{setting.default}`")
         flag, variable = miniapm.flag_of(setting.name), miniapm.variable_of(setting.name)
@@ -556,9 +591,32 @@ def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("10.0.0.5:3000", "10.0.0.5"),
+        ("B\xfccher.DE", "xn--bcher-kva.de"),
+        ("bu\u0308cher.de:80", "xn--bcher-kva.de"),
+        ("xn--bcher-kva.de", "xn--bcher-kva.de"),
+        ("stra\xdfe.de", "xn--strae-oqa.de"),  # as browsers send it
+        ("\u4f8b\u3048\u3002\u30c6\u30b9\u30c8", "xn--r8jz45g.xn--zckzah"),
+        ("my.name.", "my.name"),
+        ("MY_box:1", "my_box"),
+        *[(text, "::1") for text in ("[0:0::1]:3000", "::1", "[::1]", "0:0:0:0:0:0:0:1")],
+        ("[FE80::1%eth0]:80", "fe80::1"),
+        ("fe80::1%eth0", "fe80::1"),
+        ("[::ffff:10.0.0.5]", "10.0.0.5"),
+    ],
+)
+def test_host_has_one_form(text: str, host: str) -> None:
+    assert miniapm.normal_host(text) == host
+    assert miniapm.load_config({"allowed_hosts": f" {text} ,x"}, {}).allowed_hosts == (host, "x")
+
+
+@pytest.mark.parametrize(
     ("host", "is_local"),
     [
-        *[(host, True) for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost")],
+        *[(host, True) for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost", "0::1")],
+        *[(host, True) for host in ("LOCALHOST", "localhost.", "::ffff:127.0.0.1")],
         *[(host, False) for host in ("0.0.0.0", "::", "192.168.1.5", "example.com", "")],
     ],
 )
@@ -5427,6 +5485,15 @@ def test_mounted_dashboard_without_a_password_is_for_this_machine(
     assert client.request("GET", "/other", **changes).body == b"the host"
 
 
+def test_mounted_dashboard_reads_its_hosts_as_the_setting_does(recorder: Recorder) -> None:
+    for hosts in (["b\xfccher.de:80", "[FD00:0::1]"], ("x", "B\xdcCHER.de."), "b\xfccher.de"):
+        client = Client(mounted(allowed_hosts=hosts), "")
+        assert client.get("/errors/errors.json", HOST="xn--bcher-kva.de").status == 200
+    for hosts in (["http://x"], ["*.x"], ["x", "a b"], "x/y"):
+        with pytest.raises(miniapm.BadSetting, match="takes host names or addresses"):
+            mounted(allowed_hosts=hosts)
+
+
 def test_mounted_dashboard_refuses_cross_site_changes(recorder: Recorder) -> None:
     client = Client(mounted(), "")
     miniapm.record_error(ValueError("x"))
@@ -7899,6 +7966,90 @@ def test_cross_site_change_is_refused(client: Client, path: str, headers: Any) -
     assert len(client.errors()) == 1
 
 
+READ_PATHS = ["/errors?q=secret", "/errors.json", "/errors/1", "/errors/1.json", "/errors/1.md"]
+READ_PATHS += ["/", "/setup", "/login", "/errors/1/occurrences/1"]
+
+
+@pytest.mark.parametrize("path", READ_PATHS)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_page_of_another_site_loads_nothing_and_times_nothing(
+    client: Client, monkeypatch: Any, method: str, path: str
+) -> None:
+    client.report()
+    for name in ("errors", "error", "occurrence", "projects", "facets", "buckets"):
+        monkeypatch.setattr(Store, name, lambda *_: pytest.fail("the data was read"))
+    for site in ("cross-site", "same-site", "", "same-origin, cross-site"):
+        for mode, dest in (
+            *(("no-cors", dest) for dest in ("empty", "image", "script", "style", "document")),
+            *(("navigate", dest) for dest in ("iframe", "frame", "embed", "object", "")),
+            *(("navigate", "fencedframe"), ("cors", "empty"), ("websocket", "websocket")),
+        ):
+            sent = {"SEC_FETCH_SITE": site, "SEC_FETCH_MODE": mode, "SEC_FETCH_DEST": dest}
+            assert client.request(method, path, **sent).status == 403
+        assert client.request(method, path, SEC_FETCH_SITE=site).status == 403
+    for site, purpose in itertools.product(
+        ("cross-site", "none"), ("prefetch", "prefetch;prerender")
+    ):
+        ahead = {"SEC_FETCH_MODE": "navigate", "SEC_FETCH_DEST": "document"}
+        ahead |= {"SEC_FETCH_SITE": site, "SEC_PURPOSE": purpose}
+        assert client.request(method, path, **ahead).status == 403
+
+
+def test_page_of_another_site_loads_nothing_with_a_session_either(guarded: Client) -> None:
+    guarded.cookie = log_in(guarded).cookies[0].partition(";")[0]
+    assert guarded.get("/errors").status == 200
+    for path in ("/errors", "/login"):
+        sent = {"SEC_FETCH_SITE": "same-site", "SEC_FETCH_MODE": "no-cors"}
+        assert guarded.get(path, SEC_FETCH_DEST="image", **sent).status == 403
+
+
+def test_links_of_other_sites_and_own_pages_are_followed(client: Client) -> None:
+    client.report()
+    opened = {"SEC_FETCH_MODE": "navigate", "SEC_FETCH_DEST": "document", "SEC_FETCH_USER": "?1"}
+    own = {"SEC_FETCH_MODE": "cors", "SEC_FETCH_DEST": "empty"}
+    for path in READ_PATHS:
+        expected = client.get(path).status
+        assert expected in (200, 303)
+        for site in ("cross-site", "same-site", "same-origin", "none"):
+            assert client.get(path, SEC_FETCH_SITE=site, **opened).status == expected
+        assert client.get(path, SEC_FETCH_SITE="same-origin", **own).status == expected
+
+
+def test_pages_of_other_sites_may_report_and_load_assets(client: Client) -> None:
+    sent = {"SEC_FETCH_SITE": "cross-site", "SEC_FETCH_MODE": "cors", "SEC_FETCH_DEST": "empty"}
+    assert client.post_json("/ingest/errors", report(), **sent).status == 202
+    assert sentry_post(client, envelope(event(BOOM)), **sent).status == 200
+    assert client.request("OPTIONS", "/ingest/errors", **sent).status == 204
+    assert client.get("/health", **sent).status == 200
+    for name in miniapm.ASSETS:
+        assert client.get(f"/assets/{name}", **sent).status == 200
+
+
+FORWARDING_HEADERS = [
+    *("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP"),
+    *("X-Forwarded-Port", "X-Forwarded-Server", "X-Forwarded-Prefix", "X-Forwarded-By"),
+    *("X-Forwarded", "Forwarded-For", "X-Original-Forwarded-For", "X-Forwarded-SSL", "X-Real-Port"),
+    *("CF-Connecting-IP", "CF-Ray", "CF-Visitor", "CDN-Loop", "True-Client-IP", "X-Client-IP"),
+    *("Fastly-Client-IP", "Fly-Client-IP", "X-Cluster-Client-IP", "Proxy-Client-IP"),
+    *("WL-Proxy-Client-IP", "X-Azure-ClientIP", "X-Envoy-External-Address", "X-ProxyUser-Ip"),
+    *("X-Remote-Addr", "X-Remote-IP", "DO-Connecting-IP", "X-Appengine-User-IP", "X-Original-URL"),
+    *("X-Original-Host", "X-Scheme", "X-Host", "Front-End-Https", "X-Nf-Client-Connection-Ip"),
+]
+
+
+@pytest.mark.parametrize("name", FORWARDING_HEADERS)
+def test_dashboard_without_a_password_is_closed_to_what_a_proxy_forwards(
+    client: Client, name: str
+) -> None:
+    sent = {name.upper().replace("-", "_"): "127.0.0.1"}
+    for path in ("/errors", "/errors.json", "/setup"):
+        answer = client.get(path, **sent)
+        assert answer.status == 403
+        assert "this machine only" in answer.text
+    assert client.post_json("/ingest/errors", report(), **sent).status == 202
+    assert client.get("/health", **sent).status == 200
+
+
 def test_own_page_and_program_may_change(client: Client) -> None:
     client.report()
     own = {"ORIGIN": "http://127.0.0.1:3000", "SEC_FETCH_SITE": "same-origin"}
@@ -7928,6 +8079,198 @@ def test_dashboard_answers_to_known_hosts_only(store: Store, host: str, status: 
         assert client.get(path, HOST=host).status == status
     assert client.post_json("/ingest/errors", report(), HOST=host).status == 202
     assert client.get("/health", HOST=host).status == 200
+
+
+@pytest.mark.parametrize(
+    ("setting", "host"),
+    [
+        ("10.0.0.5:3000", "10.0.0.5"),
+        ("b\xfccher.de", "xn--bcher-kva.de"),
+        ("b\xfccher.de", "b\xfccher.de:3000".encode().decode("latin-1")),
+        ("xn--bcher-kva.de", "XN--bcher-kva.de."),
+        ("my.name.", "my.name:3000"),
+        ("my.name", "my.name."),
+        ("[fd00:0::1]:3000", "[fd00::0:1]"),
+        ("fd00::1", "[FD00:0:0::1]:3000"),
+    ],
+)
+def test_host_header_and_setting_may_be_written_in_any_way(
+    store: Store, setting: str, host: str
+) -> None:
+    config = miniapm.load_config({"allowed_hosts": setting}, {})
+    assert Client(App(store, config), "").get("/errors", HOST=host).status == 200
+    assert Client(App(store, Config()), "").get("/errors", HOST=host).status == 403
+    assert Client(App(store, Config(host=setting)), "").get("/errors", HOST=host).status == 200
+
+
+PUBLIC = Config(public_url="https://my.name:8443/apm", password="open sesame")
+
+
+def public_client(store: Store, url: str, password: str | None = None) -> Client:
+    return Client(App(store, Config(public_url=url, password=password)), "")
+
+
+@pytest.mark.parametrize("prefix", ["/apm", "/errors", "/api", "/login", "/errors/1", "/a/b.c"])
+def test_public_url_works_whether_its_path_is_stripped_or_kept(store: Store, prefix: str) -> None:
+    client = public_client(store, "http://localhost" + prefix)
+    client.report()
+    assert client.post_json(prefix + "/ingest/errors", report(fingerprint="x")).status == 202
+    for root in ("", prefix):
+        assert sentry_post(client, envelope(event(BOOM)), f"{root}/api/1/envelope/").status == 200
+        page = client.get(root + "/errors")
+        assert page.status == 200
+        links = re.findall(r'(?:href|src|action)="(/[^"]*)"', page.text)
+        assert links
+        assert all(link.startswith(prefix + "/") for link in links)
+        for link in links:
+            if not link.endswith("/logout"):
+                assert client.get(link.replace("&amp;", "&")).status in (200, 303), link
+                assert client.get(link[len(prefix) :].replace("&amp;", "&")).status in (200, 303)
+        assert client.get(root + "/").headers["Location"] == prefix + "/errors"
+        assert client.get(root + "/errors.json").json()["errors"][0]["url"].startswith(prefix)
+        assert f"http://localhost{prefix}/errors/1" in client.get(root + "/errors/1.md").text
+        done = client.post_form(root + "/errors/1", action="resolve")
+        assert done.headers["Location"] == prefix + "/errors/1"
+        assert client.get(root + "/health").status == 200
+    assert client.get(prefix).status in (200, 303)
+    assert client.get(prefix + "x/errors").status == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        *[(host, "https://my.name:8443", 303) for host in ("my.name:8443", "my.name", "127.0.0.1")],
+        ("localhost:3000", "http://localhost:3000", 303),
+        ("box.lan:3000", "http://box.lan:3000", 303),
+        *[("my.name:8443", origin, 403) for origin in ("http://my.name:8443", "https://my.name")],
+        *[("my.name", origin, 403) for origin in ("https://my.name", "http://my.name")],
+        ("127.0.0.1:3000", "https://evil.example", 403),
+        ("127.0.0.1:3000", "http://127.0.0.1:9", 403),
+        ("127.0.0.1:3000", "null", 403),
+        ("evil.example", "https://my.name:8443", 403),
+        ("evil.example", "http://evil.example", 403),
+    ],
+)
+def test_public_url_says_which_host_and_origin_are_own(
+    store: Store, host: str, origin: str, status: int
+) -> None:
+    config = dataclasses.replace(PUBLIC, allowed_hosts=("box.lan",))
+    form = b"password=open+sesame"
+    client = Client(App(store, config), "")
+    answer = client.request("POST", "/login", form, HOST=host, ORIGIN=origin)
+    assert answer.status == status
+    if status == 303:
+        (cookie,) = answer.cookies
+        assert "Path=/apm" in cookie
+        # Who came directly would not get a cookie back that is for HTTPS.
+        assert ("Secure" in cookie) is origin.startswith("https")
+
+
+def test_session_of_a_public_url_is_for_its_scheme_and_path(store: Store) -> None:
+    for url, path, is_secure in (
+        ("https://my.name", "/", True),
+        ("http://my.name:81/apm/", "/apm", False),
+    ):
+        client = public_client(store, url, "open sesame")
+        answer = log_in(client)
+        assert f"Path={path};" in answer.cookies[0] + ";"
+        assert ("Secure" in answer.cookies[0]) is is_secure
+        client.cookie = answer.cookies[0].partition(";")[0]
+        assert client.get("/errors").status == 200
+
+
+@pytest.mark.parametrize(
+    ("peer", "said", "address"),
+    [
+        ("127.0.0.1", "192.0.2.1", "192.0.2.1"),
+        ("::1", "203.0.113.9, 192.0.2.1", "192.0.2.1"),
+        ("::ffff:127.0.0.1", "192.0.2.1:5000", "192.0.2.1"),
+        ("127.0.0.1", "[FD00:0::1]:80", "fd00::1"),
+        ("127.0.0.1", "192.0.2.1, unknown", "unknown"),
+        ("127.0.0.1", "192.0.2.1,", "unknown"),
+        ("127.0.0.1", None, "127.0.0.1"),
+        ("192.0.2.7", "192.0.2.1", "192.0.2.7"),
+    ],
+)
+def test_client_of_a_proxy_is_who_the_proxy_says(peer: str, said: Any, address: str) -> None:
+    environ = {"REMOTE_ADDR": peer, "HTTP_X_FORWARDED_FOR": said}
+    environ = {name: value for name, value in environ.items() if value}
+    assert miniapm.client_address(environ) == peer
+    assert miniapm.client_address(environ | {miniapm.PUBLIC_URL: "https://my.name"}) == address
+
+
+def test_wrong_passwords_slow_down_one_client_of_a_proxy(store: Store) -> None:
+    client = Client(App(store, PUBLIC), "")
+
+    def guess(address: str) -> int:
+        return client.request("POST", "/login", b"password=x", X_FORWARDED_FOR=address).status
+
+    assert [guess("6.6.6.6, 192.0.2.1") for _ in range(4)] == [401, 401, 401, 429]
+    assert guess("6.6.6.7, 192.0.2.1") == 429
+    assert guess("192.0.2.1, 192.0.2.2") == 401
+    assert log_in(client).status == 303
+
+
+def test_local_proxy_without_a_password_is_for_this_machine(store: Store) -> None:
+    client = public_client(store, "http://localhost:8080/apm")
+    for headers, status in (
+        ({}, 200),
+        ({"X_FORWARDED_FOR": "127.0.0.1", "X_FORWARDED_PROTO": "http"}, 200),
+        ({"X_FORWARDED_FOR": "192.0.2.1"}, 403),
+        ({"X_FORWARDED_FOR": "127.0.0.1, 192.0.2.1"}, 403),
+        ({"X_FORWARDED_FOR": "unknown"}, 403),
+        ({"X_FORWARDED_FOR": "", "VIA": "1.1 x"}, 403),
+        ({"VIA": "1.1 x"}, 403),
+    ):
+        assert client.get("/errors", **headers).status == status, headers
+
+
+def test_refusals_that_a_proxy_may_cause_name_the_public_url(client: Client) -> None:
+    for answer in (
+        client.get("/errors", HOST="my.name"),
+        client.get("/errors", X_FORWARDED_FOR="192.0.2.1"),
+        client.request("POST", "/errors", ORIGIN="https://my.name"),
+    ):
+        assert answer.status == 403
+        assert "--public-url" in answer.text
+        assert "MINI_APM_PUBLIC_URL" in answer.text
+
+
+def test_event_about_our_own_public_url_is_dropped(store: Store) -> None:
+    client = Client(App(store, PUBLIC), "")
+    own = ("https://my.name:8443/apm", "http://127.0.0.1:3000", "http://127.0.0.1:3000/apm")
+    for root in (*own, "https://my.name:8443", "https://my.name:8443/apm/other"):
+        said = event(BOOM, event_id=None, request={"url": root + "/ingest/errors"})
+        assert sentry_post(client, envelope(said)).status == 200
+    assert only_error(store).occurrence_count == 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/err\xffors",
+        "/errors\xc0\xaf",
+        "/errors\0",
+        "/errors/1\n",
+        "/errors/1\xff.json",
+        "/\xfferrors",
+    ]
+    + ["/errors/\xed\xa0\x801", "/health\xff", "/setup\x80", "/login\xff", "/assets\xff/x", "/\x7f"]
+    + ["/ingest/errors\xff", "/ingest/err\xc0\xafors", "/ingest\xff/errors", "/api/1/store\xff/"]
+    + ["/api/1/envelope/\n", "/api/\xff1/envelope/", "/ingest/errors/batch\0", "/errors/1.md\r"],
+)
+def test_path_that_is_no_text_is_404(client: Client, store: Store, path: str) -> None:
+    client.report()
+    for app in (client, public_client(store, "http://localhost/apm")):
+        for root in ("", "/apm") if app is not client else ("",):
+            assert app.get(root + path).status == 404
+            given = {"CONTENT_TYPE": "application/json", "AUTHORIZATION": f"Bearer {KEY}"}
+            answer = app.request("POST", root + path, json.dumps(report()).encode(), **given)
+            assert answer.status == 404
+            if path.startswith(("/ingest/", "/api/")):
+                assert "no such page" in answer.json()["error"]
+                assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert only_error(store).occurrence_count == 1
 
 
 def test_error_page_tells_everything(client: Client) -> None:
@@ -8221,13 +8564,33 @@ def test_logout_ends_the_session(guarded: Client) -> None:
     assert guarded.get("/errors").status == 303  # with the cookie's old value
 
 
-@pytest.mark.parametrize("other", ["a/b=1", "a,b=1", '"', "x" * 5_000, "=;=", "b=\xe9"])
+NAME = miniapm.SESSION_COOKIE
+OTHER_COOKIES = ["a/b=1", "a,b=1", '"', "x" * 5_000, "=;=", "b=\xe9", f"{NAME}=00", f"{NAME}=\xff"]
+OTHER_COOKIES += [
+    f"{NAME}=",
+    f"{NAME}=1.2; {NAME}={'9' * 5_000}.{'0' * 64}",
+    f'{NAME}="',
+    f"{NAME}=;",
+]
+OTHER_COOKIES += [f"{NAME}=\u0669." + "0" * 64, f"{NAME}=1." + "0" * 64, f"{NAME}={NAME}=1.2"]
+
+
+@pytest.mark.parametrize("other", OTHER_COOKIES)
 def test_cookies_of_other_programs_do_no_harm(guarded: Client, other: str) -> None:
     session = log_in(guarded).cookies[0].partition(";")[0]
     guarded.cookie = f"{other}; {session}; {other}"
     assert guarded.get("/errors").status == 200
     guarded.cookie = other
     assert guarded.get("/login").status == 200
+
+
+def test_session_is_looked_for_among_so_many_cookies(guarded: Client, monkeypatch: Any) -> None:
+    session = log_in(guarded).cookies[0].partition(";")[0]
+    looked: list[str] = []
+    monkeypatch.setattr(miniapm.PasswordGate, "accepts", lambda _, one: looked.append(one))
+    guarded.cookie = f"{NAME}=1.{'0' * 64};" * 5_000 + session
+    assert guarded.get("/errors").status == 303
+    assert len(looked) <= 2 * miniapm.MAX_SESSION_COOKIES
 
 
 def test_wrong_passwords_are_slowed_down(guarded: Client, clock: Clock) -> None:
@@ -8506,15 +8869,48 @@ def test_database_error_is_429_for_sentry(client: Client, monkeypatch: Any) -> N
 
 
 def test_wrong_sentry_address_says_so_in_the_header(client: Client) -> None:
-    for method, path, status in (
-        ("POST", "/api/x/envelope/", 404),
-        ("PUT", "/api/1/store", 405),
-        ("POST", "/old/prefix/api/1/envelope/", 404),
+    for method, path, status, shown in (
+        ("POST", "/api/x/envelope/", 404, "/api/…/envelope/"),
+        ("PUT", "/api/1/store", 405, "/api/1/store"),
+        ("POST", "/old/prefix/api/1/envelope/", 404, "/…/…/api/1/envelope/"),
     ):
         answer = client.request(method, path)
         assert answer.status == status
-        assert answer.headers["X-Sentry-Error"].endswith(f": {path}")
-        assert path in client.get("/setup").text
+        assert answer.headers["X-Sentry-Error"].endswith(f": {ascii(shown)[1:-1]}")
+        assert shown in client.get("/setup").text
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/ingest/errors/batch", "/ingest/errors/batch"),
+        ("/errors/17.json", "/errors/17.json"),
+        ("/errors/17/occurrences/3", "/errors/17/occurrences/3"),
+        ("/api/1/hunter2/", "/api/1/…/"),
+        ("/hunter2/1", "/…/1"),
+        ("/ingest/errorshunter2", "/ingest/…"),
+        ("/ingest/hunter2%2Ferrors", "/ingest/…"),
+        ("/ingest/9999999999999999999", "/ingest/…"),
+        ("//api//", "//api//"),
+        ("/api\n/1", "/…/1"),
+        *[(f"/assets/{name}", f"/assets/{name}") for name in miniapm.ASSETS],
+    ],
+)
+def test_path_is_logged_without_what_may_be_a_key(path: str, shown: str) -> None:
+    assert miniapm.shown_path(path) == shown
+
+
+def test_refused_path_is_said_without_the_key_in_it(store: Store) -> None:
+    log: list[str] = []
+    client = Client(App(store, Config(), log.append), "")
+    for path in ("/api/{}/envelope/", "/api/1/{}/store/", "/ingest/{}", "/ingest/errors/{}"):
+        for key in ("hunter2", "cl\xe9".encode().decode("latin-1"), "a/b", KEY):
+            answer = client.request("POST", path.format(key))
+            assert answer.status == 404
+            said = answer.text + str(answer.headers) + client.get("/setup").text + str(log)
+            assert "no such page: /" in said
+            assert not re.search("hunter2|cl\xe9|a/b", said)
+            assert KEY not in answer.text + str(answer.headers) + str(log)
 
 
 def test_other_items_are_taken_and_dropped(client: Client, store: Store) -> None:
@@ -8674,7 +9070,7 @@ def test_refused_reports_are_counted_by_reason(client: Client, clock: Clock) -> 
     page = client.get("/setup").text
     found = re.findall(r"<tr><td>([\d,]+)</td><td>(\d+)</td><td>(.*?)</td>", page)
     assert found == [
-        ("1", "404", "there is no such page: /ingest/eror"),
+        ("1", "404", "there is no such page: /ingest/…"),
         ("1", "401", "the API key is unknown or revoked"),
         ("2", "400", "errors[3] must be an object"),
         ("1", "400", "errors[0].message must be a string"),
@@ -8793,6 +9189,40 @@ def test_second_server_through_a_link_is_refused(
     assert f"process {first.process.pid}" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="flock is SQLite's own lock elsewhere")
+def test_second_server_without_the_lock_file_is_refused(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    first = start()
+    (tmp_path / "miniapm.db.lock").unlink()
+    done = run("--port", "0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"served already, by process {first.process.pid} at {first.url}" in done.stderr
+    first.report()
+    assert first.stop() == 0
+    assert start().stop() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="flock is SQLite's own lock elsewhere")
+def test_second_server_through_a_hard_link_is_refused(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    assert start().stop() == 0
+    first = start()
+    (tmp_path / "other").mkdir()
+    os.link(first.db, tmp_path / "other" / "link.db")
+    done = run("--port", "0", "--db", "other/link.db", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "link.db is served already, by another process" in done.stderr
+    assert {one.name for one in (tmp_path / "other").iterdir()} <= {"link.db", "link.db.lock"}
+    first.report()
+    with contextlib.closing(sqlite3.connect(first.db)) as db:  # SQLite's own locks are there
+        db.execute("BEGIN IMMEDIATE")
+    first.process.kill()
+    first.process.wait()
+    assert start("--db", str(tmp_path / "other" / "link.db")).stop() == 0
+
+
 def test_lock_file_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "miniapm.db.lock").write_bytes(b"garbage " * 200)
     done = run("--port", "0", cwd=tmp_path)
@@ -8861,6 +9291,18 @@ def test_keys_work_while_the_server_runs(start: Callable[..., Server], tmp_path:
     assert server.post(report()).status_code == 401
     assert server.errors()[0]["project"]["name"] == "shop"
     assert "(no key)" in run("keys", "list", cwd=tmp_path).stdout
+
+
+def test_keys_are_listed_with_the_public_url(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start("--public-url", "http://localhost:8080/apm")
+    dsn = f"http://{server.key}@localhost:8080/apm/1"
+    assert dsn in run("keys", cwd=tmp_path).stdout
+    other = "https://my.name"
+    for done in (
+        run("keys", "--public-url", other, cwd=tmp_path),
+        run("keys", "list", cwd=tmp_path, MINI_APM_PUBLIC_URL=other),
+    ):
+        assert f"https://{server.key}@my.name/1" in done.stdout
 
 
 def test_keys_create_works_before_the_first_start(
@@ -9461,6 +9903,217 @@ def test_waitress_that_is_other_inside_takes_the_slower_path(
     assert miniapm.missing_for_fast_ingest(types.SimpleNamespace(channel_class=object)) != ""
 
 
+# Behind nginx
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: Any) -> tuple[Path, Path]:
+    """Return the files of a certificate for my.name, signed by itself, and of its key."""
+    files = [tmp_path_factory.mktemp("certificate") / name for name in ("cert.pem", "key.pem")]
+    subject = ["-subj", "/CN=my.name", "-addext", "subjectAltName=DNS:my.name"]
+    kind = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    out = ["-out", str(files[0]), "-keyout", str(files[1])]
+    subprocess.run([need("openssl"), *kind, *subject, *out], check=True, capture_output=True)
+    return files[0], files[1]
+
+
+class Proxy:
+    """An nginx, unprivileged and in a folder of its own, that passes an address on to a server."""
+
+    def __init__(
+        self,
+        folder: Path,
+        certificate: tuple[Path, Path] | None,
+        prefix: str,
+        *,
+        is_stripped: bool,
+        host: str,
+    ) -> None:
+        port = free_port()
+        self.url = f"http{'s' if certificate else ''}://my.name:{port}{prefix}"
+        self.folder, self.prefix = folder, prefix
+        self.server = Server(folder, "--public-url", self.url, MINI_APM_PASSWORD="open sesame")
+        self.session = requests.Session()
+        self.session.trust_env = False  # its certificates
+        tls = ""
+        if certificate:
+            tls = f"ssl_certificate {certificate[0]}; ssl_certificate_key {certificate[1]};"
+            self.session.verify = str(certificate[0])
+        passed = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
+        passed += f"proxy_set_header Host {host};" if host else ""
+        temporary = "".join(
+            f"{name}_temp_path {folder};"
+            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        target = f"http://127.0.0.1:{self.server.port}{'/' if is_stripped else ''}"
+        (folder / "nginx.conf").write_text(
+            f"daemon off; master_process off; pid {folder}/nginx.pid;"
+            f"events {{}} http {{ access_log off; {temporary}"
+            f"server {{ listen 127.0.0.1:{port}{' ssl' if certificate else ''}; {tls}"
+            f"location {prefix}/ {{ proxy_pass {target}; {passed} }} }} }}"
+        )
+        log = ["-e", str(folder / "nginx.log"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
+        self.process = subprocess.Popen([need("nginx"), *log], stderr=subprocess.DEVNULL)
+        with socket.socket() as probe:
+            wait_until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0)
+
+    def get(self, path: str, **options: Any) -> requests.Response:
+        return self.session.get(self.url + path, timeout=9, **options)
+
+    def post(self, path: str, data: Any, **options: Any) -> requests.Response:
+        """Submit a form as a browser does."""
+        origin = "/".join(self.url.split("/")[:3])
+        headers = {"Origin": origin, "Sec-Fetch-Site": "same-origin"}
+        return self.session.post(self.url + path, data, headers=headers, timeout=9, **options)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+        self.server.stop()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (True, "/apm", True, ""),
+        (True, "/apm", True, "$host"),
+        (True, "/apm", False, ""),
+        (True, "/apm", False, "$http_host"),
+        (True, "", True, ""),
+        (True, "", False, "$http_host"),
+        (False, "/apm", True, "$http_host"),
+        (False, "", False, ""),
+    ],
+    ids=lambda one: " ".join(
+        ("tls" if one[0] else "plain", one[1] or "/", "stripped" if one[2] else "kept", one[3])
+    ).strip(),
+)
+def proxy(tmp_path_factory: Any, certificate: Any, request: Any) -> Iterator[Proxy]:
+    """Run the tracker behind nginx, which passes path and Host on in one way after the other."""
+    has_tls, prefix, is_stripped, host = request.param
+    resolve = socket.getaddrinfo
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            socket,
+            "getaddrinfo",
+            lambda name, *rest, **more: resolve(
+                "127.0.0.1" if name == "my.name" else name, *rest, **more
+            ),
+        )
+        started = Proxy(
+            tmp_path_factory.mktemp("nginx"),
+            certificate if has_tls else None,
+            prefix,
+            is_stripped=is_stripped,
+            host=host,
+        )
+        yield started
+        started.stop()
+
+
+def test_dashboard_behind_nginx_is_used_as_any_other(proxy: Proxy) -> None:
+    proxy.session.cookies.clear()
+    form = {"password": "open sesame", "next": "/errors?status=all"}
+    assert proxy.get("/").url == f"{proxy.url}/login?next=%2F"
+    answer = proxy.post("/login", form, allow_redirects=False)
+    assert (answer.status_code, answer.headers["Location"]) == (
+        303,
+        f"{proxy.prefix}/errors?status=all",
+    )
+    (cookie,) = proxy.session.cookies
+    assert (cookie.path, cookie.secure) == (proxy.prefix or "/", proxy.url.startswith("https"))
+    assert cookie.has_nonstandard_attr("HttpOnly")
+    proxy.server.report(fingerprint="seen in the list")
+    assert "RuntimeError" in proxy.get("/errors?status=all").text
+    listed = proxy.get("/errors.json?status=all").json()["errors"]
+    url = listed[0]["url"]
+    assert url.startswith(f"{proxy.prefix}/errors/")
+    path = url[len(proxy.prefix) :]
+    page = proxy.get(path)
+    assert page.status_code == 200
+    for asset in re.findall(r'(?:href|src)="([^"]+/assets/[^"]+)"', page.text):
+        loaded = proxy.session.get(urllib.parse.urljoin(proxy.url, asset), timeout=9)
+        assert (loaded.status_code, loaded.history) == (200, [])
+    assert f"{proxy.url}{path}" in proxy.get(path + ".md").text
+    assert proxy.get(path + ".json").json()["error"]["url"] == url
+    done = proxy.post(path, {"action": "resolve"})
+    assert (done.url, done.status_code) == (proxy.url + path, 200)
+    assert proxy.get(path + ".json").json()["error"]["status"] == "resolved"
+    done = proxy.post("/errors", {"action": "delete", "id": listed[0]["id"]})
+    assert done.url == proxy.url + "/errors"
+    assert proxy.get(path).status_code == 404
+    assert proxy.post("/logout", {}).url == proxy.url + "/login"
+    assert proxy.get("/errors").url.startswith(proxy.url + "/login")
+
+
+def test_reports_behind_nginx_arrive_as_shown(proxy: Proxy) -> None:
+    need("curl")
+    proxy.post("/login", {"password": "open sesame"})
+    page = proxy.get("/setup").text
+    key, dsn = proxy.server.key, f"{proxy.url.replace('://', f'://{proxy.server.key}@')}/1"
+    for text in (page, proxy.server.banner, run("keys", cwd=proxy.folder).stdout):
+        assert dsn in text
+    assert f"{proxy.url}/ingest/errors" in page
+    (proxy.folder / ".curlrc").write_text(
+        f"resolve = my.name:{urllib.parse.urlsplit(proxy.url).port}:127.0.0.1\n"
+        f"cacert = {proxy.session.verify if proxy.session.verify is not True else os.devnull}\n"
+    )
+    environ = clean_environ() | {"CURL_HOME": str(proxy.folder)}
+    curl = ["sh", "-c", curl_of(proxy.server)]
+    done = subprocess.run(curl, env=environ, capture_output=True, timeout=20, check=True)
+    assert b"202 Accepted" in done.stdout
+    body = {"errors": [report(message="in a batch")]}
+    headers = {"Authorization": f"Bearer {key}"}
+    url = proxy.url + "/ingest/errors/batch"
+    assert proxy.session.post(url, json=body, headers=headers, timeout=9).status_code == 202
+    address, _, project = dsn.replace(f"{key}@", "").rpartition("/")
+    url = f"{address}/api/{project}/envelope/?sentry_key={key}"
+    sent = envelope(event(BOOM, event_id=None))
+    assert proxy.session.post(url, sent, timeout=9).status_code == 200
+    found = proxy.get("/errors.json?status=all").json()["errors"]
+    assert {"Hello from curl", "in a batch"} < {one["message"] for one in found}
+    # and without nginx
+    direct = requests.Session()
+    proxy.server.report(message="directly", fingerprint="directly")
+    for root in {"", proxy.prefix}:
+        url = proxy.server.url + root
+        form = {"password": "open sesame"}
+        sent_from = {"Origin": proxy.server.url}
+        answer = direct.post(url + "/login", form, headers=sent_from, timeout=9)
+        assert (answer.status_code, "directly" in direct.get(url + "/errors").text) == (200, True)
+
+
+def test_foreign_pages_get_nothing_through_nginx(proxy: Proxy) -> None:
+    proxy.post("/login", {"password": "open sesame"})
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
+        answer = proxy.session.post(proxy.url + "/logout", headers=headers, timeout=9)
+        assert answer.status_code == 403
+    assert proxy.get("/errors").status_code == 200
+    sent = {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
+    assert proxy.get("/errors", headers=sent).status_code == 403
+
+
+@pytest.mark.parametrize("url", ["https://my.name/apm", "http://10.0.0.5"])
+def test_public_url_without_a_password_is_refused(tmp_path: Path, url: str) -> None:
+    done = run("--port", "0", "--public-url", url, cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"--public-url {url} lets other machines in" in done.stderr
+    assert "MINI_APM_PASSWORD" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_url_of_this_machine_needs_no_password(start: Callable[..., Server]) -> None:
+    server = start(MINI_APM_PUBLIC_URL="http://localhost:8080/apm")
+    assert "Dashboard  http://localhost:8080/apm/" in server.banner
+    assert "http://localhost:8080/apm/ingest/errors" in server.banner
+    server.report()
+    assert len(server.errors()) == 1
+
+
 # Copies, checks, the log
 
 
@@ -9518,6 +10171,70 @@ def test_backup_under_load_holds_what_was_acknowledged_before(
     finally:
         is_over.set()
         sender.join()
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """Return a folder in which everybody may write; pytest's own are closed to other users."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        missing("the right to become another user")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+def run_as_nobody(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user that owns nothing."""
+    # With its modules loaded before it loses the right to read them.
+    code = f"import encodings.idna, fcntl, os, sys, waitress; sys.path.insert(0, {str(HERE)!r}); import miniapm;"
+    code += "os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(miniapm.main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env=clean_environ(),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+def test_check_and_backup_by_another_user_leave_nothing_behind(shared: Path) -> None:
+    assert run("keys", "create", "x", cwd=shared).returncode == 0
+    (shared / "miniapm.db").chmod(0o644)
+    before = sorted(shared.iterdir())
+    for arguments in (["check"], ["backup", "copy.db"]):
+        done = run_as_nobody(shared, *arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(shared.iterdir()) == sorted([*before, shared / "copy.db"])
+    for arguments in (["keys"], ["keys", "create", "y"], ["--port", "0"]):
+        done = run_as_nobody(shared, *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "belongs to somebody else" in done.stderr
+    assert not list(shared.glob("*-wal")) + list(shared.glob("*-shm"))
+    assert run("check", cwd=shared).returncode == 0
+
+
+def test_check_by_another_user_does_not_harm_a_server(shared: Path) -> None:
+    server = Server(shared)
+    try:
+        server.report()
+        for name in ("miniapm.db", "miniapm.db-wal", "miniapm.db-shm"):
+            (shared / name).chmod(0o644)
+        done = run_as_nobody(shared, "check")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "occurrences: 1" in done.stdout
+        assert {one.stat().st_uid for one in shared.glob("miniapm.db*")} == {os.geteuid()}
+        server.report()
+        server.process.kill()
+        server.process.wait()
+        (shared / "miniapm.db-shm").unlink()
+        done = run_as_nobody(shared, "check")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "miniapm.db-wal holds the newest reports" in done.stderr
+        assert not (shared / "miniapm.db-shm").exists()
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize(
@@ -9634,12 +10351,12 @@ def test_log_has_a_line_a_request_when_it_is_asked_for(start: Callable[..., Serv
         r"127\.0\.0\.1 POST /ingest/errors 202",
         r"127\.0\.0\.1 GET /errors 200 \d+\.\d ms",
         r"127\.0\.0\.1 POST /api/1/envelope/ 200",
-        r"GET /no␛\[31m␊␛\[31mpage 404",
+        r"GET /… 404",
     ):
         found = [line for line in lines if re.search(wanted, line)]
         assert len(found) == 1, (wanted, lines)
         assert re.match(r"20\d\d-\d\d-\d\dT[\d:.]+Z ", found[0])
-    assert not re.search(rf"{server.key}|searched|a message", server.log)
+    assert not re.search(rf"{server.key}|searched|a message|page", server.log)
 
 
 def test_log_counts_refused_reports_once_a_minute_by_reason(
@@ -10490,6 +11207,32 @@ def test_line_ends_and_nul_in_every_header_that_is_read_are_400(
             assert statuses_of(server, raw) == [400], (path, name, odd)
     said = output_of(server)
     assert "Traceback" not in said and "exception" not in said
+
+
+def test_server_passes_forwarding_headers_to_the_guard(start: Callable[..., Server]) -> None:
+    server = start()
+    for name in FORWARDING_HEADERS:
+        sent = {name: "192.0.2.7"}
+        assert requests.get(server.url + "/errors", headers=sent, timeout=9).status_code == 403
+        assert server.post(report(), headers=sent).status_code == 202
+
+
+def test_pages_do_not_go_by_what_a_proxy_claims(start: Callable[..., Server]) -> None:
+    server = start("--password", "open sesame")
+    sent = {name: "evil.example" for name in FORWARDING_HEADERS} | {"X-Forwarded-Proto": "https"}
+    session = requests.Session()
+    form = {"password": "open sesame"}
+    answer = session.post(
+        server.url + "/login", data=form, headers=sent, allow_redirects=False, timeout=9
+    )
+    assert (answer.status_code, answer.headers["Location"]) == (303, "/errors")
+    assert "Secure" not in answer.headers["Set-Cookie"]
+    server.report()
+    for path in ("/setup", "/errors/1.md", "/errors.json", "/errors", "/nothing"):
+        page = session.get(server.url + path, headers=sent, timeout=9)
+        assert page.status_code == (404 if path == "/nothing" else 200)
+        assert "evil.example" not in page.text
+        assert "https://127" not in page.text
 
 
 def test_hosts_and_origins_that_come_twice_are_refused(start: Callable[..., Server]) -> None:
@@ -11507,6 +12250,8 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
         "One database has one server; commands and programs that record share it safely.",
         (
             "test_second_server_on_a_database_is_refused",
+            "test_second_server_without_the_lock_file_is_refused",
+            "test_second_server_through_a_hard_link_is_refused",
             "test_server_commands_and_programs_share_one_database",
         ),
     ),
@@ -11556,13 +12301,14 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         (
-            "Another site in the same browser can neither read the dashboard nor change anything: "
-            "foreign `Host`, `Origin` and `Sec-Fetch-Site` are refused, and no page can be "
-            "framed."
+            "Another site in the same browser can neither read the dashboard nor change anything, "
+            "nor tell from the time of an answer what is in it: foreign `Host`, `Origin` and "
+            "`Sec-Fetch-Site` are refused, and no page can be framed."
         ),
         (
             "test_dashboard_answers_to_known_hosts_only",
             "test_cross_site_change_is_refused",
+            "test_page_of_another_site_loads_nothing_and_times_nothing",
             "test_pages_carry_security_headers_and_nothing_inline",
         ),
     ),
