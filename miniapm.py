@@ -10088,7 +10088,7 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
             # Much at once only where it is kept: the system's allocator leaves holes behind.
             receiver = self.request.body_rcv if self.request is not None else None
             is_kept = receiver is not None and receiver.getbuf().is_wanted
-            data: bytes = super().recv(buffer_size if is_kept else MAX_HEADER_BYTES)
+            data: bytes = super().recv(buffer_size if is_kept else 2 * MAX_HEADER_BYTES)
             return data
 
         def received(self, data: bytes) -> bool:

@@ -9067,11 +9067,13 @@ def test_refused_reports_are_counted_by_reason(client: Client, clock: Clock) -> 
     client.post_json("/ingest/errors/batch", {"errors": [report(message=5), report(), 7, 7]})
     client.post_json("/ingest/errors", report(), key="<b>")
     client.request("POST", "/ingest/eror")
+    for path in ("/ingest/erors", "/api/errors"):
+        assert client.post_json(path, report()).status == 404
     page = client.get("/setup").text
     found = re.findall(r"<tr><td>([\d,]+)</td><td>(\d+)</td><td>(.*?)</td>", page)
     assert found == [
-        ("1", "404", "there is no such page: /ingest/…"),
-        ("1", "401", "the API key is unknown or revoked"),
+        ("2", "404", "there is no such page: /api/errors"),
+        ("2", "401", "without a valid key; the last one: there is no such page: /ingest/…"),
         ("2", "400", "errors[3] must be an object"),
         ("1", "400", "errors[0].message must be a string"),
         ("2", "400", "message must be a string"),
