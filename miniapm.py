@@ -198,6 +198,7 @@ BACKLOG_CONNECTIONS = 1_024
 MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
 MAX_REJECTION_REASONS = 30
 REJECTION_LOG_INTERVAL_S = 60.0
+MAX_WAITING_LARGE = 20  # reports, of which each may take a second
 MAX_SEARCH_CHARS = 200
 MAX_SEARCHES = 2  # that run at once
 MAX_SEARCH_S = 2.0
@@ -3773,10 +3774,17 @@ class Writer:
                 self._changed.wait()
 
     def _take(self) -> list[_Job]:
+        """Take what makes a short transaction; small jobs overtake large ones that don't fit."""
+        taken: list[_Job] = []
+        later: collections.deque[_Job] = collections.deque()
+        room = SLICE_ERRORS
         with self._changed:
-            jobs = list(self._jobs)
-            self._jobs.clear()
-        return [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            for job in self._jobs:
+                fits = not taken or job.reports <= room
+                (taken if fits else later).append(job)
+                room -= job.reports if fits else 0
+            self._jobs = later
+        return [job for job in taken if job.future.set_running_or_notify_cancel()]
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -8212,6 +8220,7 @@ def read_body(environ: Environ, limit: int) -> bytes:
     return body
 
 
+_CROWDED = "too many large reports arrive at once"
 REFUSAL_KEY = "miniapm.refusal"  # of an environ whose body was not kept: why
 ADMITTED_KEY = "miniapm.admitted"  # of an environ whose key, in its body, is valid
 
@@ -8273,18 +8282,22 @@ class HeldBody:
         if self.refusal is not None or not data:
             return
         try:
+            if self._check is not None and self._check(self.get() + data):
+                self._check = None
             if not self._budget.take(len(data)):
-                raise Unavailable("too many large bodies arrive at once", retry_after_s=2)
+                raise Unavailable(_CROWDED, retry_after_s=2)
             self._size += len(data)
             self._tail += data
-            if self._check is not None and self._check(self.get()):
-                self._check = None
             if len(self._tail) >= PART_BYTES:
                 self._parts.append(bytes(self._tail))
                 self._tail.clear()
         except MiniAPMError as refusal:
-            self.close()
-            self.refusal = refusal
+            self.refuse(refusal)
+
+    def refuse(self, refusal: MiniAPMError) -> None:
+        """Drop all of it, and remember why."""
+        self.close()
+        self.refusal = refusal
 
     @property
     def is_wanted(self) -> bool:
@@ -9561,7 +9574,7 @@ class App:
             yield
             return
         if not turn.acquire(timeout=MAX_WAIT_S):
-            raise Unavailable("too many of these requests at once", retry_after_s=2)
+            raise Unavailable("too many requests of this kind at once", retry_after_s=2)
         try:
             yield
         finally:
@@ -10146,8 +10159,10 @@ class Lanes:
             environ = environ_of_headers(request)
             if is_search(environ):
                 lane = self._searches
-            elif is_large(environ):
+            elif is_large(environ) and len(self._large.queue) < MAX_WAITING_LARGE:
                 lane = self._large
+            elif is_large(environ) and request.body_rcv is not None:
+                request.body_rcv.getbuf().refuse(Unavailable(_CROWDED, retry_after_s=5))
         lane.add_task(channel)
 
     def shutdown(self, timeout_s: float) -> None:
