@@ -3412,7 +3412,8 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
 
 def refuse_unwritable(path: str) -> None:
     """Raise MiniAPMError for another user's database: its owner could not use the files beside."""
-    if os.path.exists(path) and not os.access(path, os.W_OK):
+    may_make_files = os.access(os.path.dirname(path) or ".", os.W_OK)
+    if may_make_files and os.path.exists(path) and not os.access(path, os.W_OK):
         raise MiniAPMError(f"can't write the database {path}: it belongs to somebody else")
 
 
