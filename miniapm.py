@@ -3502,11 +3502,17 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
     db.execute("COMMIT")
 
 
+def refuse_unwritable(path: str) -> None:
+    """Raise MiniAPMError for another user's database: its owner could not use the files beside."""
+    may_make_files = os.access(os.path.dirname(path) or ".", os.W_OK)
+    if may_make_files and os.path.exists(path) and not os.access(path, os.W_OK):
+        raise MiniAPMError(f"can't write the database {path}: it belongs to somebody else")
+
+
 def open_database(path: str) -> sqlite3.Connection:
     """Open a database for writing, made or migrated as needed; MiniAPMError says why not."""
     _create_private(path)
-    if not os.access(path, os.W_OK):  # SQLite would make files that its owner can't write
-        raise MiniAPMError(f"can't write the database {path}: it belongs to somebody else")
+    refuse_unwritable(path)
     with contextlib.ExitStack() as undo:
         try:
             db = undo.enter_context(contextlib.closing(_connect(path)))
@@ -8603,7 +8609,7 @@ def check_peer(environ: Environ) -> None:
 
 def own_origins(environ: Environ) -> set[str]:
     """Return what the header Origin says on pages of this dashboard."""
-    host = environ.get("HTTP_HOST", "").lower()
+    host = header_text(environ, "HTTP_HOST").lower()
     if not (url := environ.get(PUBLIC_URL)):
         return {f"http://{host}", f"https://{host}"}
     scheme, netloc, *_ = urllib.parse.urlsplit(url)
@@ -9878,6 +9884,7 @@ class ServingLock:
     _handle: int | None = None  # stays open: SQLite's locks would go when it is closed
 
     def __init__(self, path: str) -> None:
+        refuse_unwritable(path)
         lock_path = path + ".lock"
         _create_private(lock_path)
         try:
