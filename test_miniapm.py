@@ -1241,7 +1241,7 @@ secretive = st.sampled_from(
     "name", ["sess\u0131on", "auth\n", "S\u0130D", "\u017fecret", "cook\u0130e"]
 )
 def test_name_is_secret_by_every_way_or_by_none(name: str) -> None:
-    copied = miniapm._Scrubber(1_000).copy({name: "x"})
+    copied = miniapm._Copier(1_000).copy({name: "x"})
     assert miniapm.scrub({name: "x"}, 1_000) == copied
     assert parse(params={name: "x"}).params == copied
 
@@ -1249,11 +1249,11 @@ def test_name_is_secret_by_every_way_or_by_none(name: str) -> None:
 @given(st.lists(secretive, max_size=8).map("".join))
 @settings(max_examples=500)
 def test_text_without_a_hint_has_nothing_to_scrub(text: str) -> None:
-    scrubbed = text
-    for pattern, replacement in miniapm._SECRETS_IN_TEXT:
-        scrubbed = pattern.sub(replacement, scrubbed)
-    if scrubbed != text or miniapm._PRIVATE_KEY.search(text):
-        assert miniapm.may_hold_secret(text)
+    scrubber = miniapm.Scrubber()
+    if not scrubber.may_hold_secret(text):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(miniapm.Scrubber, "may_hold_secret", lambda *_: True)
+            assert scrubber.scrub_text(text) == text
 
 
 plain_texts = st.text(alphabet='ab \\/"<é\n\t', max_size=12)
@@ -1299,7 +1299,7 @@ def test_plain_report_is_read_as_any_other(said: dict[str, Any], as_ascii: bool)
     stored = miniapm.dump_occurrence(found)
     assert miniapm.load_occurrence(stored, found.grouping_key) == found
     for value, shown in ((said.get("params"), found.params), ({"extra": 0} | said, found.extra)):
-        copied = miniapm._Scrubber(miniapm.MAX_PARAMS_CHARS).copy(value)
+        copied = miniapm._Copier(miniapm.MAX_PARAMS_CHARS).copy(value)
         if shown is found.extra:
             copied = {"extra": copied["extra"]} if "extra" in said else {}
         assert shown == copied
@@ -1343,7 +1343,12 @@ def test_what_is_remembered_of_texts_is_bounded(monkeypatch: pytest.MonkeyPatch)
         assert max(map(len, texts), default=0) <= miniapm.MAX_REMEMBERED_CHARS
 
 
-@given(st.lists(st.lists(secretive, max_size=6).map("".join), max_size=4))
+@given(
+    st.lists(
+        st.lists(secretive.filter(lambda part: "-----" not in part), max_size=6).map("".join),
+        max_size=4,
+    )
+)
 def test_lines_are_scrubbed_together_as_each_alone(lines: list[str]) -> None:
     expected = tuple(miniapm.clean(line, miniapm.MAX_LINE_CHARS) for line in lines)
     assert parse(backtrace=lines).backtrace == expected
