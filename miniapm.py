@@ -170,6 +170,7 @@ MAX_REMEMBERED = {
     "tag": MAX_TAG_VALUES,
 }
 MAX_TAGS = 50  # of one report, that are remembered
+MAX_NAME_CHARS = 32  # of an added name of secrets, and before the word that makes a name secret
 SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
@@ -341,6 +342,15 @@ def _read_hosts(text: str) -> tuple[str, ...]:
     return tuple(name.strip("[]") for name in hosts)
 
 
+def _read_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
+    if not all(re.fullmatch(r"[a-z][a-z0-9]*(?:[_. -][a-z0-9]+)*", name) for name in names):
+        raise ValueError(text)
+    if not all(2 <= len(name) <= MAX_NAME_CHARS for name in names):
+        raise ValueError(text)
+    return names
+
+
 def _setting(
     default: Any, reader: tuple[Callable[[str], Any], str], help: str, *, is_secret: bool = False
 ) -> Any:
@@ -409,6 +419,11 @@ class Config:
         1_000, _whole_number(1, 1_000_000), "newest occurrences that are kept of one error"
     )
 
+    scrub_also: tuple[str, ...] = _setting(
+        (),
+        (_read_names, f"names of 2 to {MAX_NAME_CHARS} letters and digits, separated by commas"),
+        "names, beyond the built-in ones, whose values are never stored",
+    )
     verbose: bool = _setting(False, (_read_switch, "1 or 0"), "log every request, on stderr")
 
     @property
@@ -604,23 +619,26 @@ def _lowered(text: str) -> str:
     return lowered if len(lowered) == len(text) else text.replace("\u0130", "i").lower()
 
 
-def _unescaped(text: str) -> str:
-    """Return a JSON text with spaces for its escapes, whose letters may stand before a token."""
-    return text.replace("\\\\", "  ").replace("\\n", "  ").replace("\\t", "  ")
-
-
-def _token_pattern() -> re.Pattern[str]:
-    """Return one pattern for all forms; it tries a run once, and is quick to find where."""
-    forms = (
-        re.sub(r"^\w[\w-]*(?![+*?{])", r"\g<0>(?<![\\w-]\g<0>)", form) for form in SECRET_FORMS
-    )
-    return re.compile("|".join(forms), re.ASCII)
-
-
-_TOKEN = _token_pattern()
-_WORD_BYTES = re.sub(rb"[\w-]", b"a", bytes(range(256)))
+_TOKEN = re.compile("|".join(SECRET_FORMS), re.ASCII)
+_WORD_BYTES = re.sub(rb"[^a]", b" ", re.sub(rb"[\w-]", b"a", bytes(range(256))))
 _DIGIT_BYTES = re.sub(rb"[A-Z]", b"A", re.sub(rb"\d", b"0", bytes(range(256))))
 _TOKEN_RUN = b"a" * MIN_TOKEN_CHARS
+
+
+def _token_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Find tokens by their form; only where a word begins that is long enough for one."""
+    words, end = text.encode("ascii", "replace").translate(_WORD_BYTES), 0
+    while (at := words.find(_TOKEN_RUN, end)) >= 0:
+        start = words.rfind(b" ", 0, at) + 1
+        found = _TOKEN.match(text, start)
+        if found is None and text[start - 1 : start] == ".":  # as in SG.x.y
+            found = _TOKEN.match(text, max(end, words.rfind(b" ", 0, start - 1) + 1))
+        elif found is None and text[start - 1 : start] == "\\":  # \n in JSON
+            found = _TOKEN.match(text, start + 1)
+        if found:
+            yield found.span()
+        end = found.end() if found else max(at, words.find(b" ", at) % (len(words) + 1))
+
 
 _BEARER = re.compile(
     r"\b((?:[Bb]earer|BEARER|[Bb]asic)[ \t]{1,3})"
@@ -826,11 +844,9 @@ def is_small(text: str) -> bool:
     return len(text) <= MAX_PLAIN_CHARS
 
 
-MAX_NAME_CHARS = 32  # before the word in it that makes it secret
 MAX_VALUE_LOOK_CHARS = 200  # of a value, to tell code and prose from a secret
 MAX_LINE_LOOK_CHARS = 200  # before a name, to tell in which quotes it stands
 MAX_TRIPLE_QUOTED_CHARS = 2_000
-MAX_ONE_PATTERN_CHARS = 200
 MIN_CHARS_PER_SECRET = 96  # of a text; with more secrets its rest is replaced as a whole
 Span = tuple[int, int]
 
@@ -921,11 +937,16 @@ class Scrubber:
         ending = rf"(?<![a-z]){_PASS_PREFIX}{_pattern_of(SECRET_ENDINGS)}{_ENDING_SUFFIX}\d*\W*\Z"
         whole = rf"|(?<![a-z]){_pattern_of(added)}(?![a-z])" if added else ""
         self._ending = re.compile(ending + whole)
-        self._hit = re.compile(rf"{_pattern_of([*SECRET_NAMES, *keys, *endings, *added])}[\w.-]*+")
-        # Each begins with a letter: all of them take a tenth of the time of one for all.
-        hints = (*SECRET_NAMES, *endings, *added, "bearer", "basic")
-        self._hints = tuple(re.compile(_pattern_of([one])) for one in hints)
+        words = [*SECRET_NAMES, *keys, *endings, *added]
+        self._hit = re.compile(rf"{_pattern_of(words)}[\w.-]*+")
+        # One pattern for all is slow where a frequent letter begins one of them.
+        rest = [word for word in (*words, "bearer", "basic") if word[0] not in "cjps"]
+        few = [word for word in words if word[0] in "cjps"]
         self._keys = re.compile(_pattern_of(keys))
+        self._hints = tuple(
+            re.compile(_pattern_of(group))
+            for group in (few, *([one] for one in rest if one not in keys))
+        )
 
     def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
         """Tell whether a text needs scrubbing; False means that it would stay as it is.
@@ -933,23 +954,16 @@ class Scrubber:
         Also for a JSON text, where the letter of an escape may stand before a name.
         """
         lowered = _lowered(text)
-        if len(text) < MAX_ONE_PATTERN_CHARS:  # shorter than the calls of many patterns take
-            if self._hit.search(lowered) or "bearer" in lowered or "basic" in lowered:
+        for hint in self._hints:
+            if hint.search(lowered):
                 return True
-        elif "key" in lowered and self._keys.search(lowered):
+        if "key" in lowered and self._keys.search(lowered):
             return True
-        else:
-            for hint in self._hints:
-                if hint.search(lowered):
-                    return True
         if "://" in text and url.search(text):
             return True
-        raw = text.encode("ascii", "replace")
-        if _TOKEN_RUN in raw.translate(_WORD_BYTES) and (
-            _TOKEN.search(text) or ("\\" in text and _TOKEN.search(_unescaped(text)))
-        ):
+        if any(True for _ in _token_spans(text)):
             return True
-        digits = raw.translate(_DIGIT_BYTES)
+        digits = text.encode("ascii", "replace").translate(_DIGIT_BYTES)
         if b"AA00" in digits and _IBAN_ANYWHERE.search(text):
             return True
         has_digits = b"000000000000" in digits or b"0000 0000" in digits or b"0000-0000" in digits
@@ -981,11 +995,10 @@ class Scrubber:
             text = _PRIVATE_KEY.sub(lambda found: FILTERED + "\n" * found[0].count("\n"), text)
         if "://" in text:
             text = _sub(_URL_SECRET, _without_url_secret, text, "://" + FILTERED)
-        raw = text.encode("ascii", "replace")
-        if _TOKEN_RUN in raw.translate(_WORD_BYTES):
-            text = _TOKEN.sub(FILTERED, text)
+        for start, end in reversed([*_token_spans(text)]):
+            text = text[:start] + FILTERED + text[end:]
         text = self._without_named(_BEARER.sub(rf"\1{FILTERED}", text))
-        digits = raw.translate(_DIGIT_BYTES)
+        digits = text.encode("ascii", "replace").translate(_DIGIT_BYTES)
         if b"AA00" in digits:
             text = _sub(_IBAN, _without_iban, text)
         return _sub(_CARD, _without_card, text) if b"0000" in digits else text
@@ -1163,7 +1176,7 @@ class PlainTexts:
     """
 
     def __init__(self, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> None:
-        self._scrubber = scrubber
+        self.scrubber = scrubber
         self._harmless: set[str] = set()  # those that came twice
         self._once: set[str] = set()
 
@@ -1176,7 +1189,7 @@ class PlainTexts:
         # JSON is written with spaces or without; within a string \ stands before these marks.
         separator = '", "' if '", "' in text else '","'
         new = set(text.split(separator)) - self._harmless
-        if not self._scrubber.is_harmless('"'.join(new) + '"'):
+        if not self.scrubber.is_harmless('"'.join(new) + '"'):
             return False
         new = {one for one in new if len(one) <= MAX_REMEMBERED_CHARS}
         self._harmless = self._remember(self._harmless, new & self._once)
@@ -1359,6 +1372,9 @@ def refuse_depth(value: Any, at: str) -> None:
         raise BadRequest(f"{where} is nested over {MAX_JSON_DEPTH_LEVELS} deep", field=at or None)
 
 
+_FILLED = "a string that is not empty"
+
+
 class _Fields:
     """The fields of one JSON object, read by type; a refusal names the field's whole path."""
 
@@ -1493,11 +1509,11 @@ def _clean_lines(lines: Iterable[str], limit: int, scrubber: Scrubber) -> list[s
 
 
 def _parse_source_context(
-    data: Json | None, at: str, scrubber: Scrubber, *, plain: bool
+    report: _Fields, scrubber: Scrubber, *, plain: bool
 ) -> SourceContext | None:
-    if data is None:
+    if (data := report.mapping("source_context")) is None:
         return None
-    fields = _Fields(data, f"{at}.source_context" if at else "source_context")
+    fields = _Fields(data, f"{report.at}.source_context" if report.at else "source_context")
     file = fields.text("file", "a string, the file's path", empty=True)
     lineno = data.get("lineno")
     if not isinstance(lineno, int) or isinstance(lineno, bool) or not 0 <= lineno < 2**31:
@@ -1555,7 +1571,7 @@ def _check_exceptions(exceptions: Any, path: str) -> None:
         raise BadRequest(f"{path} must be an array of objects", field=path)
     for position, one in enumerate(exceptions):
         fields = _Fields(one, f"{path}[{position}]")
-        fields.text("exception_class", "a string that is not empty")
+        fields.text("exception_class", _FILLED)
         if one.get("message") is not None:
             fields.text("message", "a string", empty=True)
         if one.get("relation") not in (None, *RELATIONS):
@@ -1706,14 +1722,22 @@ def _unknown_fields(data: Json, context: Json) -> Json:
     return extra | {"source_context": more_context} if more_context else extra
 
 
+def _free_fields(fields: _Fields, scrubber: Scrubber, *, plain: bool) -> tuple[Json | None, Json]:
+    context, params = fields.mapping("source_context"), fields.mapping("params")
+    extra = _unknown_fields(fields.data, context or {})
+    if plain:
+        return params, extra
+    return params and scrub(params, MAX_PARAMS_CHARS, scrubber), scrub_fields(extra, scrubber)
+
+
 def parse_occurrence(
     data: Any,
     received_ms: int,
     at: str = "",
     *,
+    scrubber: Scrubber = _DEFAULT_SCRUBBER,
     plain: str | None = None,
     trust: bool = False,
-    scrubber: Scrubber = _DEFAULT_SCRUBBER,
 ) -> Occurrence:
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
@@ -1721,32 +1745,27 @@ def parse_occurrence(
     its text if is_plain() accepts it. `trust` skips the checks of depth and `exceptions` for a
     report that this module built. Unknown fields go to `extra`.
     """
-    is_known_plain, tidy = plain is not None, scrubber.clean if plain is None else scrubber.cut
+    is_plain, tidy = plain is not None, scrubber.clean if plain is None else scrubber.cut
     fields = _Fields(data, at, tidy)
     if not trust and (plain is None or not is_shallow(plain)):
         refuse_depth(data, at)
-    exception_class = fields.text("exception_class", "a string that is not empty")
-    message = fields.text("message", "a string", empty=True)
-    backtrace = fields.lines("backtrace", required=True)
-    fingerprint = fields.text("fingerprint", "a string that is not empty")
-    context, params = fields.mapping("source_context"), fields.mapping("params")
-    extra = _unknown_fields(data, context or {})
+    lines = fields.lines("backtrace", required=True)
+    fingerprint = fields.text("fingerprint", _FILLED)
+    params, extra = _free_fields(fields, scrubber, plain=is_plain)
     occurred_ms, disbelieved = _occurred_ms(fields, received_ms)
     return Occurrence(
-        exception_class=tidy(exception_class, MAX_CLASS_CHARS),
-        message=tidy(message, MAX_MESSAGE_CHARS),
-        backtrace=_bounded_lines(backtrace, scrubber, plain=is_known_plain),
+        exception_class=tidy(fields.text("exception_class", _FILLED), MAX_CLASS_CHARS),
+        message=tidy(fields.text("message", "a string", empty=True), MAX_MESSAGE_CHARS),
+        backtrace=_bounded_lines(lines, scrubber, plain=is_plain),
         fingerprint=tidy(fingerprint, MAX_FINGERPRINT_CHARS),
         grouping_key=hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).digest(),
         occurred_ms=occurred_ms,
         request_id=fields.identifier("request_id"),
         user_id=fields.identifier("user_id"),
-        params=params
-        if params is None or is_known_plain
-        else scrub(params, MAX_PARAMS_CHARS, scrubber),
-        source_context=_parse_source_context(context, at, scrubber, plain=is_known_plain),
-        exceptions=_parse_exceptions(fields, scrubber, plain=is_known_plain, trust=trust),
-        extra=extra if is_known_plain else scrub_fields(extra, scrubber),
+        params=params,
+        source_context=_parse_source_context(fields, scrubber, plain=is_plain),
+        exceptions=_parse_exceptions(fields, scrubber, plain=is_plain, trust=trust),
+        extra=extra,
         disbelieved_timestamp=disbelieved,
         event_id=read_event_id(data.get("event_id")),
         sent=None if plain is None else f"{received_ms}:{plain}",
@@ -3265,13 +3284,14 @@ _COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def occurrence_from_sentry(
-    event: Json, received_ms: int, is_plain: Callable[[str], bool] = is_plain
+    event: Json, received_ms: int, plain_texts: PlainTexts | None = None
 ) -> Occurrence:
     """Turn an event of a Sentry SDK, as read_event gives it, into an Occurrence."""
     report = report_of_event(event)
     text = _COMPACT_JSON.encode(report)
-    plain = text if is_plain(text) else None
-    return parse_occurrence(report, received_ms, plain=plain, trust=True)
+    known = plain_texts or PlainTexts()
+    plain = text if known.includes(text) else None
+    return parse_occurrence(report, received_ms, plain=plain, trust=True, scrubber=known.scrubber)
 
 
 # --- 7. Schema ------------------------------------------------------------------------------------
@@ -6461,6 +6481,7 @@ class Client:
     ) -> None:
         root = absolute(project_root or project_root_of(sys._getframe(1)))
         self.destination = destination_of(where, api_key)
+        self._scrubber = Scrubber(load_config({}, os.environ, ("scrub_also",)).scrub_also)
         self._describer = Describer(root, release, environment, with_locals)
         self._before_send = before_send
         self._complain = Complaints()
@@ -6592,7 +6613,7 @@ class Client:
         request = report.get("request", {})
         if isinstance(form := request.get("form"), Form):
             request["form"] = attempt(form.fields) or None
-        occurrence = parse_occurrence(report, int(time.time() * 1000))
+        occurrence = parse_occurrence(report, int(time.time() * 1000), scrubber=self._scrubber)
         sent = occurrence if self._before_send is None else self._before_send(occurrence)
         if mark is not None and sent is not None:
             mark.is_delivered = True
@@ -8634,7 +8655,7 @@ def refusal_json(refusal: MiniAPMError) -> Json:
 
 
 def record_batch(
-    store: Store, project_id: int, entries: Sequence[Entry]
+    store: Store, project_id: int, entries: Sequence[Entry], scrubber: Scrubber
 ) -> dict[int, MiniAPMError]:
     """Store the good entries in one transaction; return the refusals by index, in order.
 
@@ -8644,7 +8665,10 @@ def record_batch(
     good: dict[int, Occurrence] = {}
     for index, (entry, plain) in enumerate(entries):
         try:
-            good[index] = parse_occurrence(entry, store.now_ms(), f"errors[{index}]", plain=plain)
+            at = f"errors[{index}]"
+            good[index] = parse_occurrence(
+                entry, store.now_ms(), at, plain=plain, scrubber=scrubber
+            )
         except BadRequest as refusal:
             refusals[index] = refusal
     outcomes: Sequence[MiniAPMError | None]
@@ -8923,11 +8947,12 @@ def answer_json(
 class Ingest:
     """The handlers for programs: reports and health."""
 
-    def __init__(self, store: Store, max_body_bytes: int, rejections: Rejections) -> None:
+    def __init__(self, store: Store, config: Config, rejections: Rejections) -> None:
         self._store = store
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = config.max_body_bytes
         self._rejections = rejections
-        self._plain = PlainTexts()
+        self.scrubber = Scrubber(config.scrub_also)
+        self._plain = PlainTexts(self.scrubber)
         self._started_s = time.monotonic()
 
     def _receive(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> tuple[int, str]:
@@ -8944,7 +8969,9 @@ class Ingest:
         """Return what a request reports, and the id of the project that does."""
         project_id, text = self._receive(environ, keys)
         plain = text if self._plain.includes(text) else None
-        return project_id, parse_occurrence(parse_json(text), self._store.now_ms(), plain=plain)
+        return project_id, parse_occurrence(
+            parse_json(text), self._store.now_ms(), plain=plain, scrubber=self.scrubber
+        )
 
     def read_batch(
         self, environ: Environ, keys: Iterable[tuple[int, bytes]]
@@ -8969,7 +8996,7 @@ class Ingest:
     def batch(self) -> bottle.HTTPResponse:
         """Take several reports: 202 when any was good, with a list of those that were not."""
         project_id, entries = self.read_batch(bottle.request.environ, self._store.keys())
-        refusals = record_batch(self._store, project_id, entries)
+        refusals = record_batch(self._store, project_id, entries, self.scrubber)
         if not refusals:
             return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
         for refusal in refusals.values():
@@ -8996,11 +9023,11 @@ class Ingest:
 class SentryIngest:
     """The handlers for Sentry SDKs."""
 
-    def __init__(self, store: Store, max_body_bytes: int, rejections: Rejections) -> None:
+    def __init__(self, store: Store, config: Config, rejections: Rejections) -> None:
         self._store = store
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = config.max_body_bytes
         self._rejections = rejections
-        self._plain = PlainTexts()
+        self._plain = PlainTexts(Scrubber(config.scrub_also))
 
     def envelope(self, project_id: int) -> bottle.HTTPResponse:
         """Take the events of an envelope, and nothing else of it: 200 once they are on disk."""
@@ -9034,7 +9061,7 @@ class SentryIngest:
         is_first = all(kind != "event" for kind, _ in envelope.items[:index])
         if read_event_id(event.get("event_id")) is None:
             event["event_id"] = (is_first and spare_id) or secrets.token_hex(16)
-        return occurrence_from_sentry(event, self._store.now_ms(), self._plain.includes)
+        return occurrence_from_sentry(event, self._store.now_ms(), self._plain)
 
     def _take(
         self, project_id: int, parse: Callable[[bytes | bytearray], Envelope]
@@ -9102,12 +9129,14 @@ class Intake:
             return Delivery([self._ingest.read_error(environ, keys)], "202 Accepted", b"")
         if path == "/ingest/errors/batch":
             project_id, entries = self._ingest.read_batch(environ, keys)
-            now_ms = self._store.now_ms()
+            now_ms, scrubber = self._store.now_ms(), self._ingest.scrubber
             if is_large and any(plain is None for _, plain in entries):
                 return None
             reports = [
-                (project_id, parse_occurrence(entry, now_ms, f"errors[{index}]", plain=plain))
-                for index, (entry, plain) in enumerate(entries)
+                (project_id, parse_occurrence(entry, now_ms, at, plain=plain, scrubber=scrubber))
+                for at, (entry, plain) in zip(
+                    map("errors[{}]".format, itertools.count()), entries, strict=False
+                )
             ]
             return Delivery(reports, "202 Accepted", b"")
         found = _SENTRY_PATH.fullmatch(path)
@@ -9323,8 +9352,8 @@ class App:
     """The tracker as a WSGI application (PEP 3333): ingest, dashboard, health.
 
     Works at the root of a server and, by SCRIPT_NAME, under a prefix of another application.
-    Reads host, password, allowed_hosts and max_body_bytes of the settings. `log` takes a line
-    about reports that were refused.
+    Reads host, password, allowed_hosts, max_body_bytes and scrub_also of the settings. `log` takes
+    a line about reports that were refused.
 
     >>> app = App(Store("errors.db"), Config())
     """
@@ -9335,8 +9364,8 @@ class App:
         if config.password is not None:
             gate = PasswordGate(config.password, store)
         self.rejections = Rejections(store.now_ms, log)
-        self._ingest = Ingest(store, config.max_body_bytes, self.rejections)
-        self._sentry = SentryIngest(store, config.max_body_bytes, self.rejections)
+        self._ingest = Ingest(store, config, self.rejections)
+        self._sentry = SentryIngest(store, config, self.rejections)
         self._dashboard = Dashboard(store, gate, self.rejections)
         self.intake = Intake(store, self._ingest, self._sentry)
         self._bottle = bottle.Bottle()
@@ -9561,7 +9590,9 @@ def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> M
     client = _Default.client
     if client is None or not isinstance(client.destination, StoreDestination):
         raise BadSetting(f"at={at!r} shows a database: call init() with the path of one first")
-    config = load_config({}, os.environ, ("password", "allowed_hosts", "max_body_bytes"))
+    config = load_config(
+        {}, os.environ, ("password", "allowed_hosts", "max_body_bytes", "scrub_also")
+    )
     hosts = (*config.allowed_hosts, *(host.lower() for host in allowed_hosts))
     given = dataclasses.replace(config, password=password or config.password, allowed_hosts=hosts)
     mount = Mount(at, client.destination, given, client.keep_running)
