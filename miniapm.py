@@ -629,12 +629,11 @@ def _token_spans(text: str) -> Iterator[tuple[int, int]]:
     """Find tokens by their form; only where a word begins that is long enough for one."""
     words, end = text.encode("ascii", "replace").translate(_WORD_BYTES), 0
     while (at := words.find(_TOKEN_RUN, end)) >= 0:
-        start = words.rfind(b" ", 0, at) + 1
-        found = _TOKEN.match(text, start)
-        if found is None and text[start - 1 : start] == ".":  # as in SG.x.y
-            found = _TOKEN.match(text, max(end, words.rfind(b" ", 0, start - 1) + 1))
-        elif found is None and text[start - 1 : start] == "\\":  # \n in JSON
-            found = _TOKEN.match(text, start + 1)
+        starts = [words.rfind(b" ", 0, at) + 1]
+        if text[starts[0] - 1 : starts[0]] == ".":  # as in SG.x.y
+            starts.append(max(end, words.rfind(b" ", 0, starts[0] - 1) + 1))
+        starts += [one + 1 for one in starts if text[one - 1 : one] == "\\"]  # \n in JSON
+        found = next(filter(None, (_TOKEN.match(text, one) for one in starts)), None)
         if found:
             yield found.span()
         end = found.end() if found else max(at, words.find(b" ", at) % (len(words) + 1))
@@ -767,7 +766,7 @@ _CHAIN = r"[!&*@$~]{0,2}[A-Za-z_][\w$]*+[!?]?(?:(?:\.|->|::|[?!&]\.)[A-Za-z_][\w
 _CODE = re.compile(  # an expression: a call, an index, a keyword, a path of names, brackets
     rf"(?:{_CHAIN}*+(?:\(|\[|<[A-Z]|\{{)|"
     rf"(?:await|new|not|yield|async|typeof|move|ref|if|lambda|function|fn)[ ]"
-    rf"|[\[({{|](?!\w+[\])])|-?\d{{1,2}}(?![\w.-])|->|=>|\|\||&&|SIG[A-Z]+\b)"
+    rf"|[\[({{|](?![\w.~+/=-]+[\])])|-?\d{{1,2}}(?![\w.-])|->|=>|\|\||&&|SIG[A-Z]+\b)"
 )
 _PATH_OF_NAMES = re.compile(rf"({_CHAIN}++)(?=[\s,;)\]}}|]|\Z)")
 _ROOTS = re.compile(
@@ -3241,7 +3240,7 @@ def _with_present_names(event: Json) -> Json:
     }
 
 
-def report_of_event(event: Json) -> Json:
+def report_of_event(event: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
     """Turn an event of a Sentry SDK into a report; what has another shape is left out.
 
     Source: develop.sentry.dev, "Event Payloads". The last exception is the one that was raised.
@@ -3259,6 +3258,8 @@ def report_of_event(event: Json) -> Json:
     event = _with_present_names(event)
     chain = _sentry_chain(event)
     name, message, template = _heading_of(event, chain[0][0])
+    user = _object(event.get("user"))
+    user = {part: value for part, value in user.items() if not scrubber.names_secret(part)}
     exceptions = _exceptions_of(chain, name, message, _text(event.get("platform")))
     frame = location_frame_of_json(exceptions) or Frame("")
     function = frame.function or ""
@@ -3271,7 +3272,7 @@ def report_of_event(event: Json) -> Json:
         "backtrace": [],
         "fingerprint": _fingerprint_of_event(event, default, name, message, frame),
         "request_id": _request_id_of(event) or None,
-        "user_id": _user_id_of(_object(event.get("user"))) or None,
+        "user_id": _user_id_of(user) or None,
         "timestamp": _time_of(event.get("timestamp")),
         "event_id": read_event_id(event.get("event_id")),
         "exceptions": exceptions or None,
@@ -3287,9 +3288,9 @@ def occurrence_from_sentry(
     event: Json, received_ms: int, plain_texts: PlainTexts | None = None
 ) -> Occurrence:
     """Turn an event of a Sentry SDK, as read_event gives it, into an Occurrence."""
-    report = report_of_event(event)
-    text = _COMPACT_JSON.encode(report)
     known = plain_texts or PlainTexts()
+    report = report_of_event(event, known.scrubber)
+    text = _COMPACT_JSON.encode(report)
     plain = text if known.includes(text) else None
     return parse_occurrence(report, received_ms, plain=plain, trust=True, scrubber=known.scrubber)
 
