@@ -846,7 +846,7 @@ def is_small(text: str) -> bool:
 MAX_VALUE_LOOK_CHARS = 200  # of a value, to tell code and prose from a secret
 MAX_LINE_LOOK_CHARS = 200  # before a name, to tell in which quotes it stands
 MAX_TRIPLE_QUOTED_CHARS = 2_000
-MIN_CHARS_PER_SECRET = 96  # of a text; with more secrets its rest is replaced as a whole
+MIN_CHARS_PER_SECRET = 128  # of a text; with more secrets its rest is replaced as a whole
 Span = tuple[int, int]
 
 
@@ -857,7 +857,7 @@ def _sub(
     said: str = FILTERED,
 ) -> str:
     """Replace what is found as `decide` says, all of it when there is more than anybody writes."""
-    most = len(text) // MIN_CHARS_PER_SECRET + 20
+    most = len(text) // MIN_CHARS_PER_SECRET + 16
     text, count = pattern.subn(decide, text, most)
     return text if count < most else pattern.sub(said, text)
 
@@ -1010,8 +1010,8 @@ class Scrubber:
         """
         parts: list[str] = []
         kept = 0
-        names_left = len(text) // 32 + 200
-        values_left = len(text) // MIN_CHARS_PER_SECRET + 20
+        names_left = len(text) // 32 + 100
+        values_left = len(text) // MIN_CHARS_PER_SECRET + 16
         for hit in self._hit.finditer(_lowered(text)):
             names_left -= 1
             if names_left < 0 or values_left < 0:
