@@ -634,9 +634,10 @@ def _token_spans(text: str) -> Iterator[tuple[int, int]]:
             starts.append(max(end, words.rfind(b" ", 0, starts[0] - 1) + 1))
         starts += [one + 1 for one in starts if text[one - 1 : one] == "\\"]  # \n in JSON
         found = next(filter(None, (_TOKEN.match(text, one) for one in starts)), None)
+        end = words.find(b" ", at) % (len(words) + 1)
         if found:
             yield found.span()
-        end = found.end() if found else max(at, words.find(b" ", at) % (len(words) + 1))
+            end = max(end, found.end())
 
 
 _BEARER = re.compile(
@@ -843,7 +844,7 @@ def is_small(text: str) -> bool:
     return len(text) <= MAX_PLAIN_CHARS
 
 
-MAX_VALUE_LOOK_CHARS = 200  # of a value, to tell code and prose from a secret
+MAX_VALUE_LOOK_CHARS = 64  # of a value, to tell code and prose from a secret
 MAX_LINE_LOOK_CHARS = 200  # before a name, to tell in which quotes it stands
 MAX_TRIPLE_QUOTED_CHARS = 2_000
 MIN_CHARS_PER_SECRET = 128  # of a text; with more secrets its rest is replaced as a whole
