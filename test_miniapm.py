@@ -1811,6 +1811,12 @@ def test_private_key_in_a_backtrace_is_filtered_line_by_line() -> None:
     )
 
 
+def test_word_that_goes_on_after_a_token_is_looked_at_once() -> None:
+    token = "ghp_" + "a1" * 12
+    text = f"{token}_{'b' * 30} {token}"
+    assert miniapm.scrub_text(text) == f"[FILTERED]_{'b' * 30} [FILTERED]"
+
+
 COSTLY = (
     *("pwd", "pwd=", "pwd ", "pwd=a ", "token: ", "--a ", "--token a ", "://", "a://b:c", "://@"),
     *("a://b:c/@", "https://a@ ", "eyJ-", "eyJ-.", "1 ", "4111 ", "4111111111111111 ", "AA11"),
