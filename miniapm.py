@@ -749,7 +749,7 @@ _AFTER_NAME = re.compile(
     r"|(?P<pair>,\s?(?=\\{0,8}[bu]?[\"']))"
     r"|(?P<other>[ \t>]))"
 )
-_OPENING = re.compile(r"(?:[bBuUrRfF]{1,2}|@)?(\\{0,8})(\"\"\"|'''|[\"'`])")
+_OPENING = re.compile(r"(?:[bBuUrRfF]{1,2}|@|Some\()?(\\{0,8})(\"\"\"|'''|[\"'`])")
 _BODY_OF_QUOTE = {
     mark: re.compile(rf"(?:[^{mark}\\\n]|\\.)++(?={mark}|\n|\Z|\\)") for mark in "\"'`"
 }
@@ -794,7 +794,7 @@ _PROSE = re.compile(
     re.IGNORECASE,
 )
 _PARSER_WORD = re.compile(
-    r"(?:unexpected|illegal|expected|stray|syntax|unterminated|punctuation)\s\Z"
+    r"(?:def|unexpected|illegal|expected|stray|syntax|unterminated|punctuation)\s\Z"
 )
 _HEADER = re.compile(r"(?:authorization|cookie|cookies)\Z")
 _NAME_BACKWARDS = re.compile(r"[\w.-]*+")
@@ -807,7 +807,7 @@ _FLAG = re.compile(r"[ \t]++(?![-|<>=\[({&;])(?:[\"']([^\"'\n]++)|(\S++))")
 _ANNOUNCES = re.compile(r"--?[\w-]+\Z|[\w-]*-[\w-]+\Z|(?i:authorization|cookie)\Z")
 _WORDY = re.compile(r"[a-z_]+")
 _NUMBER = re.compile(r"-?[\d.,_]+(?!\w)")
-_SCHEME = re.compile(r"(?:Bearer|Basic|Token|Digest) ", re.IGNORECASE)
+_SCHEME = re.compile(r"\A(?:Bearer|Basic|Token|Digest) ", re.IGNORECASE)
 
 
 def clip(text: str, limit: int) -> str:
@@ -1044,6 +1044,7 @@ class Scrubber:
         return (
             text[begin] == "-"
             or text[begin - 1 : begin] in ("<", ":")
+            or text[end - 1 : end] == ">"
             or text[end : end + 1] == "'"
         )
 
@@ -1099,14 +1100,12 @@ class Scrubber:
             return _span(_URL_ENCODED.match(text, start))
         if opening is not None:
             after = text[opening.end() : opening.end() + 1]
-            if (
-                not form["close"]
-                and not opening[1]
-                and _is_closing_quote(text, begin, opening[2], after)
-            ):
+            may_close = not form["close"] and not opening[1]
+            if may_close and _is_closing_quote(text, begin, opening[2], after):
                 return None
             return _quoted_span(text, at, opening)
-        if "==" in op or op[0] == "!" or _STAND_IN.match(rest) or _is_harmless_value(name, rest):
+        is_stand_in = _STAND_IN.match(_SCHEME.sub("", rest, count=1)) is not None
+        if "==" in op or op[0] == "!" or is_stand_in or _is_harmless_value(name, rest):
             return None
         if rest[:1] == "[" and rest[1:2] in ("'", '"'):
             return _span(_LIST.match(text, at))

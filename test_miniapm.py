@@ -1389,6 +1389,8 @@ curl --token S http://x
 {"key": "api_key", "value": "S"}
 <password>S</password>
 <wsse:Password Type="x">S</wsse:Password>
+<property name="password">S</property>
+Config { api_key: Some("S") }
 <input name="password" value="S">
 <input type="password" name="pw" value="S">
 password%3DS
@@ -1645,6 +1647,8 @@ password = input("Password: ")
 token = lexer.next_token
 raise ValueError("token is bad")
 IBAN invalid
+def password=(value)
+Authorization: Bearer ${TOKEN}
 AB12 CDEF 3456 7890
 """
 SECRET_TOKENS = [  # in two halves, or this file would be taken for a leak
