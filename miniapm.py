@@ -549,7 +549,7 @@ def _display_table() -> dict[int, str]:
 _DISPLAY = _display_table()
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# --- The two tables of the scrubber, which the README explains: names and forms.
+# The two tables of the scrubber, names and forms; the README explains both.
 # "_" stands for nothing, a space or one of _ . - in a name.
 SECRET_NAMES = (  # secret wherever they stand in a name: user_password, csrf-token, DB_PASSWORD
     *("passw", "pass_phrase", "pass_code", "pwd", "secret", "token", "cookie", "session", "csrf"),
@@ -940,7 +940,7 @@ class Scrubber:
         self._ending = re.compile(ending + whole)
         words = [*SECRET_NAMES, *keys, *endings, *added]
         self._hit = re.compile(rf"{_pattern_of(words)}[\w.-]*+")
-        # One pattern for all is slow where a frequent letter begins one of them.
+        # One pattern for all takes twice as long: frequent letters begin some of the words.
         rest = [word for word in (*words, "bearer", "basic") if word[0] not in "cjps"]
         few = [word for word in words if word[0] in "cjps"]
         self._keys = re.compile(_pattern_of(keys))
@@ -1011,8 +1011,8 @@ class Scrubber:
     def _without_named(self, text: str) -> str:
         """Replace what stands after the names of secrets.
 
-        A text with more names than anybody writes ends where they become too many, because the
-        time that each takes is a reader's.
+        Each takes microseconds: where there are more than anybody writes, the rest of the text
+        is replaced as a whole.
         """
         parts: list[str] = []
         kept = 0
