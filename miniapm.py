@@ -180,6 +180,7 @@ MAX_TAGS = 50  # of one report, that are remembered
 MAX_USERS = 10_000  # that an error remembers, the newest
 MAX_TREND_HOURS = 31 * 24  # an error's reports are counted by the hour; older ones by the day
 MAX_DAILY_HOURS = 10 * 366 * 24  # and those older than this by pieces of 366 days
+MAX_NAME_CHARS = 32  # of an added name of secrets, and before the word that makes a name secret
 SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
@@ -392,6 +393,15 @@ def _read_public_url(text: str) -> str:
     return f"{scheme}://{netloc}{found[4]}"
 
 
+def _read_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
+    if not all(re.fullmatch(r"[a-z][a-z0-9]*(?:[_. -][a-z0-9]+)*", name) for name in names):
+        raise ValueError(text)
+    if not all(2 <= len(name) <= MAX_NAME_CHARS for name in names):
+        raise ValueError(text)
+    return names
+
+
 def _setting(
     default: Any, reader: tuple[Callable[[str], Any], str], help: str, *, is_secret: bool = False
 ) -> Any:
@@ -477,6 +487,11 @@ class Config:
         1_000, _whole_number(1, 1_000_000), "newest occurrences that are kept of one error"
     )
 
+    scrub_also: tuple[str, ...] = _setting(
+        (),
+        (_read_names, f"names of 2 to {MAX_NAME_CHARS} letters and digits, separated by commas"),
+        "names, beyond the built-in ones, whose values are never stored",
+    )
     verbose: bool = _setting(False, (_read_switch, "1 or 0"), "log every request, on stderr")
 
     @property
@@ -610,89 +625,265 @@ def _display_table() -> dict[int, str]:
 _DISPLAY = _display_table()
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# ASCII, or ignoring the case would take a dotless ı for an i, which casefold() does not.
-_SECRET_WORDS = (
-    r"(?a:passw|passphrase|pwd|secret|token|api[_.\- ]?key|authorization|cookie|session|csrf|xsrf"
-    r"|private[_.\- ]?key|credential)"
+# The two tables of the scrubber, names and forms; the README explains both.
+# "_" stands for nothing, a space or one of _ . - in a name.
+SECRET_NAMES = (  # secret wherever they stand in a name: user_password, csrf-token, DB_PASSWORD
+    *("passw", "pass_phrase", "pass_code", "pwd", "secret", "token", "cookie", "session", "csrf"),
+    *("xsrf", "credential", "authorization", "sess_id", "card_number", "credit_card", "card_no"),
 )
-_SHORT_NAMES = "(?a:auth|pass|sid|jwt)"
-_SECRET_NAME = re.compile(rf"{_SECRET_WORDS}|^{_SHORT_NAMES}\Z", re.IGNORECASE)
-_NO_SECRET = "(?!publickeytoken=)"  # part of every .NET assembly's name
-# One of these, or "key" with one of the others, is in every text that a pattern below could match.
-# Most texts have none, and to look for them takes a tenth of the time that the patterns take.
-_SECRET_HINTS = (
-    *("pass", "pwd", "secret", "token", "authorization", "auth=", "cookie", "session", "sid="),
-    *("jwt=", "csrf", "xsrf", "credential", "bearer", "basic", "proj_"),
-    *('auth"', 'sid"', 'jwt"'),  # as names in JSON
+SECRET_KEYS = (  # secret before "key": api_key, AccountKey
+    *("api", "private", "access", "account", "encryption", "encrypt", "decryption", "signing"),
+    *("sign", "master", "shared", "auth", "storage", "ssh", "crypto", "cipher", "hmac", "aes"),
+    *("rsa", "license", "deploy", "subscription", "service", "app", "client", "webhook", "admin"),
 )
-_KEY_HINTS = ("api", "private")
-# Every repetition before a mandatory part is bounded: matching stays linear on hostile text.
-_PART = r"[\w.\[\]%-]{0,40}"
-_PLAIN, _CLOSERS = r"[^\s&;#\"'`)}\]>|,\\]", r"[)}\]>|,\\]"
-# a=1&token=x, as in a URL, in brackets or in quotes, which end it; not the keyword argument
-# token=token
-_QUERY_SECRET = (
-    rf"(?i:((?:^|[?&;#\s\"'`({{\[<|,]){_NO_SECRET}({_PART}(?:{_SECRET_WORDS}){_PART}|{_SHORT_NAMES})=)"
-    rf"(?!\2(?:[\s,)&;#]|$)|[\"'\s]|\[FILTERED\])"
-    rf"(?:(?:{_PLAIN}++|{_CLOSERS}{{1,20}}+(?={_PLAIN})|[\"'`](?=\w))++|[^\s&;#\"'`]+))"
+SECRET_ENDINGS = (  # secret as the last word of a name: db_pass, userPw, x-auth, connect.sid
+    *("pass", "pw", "auth", "sid", "jwt", "otp", "totp", "cvv", "cvc", "csc", "ssn", "psk", "pin"),
+    *("sig", "signature", "creds"),
 )
-# password = "x", "token": "x", 'secret' => 'x', as in source, JSON and reprs
-_QUOTED_SECRET = (
-    rf"(?i:((?:{_SECRET_WORDS}){_PART}[\"']?\s{{0,3}}(?:=>|[:=]{{1,3}})\s{{0,3}}[bru]?)([\"'])"
-    r"(?:\\.|(?!\2)[^\\\n])+(?:\2|(?=\n)|$))"
+# Tokens that are known by their own form, each with a run of MIN_TOKEN_CHARS of [\w-].
+MIN_TOKEN_CHARS = 19
+SECRET_FORMS = (
+    r"eyJ[\w-]{16,}+\.[\w-]{4,}+(?:\.[\w-]*+){0,3}",  # a JWT
+    *(r"A(?:KIA|SIA|BIA|CCA)[A-Z0-9]{16}(?![\w-])", r"AIza[\w-]{30,}+", r"ya29\.[\w.-]{20,}+"),
+    *(r"GOCSPX-[\w-]{20,}+", r"gh[pousr]_[A-Za-z0-9]{16,}+", r"github_pat_\w{16,}+"),
+    *(r"gl(?:pat|dt|rt|ptt|cbt|soat)-[\w.-]{16,}+", r"xox[a-z]-[\w-]{14,}+", r"xapp-[\w-]{14,}+"),
+    *(
+        r"sk_(?:live|test)_\w{11,}+",
+        r"rk_(?:live|test)_\w{11,}+",
+        r"whsec_[\w-]{13,}+[\w+/=-]*+",
+        r"npm_[A-Za-z0-9]{20,}+",
+    ),
+    *(r"sk-(?=[A-Za-z_-]{0,99}\d)[\w-]{20,}+", r"pypi-[\w-]{20,}+", r"hf_[A-Za-z0-9]{20,}+"),
+    *(r"do[opr]_v1_\w{16,}+", r"SG\.[\w-]{19,}+\.[\w-]{16,}+", r"shp(?:at|ca|pa|ss)_\w{16,}+"),
+    *(r"sntry[su]_[\w-]{16,}+[\w+/=-]*+", r"proj_[0-9a-f]{16,}+", r"dckr_pat_[\w-]{16,}+"),
+    *(r"SK[0-9a-f]{32}(?![\w-])", r"key-[0-9a-f]{32}(?![\w-])", r"EAA[A-Za-z0-9]{60,}+"),
+    *(r"sq0(?:atp|csp)-[\w-]{20,}+", r"hv[sb]\.[\w-]{20,}+", r"lin_api_\w{20,}+"),
+    *(r"gsk_[A-Za-z0-9]{20,}+", r"rubygems_[0-9a-f]{20,}+", r"dapi[0-9a-f]{32}(?![\w-])"),
+    *(r"ATATT3[\w=-]{20,}+", r"PMAK-[\w-]{20,}+", r"AGE-SECRET-KEY-[A-Z0-9]{20,}+"),
 )
-# {\"token\": \"x\"}: JSON that was put into JSON
-_ESCAPED_SECRET = (
-    rf"(?i:((?:{_SECRET_WORDS}){_PART}\\{{1,8}}[\"']\s{{0,3}}:\s{{0,3}}\\{{1,8}}[\"'])[^\"'\\\n]+)"
+# Names that hold such a word and no secret: max_tokens, tokenType, PublicKeyToken, session.rb.
+_HARMLESS_NAME = re.compile(
+    r"public_?key_?token|(?:secret|token|cookie|session)(?:ar[iy]|i[sz]|maker|cutter)"
+    r"|(?:method|function|type|call)_signature|tokens_?(?:used|left|per)"
+    r"|(?:max|min|total|prompt|completion|input|output|num|cached|used)_?tokens?\b"
 )
-# "password": 1234567
-_NUMERIC_SECRET = (
-    rf"(?i:((?:{_SECRET_WORDS}){_PART}\\{{0,8}}[\"']\s{{0,3}}:\s{{0,3}})-?\d[\d.]{{2,40}})"
+_HARMLESS_ENDINGS = frozenset(
+    (
+        *("type", "types", "count", "counts", "limit", "limits", "length", "lengths", "size"),
+        *("name", "names", "url", "urls", "uri", "path", "file", "dir", "expires", "expiry"),
+        *("expiration", "expire", "ttl", "timeout", "age", "usage", "status", "state", "field"),
+        *("label", "error", "errors", "policy", "algorithm", "class", "enabled", "required"),
+        *("strength", "store", "driver", "engine", "domain", "lifetime", "at", "in", "on"),
+        *("manager", "service", "provider", "handler", "filter", "factory", "controller"),
+        *("helper", "middleware"),
+        # of files: session.rb:12
+        *("py", "pyx", "rb", "js", "mjs", "cjs", "ts", "jsx", "tsx", "vue", "go", "rs", "java"),
+        *("kt", "scala", "php", "cs", "c", "h", "cc", "cpp", "m", "swift", "ex", "exs", "erl"),
+        *("dart", "pl", "pm", "lua", "html", "erb", "css", "json", "yaml", "yml", "toml", "xml"),
+        *("sql", "txt", "log", "sh", "conf", "ini", "so", "dll", "jar", "lock", "md"),
+    )
 )
-_HEADER_SECRET = r"(?i:\b((?a:authorization|cookie)\s{0,3}:\s{0,3})(?![\s\"'])[^\n]+)"
-_URL_SECRET = r"(://[^\s/@:?#]*):[^\s/?#]+@"  # postgres://user:x@host
-_SECRET_PATTERNS = (
-    (_URL_SECRET, rf"\1:{FILTERED}@"),
-    (_HEADER_SECRET, rf"\1{FILTERED}"),
-    (r"(?i:\b(bearer\s{1,3})[\w.~+/=-]{6,})", rf"\1{FILTERED}"),
-    (r"\b([Bb]asic\s{1,3})(?=[a-z]{0,99}[A-Z0-9+/=])[\w+/=]{8,}", rf"\1{FILTERED}"),
-    (r"\bproj_[0-9a-f]{16,}", FILTERED),
-    (_QUERY_SECRET, rf"\1{FILTERED}"),
-    (_QUOTED_SECRET, rf"\1\2{FILTERED}\2"),
-    (_ESCAPED_SECRET, rf"\1{FILTERED}"),
-    (_NUMERIC_SECRET, rf"\1{FILTERED}"),
+_ENDING_SUFFIX = r"(?:[_.\- ]?(?:code|value|hash|key|number|string|digest))?"
+_PASS_PREFIX = "(?:db|user|pg|root|admin|smtp|ftp|mail|my|mysql|redis)?"
+_SEPARATORS = str.maketrans(" .-", "___")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+
+def _lowered(text: str) -> str:
+    """Return the text in lower case, of the same length."""
+    lowered = text.lower()
+    return lowered if len(lowered) == len(text) else text.replace("\u0130", "i").lower()
+
+
+_TOKEN = re.compile("|".join(SECRET_FORMS), re.ASCII)
+_WORD_BYTES = re.sub(rb"[^a]", b" ", re.sub(rb"[\w-]", b"a", bytes(range(256))))
+_DIGIT_BYTES = re.sub(rb"[A-Z]", b"A", re.sub(rb"\d", b"0", bytes(range(256))))
+_TOKEN_RUN = b"a" * MIN_TOKEN_CHARS
+
+
+def _token_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Find tokens by their form; only where a word begins that is long enough for one."""
+    words, end = text.encode("ascii", "replace").translate(_WORD_BYTES), 0
+    while (at := words.find(_TOKEN_RUN, end)) >= 0:
+        starts = [words.rfind(b" ", 0, at) + 1]
+        if text[starts[0] - 1 : starts[0]] == ".":  # as in SG.x.y
+            starts.append(max(end, words.rfind(b" ", 0, starts[0] - 1) + 1))
+        starts += [one + 1 for one in starts if text[one - 1 : one] == "\\"]  # \n in JSON
+        found = next(filter(None, (_TOKEN.match(text, one) for one in starts)), None)
+        end = words.find(b" ", at) % (len(words) + 1)
+        if found:
+            yield found.span()
+            end = max(end, found.end())
+
+
+_BEARER = re.compile(
+    r"\b((?:[Bb]earer|BEARER|[Bb]asic)[ \t]{1,3})"
+    r"(?=[A-Z]?[a-z]{0,99}[A-Z0-9._~+/=-])(?![A-Z]?[a-z]{1,40}[.,]?(?:\s|$))[\w.~+/=-]{6,}+"
 )
-_SECRETS_IN_TEXT = [(re.compile(pattern), said) for pattern, said in _SECRET_PATTERNS]
 _KEY_MARK = r"-----{} [A-Z0-9 ]{{0,40}}PRIVATE KEY(?: BLOCK)?-----"
 _PRIVATE_KEY = re.compile(
     rf"{_KEY_MARK.format('BEGIN')}.*?(?:{_KEY_MARK.format('END')}|\Z)", re.DOTALL
 )
+# What a template, a program or a driver puts in the place of a secret: ${DB_PASS}, %s, {token}.
+_STAND_IN = re.compile(
+    r"(?:\$\{+[^{}\n]{1,80}\}+|\$\(\w+\)|\$[A-Z_]+|\$[a-z_]+|\$\d{1,3}|%\(\w+\)s|%[sdrqvp@]"
+    r"|#?\{+[^{}\"'\n:]{0,80}\}+|<[A-Za-z_][\w -]{0,80}>|\?|:[a-z_]+|@[a-z_]+|%[A-Z_]+%|[*x•]{3,}"
+    r"|\.{3}|…|\[\w+\])(?=[\s,;)\]}\"'`|&@]|\Z)"
+)
 
-
+# The userinfo of a URL: with @ before the path, or with / ? # in the password.
+_URL_SECRET = re.compile(
+    r"://([^\s/?#@]*+@[^\s/?#]*+"
+    r"|[^\s/?#@:\"'<>`]*+:(?!\d*+(?:[/?#]|\Z))[^\s/?#@\"'<>`]*+[/?#](?:[^\s\"'<>`:]|:(?!//))*+)"
+)
 # In a JSON text \" is a quotation mark, behind which PlainTexts may have cut the string in two.
-_HAS_URL_SECRET = re.compile(_URL_SECRET)
-_HAS_URL_SECRET_IN_JSON = re.compile(r'://[^\s/@:?#"]*(?:\\"|:[^\s/?#"]*(?:@|\\"))')
+_URL_SECRET_IN_JSON = re.compile(
+    r'://[^\s/?#@"\\]*+(?:@|\\["\\])|://[^\s/?#@:"\\]*+:(?!\d*+(?:[/?#"\\]|\Z))[^\s/?#@"\\]*+[/?#]'
+)
+_UP_TO_HOST = re.compile(r"(.*)@(?!v?\d+(?:\.\d+){0,2}(?:[^\w.]|\Z))(?=[\w\[])", re.DOTALL)
 
 
-def may_hold_secret(text: str, url_secret: re.Pattern[str] = _HAS_URL_SECRET) -> bool:
-    """Tell whether a text needs scrub_text; False means that it would stay as it is."""
-    folded = text.casefold()
-    for hint in _SECRET_HINTS:  # any() takes twice as long
-        if hint in folded:
-            return True
-    if "://" in folded and url_secret.search(text):
-        return True
-    return "key" in folded and any(hint in folded for hint in _KEY_HINTS)
+def _without_url_secret(found: re.Match[str]) -> str:
+    body = found[1]
+    user_info, at, host = body.rpartition("@")
+    if not at:
+        return found[0]
+    if re.search("[/?#]", user_info):
+        split = None if body.startswith("[") else _UP_TO_HOST.match(body)
+        if split is None:
+            return found[0]
+        user_info, host = split[1], body[split.end() :]
+    user, colon, secret = user_info.partition(":")
+    if colon:
+        is_known = not secret or secret == FILTERED or _STAND_IN.fullmatch(secret)
+        return found[0] if is_known else f"://{user}:{FILTERED}@{host}"
+    scheme = found.string[max(0, found.start() - 5) : found.start()].lower()
+    is_token = scheme.endswith(("http", "https")) and user not in ("", "git")
+    return f"://{FILTERED}@{host}" if is_token else found[0]
 
 
-def scrub_text(text: str) -> str:
-    """Return the text with the secrets in it replaced; the number of lines stays the same."""
-    if not may_hold_secret(text):
-        return text
-    text = _PRIVATE_KEY.sub(lambda found: FILTERED + "\n" * found[0].count("\n"), text)
-    for pattern, replacement in _SECRETS_IN_TEXT:
-        text = pattern.sub(replacement, text)
-    return text
+_CARD = re.compile(
+    r"[2-6](?<![\w.+-].)\d{3}(?:\d{10,15}|([ -])\d{6}\1\d{4,5}"
+    r"|([ -])\d{4}\2\d{4}\2\d{2,4}(?:\2\d{1,3})?)(?![\w-]|\.\d)"
+)
+_CARD_DIGITS = re.compile(  # by issuer, ISO/IEC 7812
+    r"4\d{15}(?:\d{3})?|(?:5[0-8]|2[2-7])\d{14}|3[47]\d{13}|3[0689]\d{12}|(?:35|6[0-9])\d{14,17}"
+)
+_CARD_ANYWHERE = re.compile(r"[2-6]\d{13}|[2-6]\d{3}[ -]\d{4}")
+_DOUBLED = bytes.maketrans(b"0123456789", b"0246813579")
+
+
+def is_card_number(digits: str) -> bool:
+    """Tell whether digits are a payment card's: issuer, length and check digit (Luhn)."""
+    if not _CARD_DIGITS.fullmatch(digits):
+        return False
+    raw = digits.encode()
+    total = sum(raw[-1::-2]) + sum(raw[-2::-2].translate(_DOUBLED)) - 48 * len(raw)
+    return total % 10 == 0
+
+
+_IBAN = re.compile(
+    r"[A-Z](?<![A-Za-z0-9].)[A-Z]\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![\w])"
+)
+_IBAN_ANYWHERE = re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4} ?[A-Z0-9]{4}")
+_IBAN_CHARS = {  # the length of an IBAN by country, ISO 13616
+    country: int(entry[:2])
+    for entry in (
+        *("15NO", "16BE", "18DKFIFOGLNLSD", "19MKSI", "20ATBAEEKZLTLUMNXK", "21CHHRLILV"),
+        *("22BABGBHCRDEGBGEIEMERSVA", "23AEGIILIQOMTLSO", "24ADCZESMDPKROSASESKTNVG"),
+        *("25LYPTST", "26ISTR", "27BIDJFRGRITMCMRSM", "28ALAZBYCYDOGTHULBNIPLSV"),
+        *("29BRPSQAUA", "30JOKWMUYE", "31MTSC", "32LC", "33RU"),
+    )
+    for country in re.findall("..", entry[2:])
+}
+
+
+def _without_card(found: re.Match[str]) -> str:
+    return FILTERED if is_card_number(re.sub("[ -]", "", found[0])) else found[0]
+
+
+def _without_iban(found: re.Match[str]) -> str:
+    size = _IBAN_CHARS.get(found[0][:2])
+    compact = found[0].replace(" ", "")
+    if size is None or len(compact) < size:
+        return found[0]
+    moved = compact[4:size] + compact[:4]
+    if int("".join(str(int(one, 36)) for one in moved)) % 97 != 1:
+        return found[0]
+    kept = len(compact) - size  # a word in capitals came after it
+    return FILTERED + (found[0][len(found[0].rstrip()) - kept :] if kept else "")
+
+
+# What stands after a name and makes a value of what follows.
+_AFTER_NAME = re.compile(
+    r"(?P<close>\\{0,8}[\"'`]|%22|%27)?[\])]?(?:%5[Dd])?\*{0,2}[?!]?"
+    r"(?:[ \t]*+(?P<op>=>(?:\n[ \t]*+(?=string\())?[ \t]*+(?:string\(\d{1,6}\) ?)?"
+    r"|(?:\|\||\?\?|[:+.!])?={1,3}|:(?!:)|%3[AaDd]|string =)(?:[ \t]|%20)*+"
+    # a type and the value after it: password: str = "x"
+    r"(?:[&*]?[A-Za-z_][\w.]{0,40}(?:[\[<][\w\[\]<>,.|& ]{0,40}[\]>])?\?? ?= ?(?=[\"'`]))?"
+    r"|(?P<more>,?\s[^<>{}\n]{0,40}?(?<![A-Za-z])[Vv]alue\\{0,8}[\"']?\s?(?:=>|[:=])\s?)"
+    r"|(?P<pair>,\s?(?=\\{0,8}[bu]?[\"']))"
+    r"|(?P<other>[ \t>]))"
+)
+_OPENING = re.compile(r"(?:[bBuUrRfF]{1,2}|@|Some\()?(\\{0,8})(\"\"\"|'''|[\"'`])")
+_BODY_OF_QUOTE = {
+    mark: re.compile(rf"(?:[^{mark}\\\n]|\\.)++(?={mark}|\n|\Z|\\)") for mark in "\"'`"
+}
+_ESCAPED = re.compile(r"[^\"'\\\n]++")
+_PLAIN, _CLOSERS = r"[^\s&;#\"'`)}\]>|,\\]", r"[)}\]>|,\\]"
+# token=x in a URL, in brackets or in quotes, which end it.
+_UNQUOTED = re.compile(
+    rf"(?:(?:[Bb]earer|[Bb]asic|[Tt]oken|[Dd]igest)[ ])?"
+    rf"(?:(?:{_PLAIN}++|{_CLOSERS}{{1,20}}+(?={_PLAIN})|[\"'`](?=\w))++|[^\s&;#\"'`]++)"
+)
+_URL_ENCODED = re.compile(r"(?:[^\s&%\"'<>,;)\]}]|%(?!2[26C]|7D|3B|0A|5D|20|27))++", re.IGNORECASE)
+_LIST = re.compile(r"\[[^\[\]\n]*+\]?")
+_LINE = re.compile(r"[^\n]++")
+_CHAIN = r"[!&*@$~]{0,2}[A-Za-z_][\w$]*+[!?]?(?:(?:\.|->|::|[?!&]\.)[A-Za-z_][\w$]*+[!?]?)"
+_CODE = re.compile(  # an expression: a call, an index, a keyword, a path of names, brackets
+    rf"(?:{_CHAIN}*+(?:\(|\[|<[A-Z]|\{{)|"
+    rf"(?:await|new|not|yield|async|typeof|move|ref|if|lambda|function|fn)[ ]"
+    rf"|[\[({{|](?![\w.~+/=-]+[\])])|-?\d{{1,2}}(?![\w.-])|->|=>|\|\||&&|SIG[A-Z]+\b)"
+)
+_PATH_OF_NAMES = re.compile(rf"({_CHAIN}++)(?=[\s,;)\]}}|]|\Z)")
+_ROOTS = re.compile(
+    r"[!&*@$]{0,2}(?:self|this|cls|req|request|res|response|params|config|settings|options|opts|args"
+    r"|env|process|user|current_user|ctx|context|data|body|form|event|state|props|app|os|session)\b"
+)
+_NAME_ONLY = re.compile(r"[!&*@$]{0,2}([A-Za-z_]+)(?=[\s,;)\]}|]|\Z)")
+_CONSTANT = re.compile(
+    r"&?(?:'\w+ )?(?:none|null|nil|true|false|undefined|nan|str|string|int|integer|bool|boolean"
+    r"|bytes|float|any|object|array|unknown|never|varchar|char|text|token|void|optional|symbol|number)\b(?![\w-])",
+    re.IGNORECASE,
+)
+_PROSE = re.compile(
+    r"(?:must|is|was|are|were|be|not|cannot|can|should|has|have|had|too|does|did|do|will|would|may"
+    r"|could|required|invalid|missing|expired|wrong|incorrect|mismatch(?:ed)?|denied|failed|failure"
+    r"|unknown|empty|blank|unauthorized|forbidden|the|an?|no|yes|on|off|ok|in|of|to|for|from|and|or"
+    r"|with|without|please|use|enter|at|by|if|when|it|this|that|these|expected|unexpected|got|found"
+    r"|needs?|illegal|bad|command|permission|access|only|already|never|all|any|closed|opened|started"
+    r"|ended|created|changed|reset|revoked|rejected|accepted|error|warning|flag|option|argument"
+    r"|parameter|value|field|header|name|set|unset|provided|given|supplied|length|string|your|you"
+    r"|we|i|punctuation|operator|keyword|identifier|end|eof|see|instead|while|as|but|disabled"
+    r"|enabled|optional|unsupported|unavailable|valid)(?:n't|'t)?(?=[\s,.;:!)\]]|\Z)"
+    r"|[a-z]+ [a-z]+ [a-z]+\b",
+    re.IGNORECASE,
+)
+_PARSER_WORD = re.compile(
+    r"(?:def|unexpected|illegal|expected|stray|syntax|unterminated|punctuation)\s\Z"
+)
+_HEADER = re.compile(r"(?:authorization|cookie|cookies)\Z")
+_NAME_BACKWARDS = re.compile(r"[\w.-]*+")
+_PATH = re.compile(r"~?/|[A-Za-z]:[\\/]|\.{1,2}/")
+_ROOT_PATH = re.compile(
+    r"/(?:run|var|etc|home|srv|usr|opt|tmp|app|root|mnt|Users|data|dev|proc)/|/\^"
+)
+_TAG = re.compile(r"(?:\s[^<>\n]{0,80})?>([^<\n]++)</")
+_FLAG = re.compile(r"[ \t]++(?![-|<>=\[({&;])(?:[\"']([^\"'\n]++)|(\S++))")
+_ANNOUNCES = re.compile(r"--?[\w-]+\Z|[\w-]*-[\w-]+\Z|(?i:authorization|cookie)\Z")
+_WORDY = re.compile(r"[a-z_]+")
+_NUMBER = re.compile(r"-?[\d.,_]+(?!\w)")
+_SCHEME = re.compile(r"\A(?:Bearer|Basic|Token|Digest) ", re.IGNORECASE)
 
 
 def clip(text: str, limit: int) -> str:
@@ -708,17 +899,6 @@ def _displayable(text: str) -> str:
     return text.translate(_DISPLAY) if _UNSAFE.search(text) else text
 
 
-def clean(text: str, limit: int) -> str:
-    """Return the text without secrets, at most `limit` characters, safe to store and to show."""
-    if len(text) > limit:
-        # Scrub beyond the cut: half a secret would no longer be recognised.
-        kept = scrub_text(text[: limit + SCRUB_AHEAD_CHARS])[:limit]
-        text = f"{kept}… [{len(text) - limit:,} more cut]"
-    else:
-        text = scrub_text(text)
-    return _displayable(text)
-
-
 def _has_odd_escape(text: str) -> bool:
     """Tell whether a JSON text has an escape other than \\n, \\t, \\" and \\\\.
 
@@ -728,12 +908,6 @@ def _has_odd_escape(text: str) -> bool:
     rest = text.replace("\\\\", "")
     known = rest.count('\\"') + rest.count("\\n") + rest.count("\\t")
     return rest.count("\\") != known
-
-
-def is_harmless(text: str) -> bool:
-    """Tell whether there is nothing in a JSON text that is to be scrubbed or replaced."""
-    is_odd = not text.isprintable() or ("\\" in text and _has_odd_escape(text))
-    return not (is_odd or may_hold_secret(text, _HAS_URL_SECRET_IN_JSON))
 
 
 def is_shallow(text: str) -> bool:
@@ -746,13 +920,332 @@ def is_small(text: str) -> bool:
     return len(text) <= MAX_PLAIN_CHARS
 
 
-def is_plain(text: str) -> bool:
-    """Tell whether a report's JSON text holds nothing that is to be cleaned, scrubbed or cut.
+MAX_VALUE_LOOK_CHARS = 64  # of a value, to tell code and prose from a secret
+MAX_LINE_LOOK_CHARS = 200  # before a name, to tell in which quotes it stands
+MAX_TRIPLE_QUOTED_CHARS = 2_000
+MIN_FORM_CHARS = 12  # a shorter text holds no token, card or IBAN
+MIN_CHARS_PER_SECRET = 128  # of a text; with more secrets its rest is replaced as a whole
+Span = tuple[int, int]
 
-    But for the strings with own limits. Most reports are so, and to see it once for all takes
-    a tenth of the time that it takes to look at every string.
+
+def _sub(
+    pattern: re.Pattern[str],
+    decide: Callable[[re.Match[str]], str],
+    text: str,
+    said: str = FILTERED,
+) -> str:
+    """Replace what is found as `decide` says, all of it when there is more than anybody writes."""
+    most = len(text) // MIN_CHARS_PER_SECRET + 16
+    text, count = pattern.subn(decide, text, most)
+    return text if count < most else pattern.sub(said, text)
+
+
+_OWN_WORDS = frozenset(("pwd", "pass", "passwd", "pw", "token"))
+
+
+def _is_harmless_value(name: str, value: Any) -> bool:
+    """Tell a working directory and a number of tokens from a secret."""
+    lowered = name[-8:].lower()
+    if lowered.endswith("pwd"):
+        return isinstance(value, str) and _PATH.match(value) is not None
+    is_number = isinstance(value, (int, float)) or (
+        isinstance(value, str) and _NUMBER.match(value) is not None
+    )
+    return is_number and lowered.endswith("tokens")
+
+
+def _is_header(name: str) -> bool:
+    """Tell whether a name of a secret is one of an HTTP header, and no field of a form."""
+    return "-" in name or _HEADER.search(name.lower()) is not None
+
+
+def _quoted_span(text: str, at: int, opening: re.Match[str]) -> Span | None:
+    """Return where the text between quotes stands, None if that is no secret."""
+    start, mark = opening.end(), opening[2]
+    if opening[1]:
+        found = _ESCAPED.match(text, start)
+        end = found.end() if found else start
+    elif len(mark) == 3 and (end := text.find(mark, start, start + MAX_TRIPLE_QUOTED_CHARS)) >= 0:
+        pass
+    else:
+        found = _BODY_OF_QUOTE[mark[0]].match(text, start)
+        end = found.end() if found else start
+    body = _SCHEME.sub("", text[start:end], count=1)
+    is_known = end == start or body == FILTERED or _STAND_IN.fullmatch(body)
+    return None if is_known else (start, end)
+
+
+def _is_closing_quote(text: str, begin: int, mark: str, after: str) -> bool:
+    """Tell whether the quote after name= ends a text, as in `token=' or "?token=" + token."""
+    if after and after not in " +,;:)]}.\n":
+        return False
+    line = text[max(0, begin - MAX_LINE_LOOK_CHARS) : begin].rpartition("\n")[2]
+    return line.endswith("`") or line.count(mark) % 2 == 1
+
+
+def _span(found: re.Match[str] | None, group: int = 0) -> Span | None:
+    return found.span(group) if found else None
+
+
+def _pattern_of(words: Iterable[str]) -> str:
+    """Return a pattern of words that compares a shared beginning once; "$" ends a last word."""
+    by_first: dict[str, list[str]] = {}
+    for word in words:
+        by_first.setdefault(word[:1], []).append(word[1:])
+    special = {"": "", "_": r"[_.\- ]?", "$": rf"{_ENDING_SUFFIX}(?![a-z])"}
+    tails = [
+        special.get(first, first) + (_pattern_of(rest) if first else "")
+        for first, rest in sorted(by_first.items(), reverse=True)
+    ]
+    return tails[0] if len(tails) == 1 else f"(?:{'|'.join(tails)})"
+
+
+class Scrubber:
+    """Replaces secrets in texts and in JSON; `also` adds names to the built-in ones.
+
+    An added name is a word of a name: with `email` go user_email, emailAddress and EMAIL.
     """
-    return is_small(text) and is_harmless(text)
+
+    def __init__(self, also: Iterable[str] = ()) -> None:
+        added = [re.sub("[. -]", "_", name.lower()) for name in also]
+        keys = [f"{word}_key" for word in SECRET_KEYS]
+        endings = [f"{word}$" for word in SECRET_ENDINGS]
+        self._always = re.compile(_pattern_of([*SECRET_NAMES, *keys]))
+        ending = rf"(?<![a-z]){_PASS_PREFIX}{_pattern_of(SECRET_ENDINGS)}{_ENDING_SUFFIX}\d*\W*\Z"
+        whole = rf"|(?<![a-z]){_pattern_of(added)}(?![a-z])" if added else ""
+        self._ending = re.compile(ending + whole)
+        words = [*SECRET_NAMES, *keys, *endings, *added]
+        self._hit = re.compile(rf"{_pattern_of(words)}[\w.-]*+")
+        # One pattern for all takes twice as long: frequent letters begin some of the words.
+        rest = [word for word in (*words, "bearer", "basic") if word[0] not in "cjps"]
+        few = [word for word in words if word[0] in "cjps"]
+        self._keys = re.compile(_pattern_of(keys))
+        self._hints = tuple(
+            re.compile(_pattern_of(group))
+            for group in (few, *([one] for one in rest if one not in keys))
+        )
+
+    def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
+        """Tell whether a text needs scrubbing; False means that it would stay as it is.
+
+        Also for a JSON text, where the letter of an escape may stand before a name.
+        """
+        lowered = _lowered(text)
+        if len(text) < MIN_FORM_CHARS:  # a tenth of the time: there may be many of them
+            if "://" in text and url.search(text):
+                return True
+            return self._hit.search(lowered) is not None
+        for hint in self._hints:
+            if hint.search(lowered):
+                return True
+        if "key" in lowered and self._keys.search(lowered):
+            return True
+        if "://" in text and url.search(text):
+            return True
+        if any(True for _ in _token_spans(text)):
+            return True
+        digits = text.encode("ascii", "replace").translate(_DIGIT_BYTES)
+        if b"AA00" in digits and _IBAN_ANYWHERE.search(text):
+            return True
+        has_digits = b"000000000000" in digits or b"0000 0000" in digits or b"0000-0000" in digits
+        return has_digits and _CARD_ANYWHERE.search(text) is not None
+
+    def names_secret(self, name: str) -> bool:
+        """Tell whether a name stands for a secret."""
+        lowered = _lowered(name)
+        if not self._hit.search(lowered):
+            return False
+        split = lowered if name == lowered else _lowered(_CAMEL.sub("_", name))
+        if not (self._always.search(lowered) or self._ending.search(split)):
+            return False
+        split = split.translate(_SEPARATORS)
+        return not (split.rpartition("_")[2] in _HARMLESS_ENDINGS or _HARMLESS_NAME.search(split))
+
+    def is_secret(self, name: str, value: Any) -> bool:
+        """Tell whether a value must not be stored under its name."""
+        # None, booleans and empty values tell a reader much and a thief nothing.
+        if not value or value is True or not self.names_secret(name[:SCRUB_AHEAD_CHARS]):
+            return False
+        return not _is_harmless_value(name, value)
+
+    def scrub_text(self, text: str) -> str:
+        """Return the text with the secrets in it replaced; the number of lines stays the same."""
+        if not self.may_hold_secret(text):
+            return text
+        if "PRIVATE KEY" in text:
+            text = _PRIVATE_KEY.sub(lambda found: FILTERED + "\n" * found[0].count("\n"), text)
+        if "://" in text:
+            text = _sub(_URL_SECRET, _without_url_secret, text, "://" + FILTERED)
+        for start, end in reversed([*_token_spans(text)]):
+            text = text[:start] + FILTERED + text[end:]
+        text = self._without_named(_BEARER.sub(rf"\1{FILTERED}", text))
+        digits = text.encode("ascii", "replace").translate(_DIGIT_BYTES)
+        if b"AA00" in digits:
+            text = _sub(_IBAN, _without_iban, text)
+        return _sub(_CARD, _without_card, text) if b"0000" in digits else text
+
+    def _without_named(self, text: str) -> str:
+        """Replace what stands after the names of secrets.
+
+        Each takes microseconds: where there are more than anybody writes, the rest of the text
+        is replaced as a whole.
+        """
+        parts: list[str] = []
+        kept = 0
+        names_left = len(text) // 32 + 100
+        values_left = len(text) // MIN_CHARS_PER_SECRET + 16
+        for hit in self._hit.finditer(_lowered(text)):
+            names_left -= 1
+            if names_left < 0 or values_left < 0:
+                rest = FILTERED + "\n" * text.count("\n", hit.start())
+                return "".join(parts) + text[kept : hit.start()] + rest
+            form = _AFTER_NAME.match(text, hit.end())
+            if form is None or hit.start() < kept:
+                continue
+            back = text[max(0, hit.start() - MAX_NAME_CHARS) : hit.start()][::-1]
+            begin = hit.start() - _NAME_BACKWARDS.match(back).end()  # type: ignore[union-attr]
+            if form["other"] and not self._may_give_value(text, begin, form.end()):
+                continue
+            values_left -= 1
+            name = text[begin : hit.end()]
+            if (span := self._secret_after(text, name, begin, form)) is None:
+                continue
+            parts += [text[kept : span[0]], FILTERED, "\n" * text.count("\n", *span)]
+            kept = span[1]
+        return "".join(parts) + text[kept:] if parts else text
+
+    @staticmethod
+    def _may_give_value(text: str, begin: int, end: int) -> bool:
+        """Tell whether a name with a space or > after it is a flag, a tag or SQL's PASSWORD."""
+        return (
+            text[begin] == "-"
+            or text[begin - 1 : begin] in ("<", ":")
+            or text[end - 1 : end] == ">"
+            or text[end : end + 1] == "'"
+        )
+
+    def _secret_after(self, text: str, name: str, begin: int, form: re.Match[str]) -> Span | None:
+        """Return where the secret stands that follows a name, None without one."""
+        plain_name = name.strip(".-")
+        if not self.names_secret(plain_name):
+            return None
+        at, before = form.end(), text[begin - 1 : begin] if begin else ""
+        opening = _OPENING.match(text, at)
+        if form["op"] is not None:
+            return self._assigned(text, plain_name, begin, form, opening)
+        if form["pair"] is not None:
+            is_open = text[max(0, begin - 2) : begin - 1] in ("(", "[", "{")
+            if opening is None or not form["close"] or not before:
+                return None
+            span = _quoted_span(text, at, opening)
+            is_wordy = span is not None and _WORDY.fullmatch(text[span[0] : span[1]])
+            is_pair = (
+                is_open and text[span[1] + 1 : span[1] + 2] in (")", "]", "}") if span else False
+            )
+            if name.startswith("-") or _is_header(plain_name) or (is_pair and not is_wordy):
+                return span
+            return None
+        if form["more"] is not None:
+            is_close = form["close"] or form["more"].startswith(",")
+            if not is_close:
+                return None
+            return _quoted_span(text, at, opening) if opening else _span(_UNQUOTED.match(text, at))
+        if opening and plain_name.lower().startswith("passw"):
+            return _quoted_span(text, at, opening)
+        if name.startswith("-"):
+            found = _FLAG.match(text, at - 1)
+            value = (found[1] or found[2]) if found else ""
+            is_word = value.isupper() and self.names_secret(value) or _PROSE.match(value + " ")
+            if found is None or is_word or _STAND_IN.fullmatch(value) or value == FILTERED:
+                return None
+            return found.span(1 if found[1] else 2)
+        found = _TAG.match(text, at - 1) if "<" in text[max(0, begin - 20) : begin] else None
+        return _span(found, 1) if found and found[1].strip() != FILTERED else None
+
+    def _assigned(
+        self, text: str, name: str, begin: int, form: re.Match[str], opening: re.Match[str] | None
+    ) -> Span | None:
+        """Return where the secret stands that is assigned to a name."""
+        at, op = form.end(), form["op"]
+        rest = text[at : at + MAX_VALUE_LOOK_CHARS]
+        before = text[max(0, begin - 14) : begin].lower()
+        if rest.removeprefix("%22").startswith(FILTERED) or _PARSER_WORD.search(before):
+            return None
+        if op[0] == "%":
+            start = at + 3 if rest.startswith(("%22", "%27")) else at
+            return _span(_URL_ENCODED.match(text, start))
+        if opening is not None:
+            after = text[opening.end() : opening.end() + 1]
+            may_close = not form["close"] and not opening[1]
+            if may_close and _is_closing_quote(text, begin, opening[2], after):
+                return None
+            return _quoted_span(text, at, opening)
+        is_stand_in = _STAND_IN.match(_SCHEME.sub("", rest, count=1)) is not None
+        if "==" in op or op[0] == "!" or is_stand_in or _is_harmless_value(name, rest):
+            return None
+        if rest[:1] == "[" and rest[1:2] in ("'", '"'):
+            return _span(_LIST.match(text, at))
+        is_query = op == "=" and before[-1:] in ("?", "&")
+        is_spaced = form.end() - form.start() > len(op)
+        if not is_query and self._is_expression(rest, name, is_spaced=is_spaced):
+            return None
+        prose = _PROSE.match(rest) if is_spaced else None
+        if prose and not (op == "=" and " " in prose[0]):
+            return None
+        is_line = (op == ":" and _HEADER.search(name.lower())) or (
+            op.startswith("=>") and form[0].startswith("]")
+        )
+        return _span((_LINE if is_line else _UNQUOTED).match(text, at))
+
+    def _is_expression(self, rest: str, name: str, *, is_spaced: bool) -> bool:
+        """Tell whether a value without quotes is code rather than a secret."""
+        if _CODE.match(rest) or _CONSTANT.match(rest) or _ROOT_PATH.match(rest):
+            return True
+        if found := _PATH_OF_NAMES.match(rest):
+            path = found[1]
+            if _ROOTS.match(path) or not any(map(str.isdigit, path)):
+                return True
+            return self.names_secret(re.split(r"\W+", path.rstrip("!?"))[-1])
+        if not (found := _NAME_ONLY.match(rest)):
+            return False
+        word = found[1].lower()
+        is_statement = is_spaced and (len(word) <= 2 or rest[found.end() :][:1] == ";")
+        if is_statement or word == name.lower() or word in _OWN_WORDS:
+            return True
+        is_compound = "_" in word or found[1].lower() != found[1][:1].lower() + found[1][1:]
+        return is_compound and self.names_secret(found[1])
+
+    def clean(self, text: str, limit: int) -> str:
+        """Return the text without secrets, at most `limit` characters, safe to store and show."""
+        if len(text) > limit:
+            # Scrub beyond the cut: half a secret would no longer be recognised.
+            kept = self.scrub_text(text[: limit + SCRUB_AHEAD_CHARS])[:limit]
+            text = f"{kept}… [{len(text) - limit:,} more cut]"
+        else:
+            text = self.scrub_text(text)
+        return _displayable(text)
+
+    def cut(self, text: str, limit: int) -> str:
+        """Do what clean() does to a text of a plain report."""
+        return text if len(text) <= limit else self.clean(text, limit)
+
+    def is_harmless(self, text: str) -> bool:
+        """Tell whether there is nothing in a JSON text that is to be scrubbed or replaced."""
+        is_odd = not text.isprintable() or ("\\" in text and _has_odd_escape(text))
+        return not (is_odd or self.may_hold_secret(text, _URL_SECRET_IN_JSON))
+
+    def is_plain(self, text: str) -> bool:
+        """Tell whether a report's JSON text holds nothing that is to be cleaned, scrubbed or cut.
+
+        But for the strings with own limits. Most reports are so, and to see it once for all takes
+        a tenth of the time that it takes to look at every string.
+        """
+        return is_small(text) and self.is_harmless(text)
+
+
+_DEFAULT_SCRUBBER = Scrubber()
+scrub_text, clean = _DEFAULT_SCRUBBER.scrub_text, _DEFAULT_SCRUBBER.clean
+is_harmless, is_plain = _DEFAULT_SCRUBBER.is_harmless, _DEFAULT_SCRUBBER.is_plain
 
 
 class PlainTexts:
@@ -762,7 +1255,8 @@ class PlainTexts:
     error. No hint of a secret goes beyond one, so that only what is new is to be looked at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> None:
+        self.scrubber = scrubber
         self._harmless: set[str] = set()  # those that came twice
         self._once: set[str] = set()
 
@@ -775,7 +1269,7 @@ class PlainTexts:
         # JSON is written with spaces or without; within a string \ stands before these marks.
         separator = '", "' if '", "' in text else '","'
         new = set(text.split(separator)) - self._harmless
-        if not is_harmless('"'.join(new) + '"'):
+        if not self.scrubber.is_harmless('"'.join(new) + '"'):
             return False
         new = {one for one in new if len(one) <= MAX_REMEMBERED_CHARS}
         self._harmless = self._remember(self._harmless, new & self._once)
@@ -790,25 +1284,31 @@ class PlainTexts:
         return known
 
 
-def _cut(text: str, limit: int) -> str:
-    """Do what clean() does to a text of a plain report."""
-    return text if len(text) <= limit else clean(text, limit)
+_LABELS = ("name", "key", "header", "field", "param", "parameter", "Name", "Key", "Header", "k")
+_LABELLED = frozenset(("value", "val", "values", "content", "data", "v"))
 
 
-def _is_secret(name: str, value: Any) -> bool:
-    # None, booleans and empty values tell a reader much and a thief nothing.
-    return bool(value) and value is not True and bool(_SECRET_NAME.search(name[:SCRUB_AHEAD_CHARS]))
+def _without_private_keys(items: list[Any]) -> list[Any]:
+    """Return a list whose strings hold no private key, of which each may be one line."""
+    if not any(isinstance(one, str) and "PRIVATE KEY" in one for one in items):
+        return items
+    texts = "\0".join(one.replace("\0", "\u2400") for one in items if isinstance(one, str))
+    texts = _PRIVATE_KEY.sub(lambda found: FILTERED + re.sub(r"[^\n\0]+", "", found[0]), texts)
+    left = iter(texts.split("\0"))
+    return [next(left) if isinstance(one, str) else one for one in items]
 
 
-class _Scrubber:
+class _Copier:
     """Copies a JSON value: secrets replaced, strings cleaned, `budget` characters in all."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, budget: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> None:
+        self.budget, self._scrubber = budget, scrubber
 
     def copy(self, value: Any) -> Any:
         if isinstance(value, str):
-            value = clean(value, self.budget)
+            value = self._scrubber.clean(value, self.budget)
+        elif type(value) is int and is_card_number(str(value) if value < 10**19 else ""):
+            value = FILTERED
         size = 0 if isinstance(value, (dict, list)) else len(str(value))
         self.budget = max(0, self.budget - size - 2)
         if isinstance(value, dict):
@@ -817,41 +1317,56 @@ class _Scrubber:
 
     def _copy_object(self, value: Json) -> Json:
         result: Json = {}
+        labels = [one for name in _LABELS if isinstance(one := value.get(name), str)]
+        is_labelled = any(self._scrubber.names_secret(one[:SCRUB_AHEAD_CHARS]) for one in labels)
         for position, (key, item) in enumerate(value.items()):
             if self.budget <= 0:
                 result["…"] = f"[{len(value) - position:,} more cut]"
                 break
-            name = clean(key, MAX_KEY_CHARS)
+            name = self._scrubber.clean(key, MAX_KEY_CHARS)
             self.budget = max(0, self.budget - len(name) - 4)
-            result[name] = FILTERED if _is_secret(key, item) else self.copy(item)
+            label = "password" if is_labelled and key.lower() in _LABELLED else key
+            result[name] = FILTERED if self._scrubber.is_secret(label, item) else self.copy(item)
         return result
 
     def _copy_array(self, value: list[Any]) -> list[Any]:
         result: list[Any] = []
-        if len(value) == 2 and isinstance(value[0], str) and _is_secret(*value):
-            return [clean(value[0], MAX_KEY_CHARS), FILTERED]  # a header as a pair
-        for position, item in enumerate(value):
+        if len(value) == 2 and isinstance(value[0], str) and self._scrubber.is_secret(*value):
+            return [self._scrubber.clean(value[0], MAX_KEY_CHARS), FILTERED]  # a header as a pair
+        is_announced = False  # by the item before: --password or Authorization
+        for position, item in enumerate(_without_private_keys(value)):
             if self.budget <= 0:
                 result.append(f"… [{len(value) - position:,} more cut]")
                 break
-            result.append(self.copy(item))
+            is_text = isinstance(item, str) and item != ""
+            is_hidden = is_announced and is_text and item[0] != "-"
+            result.append(FILTERED if is_hidden else self.copy(item))
+            is_announced = (
+                is_text
+                and not is_hidden
+                and len(item) <= MAX_KEY_CHARS
+                and bool(_ANNOUNCES.match(item))
+                and self._scrubber.names_secret(item)
+            )
         return result
 
 
-def _plain_size(value: Json) -> int | None:
-    """Return a JSON object's length as text when there is nothing in it to clean, else None."""
+def _plain_size(value: Json, most: int, scrubber: Scrubber) -> int | None:
+    """Return a JSON object's length as text if it is plain and of `most` characters, else None."""
+    if any(isinstance(one, str) and len(one) > most for one in value.values()):
+        return None  # its text would only be another copy
     text = json.dumps(value, ensure_ascii=False)
-    return len(text) if is_plain(text) else None
+    return len(text) if len(text) <= most and scrubber.is_plain(text) else None
 
 
-def scrub(value: Json, limit: int) -> Json:
+def scrub(value: Json, limit: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
     """Return a JSON object without secrets and of about `limit` characters at most."""
-    size = _plain_size(value)
-    copied: Json = value if size is not None and size <= limit else _Scrubber(limit).copy(value)
+    is_plain = _plain_size(value, limit, scrubber) is not None
+    copied: Json = value if is_plain else _Copier(limit, scrubber).copy(value)
     return copied
 
 
-def scrub_fields(values: Json) -> Json:
+def scrub_fields(values: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
     """Scrub unknown fields: one that is huge is cut and leaves room for the others."""
     result: Json = {}
     left = MAX_EXTRA_CHARS
@@ -861,13 +1376,13 @@ def scrub_fields(values: Json) -> Json:
             break
         room = min(left, MAX_FIELD_CHARS)
         one = {name: value}
-        if (size := _plain_size(one)) is not None and size <= room:
+        if (size := _plain_size(one, room, scrubber)) is not None:
             result |= one
             left -= size
         else:
-            scrubber = _Scrubber(room)
-            result |= scrubber.copy(one)
-            left -= room - scrubber.budget
+            copier = _Copier(room, scrubber)
+            result |= copier.copy(one)
+            left -= room - copier.budget
     return result
 
 
@@ -953,6 +1468,9 @@ def refuse_depth(value: Any, at: str) -> None:
         raise BadRequest(f"{where} is nested over {MAX_JSON_DEPTH_LEVELS} deep", field=at or None)
 
 
+_FILLED = "a string that is not empty"
+
+
 class _Fields:
     """The fields of one JSON object, read by type; a refusal names the field's whole path."""
 
@@ -1018,7 +1536,7 @@ def cut_middle(lines: list[Any], most: int, what: str = "lines") -> list[Any]:
     return [*lines[:half], mark, *lines[len(lines) - half :]]
 
 
-def _bounded_lines(lines: list[str], *, plain: bool) -> tuple[str, ...]:
+def _bounded_lines(lines: list[str], scrubber: Scrubber, *, plain: bool) -> tuple[str, ...]:
     is_short = len(lines) <= MAX_BACKTRACE_LINES
     if plain and is_short and max(map(len, lines), default=0) <= MAX_LINE_CHARS:
         return tuple(lines)
@@ -1026,9 +1544,12 @@ def _bounded_lines(lines: list[str], *, plain: bool) -> tuple[str, ...]:
     limit = MAX_LINE_CHARS
     if sum(map(len, lines)) > MAX_BACKTRACE_CHARS:
         limit = min(limit, MAX_BACKTRACE_CHARS // len(lines))
-    if max(map(len, lines), default=0) <= limit and not may_hold_secret("\n".join(lines)):
-        return tuple(map(_displayable, lines))
-    return tuple(clean(line, limit) for line in lines)
+    lines = _without_private_keys(lines)
+    if max(map(len, lines), default=0) > limit or any("\n" in line for line in lines):
+        return tuple(scrubber.clean(line, limit) for line in lines)
+    return tuple(
+        map(_displayable, scrubber.scrub_text("\n".join(lines)).split("\n") if lines else ())
+    )
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -1066,7 +1587,7 @@ def _occurred_ms(fields: _Fields, received_ms: int) -> tuple[int, str | None]:
     except ValueError:
         raise fields.refuse("timestamp", expected) from None
     if claimed_ms > received_ms + MAX_FUTURE_MS:
-        return received_ms, clean(value, MAX_ID_CHARS)
+        return received_ms, fields.tidy(value, MAX_ID_CHARS)
     return claimed_ms, None
 
 
@@ -1077,18 +1598,18 @@ def _one_line(text: str) -> str:
     return text.rstrip("\r\n").replace("\n", " ") if "\n" in text else text
 
 
-def _clean_lines(lines: Iterable[str], limit: int) -> list[str]:
+def _clean_lines(lines: Iterable[str], limit: int, scrubber: Scrubber) -> list[str]:
     """Clean source lines as one text, because a private key spans several lines."""
     text = "\n".join(_one_line(line)[: 2 * limit] for line in lines)
-    if not may_hold_secret(text) and len(text) <= limit:  # saves a third of preparing a report
-        return [_displayable(line) for line in text.split("\n")]
-    return [clean(line, limit) for line in scrub_text(text).split("\n")]
+    return [_displayable(clip(line, limit)) for line in scrubber.scrub_text(text).split("\n")]
 
 
-def _parse_source_context(data: Json | None, at: str, *, plain: bool) -> SourceContext | None:
-    if data is None:
+def _parse_source_context(
+    report: _Fields, scrubber: Scrubber, *, plain: bool
+) -> SourceContext | None:
+    if (data := report.mapping("source_context")) is None:
         return None
-    fields = _Fields(data, f"{at}.source_context" if at else "source_context")
+    fields = _Fields(data, f"{report.at}.source_context" if report.at else "source_context")
     file = fields.text("file", "a string, the file's path", empty=True)
     lineno = data.get("lineno")
     if not isinstance(lineno, int) or isinstance(lineno, bool) or not 0 <= lineno < 2**31:
@@ -1099,9 +1620,9 @@ def _parse_source_context(data: Json | None, at: str, *, plain: bool) -> SourceC
     lines = [_one_line(text) for text in (*before, line, *after)]
     limit = min(MAX_LINE_CHARS, MAX_CONTEXT_CHARS // len(lines))
     if not plain or max(map(len, lines)) > limit:
-        lines = _clean_lines(lines, limit)
+        lines = _clean_lines(lines, limit, scrubber)
     return SourceContext(
-        file=_cut(file, MAX_LINE_CHARS) if plain else clean(file, MAX_LINE_CHARS),
+        file=(scrubber.cut if plain else scrubber.clean)(file, MAX_LINE_CHARS),
         lineno=lineno,
         context_line=lines[len(before)],
         pre_context=tuple(lines[: len(before)]),
@@ -1183,7 +1704,8 @@ class _ChainCleaner:
     the order of the chain.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scrubber: Scrubber) -> None:
+        self._scrubber = scrubber
         self._frames_left, self._sources_left = MAX_BACKTRACE_LINES, MAX_SOURCE_FRAMES
         self._chars_left = MAX_EXCEPTIONS_CHARS
 
@@ -1207,7 +1729,9 @@ class _ChainCleaner:
         return cut_middle(frames, room, "frames")
 
     def _text(self, text: str, limit: int) -> str:
-        text = clean(text, limit if self._chars_left > 0 else min(limit, MAX_ID_CHARS))
+        text = self._scrubber.clean(
+            text, limit if self._chars_left > 0 else min(limit, MAX_ID_CHARS)
+        )
         self._chars_left -= len(text)
         return text
 
@@ -1242,7 +1766,10 @@ class _ChainCleaner:
         if line is not None:
             before = (frame.get("pre_context") or [])[-MAX_CONTEXT_LINES:]
             after = (frame.get("post_context") or [])[:MAX_CONTEXT_LINES]
-            lines, at = _clean_lines([*before, line, *after], MAX_LINE_CHARS), len(before)
+            lines, at = (
+                _clean_lines([*before, line, *after], MAX_LINE_CHARS, self._scrubber),
+                len(before),
+            )
             first, end = max(0, at - MAX_SOURCE_LINES), at + 1 + MAX_SOURCE_LINES
             limit = max(MAX_ID_CHARS, self._chars_left // (end - first))
             lines = [clip(one, limit) for one in lines]
@@ -1251,7 +1778,7 @@ class _ChainCleaner:
             found["post_context"] = lines[at + 1 : end]
         if variables:
             kept = dict(itertools.islice(variables.items(), MAX_LOCALS))
-            kept = scrub(kept, max(MAX_ID_CHARS, self._chars_left))
+            kept = scrub(kept, max(MAX_ID_CHARS, self._chars_left), self._scrubber)
             if len(variables) > MAX_LOCALS:
                 kept["…"] = f"[{len(variables) - MAX_LOCALS:,} more cut]"
             self._chars_left -= len(json.dumps(kept))
@@ -1259,14 +1786,16 @@ class _ChainCleaner:
         return found
 
 
-def _parse_exceptions(report: _Fields, *, plain: bool, trust: bool) -> tuple[Json, ...]:
+def _parse_exceptions(
+    report: _Fields, scrubber: Scrubber, *, plain: bool, trust: bool
+) -> tuple[Json, ...]:
     if (exceptions := report.data.get("exceptions")) is None:
         return ()
     if not trust:
         _check_exceptions(exceptions, f"{report.at}.exceptions" if report.at else "exceptions")
     if plain and _fits(exceptions):
         return tuple(exceptions)
-    return _ChainCleaner().clean(exceptions)
+    return _ChainCleaner(scrubber).clean(exceptions)
 
 
 _FIELDS = {  # of a report
@@ -1293,8 +1822,22 @@ def _unknown_fields(data: Json, context: Json) -> Json:
     return extra | {"source_context": more_context} if more_context else extra
 
 
+def _free_fields(fields: _Fields, scrubber: Scrubber, *, plain: bool) -> tuple[Json | None, Json]:
+    context, params = fields.mapping("source_context"), fields.mapping("params")
+    extra = _unknown_fields(fields.data, context or {})
+    if plain:
+        return params, extra
+    return params and scrub(params, MAX_PARAMS_CHARS, scrubber), scrub_fields(extra, scrubber)
+
+
 def parse_occurrence(
-    data: Any, received_ms: int, at: str = "", *, plain: str | None = None, trust: bool = False
+    data: Any,
+    received_ms: int,
+    at: str = "",
+    *,
+    scrubber: Scrubber = _DEFAULT_SCRUBBER,
+    plain: str | None = None,
+    trust: bool = False,
 ) -> Occurrence:
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
@@ -1302,30 +1845,27 @@ def parse_occurrence(
     its text if is_plain() accepts it. `trust` skips the checks of depth and `exceptions` for a
     report that this module built. Unknown fields go to `extra`.
     """
-    is_known_plain, tidy = plain is not None, clean if plain is None else _cut
+    is_plain, tidy = plain is not None, scrubber.clean if plain is None else scrubber.cut
     fields = _Fields(data, at, tidy)
     if not trust and (plain is None or not is_shallow(plain)):
         refuse_depth(data, at)
-    exception_class = fields.text("exception_class", _CLASS_NAME)
-    message = fields.text("message", "a string", empty=True)
-    backtrace = fields.lines("backtrace", required=True)
-    fingerprint = fields.text("fingerprint", "a string that is not empty")
-    context, params = fields.mapping("source_context"), fields.mapping("params")
-    extra = _unknown_fields(data, context or {})
+    lines = fields.lines("backtrace", required=True)
+    fingerprint = fields.text("fingerprint", _FILLED)
+    params, extra = _free_fields(fields, scrubber, plain=is_plain)
     occurred_ms, disbelieved = _occurred_ms(fields, received_ms)
     return Occurrence(
-        exception_class=tidy(exception_class, MAX_CLASS_CHARS),
-        message=tidy(message, MAX_MESSAGE_CHARS),
-        backtrace=_bounded_lines(backtrace, plain=is_known_plain),
+        exception_class=tidy(fields.text("exception_class", _CLASS_NAME), MAX_CLASS_CHARS),
+        message=tidy(fields.text("message", "a string", empty=True), MAX_MESSAGE_CHARS),
+        backtrace=_bounded_lines(lines, scrubber, plain=is_plain),
         fingerprint=tidy(fingerprint, MAX_FINGERPRINT_CHARS),
         grouping_key=hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).digest(),
         occurred_ms=occurred_ms,
         request_id=fields.identifier("request_id"),
         user_id=fields.identifier("user_id"),
-        params=params if params is None or is_known_plain else scrub(params, MAX_PARAMS_CHARS),
-        source_context=_parse_source_context(context, at, plain=is_known_plain),
-        exceptions=_parse_exceptions(fields, plain=is_known_plain, trust=trust),
-        extra=extra if is_known_plain else scrub_fields(extra),
+        params=params,
+        source_context=_parse_source_context(fields, scrubber, plain=is_plain),
+        exceptions=_parse_exceptions(fields, scrubber, plain=is_plain, trust=trust),
+        extra=extra,
         disbelieved_timestamp=disbelieved,
         event_id=read_event_id(data.get("event_id")),
         sent=None if plain is None else f"{received_ms}:{plain}",
@@ -2801,7 +3341,7 @@ def _with_present_names(event: Json) -> Json:
     }
 
 
-def report_of_event(event: Json) -> Json:
+def report_of_event(event: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
     """Turn an event of a Sentry SDK into a report; what has another shape is left out.
 
     Source: develop.sentry.dev, "Event Payloads". The last exception is the one that was raised.
@@ -2819,6 +3359,8 @@ def report_of_event(event: Json) -> Json:
     event = _with_present_names(event)
     chain = _sentry_chain(event)
     name, message, template = _heading_of(event, chain[0][0])
+    user = _object(event.get("user"))
+    user = {part: value for part, value in user.items() if not scrubber.names_secret(part)}
     exceptions = _exceptions_of(chain, name, message, _text(event.get("platform")))
     frame = location_frame_of_json(exceptions) or Frame("")
     function = frame.function or ""
@@ -2831,7 +3373,7 @@ def report_of_event(event: Json) -> Json:
         "backtrace": [],
         "fingerprint": _fingerprint_of_event(event, default, name, message, frame),
         "request_id": _request_id_of(event) or None,
-        "user_id": _user_id_of(_object(event.get("user"))) or None,
+        "user_id": _user_id_of(user) or None,
         "timestamp": _time_of(event.get("timestamp")),
         "event_id": read_event_id(event.get("event_id")),
         "exceptions": exceptions or None,
@@ -2844,13 +3386,14 @@ _COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def occurrence_from_sentry(
-    event: Json, received_ms: int, is_plain: Callable[[str], bool] = is_plain
+    event: Json, received_ms: int, plain_texts: PlainTexts | None = None
 ) -> Occurrence:
     """Turn an event of a Sentry SDK, as read_event gives it, into an Occurrence."""
-    report = report_of_event(event)
+    known = plain_texts or PlainTexts()
+    report = report_of_event(event, known.scrubber)
     text = _COMPACT_JSON.encode(report)
-    plain = text if is_plain(text) else None
-    return parse_occurrence(report, received_ms, plain=plain, trust=True)
+    plain = text if known.includes(text) else None
+    return parse_occurrence(report, received_ms, plain=plain, trust=True, scrubber=known.scrubber)
 
 
 # --- 7. Schema ------------------------------------------------------------------------------------
@@ -4773,7 +5316,7 @@ def _is_secret_pair(name: Any, value: Any) -> bool:
     if not issubclass(type(text), str):
         return False
     text = str.__getitem__(text, slice(SCRUB_AHEAD_CHARS))  # of a subclass, the plain text
-    return _is_secret(text, value if id(type(value)) in _WRITERS else "…")
+    return _DEFAULT_SCRUBBER.is_secret(text, value if id(type(value)) in _WRITERS else "…")
 
 
 class ValueWriter:
@@ -6196,6 +6739,7 @@ class Client:
     ) -> None:
         root = absolute(project_root or project_root_of(sys._getframe(1)))
         self.destination = destination_of(where, api_key)
+        self._scrubber = Scrubber(load_config({}, os.environ, ("scrub_also",)).scrub_also)
         self._describer = Describer(root, release, environment, with_locals)
         self._before_send = before_send
         self._complain = Complaints()
@@ -6327,7 +6871,7 @@ class Client:
         request = report.get("request", {})
         if isinstance(form := request.get("form"), Form):
             request["form"] = attempt(form.fields) or None
-        occurrence = parse_occurrence(report, int(time.time() * 1000))
+        occurrence = parse_occurrence(report, int(time.time() * 1000), scrubber=self._scrubber)
         sent = occurrence if self._before_send is None else self._before_send(occurrence)
         if mark is not None and sent is not None:
             mark.is_delivered = True
@@ -8535,7 +9079,7 @@ def refusal_json(refusal: MiniAPMError) -> Json:
 
 
 def record_entries(
-    store: Store, project_id: int, entries: Sequence[Entry], first: int
+    store: Store, project_id: int, entries: Sequence[Entry], first: int, scrubber: Scrubber
 ) -> dict[int, MiniAPMError]:
     """Store the good entries in one transaction; return the refusals by index, in order.
 
@@ -8545,7 +9089,10 @@ def record_entries(
     good: dict[int, Occurrence] = {}
     for index, (entry, plain) in enumerate(entries, first):
         try:
-            good[index] = parse_occurrence(entry, store.now_ms(), f"errors[{index}]", plain=plain)
+            at = f"errors[{index}]"
+            good[index] = parse_occurrence(
+                entry, store.now_ms(), at, plain=plain, scrubber=scrubber
+            )
         except BadRequest as refusal:
             refusals[index] = refusal
     outcomes: Sequence[MiniAPMError | None]
@@ -8963,11 +9510,12 @@ def answer_json(
 class Ingest:
     """The handlers for programs: reports and health."""
 
-    def __init__(self, store: Store, max_body_bytes: int, rejections: Rejections) -> None:
+    def __init__(self, store: Store, config: Config, rejections: Rejections) -> None:
         self._store = store
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = config.max_body_bytes
         self._rejections = rejections
-        self._plain = PlainTexts()
+        self.scrubber = Scrubber(config.scrub_also)
+        self._plain = PlainTexts(self.scrubber)
         self._started_s = time.monotonic()
 
     def admit(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> int:
@@ -8987,7 +9535,9 @@ class Ingest:
         """Return what a request reports, and the id of the project that does."""
         project_id, text = self.admit(environ, keys), self._text(environ)
         plain = text if self._plain.includes(text) else None
-        return project_id, parse_occurrence(parse_json(text), self._store.now_ms(), plain=plain)
+        return project_id, parse_occurrence(
+            parse_json(text), self._store.now_ms(), plain=plain, scrubber=self.scrubber
+        )
 
     def read_batch(
         self, environ: Environ, keys: Iterable[tuple[int, bytes]]
@@ -9016,7 +9566,7 @@ class Ingest:
         refusals: dict[int, MiniAPMError] = {}
         count = 0
         for entries in self._slices(read_content(environ, self._max_body_bytes)):
-            refusals |= record_entries(self._store, project_id, entries, count)
+            refusals |= record_entries(self._store, project_id, entries, count, self.scrubber)
             count += len(entries)
         if not refusals:
             return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
@@ -9077,14 +9627,14 @@ class SentryIngest:
     def __init__(
         self,
         store: Store,
-        max_body_bytes: int,
+        config: Config,
         rejections: Rejections,
         public_url: str | None = None,
     ) -> None:
         self._store, self._public_url = store, public_url
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = config.max_body_bytes
         self._rejections = rejections
-        self._plain = PlainTexts()
+        self._plain = PlainTexts(Scrubber(config.scrub_also))
 
     def envelope(self, project_id: int) -> bottle.HTTPResponse:
         """Take the events of an envelope, and nothing else of it: 200 once they are on disk."""
@@ -9137,7 +9687,7 @@ class SentryIngest:
         is_first = all(kind != "event" for kind, _ in envelope.items[:index])
         if read_event_id(event.get("event_id")) is None:
             event["event_id"] = (is_first and spare_id) or secrets.token_hex(16)
-        return occurrence_from_sentry(event, self._store.now_ms(), self._plain.includes)
+        return occurrence_from_sentry(event, self._store.now_ms(), self._plain)
 
     def _take(
         self, project_id: int, parse: Callable[[bytes | bytearray], Envelope]
@@ -9206,13 +9756,15 @@ class Intake:
             return Delivery([self._ingest.read_error(environ, keys)], "202 Accepted", b"")
         if path == "/ingest/errors/batch":
             project_id, entries = self._ingest.read_batch(environ, keys)
-            now_ms = self._store.now_ms()
+            now_ms, scrubber = self._store.now_ms(), self._ingest.scrubber
             is_slow = is_large and any(plain is None for _, plain in entries)
             if is_slow or len(entries) > SLICE_ERRORS:
                 return None
             reports = [
-                (project_id, parse_occurrence(entry, now_ms, f"errors[{index}]", plain=plain))
-                for index, (entry, plain) in enumerate(entries)
+                (project_id, parse_occurrence(entry, now_ms, at, plain=plain, scrubber=scrubber))
+                for at, (entry, plain) in zip(
+                    map("errors[{}]".format, itertools.count()), entries, strict=False
+                )
             ]
             return Delivery(reports, "202 Accepted", b"")
         found = _SENTRY_PATH.fullmatch(path)
@@ -9444,8 +9996,8 @@ class App:
     """The tracker as a WSGI application (PEP 3333): ingest, dashboard, health.
 
     Works at the root of a server and, by SCRIPT_NAME, under a prefix of another application.
-    Reads host, password, allowed_hosts, public_url and max_body_bytes of the settings. `log` takes
-    a line about reports that were refused.
+    Reads host, password, allowed_hosts, public_url, max_body_bytes and scrub_also of the
+    settings. `log` takes a line about reports that were refused.
 
     >>> app = App(Store("errors.db"), Config())
     """
@@ -9457,8 +10009,8 @@ class App:
         if config.password is not None:
             gate = PasswordGate(config.password, store)
         self.rejections = Rejections(store.now_ms, log)
-        self._ingest = Ingest(store, config.max_body_bytes, self.rejections)
-        self._sentry = SentryIngest(store, config.max_body_bytes, self.rejections, self._public_url)
+        self._ingest = Ingest(store, config, self.rejections)
+        self._sentry = SentryIngest(store, config, self.rejections, self._public_url)
         self._dashboard = Dashboard(store, gate, self.rejections)
         self.intake = Intake(store, self._ingest, self._sentry)
         self._large_turn, self._search_turn = (threading.Semaphore(n) for n in (1, MAX_SEARCHES))
@@ -9788,7 +10340,7 @@ def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> M
     client = _Default.client
     if client is None or not isinstance(client.destination, StoreDestination):
         raise BadSetting(f"at={at!r} shows a database: call init() with the path of one first")
-    names = ("password", "allowed_hosts", "max_body_bytes", "max_held_bytes")
+    names = ("password", "allowed_hosts", "max_body_bytes", "max_held_bytes", "scrub_also")
     config = load_config({}, os.environ, names)
     named = [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts
     given_hosts = load_config({"allowed_hosts": ",".join(named) or None}, {}).allowed_hosts
