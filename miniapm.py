@@ -1004,7 +1004,11 @@ class Scrubber:
     """Replaces secrets in texts and in JSON; `also` adds names to the built-in ones.
 
     An added name is a word of a name: with `email` go user_email, emailAddress and EMAIL.
+    `left` is how many texts and names may still be looked at one by one, which takes some
+    microseconds each; what could be a secret after that is replaced as a whole.
     """
+
+    left: float = math.inf
 
     def __init__(self, also: Iterable[str] = ()) -> None:
         added = [re.sub("[. -]", "_", name.lower()) for name in also]
@@ -1024,6 +1028,12 @@ class Scrubber:
             re.compile(_pattern_of(group))
             for group in (few, *([one] for one in rest if one not in keys))
         )
+
+    def within(self, length: int) -> Scrubber:
+        """Return a scrubber for one report, whose JSON has this length."""
+        one = object.__new__(Scrubber)
+        one.__dict__.update(self.__dict__, left=length // MIN_CHARS_PER_SECRET + 16)
+        return one
 
     def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
         """Tell whether a text needs scrubbing; False means that it would stay as it is.
@@ -1066,12 +1076,16 @@ class Scrubber:
         # None, booleans and empty values tell a reader much and a thief nothing.
         if not value or value is True or not self.names_secret(name[:SCRUB_AHEAD_CHARS]):
             return False
+        self.left -= 1
         return not _is_harmless_value(name, value)
 
     def scrub_text(self, text: str) -> str:
         """Return the text with the secrets in it replaced; the number of lines stays the same."""
         if not self.may_hold_secret(text):
             return text
+        if self.left <= 0:
+            return FILTERED + "\n" * text.count("\n")
+        self.left -= 1
         if "PRIVATE KEY" in text:
             text = _PRIVATE_KEY.sub(lambda found: FILTERED + "\n" * found[0].count("\n"), text)
         if "://" in text:
@@ -1093,7 +1107,8 @@ class Scrubber:
         parts: list[str] = []
         kept = 0
         names_left = len(text) // 32 + 100
-        values_left = len(text) // MIN_CHARS_PER_SECRET + 16
+        values_left = min(self.left, len(text) // MIN_CHARS_PER_SECRET + 16)
+        self.left -= values_left
         for hit in self._hit.finditer(_lowered(text)):
             names_left -= 1
             if names_left < 0 or values_left < 0:
@@ -1112,6 +1127,7 @@ class Scrubber:
                 continue
             parts += [text[kept : span[0]], FILTERED, "\n" * text.count("\n", *span)]
             kept = span[1]
+        self.left += values_left
         return "".join(parts) + text[kept:] if parts else text
 
     @staticmethod
@@ -1320,7 +1336,7 @@ class _Copier:
         labels = [one for name in _LABELS if isinstance(one := value.get(name), str)]
         is_labelled = any(self._scrubber.names_secret(one[:SCRUB_AHEAD_CHARS]) for one in labels)
         for position, (key, item) in enumerate(value.items()):
-            if self.budget <= 0:
+            if self.budget <= 0 or self._scrubber.left <= 0:
                 result["…"] = f"[{len(value) - position:,} more cut]"
                 break
             name = self._scrubber.clean(key, MAX_KEY_CHARS)
@@ -1335,7 +1351,7 @@ class _Copier:
             return [self._scrubber.clean(value[0], MAX_KEY_CHARS), FILTERED]  # a header as a pair
         is_announced = False  # by the item before: --password or Authorization
         for position, item in enumerate(_without_private_keys(value)):
-            if self.budget <= 0:
+            if self.budget <= 0 or self._scrubber.left <= 0:
                 result.append(f"… [{len(value) - position:,} more cut]")
                 break
             is_text = isinstance(item, str) and item != ""
@@ -1400,20 +1416,6 @@ def _finite(digits: str) -> float:
 _JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 
 
-def read_text(raw: bytes | bytearray, at: str = "") -> str:
-    """Return the text of a JSON body; BadRequest or TooLarge when it can't be taken.
-
-    `at` is the path of what is read when it is not the whole body.
-    """
-    what, field = at or "the body", at or None
-    refuse_memory(raw, at)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        said = f"{what} must be UTF-8; byte {error.start} is not"
-        raise BadRequest(said, field=field) from None
-
-
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8
 _FOUR_BYTE_START = re.compile(rb"[\xf0-\xf4]")
 
@@ -1430,6 +1432,20 @@ def refuse_memory(raw: bytes | bytearray, at: str = "") -> None:
     if 2 * size + 30 * raw.count(b'"') + objects > MAX_JSON_BYTES:
         said = f"{at or 'the body'} would take too much memory: send fewer values, or shorter ones"
         raise TooLarge(said, field=at or None)
+
+
+def read_text(raw: bytes | bytearray, at: str = "") -> str:
+    """Return the text of a JSON body; BadRequest or TooLarge when it can't be taken.
+
+    `at` is the path of what is read when it is not the whole body.
+    """
+    what, field = at or "the body", at or None
+    refuse_memory(raw, at)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        said = f"{what} must be UTF-8; byte {error.start} is not"
+        raise BadRequest(said, field=field) from None
 
 
 def parse_json(text: str, at: str = "") -> Any:
@@ -1837,14 +1853,18 @@ def parse_occurrence(
     *,
     scrubber: Scrubber = _DEFAULT_SCRUBBER,
     plain: str | None = None,
+    length: int | None = None,
     trust: bool = False,
 ) -> Occurrence:
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
     `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]), `plain`
-    its text if is_plain() accepts it. `trust` skips the checks of depth and `exceptions` for a
-    report that this module built. Unknown fields go to `extra`.
+    its text if is_plain() accepts it, `length` that of its text where a stranger wrote it. `trust`
+    skips the checks of depth and `exceptions` for a report that this module built. Unknown fields
+    go to `extra`.
     """
+    if plain is None and length is not None:
+        scrubber = scrubber.within(length)
     is_plain, tidy = plain is not None, scrubber.clean if plain is None else scrubber.cut
     fields = _Fields(data, at, tidy)
     if not trust and (plain is None or not is_shallow(plain)):
@@ -3393,7 +3413,14 @@ def occurrence_from_sentry(
     report = report_of_event(event, known.scrubber)
     text = _COMPACT_JSON.encode(report)
     plain = text if known.includes(text) else None
-    return parse_occurrence(report, received_ms, plain=plain, trust=True, scrubber=known.scrubber)
+    return parse_occurrence(
+        report,
+        received_ms,
+        plain=plain,
+        length=len(text),
+        trust=True,
+        scrubber=known.scrubber,
+    )
 
 
 # --- 7. Schema ------------------------------------------------------------------------------------
@@ -8995,8 +9022,8 @@ def require_json(environ: Environ) -> None:
 _BATCH_START = re.compile(r'[ \t\n\r]*\{[ \t\n\r]*"errors"[ \t\n\r]*:[ \t\n\r]*\[[ \t\n\r]*')
 _BATCH_NEXT = re.compile(r"[ \t\n\r]*(?:(,)|\][ \t\n\r]*\}[ \t\n\r]*\Z)[ \t\n\r]*")
 
-# A batch's entry, not looked at yet, and its own text where that is known.
-Entry = tuple[Any, str | None]
+# A batch's entry, not looked at yet, its text if that is plain, and the text's length.
+Entry = tuple[Any, str | None, int]
 
 
 def _refuse_length(entries: Sequence[Any]) -> None:
@@ -9040,9 +9067,9 @@ def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
             position = 0
 
 
-def batch_entries(text: str) -> list[Entry]:
-    """Return the entries of a batch; BadRequest if it is none."""
-    entries: list[Entry] = []
+def batch_entries(text: str) -> list[tuple[Any, str | None]]:
+    """Return the entries of a batch and their texts where known; BadRequest if it is none."""
+    entries: list[tuple[Any, str | None]] = []
     try:
         for entry in _split_batch(iter([text])):
             entries.append(entry)
@@ -9087,11 +9114,11 @@ def record_entries(
     """
     refusals: dict[int, MiniAPMError] = {}
     good: dict[int, Occurrence] = {}
-    for index, (entry, plain) in enumerate(entries, first):
+    for index, (entry, plain, length) in enumerate(entries, first):
         try:
             at = f"errors[{index}]"
             good[index] = parse_occurrence(
-                entry, store.now_ms(), at, plain=plain, scrubber=scrubber
+                entry, store.now_ms(), at, plain=plain, length=length, scrubber=scrubber
             )
         except BadRequest as refusal:
             refusals[index] = refusal
@@ -9535,8 +9562,9 @@ class Ingest:
         """Return what a request reports, and the id of the project that does."""
         project_id, text = self.admit(environ, keys), self._text(environ)
         plain = text if self._plain.includes(text) else None
+        data, now_ms = parse_json(text), self._store.now_ms()
         return project_id, parse_occurrence(
-            parse_json(text), self._store.now_ms(), plain=plain, scrubber=self.scrubber
+            data, now_ms, plain=plain, length=len(text), scrubber=self.scrubber
         )
 
     def read_batch(
@@ -9549,7 +9577,11 @@ class Ingest:
         entries = batch_entries(text)
         is_harmless = len(text) <= MAX_FAST_BYTES and self._plain.are_harmless(text)
         is_plain = is_small if is_harmless else self._plain.includes
-        return [(entry, one if one and is_plain(one) else None) for entry, one in entries]
+        average = len(text) // max(1, len(entries))
+        return [
+            (entry, one if one and is_plain(one) else None, len(one) if one else average)
+            for entry, one in entries
+        ]
 
     def error(self) -> bottle.HTTPResponse:
         """Take one report: 202 once it is on disk."""
@@ -9590,7 +9622,8 @@ class Ingest:
         part: list[Entry] = []
         size = 0
         for text in map(bytes.decode, texts):
-            part.append((parse_json(text), text if self._plain.includes(text) else None))
+            plain = text if self._plain.includes(text) else None
+            part.append((parse_json(text), plain, len(text)))
             size += len(text)
             if len(part) == SLICE_ERRORS or size > MAX_FAST_BYTES:
                 yield part
@@ -9757,15 +9790,20 @@ class Intake:
         if path == "/ingest/errors/batch":
             project_id, entries = self._ingest.read_batch(environ, keys)
             now_ms, scrubber = self._store.now_ms(), self._ingest.scrubber
-            is_slow = is_large and any(plain is None for _, plain in entries)
+            is_slow = is_large and any(plain is None for _, plain, _ in entries)
             if is_slow or len(entries) > SLICE_ERRORS:
                 return None
-            reports = [
-                (project_id, parse_occurrence(entry, now_ms, at, plain=plain, scrubber=scrubber))
-                for at, (entry, plain) in zip(
-                    map("errors[{}]".format, itertools.count()), entries, strict=False
+            reports = []
+            for index, (entry, plain, length) in enumerate(entries):
+                one = parse_occurrence(
+                    entry,
+                    now_ms,
+                    f"errors[{index}]",
+                    plain=plain,
+                    length=length,
+                    scrubber=scrubber,
                 )
-            ]
+                reports.append((project_id, one))
             return Delivery(reports, "202 Accepted", b"")
         found = _SENTRY_PATH.fullmatch(path)
         return self._read_sentry(environ, keys, int(found[1]), found[2]) if found else None
