@@ -1000,6 +1000,16 @@ def _pattern_of(words: Iterable[str]) -> str:
     return tails[0] if len(tails) == 1 else f"(?:{'|'.join(tails)})"
 
 
+def _may_give_value(text: str, begin: int, end: int) -> bool:
+    """Tell whether a name with a space or > after it is a flag, a tag or SQL's PASSWORD."""
+    return (
+        text[begin] == "-"
+        or text[begin - 1 : begin] in ("<", ":")
+        or text[end - 1 : end] == ">"
+        or text[end : end + 1] == "'"
+    )
+
+
 class Scrubber:
     """Replaces secrets in texts and in JSON; `also` adds names to the built-in ones.
 
@@ -1119,7 +1129,7 @@ class Scrubber:
                 continue
             back = text[max(0, hit.start() - MAX_NAME_CHARS) : hit.start()][::-1]
             begin = hit.start() - _NAME_BACKWARDS.match(back).end()  # type: ignore[union-attr]
-            if form["other"] and not self._may_give_value(text, begin, form.end()):
+            if form["other"] and not _may_give_value(text, begin, form.end()):
                 continue
             values_left -= 1
             name = text[begin : hit.end()]
@@ -1129,16 +1139,6 @@ class Scrubber:
             kept = span[1]
         self.left += values_left
         return "".join(parts) + text[kept:] if parts else text
-
-    @staticmethod
-    def _may_give_value(text: str, begin: int, end: int) -> bool:
-        """Tell whether a name with a space or > after it is a flag, a tag or SQL's PASSWORD."""
-        return (
-            text[begin] == "-"
-            or text[begin - 1 : begin] in ("<", ":")
-            or text[end - 1 : end] == ">"
-            or text[end : end + 1] == "'"
-        )
 
     def _secret_after(self, text: str, name: str, begin: int, form: re.Match[str]) -> Span | None:
         """Return where the secret stands that follows a name, None without one."""
@@ -10652,15 +10652,20 @@ class _Answered:
         self._channel.write_soon(self._data)
 
 
-def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
-    """Return waitress's channel with three differences.
+def _task_classes() -> tuple[Any, Any]:
+    """Return waitress's tasks, for requests and for errors, with one difference each.
 
-    It keeps of bodies what the rule says, and tells the App when it refused one. What waitress
-    refuses by itself it says in JSON, to pages of any origin. And a request whose `answer` is
-    set is answered with that.
+    The App is told why a body was not kept. What waitress refuses by itself it says in JSON, to
+    pages of any origin.
     """
-    import waitress.channel  # type: ignore[import-untyped]
     import waitress.task  # type: ignore[import-untyped]
+
+    class Task(waitress.task.WSGITask):  # type: ignore[misc]
+        def get_environment(self) -> Environ:
+            environ: Environ = super().get_environment()
+            if is_body_refused(self.request):
+                environ[REFUSAL_KEY] = self.request.body_rcv.getbuf().refusal
+            return environ
 
     class ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         def execute(self) -> None:
@@ -10672,19 +10677,14 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
             self.set_close_on_finish()
             self.write(body)
 
-    class Task(waitress.task.WSGITask):  # type: ignore[misc]
-        def get_environment(self) -> Environ:
-            environ: Environ = super().get_environment()
-            receiver = self.request.body_rcv
-            if receiver is not None and receiver.getbuf().refusal is not None:
-                environ[REFUSAL_KEY] = receiver.getbuf().refusal
-            return environ
+    return Task, ErrorTask
+
+
+def _waiting_channel_class() -> Any:
+    """Return waitress's channel; it knows how long it has waited for a request."""
+    import waitress.channel  # type: ignore[import-untyped]
 
     class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-        parser_class = _parser_class(rule_of, budget)
-        error_task_class = ErrorTask
-        answer: bytes | None = None  # to the first request, when FastIngest has one
-
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             self.completed_s = time.monotonic()  # when the last request was there in full
@@ -10694,6 +10694,32 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
             """True while a request has not arrived in full, the first one even before it begins."""
             return self.request is not None or self.last_activity == self.creation_time
 
+        def received(self, data: bytes) -> bool:
+            is_taken: bool = super().received(data)
+            if self.requests:
+                self.completed_s = time.monotonic()
+            return is_taken
+
+        def handle_close(self) -> None:
+            if self.request is not None:  # which had not arrived in full
+                self.request.close()
+            super().handle_close()
+
+    return Channel
+
+
+def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
+    """Return waitress's channel with two differences.
+
+    It keeps of bodies what the rule says. And a request whose `answer` is set gets that.
+    """
+    task_class, error_class = _task_classes()
+
+    class Channel(_waiting_channel_class()):  # type: ignore[misc]
+        parser_class = _parser_class(rule_of, budget)
+        error_task_class = error_class
+        answer: bytes | None = None  # to the first request, when FastIngest has one
+
         def recv(self, buffer_size: int) -> bytes:
             # Much at once only where it is kept: the system's allocator leaves holes behind.
             receiver = self.request.body_rcv if self.request is not None else None
@@ -10701,22 +10727,11 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
             data: bytes = super().recv(buffer_size if is_kept else 2 * MAX_HEADER_BYTES)
             return data
 
-        def received(self, data: bytes) -> bool:
-            is_taken: bool = super().received(data)
-            if self.requests:
-                self.completed_s = time.monotonic()
-            return is_taken
-
         def task_class(self, channel: Any, request: Any) -> Any:
             data, self.answer = self.answer, None
             if data is None:
-                return Task(channel, request)
+                return task_class(channel, request)
             return _Answered(channel, request, data)
-
-        def handle_close(self) -> None:
-            if self.request is not None:  # which had not arrived in full
-                self.request.close()
-            super().handle_close()
 
     return Channel
 

@@ -10352,7 +10352,9 @@ def test_headers_that_come_again_are_read_as_the_first_time(
 ) -> None:
     import waitress.adjustments
 
-    parser_class, strict_class = miniapm._parser_class(100), miniapm._strict_parser_class()
+    rule, budget = miniapm.BodyRule(100), miniapm.BodyBudget(2**20)
+    parser_class = miniapm._parser_class(lambda environ: rule, budget)
+    strict_class = miniapm._strict_parser_class()
     adj = waitress.adjustments.Adjustments()
     for headers, cut in sent:
         lines = ["POST /ingest/errors?x=1 HTTP/1.1", "Host: localhost", *headers, "", "{}xxxxx"]
@@ -10366,6 +10368,7 @@ def test_headers_that_come_again_are_read_as_the_first_time(
             found = one.__dict__.pop("body_rcv", None)
             bodies.append(found is None or (type(found), found.getbuf().get(), found.completed))
             error = one.__dict__.get("error")
+            assert one.__dict__.pop("rule", rule) == rule
             one.__dict__["error"] = error and (type(error), error.body)
         assert parsers[0].__dict__ == parsers[1].__dict__ == parsers[2].__dict__
         assert bodies[0] == bodies[1] == bodies[2]
@@ -10376,7 +10379,8 @@ def test_headers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch
     import waitress.adjustments
 
     monkeypatch.setattr(miniapm, "MAX_KNOWN_HEADERS", 10)
-    parser_class = miniapm._parser_class(2**20)
+    rule = miniapm.BodyRule(2**20)
+    parser_class = miniapm._parser_class(lambda environ: rule, miniapm.BodyBudget(2**21))
     adj = waitress.adjustments.Adjustments()
     body = b"x" * 2**20
     tracemalloc.start()
@@ -10902,8 +10906,8 @@ def test_log_counts_refused_reports_once_a_minute_by_reason(
     assert server.stop() == 0
     texts = sorted(line.partition(" ")[2] for line in server.log.splitlines() if "refused" in line)
     assert [text[:16] for text in texts] == [
-        *("refused 1: 400 m", "refused 1: 401 t"),
-        *("refused 4: 400 m", "refused 4: 401 t"),  # at the stop, the rest
+        *("refused 1: 400 m", "refused 1: 401 w"),
+        *("refused 4: 400 m", "refused 4: 401 w"),  # at the stop, the rest
     ]
     lines: list[str] = []
     seconds = iter(range(0, 1_000, 25))
