@@ -1039,8 +1039,10 @@ class Scrubber:
             for group in (few, *([one] for one in rest if one not in keys))
         )
 
-    def within(self, length: int) -> Scrubber:
-        """Return a scrubber for one report, whose JSON has this length."""
+    def within(self, length: int | None) -> Scrubber:
+        """Return a scrubber for one report, whose JSON has this length where it is known."""
+        if length is None:
+            return self
         one = object.__new__(Scrubber)
         one.__dict__.update(self.__dict__, left=length // MIN_CHARS_PER_SECRET + 16)
         return one
@@ -1591,10 +1593,10 @@ def parse_timestamp(text: str) -> int:
     return (parsed - _EPOCH) // timedelta(milliseconds=1)
 
 
-def _occurred_ms(fields: _Fields, received_ms: int) -> tuple[int, str | None]:
+def _occurred(fields: _Fields, received_ms: int) -> dict[str, Any]:
     value = fields.data.get("timestamp")
     if value is None:
-        return received_ms, None
+        return {"occurred_ms": received_ms}
     expected = "an ISO 8601 time such as 2024-01-01T12:00:00Z"
     if not isinstance(value, str):
         raise fields.refuse("timestamp", expected)
@@ -1603,8 +1605,11 @@ def _occurred_ms(fields: _Fields, received_ms: int) -> tuple[int, str | None]:
     except ValueError:
         raise fields.refuse("timestamp", expected) from None
     if claimed_ms > received_ms + MAX_FUTURE_MS:
-        return received_ms, fields.tidy(value, MAX_ID_CHARS)
-    return claimed_ms, None
+        return {
+            "occurred_ms": received_ms,
+            "disbelieved_timestamp": fields.tidy(value, MAX_ID_CHARS),
+        }
+    return {"occurred_ms": claimed_ms}
 
 
 _CONTEXT_FIELDS = {one.name for one in dataclasses.fields(SourceContext)}
@@ -1859,12 +1864,10 @@ def parse_occurrence(
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
     `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]), `plain`
-    its text if is_plain() accepts it, `length` that of its text where a stranger wrote it. `trust`
-    skips the checks of depth and `exceptions` for a report that this module built. Unknown fields
-    go to `extra`.
+    its text if is_plain() accepts it, `length` that of the text where a stranger wrote it. `trust`
+    skips the checks of depth and `exceptions`. Unknown fields go to `extra`.
     """
-    if plain is None and length is not None:
-        scrubber = scrubber.within(length)
+    scrubber = scrubber.within(length)
     is_plain, tidy = plain is not None, scrubber.clean if plain is None else scrubber.cut
     fields = _Fields(data, at, tidy)
     if not trust and (plain is None or not is_shallow(plain)):
@@ -1872,21 +1875,19 @@ def parse_occurrence(
     lines = fields.lines("backtrace", required=True)
     fingerprint = fields.text("fingerprint", _FILLED)
     params, extra = _free_fields(fields, scrubber, plain=is_plain)
-    occurred_ms, disbelieved = _occurred_ms(fields, received_ms)
     return Occurrence(
         exception_class=tidy(fields.text("exception_class", _CLASS_NAME), MAX_CLASS_CHARS),
         message=tidy(fields.text("message", "a string", empty=True), MAX_MESSAGE_CHARS),
         backtrace=_bounded_lines(lines, scrubber, plain=is_plain),
         fingerprint=tidy(fingerprint, MAX_FINGERPRINT_CHARS),
         grouping_key=hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).digest(),
-        occurred_ms=occurred_ms,
+        **_occurred(fields, received_ms),
         request_id=fields.identifier("request_id"),
         user_id=fields.identifier("user_id"),
         params=params,
         source_context=_parse_source_context(fields, scrubber, plain=is_plain),
         exceptions=_parse_exceptions(fields, scrubber, plain=is_plain, trust=trust),
         extra=extra,
-        disbelieved_timestamp=disbelieved,
         event_id=read_event_id(data.get("event_id")),
         sent=None if plain is None else f"{received_ms}:{plain}",
     )
@@ -10952,6 +10953,32 @@ class Shutdown:
         self.wake()
 
 
+def _create_server(
+    app: App, listener: socket.socket, config: Config, sockets: dict[int, Any]
+) -> Any:
+    """Return a waitress server of an App, whose loop looks after `sockets`."""
+    import waitress
+
+    server = waitress.create_server(
+        logging_requests(app) if config.verbose else app,
+        map=sockets,
+        sockets=[listener],
+        ident=None,
+        threads=8,
+        backlog=BACKLOG_CONNECTIONS,
+        recv_bytes=64 * _KIBIBYTE,
+        connection_limit=sys.maxsize,  # Server has its own
+        outbuf_overflow=sys.maxsize,  # no temporary files, they can't be written everywhere
+        channel_timeout=MAX_IDLE_S,
+        cleanup_interval=5,
+        max_request_header_size=MAX_HEADER_BYTES,
+        max_request_body_size=MAX_SWALLOWED_BYTES,
+        clear_untrusted_proxy_headers=False,  # check_peer() goes by them
+    )
+    server.channel_class = _channel_class(app.body_rule, BodyBudget(config.max_held_bytes))
+    return server
+
+
 class Server:
     """Serves an App with waitress until a shutdown is asked for, then answers what has arrived.
 
@@ -10977,24 +11004,7 @@ class Server:
         self._loop = functools.partial(
             waitress.wasyncore.loop, use_poll=True, map=self._map, count=1
         )
-        self._server = waitress.create_server(
-            logging_requests(app) if config.verbose else app,
-            map=self._map,
-            sockets=[listener],
-            ident=None,
-            threads=8,
-            backlog=BACKLOG_CONNECTIONS,
-            recv_bytes=64 * _KIBIBYTE,
-            connection_limit=sys.maxsize,  # see _accept
-            outbuf_overflow=sys.maxsize,  # no temporary files, they can't be written everywhere
-            channel_timeout=MAX_IDLE_S,
-            cleanup_interval=5,
-            max_request_header_size=MAX_HEADER_BYTES,
-            max_request_body_size=MAX_SWALLOWED_BYTES,
-            clear_untrusted_proxy_headers=False,  # check_peer() goes by them
-        )
-        budget = BodyBudget(config.max_held_bytes)
-        self._server.channel_class = _channel_class(app.body_rule, budget)
+        self._server = _create_server(app, listener, config, self._map)
         self._lanes = Lanes(self._server)
         self._server.add_task = self._lanes.add_task
         self._accept_one = self._server.handle_accept
