@@ -11094,6 +11094,19 @@ class Server:
         self._lanes.shutdown(end_s - time.monotonic())
 
 
+def allow_many_files() -> None:
+    """Raise the limit of open files where it is too low for MAX_CONNECTIONS, as on macOS."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < 2 * MAX_CONNECTIONS:
+            most = 2 * MAX_CONNECTIONS
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (most if hard < 0 else min(most, hard), hard)
+            )
+
+
 def welcome(url: str, path: str, project: Project, config: Config) -> str:
     """Return what a start prints; `url` is where it listens."""
     listening, url = url, config.public_url or url
@@ -11125,6 +11138,7 @@ def serve(config: Config) -> int:
     if importlib.util.find_spec("waitress") is None:
         raise MiniAPMError("the package waitress is missing; pip install bottle waitress")
     shutdown = Shutdown()
+    allow_many_files()
     with contextlib.ExitStack() as cleanup:
         listener = cleanup.enter_context(listen(config))
         url = url_of(listener)
