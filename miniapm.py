@@ -8503,6 +8503,7 @@ details > .frame { border-top: 1px solid var(--line); }
     padding: 10px 12px; border-top: 1px solid var(--line); align-items: center; }
   .errors tr:first-child { border-top: 0; }
   .errors td { padding: 0; border: 0; font-size: 13px; }
+  .errors td.number:not(.seen) { white-space: normal; }
   .errors td.pick { padding: 0 !important; grid-row: 1 / span 2; align-self: start; }
   .errors td.what { grid-column: 2 / -1; font-size: 15px; min-width: 0; }
   .errors td.trend { grid-column: 2; } .trend svg { width: 64px; }
