@@ -121,7 +121,7 @@ _KIBIBYTE = 1024
 _MEBIBYTE = 1024 * _KIBIBYTE
 
 MAX_BODY_BYTES = 10 * _MEBIBYTE  # the default of the setting max_body_bytes
-PART_BYTES = 64 * _KIBIBYTE  # of a body that is held
+PART_BYTES = 64 * _KIBIBYTE  # size of the pieces in which a body is held
 MAX_HELD_BYTES = 128 * _MEBIBYTE  # the default of the setting max_held_bytes
 MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it is cut off
 MAX_HEADER_BYTES = 16 * _KIBIBYTE
@@ -132,9 +132,9 @@ MAX_FORM_BYTES = 256 * _KIBIBYTE
 MAX_LOGIN_BYTES = 8 * _KIBIBYTE
 MAX_JSON_DEPTH_LEVELS = 64
 MAX_INDENTED_LEVELS = 20  # JSON that is nested deeper is shown on one line
-MAX_JSON_BYTES = 48 * _MEBIBYTE  # of memory that one JSON text may take once it is parsed
-WINDOW_BYTES = _MEBIBYTE  # of a large batch, looked at together
-SLICE_ERRORS = 500  # of a large batch, stored in one transaction: other writes come in between
+MAX_JSON_BYTES = 48 * _MEBIBYTE  # memory that one JSON text may take once it is parsed
+WINDOW_BYTES = _MEBIBYTE  # a large batch is decoded in pieces of this size
+SLICE_ERRORS = 500  # of a large batch in one transaction; other writes can run in between
 MAX_BATCH_ERRORS = 10_000
 MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_bytes
 MAX_ENVELOPE_ITEMS = 100
@@ -177,10 +177,10 @@ MAX_REMEMBERED = {
     "tag": MAX_TAG_VALUES,
 }
 MAX_TAGS = 50  # of one report, that are remembered
-MAX_USERS = 10_000  # that an error remembers, the newest
-MAX_TREND_HOURS = 31 * 24  # an error's reports are counted by the hour; older ones by the day
-MAX_DAILY_HOURS = 10 * 366 * 24  # and those older than this by pieces of 366 days
-MAX_NAME_CHARS = 32  # of an added name of secrets, and before the word that makes a name secret
+MAX_USERS = 10_000  # an error remembers this many users, the newest
+MAX_TREND_HOURS = 31 * 24  # reports up to this old are counted by the hour, older ones by the day
+MAX_DAILY_HOURS = 10 * 366 * 24  # reports older than this are counted in blocks of 366 days
+MAX_NAME_CHARS = 32  # longest added name; how far before a secret word its name may begin
 SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
@@ -194,19 +194,19 @@ MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread 
 LOCK_STEP_S = 0.2  # how often the writer looks whether another process's lock is gone
 MAX_DRAIN_S = 10.0
 MAX_CONNECTIONS = 500
-MAX_ACCEPTED = 64  # connections in one round of the server's loop
+MAX_ACCEPTED = 64  # new connections in one round of the server's loop
 BACKLOG_CONNECTIONS = 1_024
 MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
 MAX_REJECTION_REASONS = 30
 REJECTION_LOG_INTERVAL_S = 60.0
-MAX_WAITING_LARGE = 20  # reports, of which each may take a second
+MAX_WAITING_LARGE = 20  # large reports; each may take a second
 MAX_SEARCH_CHARS = 200
-MAX_SEARCHES = 2  # that run at once
+MAX_SEARCHES = 2  # running at once
 MAX_SEARCH_S = 2.0
 MAX_SESSION_S = 30 * 24 * 3600
 MAX_LOGIN_DELAY_S = 60.0
 MAX_LOGIN_ADDRESSES = 1_000
-MAX_LOGIN_BURST = 10  # wrong passwords from all addresses together, then one each LOGIN_PAUSE_S
+MAX_LOGIN_BURST = 10  # wrong passwords from all addresses together; then one per LOGIN_PAUSE_S
 LOGIN_PAUSE_S = 6.0
 
 PAGE_ERRORS = 50  # rows on one page of the list
@@ -352,7 +352,7 @@ def _read_switch(text: str) -> bool:
 
 
 def normal_host(text: str) -> str:
-    """Return a host in the one form that is compared: without port, brackets and last dot.
+    """Return a host in the form used to compare hosts: no port, brackets or trailing dot.
 
     Names are lower-case and in xn-- form, addresses as `ipaddress` writes them. Raises ValueError
     for anything else.
@@ -369,7 +369,7 @@ def normal_host(text: str) -> str:
     for index, label in enumerate(labels):
         if not (label.isprintable() and re.fullmatch(r"(?:[a-z0-9_-]|[^\x00-\x7f])+", label)):
             raise ValueError(text)
-        if not label.isascii():  # the codec idna is of 2003 and knows another form of some names
+        if not label.isascii():  # the idna codec dates from 2003 and encodes some names differently
             labels[index] = "xn--" + label.encode("punycode").decode()
     return ".".join(labels)
 
@@ -458,27 +458,27 @@ class Config:
         (),
         (
             _read_hosts,
-            "host names or addresses with commas between: no http://, no path, no wildcard",
+            "host names or addresses separated by commas: no http://, path or wildcard",
         ),
-        "names beyond localhost under which the dashboard may be opened",
+        "names besides localhost at which the dashboard may be opened",
     )
     public_url: str | None = _setting(
         None,
         (
             _read_public_url,
-            "an address such as https://my.name/apm: no user, no query, not /ingest or /assets",
+            "a URL such as https://my.name/apm: no user or query, path not /ingest or /assets",
         ),
         "address under which a reverse proxy serves the tracker",
     )
     max_body_bytes: int = _setting(
         MAX_BODY_BYTES,
         _whole_number(1_000, 512 * _MEBIBYTE),
-        "largest request body that is taken; compressed ones may be twice that once decoded",
+        "largest request body accepted; compressed ones may be twice that once decoded",
     )
     max_held_bytes: int = _setting(
         MAX_HELD_BYTES,
         _whole_number(1_000_000, 64 * 1024 * _MEBIBYTE),
-        "bytes of all request bodies that are held in memory at once",
+        "total size of the request bodies held in memory at once",
     )
     retention_days: int = _setting(
         30, _whole_number(1, 36_500), "days after which an occurrence is removed"
@@ -490,7 +490,7 @@ class Config:
     scrub_also: tuple[str, ...] = _setting(
         (),
         (_read_names, f"names of 2 to {MAX_NAME_CHARS} letters and digits, separated by commas"),
-        "names, beyond the built-in ones, whose values are never stored",
+        "names whose values are never stored, in addition to the built-in ones",
     )
     verbose: bool = _setting(False, (_read_switch, "1 or 0"), "log every request, on stderr")
 
@@ -506,7 +506,7 @@ def flag_of(name: str) -> str:
 
 
 def way_in(config: Config) -> str:
-    """Return the flag that lets other machines in, with its value; empty if none does."""
+    """Return the flag and value that let other machines in; empty if none do."""
     if not config.is_local:
         return f"{flag_of('host')} {config.host}"
     host = urllib.parse.urlsplit(config.public_url or "//localhost").netloc
@@ -625,9 +625,9 @@ def _display_table() -> dict[int, str]:
 _DISPLAY = _display_table()
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# The two tables of the scrubber, names and forms; the README explains both.
-# "_" stands for nothing, a space or one of _ . - in a name.
-SECRET_NAMES = (  # secret wherever they stand in a name: user_password, csrf-token, DB_PASSWORD
+# The scrubber's tables of names and forms; the README explains both.
+# In a name, "_" stands for nothing, a space or one of _ . -
+SECRET_NAMES = (  # secret anywhere in a name: user_password, csrf-token, DB_PASSWORD
     *("passw", "pass_phrase", "pass_code", "pwd", "secret", "token", "cookie", "session", "csrf"),
     *("xsrf", "credential", "authorization", "sess_id", "card_number", "credit_card", "card_no"),
 )
@@ -640,7 +640,7 @@ SECRET_ENDINGS = (  # secret as the last word of a name: db_pass, userPw, x-auth
     *("pass", "pw", "auth", "sid", "jwt", "otp", "totp", "cvv", "cvc", "csc", "ssn", "psk", "pin"),
     *("sig", "signature", "creds"),
 )
-# Tokens that are known by their own form, each with a run of MIN_TOKEN_CHARS of [\w-].
+# Tokens recognised by their form; each has MIN_TOKEN_CHARS of [\w-] in a row.
 MIN_TOKEN_CHARS = 19
 SECRET_FORMS = (
     r"eyJ[\w-]{16,}+\.[\w-]{4,}+(?:\.[\w-]*+){0,3}",  # a JWT
@@ -661,7 +661,7 @@ SECRET_FORMS = (
     *(r"gsk_[A-Za-z0-9]{20,}+", r"rubygems_[0-9a-f]{20,}+", r"dapi[0-9a-f]{32}(?![\w-])"),
     *(r"ATATT3[\w=-]{20,}+", r"PMAK-[\w-]{20,}+", r"AGE-SECRET-KEY-[A-Z0-9]{20,}+"),
 )
-# Names that hold such a word and no secret: max_tokens, tokenType, PublicKeyToken, session.rb.
+# Names that contain such a word but no secret: max_tokens, tokenType, PublicKeyToken, session.rb.
 _HARMLESS_NAME = re.compile(
     r"public_?key_?token|(?:secret|token|cookie|session)(?:ar[iy]|i[sz]|maker|cutter)"
     r"|(?:method|function|type|call)_signature|tokens_?(?:used|left|per)"
@@ -676,7 +676,7 @@ _HARMLESS_ENDINGS = frozenset(
         *("strength", "store", "driver", "engine", "domain", "lifetime", "at", "in", "on"),
         *("manager", "service", "provider", "handler", "filter", "factory", "controller"),
         *("helper", "middleware"),
-        # of files: session.rb:12
+        # file name extensions: session.rb:12
         *("py", "pyx", "rb", "js", "mjs", "cjs", "ts", "jsx", "tsx", "vue", "go", "rs", "java"),
         *("kt", "scala", "php", "cs", "c", "h", "cc", "cpp", "m", "swift", "ex", "exs", "erl"),
         *("dart", "pl", "pm", "lua", "html", "erb", "css", "json", "yaml", "yml", "toml", "xml"),
@@ -685,13 +685,12 @@ _HARMLESS_ENDINGS = frozenset(
 )
 _ENDING_SUFFIX = r"(?:[_.\- ]?(?:code|value|hash|key|number|string|digest))?"
 _PASS_PREFIX = "(?:db|user|pg|root|admin|smtp|ftp|mail|my|mysql|redis)?"
-_LONGER = {"auth$": ["authorization"]}
 _SEPARATORS = str.maketrans(" .-", "___")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def _lowered(text: str) -> str:
-    """Return the text in lower case, of the same length."""
+    """Return the text in lower case, without changing its length."""
     lowered = text.lower()
     return lowered if len(lowered) == len(text) else text.replace("\u0130", "i").lower()
 
@@ -705,11 +704,11 @@ _TOKEN_RUN = b"a" * MIN_TOKEN_CHARS
 
 
 def _token_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Find tokens by their form; only where a word begins that is long enough for one."""
+    """Find tokens by their form, looking only at the start of words that are long enough."""
     words, end = text.encode("ascii", "replace").translate(_WORD_BYTES), 0
     while (at := words.find(_TOKEN_RUN, end)) >= 0:
         starts = [words.rfind(b" ", 0, at) + 1]
-        if text[starts[0] - 1 : starts[0]] == ".":  # as in SG.x.y
+        if text[starts[0] - 1 : starts[0]] == ".":  # a token like SG.x.y
             starts.append(max(end, words.rfind(b" ", 0, starts[0] - 1) + 1))
         starts += [one + 1 for one in starts if text[one - 1 : one] == "\\"]  # \n in JSON
         found = next(filter(None, (_TOKEN.match(text, one) for one in starts)), None)
@@ -727,14 +726,14 @@ _KEY_MARK = r"-----{} [A-Z0-9 ]{{0,40}}PRIVATE KEY(?: BLOCK)?-----"
 _PRIVATE_KEY = re.compile(
     rf"{_KEY_MARK.format('BEGIN')}.*?(?:{_KEY_MARK.format('END')}|\Z)", re.DOTALL
 )
-# What a template, a program or a driver puts in the place of a secret: ${DB_PASS}, %s, {token}.
+# Placeholders that templates, programs and drivers use for a secret: ${DB_PASS}, %s, {token}.
 _STAND_IN = re.compile(
     r"(?:\$\{+[^{}\n]{1,80}\}+|\$\(\w+\)|\$[A-Z_]+|\$[a-z_]+|\$\d{1,3}|%\(\w+\)s|%[sdrqvp@]"
     r"|#?\{+[^{}\"'\n:]{0,80}\}+|<[A-Za-z_][\w -]{0,80}>|\?|:[a-z_]+|@[a-z_]+|%[A-Z_]+%|[*x•]{3,}"
     r"|\.{3}|…|\[\w+\])(?=[\s,;)\]}\"'`|&@]|\Z)"
 )
 
-# The userinfo of a URL: with @ before the path, or with / ? # in the password.
+# The userinfo of a URL: an @ comes before the path, or the password contains / ? or #.
 _URL_SECRET = re.compile(
     r"://([^\s/?#@]*+@[^\s/?#]*+"
     r"|[^\s/?#@:\"'<>`]*+:(?!\d*+(?:[/?#]|\Z))[^\s/?#@\"'<>`]*+[/?#](?:[^\s\"'<>`:]|:(?!//))*+)"
@@ -792,7 +791,7 @@ def _may_hold_card(text: str, digits: bytes) -> bool:
 
 
 def is_card_number(digits: str) -> bool:
-    """Tell whether digits are a payment card's: issuer, length and check digit (Luhn)."""
+    """Tell whether digits are a card number: known issuer, length and check digit (Luhn)."""
     if not _CARD_DIGITS.fullmatch(digits):
         return False
     raw = digits.encode()
@@ -828,16 +827,16 @@ def _without_iban(found: re.Match[str]) -> str:
     moved = compact[4:size] + compact[:4]
     if int("".join(str(int(one, 36)) for one in moved)) % 97 != 1:
         return found[0]
-    kept = len(compact) - size  # a word in capitals came after it
+    kept = len(compact) - size  # the pattern also took a word in capitals after it
     return FILTERED + (found[0][len(found[0].rstrip()) - kept :] if kept else "")
 
 
-# What stands after a name and makes a value of what follows.
+# The text between a name and its value.
 _AFTER_NAME = re.compile(
     r"(?P<close>\\{0,8}[\"'`]|%22|%27)?[\])]?(?:%5[Dd])?\*{0,2}[?!]?"
     r"(?:[ \t]*+(?P<op>=>(?:\n[ \t]*+(?=string\())?[ \t]*+(?:string\(\d{1,6}\) ?)?"
     r"|(?:\|\||\?\?|[:+.!])?={1,3}|:(?!:)|%3[AaDd]|string =)(?:[ \t]|%20)*+"
-    # a type and the value after it: password: str = "x"
+    # a type annotation before the value: password: str = "x"
     r"(?:[&*]?[A-Za-z_][\w.]{0,40}(?:[\[<][\w\[\]<>,.|& ]{0,40}[\]>])?\?? ?= ?(?=[\"'`]))?"
     r"|(?P<more>,?\s[^<>{}\n]{0,40}?(?<![A-Za-z])[Vv]alue\\{0,8}[\"']?\s?(?:=>|[:=])\s?)"
     r"|(?P<pair>,\s?(?=\\{0,8}[bu]?[\"']))"
@@ -849,7 +848,7 @@ _BODY_OF_QUOTE = {
 }
 _ESCAPED = re.compile(r"[^\"'\\\n]++")
 _PLAIN, _CLOSERS = r"[^\s&;#\"'`)}\]>|,\\]", r"[)}\]>|,\\]"
-# token=x in a URL, in brackets or in quotes, which end it.
+# token=x; the rest of a URL, or a bracket or quote around it, ends the value.
 _UNQUOTED = re.compile(
     rf"(?:(?:[Bb]earer|[Bb]asic|[Tt]oken|[Dd]igest)[ ])?"
     rf"(?:(?:{_PLAIN}++|{_CLOSERS}{{1,20}}+(?={_PLAIN})|[\"'`](?=\w))++|[^\s&;#\"'`]++)"
@@ -938,11 +937,11 @@ def is_small(text: str) -> bool:
     return len(text) <= MAX_PLAIN_CHARS
 
 
-MAX_VALUE_LOOK_CHARS = 64  # of a value, to tell code and prose from a secret
-MAX_LINE_LOOK_CHARS = 200  # before a name, to tell in which quotes it stands
+MAX_VALUE_LOOK_CHARS = 64  # how much of a value is read to tell code and prose from a secret
+MAX_LINE_LOOK_CHARS = 200  # how far before a name to look for the quotes around it
 MAX_TRIPLE_QUOTED_CHARS = 2_000
 MIN_FORM_CHARS = 12  # a shorter text holds no token, card or IBAN
-MIN_CHARS_PER_SECRET = 128  # of a text; with more secrets its rest is replaced as a whole
+MIN_CHARS_PER_SECRET = 128  # if secrets are denser, the rest of the text is replaced as a whole
 Span = tuple[int, int]
 
 
@@ -952,7 +951,7 @@ def _sub(
     text: str,
     said: str = FILTERED,
 ) -> str:
-    """Replace what is found as `decide` says, all of it when there is more than anybody writes."""
+    """Replace each match as `decide` says, or every match if there are implausibly many."""
     most = len(text) // MIN_CHARS_PER_SECRET + 16
     text, count = pattern.subn(decide, text, most)
     return text if count < most else pattern.sub(said, text)
@@ -962,7 +961,7 @@ _OWN_WORDS = frozenset(("pwd", "pass", "passwd", "pw", "token"))
 
 
 def _is_harmless_value(name: str, value: Any) -> bool:
-    """Tell a working directory and a number of tokens from a secret."""
+    """Tell whether a value is a working directory or a number of tokens, not a secret."""
     lowered = name[-8:].lower()
     if lowered.endswith("pwd"):
         return isinstance(value, str) and _PATH.match(value) is not None
@@ -973,12 +972,12 @@ def _is_harmless_value(name: str, value: Any) -> bool:
 
 
 def _is_header(name: str) -> bool:
-    """Tell whether a name of a secret is one of an HTTP header, and no field of a form."""
+    """Tell whether a secret's name is that of an HTTP header rather than a form field."""
     return "-" in name or _HEADER.search(name.lower()) is not None
 
 
 def _quoted_span(text: str, at: int, opening: re.Match[str]) -> Span | None:
-    """Return where the text between quotes stands, None if that is no secret."""
+    """Return the span of the text between quotes, None if it is no secret."""
     start, mark = opening.end(), opening[2]
     if opening[1]:
         found = _ESCAPED.match(text, start)
@@ -994,7 +993,7 @@ def _quoted_span(text: str, at: int, opening: re.Match[str]) -> Span | None:
 
 
 def _is_closing_quote(text: str, begin: int, mark: str, after: str) -> bool:
-    """Tell whether the quote after name= ends a text, as in `token=' or "?token=" + token."""
+    """Tell if the quote after name= closes a string, as it does in "?token=" + token."""
     if after and after not in " +,;:)]}.\n":
         return False
     line = text[max(0, begin - MAX_LINE_LOOK_CHARS) : begin].rpartition("\n")[2]
@@ -1006,7 +1005,7 @@ def _span(found: re.Match[str] | None, group: int = 0) -> Span | None:
 
 
 def _pattern_of(words: Iterable[str]) -> str:
-    """Return a pattern of words that compares a shared beginning once; "$" ends a last word."""
+    """Return a pattern of words that tries shared prefixes once; "$" ends a name's last word."""
     by_first: dict[str, list[str]] = {}
     for word in words:
         by_first.setdefault(word[:1], []).append(word[1:])
@@ -1019,7 +1018,7 @@ def _pattern_of(words: Iterable[str]) -> str:
 
 
 def _may_give_value(text: str, begin: int, end: int) -> bool:
-    """Tell whether a name with a space or > after it is a flag, a tag or SQL's PASSWORD."""
+    """Tell whether a name followed by a space or > is a flag, a tag or SQL's PASSWORD."""
     return (
         text[begin] == "-"
         or text[begin - 1 : begin] in ("<", ":")
@@ -1028,12 +1027,21 @@ def _may_give_value(text: str, begin: int, end: int) -> bool:
     )
 
 
+_FOUND_BY_OTHERS = ("totp$", "authorization")  # by the hints of otp and auth
+
+
+def _hint_of(word: str) -> tuple[str, re.Pattern[str]]:
+    """Return a text to look for first, which takes a third of the time, and a word's pattern."""
+    words = [word, "authorization"] if word == "auth$" else [word]
+    return re.split("[_$]", word)[0], re.compile(_pattern_of(words))
+
+
 class Scrubber:
     """Replaces secrets in texts and in JSON; `also` adds names to the built-in ones.
 
-    An added name is a word of a name: with `email` go user_email, emailAddress and EMAIL.
-    `left` is how many texts and names may still be looked at one by one, which takes some
-    microseconds each; what could be a secret after that is replaced as a whole.
+    An added name matches as a word: `email` covers user_email, emailAddress and EMAIL.
+    `left` is how many texts and names may still be checked one by one, at some microseconds
+    each. After that, every text that could hold a secret is replaced as a whole.
     """
 
     left: float = math.inf
@@ -1048,18 +1056,14 @@ class Scrubber:
         self._ending = re.compile(ending + whole)
         words = [*SECRET_NAMES, *keys, *endings, *added]
         self._hit = re.compile(rf"{_pattern_of(words)}[\w.-]*+")
-        # One pattern for all takes twice as long: frequent letters begin some of the words.
+        # One pattern for all takes twice as long: frequent letters begin some words.
         rest = [word for word in (*words, "bearer", "basic") if word[0] not in "cjps"]
         few = [word for word in words if word[0] in "cjps"]
         self._few, self._keys = re.compile(_pattern_of(few)), re.compile(_pattern_of(keys))
-        self._hints = tuple(
-            (re.split("[_$]", one)[0], re.compile(_pattern_of([one, *_LONGER.get(one, ())])))
-            for one in rest
-            if one not in (*keys, "totp$", "authorization")  # otp and auth find the last two
-        )
+        self._hints = tuple(_hint_of(one) for one in rest if one not in (*keys, *_FOUND_BY_OTHERS))
 
     def within(self, length: int | None) -> Scrubber:
-        """Return a scrubber for one report, whose JSON has this length where it is known."""
+        """Return a scrubber for one report; `length` is that of its JSON text, if known."""
         if length is None:
             return self
         one = object.__new__(Scrubber)
@@ -1067,12 +1071,12 @@ class Scrubber:
         return one
 
     def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
-        """Tell whether a text needs scrubbing; False means that it would stay as it is.
+        """Tell whether a text may need scrubbing; if False, scrubbing would not change it.
 
-        Also for a JSON text, where the letter of an escape may stand before a name.
+        JSON text works too, although the letter of an escape may come right before a name.
         """
         lowered = _lowered(text)
-        if len(text) < MIN_FORM_CHARS:  # a tenth of the time: there may be many of them
+        if len(text) < MIN_FORM_CHARS:  # takes a tenth of the time; there may be many
             if "://" in text and url.search(text):
                 return True
             return self._hit.search(lowered) is not None
@@ -1112,7 +1116,7 @@ class Scrubber:
         return not _is_harmless_value(name, value)
 
     def scrub_text(self, text: str) -> str:
-        """Return the text with the secrets in it replaced; the number of lines stays the same."""
+        """Return the text with its secrets replaced; the number of lines stays the same."""
         if not self.may_hold_secret(text):
             return text
         if self.left <= 0:
@@ -1131,10 +1135,10 @@ class Scrubber:
         return _sub(_CARD, _without_card, text) if b"0000" in digits else text
 
     def _without_named(self, text: str) -> str:
-        """Replace what stands after the names of secrets.
+        """Replace the values that follow the names of secrets.
 
-        Each takes microseconds: where there are more than anybody writes, the rest of the text
-        is replaced as a whole.
+        Each takes microseconds. If there are implausibly many, the rest of the text is replaced
+        as a whole.
         """
         parts: list[str] = []
         kept = 0
@@ -1163,7 +1167,7 @@ class Scrubber:
         return "".join(parts) + text[kept:] if parts else text
 
     def _secret_after(self, text: str, name: str, begin: int, form: re.Match[str]) -> Span | None:
-        """Return where the secret stands that follows a name, None without one."""
+        """Return the span of the secret that follows a name, None if there is none."""
         plain_name = name.strip(".-")
         if not self.names_secret(plain_name):
             return None
@@ -1203,7 +1207,7 @@ class Scrubber:
     def _assigned(
         self, text: str, name: str, begin: int, form: re.Match[str], opening: re.Match[str] | None
     ) -> Span | None:
-        """Return where the secret stands that is assigned to a name."""
+        """Return the span of the secret assigned to a name, None if there is none."""
         at, op = form.end(), form["op"]
         rest = text[at : at + MAX_VALUE_LOOK_CHARS]
         before = text[max(0, begin - 14) : begin].lower()
@@ -1264,19 +1268,19 @@ class Scrubber:
         return _displayable(text)
 
     def cut(self, text: str, limit: int) -> str:
-        """Do what clean() does to a text of a plain report."""
+        """Return what clean() does, for a text from a plain report."""
         return text if len(text) <= limit else self.clean(text, limit)
 
     def is_harmless(self, text: str) -> bool:
-        """Tell whether there is nothing in a JSON text that is to be scrubbed or replaced."""
+        """Tell whether nothing in a JSON text needs to be scrubbed or replaced."""
         is_odd = not text.isprintable() or ("\\" in text and _has_odd_escape(text))
         return not (is_odd or self.may_hold_secret(text, _URL_SECRET_IN_JSON))
 
     def is_plain(self, text: str) -> bool:
-        """Tell whether a report's JSON text holds nothing that is to be cleaned, scrubbed or cut.
+        """Tell whether nothing in a report's JSON text needs to be cleaned, scrubbed or cut.
 
-        But for the strings with own limits. Most reports are so, and to see it once for all takes
-        a tenth of the time that it takes to look at every string.
+        Strings that have their own limits may still need cutting. Most reports are plain, and one
+        check of the whole text takes a tenth of the time of checking every string.
         """
         return is_small(text) and self.is_harmless(text)
 
@@ -1327,7 +1331,7 @@ _LABELLED = frozenset(("value", "val", "values", "content", "data", "v"))
 
 
 def _without_private_keys(items: list[Any]) -> list[Any]:
-    """Return a list whose strings hold no private key, of which each may be one line."""
+    """Return a list without private keys; each string may be one line of a key."""
     if not any(isinstance(one, str) and "PRIVATE KEY" in one for one in items):
         return items
     texts = "\0".join(one.replace("\0", "\u2400") for one in items if isinstance(one, str))
@@ -1390,9 +1394,9 @@ class _Copier:
 
 
 def _plain_size(value: Json, most: int, scrubber: Scrubber) -> int | None:
-    """Return a JSON object's length as text if it is plain and of `most` characters, else None."""
+    """Return the length of an object's JSON text if plain and at most `most`, else None."""
     if any(isinstance(one, str) and len(one) > most for one in value.values()):
-        return None  # its text would only be another copy
+        return None  # don't make another large copy
     text = json.dumps(value, ensure_ascii=False)
     return len(text) if len(text) <= most and scrubber.is_plain(text) else None
 
@@ -1443,16 +1447,16 @@ _FOUR_BYTE_START = re.compile(rb"[\xf0-\xf4]")
 
 
 def refuse_memory(raw: bytes | bytearray, at: str = "") -> None:
-    """Raise TooLarge for JSON that would take over MAX_JSON_BYTES of memory once it is parsed."""
-    if len(raw) <= _MEBIBYTE:  # at most some 25 times its length
+    """Raise TooLarge for JSON that would take over MAX_JSON_BYTES of memory once parsed."""
+    if len(raw) <= _MEBIBYTE:  # it takes at most about 25 times its length
         return
     size = len(raw)
-    if not raw.isascii():  # one character decides how many bytes Python takes for each
+    if not raw.isascii():  # the widest character sets how many bytes each one takes
         width = 4 if _FOUR_BYTE_START.search(raw) else 2
         size = width * len(raw.translate(None, _CONTINUATION_BYTES))
     objects = 64 * raw.count(b"[") + 200 * raw.count(b"{") + 24 * raw.count(b",")
     if 2 * size + 30 * raw.count(b'"') + objects > MAX_JSON_BYTES:
-        said = f"{at or 'the body'} would take too much memory: send fewer values, or shorter ones"
+        said = f"{at or 'the body'} would take too much memory: send fewer or shorter values"
         raise TooLarge(said, field=at or None)
 
 
@@ -1679,8 +1683,8 @@ RELATIONS = {
     "one_of": "One of the group",
 }
 _CLASS_NAME = (
-    "a string that is not empty; for an anonymous class send the name of the nearest class above"
-    " it that has one, such as StandardError"
+    "a string that is not empty; for an anonymous class, send the name of its nearest named"
+    " superclass, such as StandardError"
 )
 _FRAME_FIELDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("text", "file", "function", "module", "context_line"), (str, "a string")),
@@ -1884,8 +1888,8 @@ def parse_occurrence(
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
     `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]), `plain`
-    its text if is_plain() accepts it, `length` that of the text where a stranger wrote it. `trust`
-    skips the checks of depth and `exceptions`. Unknown fields go to `extra`.
+    its text if is_plain() accepts it, `length` that of a text from outside. `trust` skips the
+    checks of depth and `exceptions`. Unknown fields go to `extra`.
     """
     scrubber = scrubber if plain is not None else scrubber.within(length)
     is_plain, tidy = plain is not None, scrubber.clean if plain is None else scrubber.cut
@@ -3517,8 +3521,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE INDEX occurrences_by_request ON occurrences (request_key)
             WHERE request_key IS NOT NULL""",
     ),
-    # Users can be forgotten: ids follow the order in which users were last seen, by the day. One
-    # from before counts as seen with the newest report of its error.
+    # So that users can be forgotten, ids follow the day on which users were last seen. Users
+    # stored earlier count as seen with the newest report of their error.
     (
         "ALTER TABLE errors ADD COLUMN has_more_users INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE error_users RENAME TO old_users",
@@ -4094,7 +4098,7 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
 
 
 def refuse_unwritable(path: str) -> None:
-    """Raise MiniAPMError for another user's database: its owner could not use the files beside."""
+    """Refuse another user's database: its owner could not use the files made next to it."""
     may_make_files = os.access(os.path.dirname(path) or ".", os.W_OK)
     if may_make_files and os.path.exists(path) and not os.access(path, os.W_OK):
         raise MiniAPMError(f"can't write the database {path}: it belongs to somebody else")
@@ -4134,7 +4138,7 @@ Work = Callable[[sqlite3.Connection], Any]
 
 
 def _file_identities(path: str) -> list[tuple[int, int] | None]:
-    """Return what tells a database and its two companions from files of the same names."""
+    """Return device and inode of a database, its -wal and its -shm; None for a missing one."""
     found: list[tuple[int, int] | None] = []
     for name in (path, path + "-wal", path + "-shm"):
         try:
@@ -4246,7 +4250,7 @@ class Writer:
     def __init__(self, db: sqlite3.Connection, path: str, *, threads: bool, wait_s: float) -> None:
         self._db = db
         self._path = path
-        self._files: list[tuple[int, int] | None] = []  # from the first transaction on
+        self._files: list[tuple[int, int] | None] = []  # set by the first transaction
         self._has_lost_files = False
         self._jobs: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
@@ -4372,7 +4376,7 @@ class Writer:
                 self._changed.wait()
 
     def _take(self) -> list[_Job]:
-        """Take what makes a short transaction; small jobs overtake large ones that don't fit."""
+        """Take jobs for a short transaction; small ones overtake large ones that don't fit."""
         taken: list[_Job] = []
         later: collections.deque[_Job] = collections.deque()
         room = SLICE_ERRORS
@@ -4389,7 +4393,7 @@ class Writer:
         """Commit what the block writes in the transaction that has begun, or undo it."""
         try:
             self._files = self._files or _file_identities(self._path)
-            if self._has_lost_files:
+            if self._has_lost_files and self.has_other_files():
                 raise self._files_refusal()
             yield
             self._db.execute("COMMIT")
@@ -4402,20 +4406,19 @@ class Writer:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
             self.after_undo()
-            if self._has_lost_files:  # what is in a log without a name is lost with the process
+            if self._has_lost_files:  # a deleted -wal is lost when the process ends
                 self.checkpointer.copy(self._db)
             raise
         self.trouble = ""
         self.checkpointer.count_commit(self._db)
 
     def has_other_files(self) -> bool:
-        """Tell whether a file of the database was deleted or replaced: SQLite does not notice."""
-        is_lost = bool(self._files) and _file_identities(self._path) != self._files
-        self._has_lost_files = self._has_lost_files or is_lost
+        """Tell whether a file of the database was deleted or replaced; SQLite doesn't notice."""
+        self._has_lost_files = bool(self._files) and _file_identities(self._path) != self._files
         return self._has_lost_files
 
     def _files_refusal(self) -> MiniAPMError:
-        said = "(with -wal and -shm) was deleted or replaced; start the server anew"
+        said = "(with -wal and -shm) was deleted or replaced; restart the server"
         return MiniAPMError(f"{self._path} {said}")
 
     def _commit(self, jobs: list[_Job]) -> None:
@@ -4493,7 +4496,7 @@ def _sample_of(error_id: int, first_body: str, db: sqlite3.Connection) -> bytes:
 
 
 def _without_repeated(rows: Iterable[_Row], db: sqlite3.Connection) -> Iterator[_Row]:
-    """Leave out what was sent before, by its event id, unless its error was deleted since."""
+    """Leave out rows whose event id is already stored, unless their error has been deleted."""
     seen: set[tuple[int, bytes]] = set()
     for row in rows:
         if row.event_id is not None:
@@ -4510,10 +4513,10 @@ def _without_repeated(rows: Iterable[_Row], db: sqlite3.Connection) -> Iterator[
 
 
 def bucket_hour(hour: int, now_hour: int) -> int:
-    """Return the hour under which reports of an hour are counted: its own, or an earlier one.
+    """Return the hour under which reports of `hour` are counted: itself or an earlier one.
 
-    So an error has at most 6,500 buckets or so, whatever times its reports claim. Retention moves
-    the counts of hours that have become old in the same way.
+    This limits an error to about 6,500 buckets, whatever times its reports claim. As hours grow
+    old, retention moves their counts in the same way.
     """
     if hour >= now_hour - MAX_TREND_HOURS:
         return hour
@@ -4798,17 +4801,17 @@ class Readers:
 
 @contextlib.contextmanager
 def _search_time(db: sqlite3.Connection) -> Iterator[None]:
-    """Stop the block's statements after MAX_SEARCH_S, and say so by Unavailable."""
+    """Stop the block's statements after MAX_SEARCH_S and raise Unavailable."""
     end_s = time.monotonic() + MAX_SEARCH_S
-    # 1,000 steps of SQLite's machine are some 30 rows of a search.
+    # 1,000 steps of SQLite's virtual machine search about 30 rows.
     db.set_progress_handler(lambda: time.monotonic() > end_s, 1_000)
     try:
         yield
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
             raise
-        said = f"the search was stopped after {MAX_SEARCH_S:g} s; name a field, such as file:, or"
-        raise Unavailable(f"{said} a time, such as since:1d", field="q") from None
+        said = f"the search was stopped after {MAX_SEARCH_S:g} s; narrow it to a field or time,"
+        raise Unavailable(f"{said} such as file:cart.py or since:1d", field="q") from None
     finally:
         db.set_progress_handler(None, 0)
 
@@ -4851,7 +4854,7 @@ class Store:
         return lack_of_space(self.path) or self._writer.trouble
 
     def notice_trouble(self) -> str:
-        """Return `trouble`, after a look at what only a write would have found."""
+        """Return `trouble`, after checking for problems that only a write would find."""
         if self._writer.has_other_files() and not self._writer.trouble:
             with contextlib.suppress(MiniAPMError):
                 self.write(lambda db: None)
@@ -5060,7 +5063,7 @@ class Store:
 
 
 def _remove_counted(db: sqlite3.Connection, statement: str, discount: str, values: Json) -> int:
-    """Remove rows as a statement says, and discount them; return how many they were."""
+    """Remove rows with a statement and lower their errors' counts; return how many rows."""
     removed = collections.Counter(row["error_id"] for row in db.execute(statement, values))
     counts = [{"error_id": error_id, "count": count} for error_id, count in removed.items()]
     db.executemany(discount, [values | one for one in counts])
@@ -5099,7 +5102,7 @@ class Retention:
 
     `retention_days` counts from receipt; of each error the newest `max_occurrences` are kept.
     Of its users the newest MAX_USERS are remembered, for as many days. Its other counts, first and
-    last seen and the trend stay; an error with nothing left goes, unless it is ignored.
+    last seen and the trend stay. An error with nothing left is removed unless it is ignored.
     """
 
     def __init__(self, store: Store, retention_days: int, max_occurrences: int) -> None:
@@ -5171,7 +5174,7 @@ class Retention:
         return _remove_counted(db, DELETE_EXPIRED, DISCOUNT_STORED, values)
 
     def _remove_expired_users(self, db: sqlite3.Connection) -> int:
-        # Surplus users were seen before these were, so they would be expired as well.
+        # Users beyond MAX_USERS were seen even earlier, so they would have expired as well.
         cutoff_day = (self._store.now_ms() - self._retention_ms) // DAY_MS
         values = {"cutoff_day": cutoff_day, "step": self._step_rows, "has_more": False}
         return _remove_counted(db, DELETE_EXPIRED_USERS, DISCOUNT_USERS, values)
@@ -5184,7 +5187,7 @@ class Retention:
             left -= _remove_counted(db, DELETE_SURPLUS, DISCOUNT_STORED, values)
             values["step"] = left
             if users := _remove_counted(db, DELETE_SURPLUS_USERS, DISCOUNT_USERS, values):
-                self._store.forget_known()  # when one of them is seen again, it is new
+                self._store.forget_known()  # a removed user counts as new when seen again
             left -= users
             if left > 0:
                 crowded.pop()
@@ -7505,7 +7508,7 @@ def is_regressed(error: ErrorGroup) -> bool:
 
 
 def user_count_text(error: ErrorGroup) -> str:
-    """Return the number of an error's users for display, marked when there are more."""
+    """Return the number of an error's users for display, with a + if there were more."""
     return f"{error.user_count:,}{'+' if error.has_more_users else ''}"
 
 
@@ -8292,7 +8295,7 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 </tbody></table></section>
 % end
 % if dropped:
-<p id="dropped">Taken since the start, but not kept, as MiniAPM stores errors only:
+<p id="dropped">Accepted since the start but not kept, because MiniAPM stores only errors:
 {{", ".join(f"{kind} ({count:,})" for kind, count in dropped)}}.</p>
 % end
 % for project, keys, ways in projects:
@@ -8771,16 +8774,16 @@ CORS_HEADERS = [
     ("Access-Control-Max-Age", "86400"),
 ]
 SESSION_COOKIE = "miniapm_session"
-MAX_SESSION_COOKIES = 50  # of a request, that are looked at
-PUBLIC_URL = "miniapm.public_url"  # of the environ: the setting, where the App has one
+MAX_SESSION_COOKIES = 50  # checked for each request
+PUBLIC_URL = "miniapm.public_url"  # key of the environ: the setting, if there is one
 _PROXY_HINT = f"{flag_of('public_url')} https://… or {variable_of('public_url')}"
-# What proxies add: there is no end of names, but they go by a pattern.
+# Headers that proxies add: their names are countless but follow patterns.
 _FORWARDING_HEADER = re.compile(
     "HTTP_(?:VIA|CDN_LOOP|.*FORWARDED.*|CF_.+|X_(?:ORIGINAL|PROXY|ENVOY|REAL|REWRITE)_.+"
     "|X_(?:HOST|SCHEME|PROTO)|FRONT_END_HTTPS|.*(?:IP|ADDR|ADDRESS))"
 )
 # same-site is not enough: every port of localhost is the same site.
-OWN_SITES = (None, "same-origin", "none")  # what Sec-Fetch-Site says when no other page asks
+OWN_SITES = (None, "same-origin", "none")  # Sec-Fetch-Site if no other site's page sends this
 ACTIONS = {"resolve": "resolved", "ignore": "ignored", "reopen": "open"}
 
 
@@ -8811,7 +8814,7 @@ def read_body(environ: Environ, limit: int) -> bytes:
     if not declared and environ.get("wsgi.input_terminated"):  # chunked, not by waitress
         remaining = limit + 1
     parts = []
-    # All in one piece where that is possible: it is then not copied.
+    # Read it in one piece if possible, which avoids a copy.
     while remaining > 0 and (part := environ["wsgi.input"].read(remaining)):
         parts.append(part)
         remaining -= len(part)
@@ -8824,36 +8827,36 @@ def read_body(environ: Environ, limit: int) -> bytes:
 
 
 _CROWDED = "too many large reports arrive at once"
-REFUSAL_KEY = "miniapm.refusal"  # of an environ whose body was not kept: why
-ADMITTED_KEY = "miniapm.admitted"  # of an environ whose key, in its body, is valid
+REFUSAL_KEY = "miniapm.refusal"  # key of the environ: why the body was not kept
+ADMITTED_KEY = "miniapm.admitted"  # key of the environ: the body has a valid API key
 
 
 class BodyBudget:
-    """Counts the bytes of all request bodies that are held, up to a limit."""
+    """Limits how many bytes all request bodies in memory have together."""
 
     def __init__(self, most_bytes: int) -> None:
         self._left = most_bytes
         self._lock = threading.Lock()
 
     def take(self, count: int) -> bool:
-        """Count some bytes more, or return False when there is no room for them."""
+        """Reserve some bytes; return False if there is no room for them."""
         with self._lock:
             has_room = count <= self._left
             self._left -= count if has_room else 0
         return has_room
 
     def give_back(self, count: int) -> None:
-        """Make room again."""
+        """Release bytes that were reserved."""
         with self._lock:
             self._left += count
 
 
 @dataclass(frozen=True, slots=True)
 class BodyRule:
-    """How much of a request's body is worth keeping, as its headers tell.
+    """How much of a request's body to keep, according to its headers.
 
-    Where they don't tell who sends it, `check` looks at what has arrived until it returns True;
-    it raises what the body is refused for.
+    If they don't identify the sender, `check` is called with what has arrived until it returns
+    True. It raises a MiniAPMError to refuse the body.
     """
 
     limit_bytes: int
@@ -8861,10 +8864,10 @@ class BodyRule:
 
 
 class HeldBody:
-    """A request's body in memory, as it arrives; nothing is kept of one that is refused.
+    """A request's body in memory, as it arrives; a refused body is dropped.
 
-    What is beyond the limit is dropped, and one byte too many tells the App. The methods are
-    those of waitress's buffers.
+    Of a body that is too large, one byte beyond the limit is kept, which tells the App. The
+    methods are those of waitress's buffers.
     """
 
     def __init__(self, budget: BodyBudget, rule: BodyRule | MiniAPMError) -> None:
@@ -8872,7 +8875,7 @@ class HeldBody:
         self._budget = budget
         self._rule = BodyRule(0) if isinstance(rule, MiniAPMError) else rule
         self._check = self._rule.check
-        self._parts: list[bytes] = []  # not one growing piece: that takes much more than its size
+        self._parts: list[bytes] = []  # one growing piece would take much more than its size
         self._tail = bytearray()
         self._size = 0
 
@@ -8880,7 +8883,7 @@ class HeldBody:
         return self._size
 
     def append(self, data: bytes) -> None:
-        """Keep what is worth it."""
+        """Keep as much as the rule allows."""
         data = data[: max(0, self._rule.limit_bytes + 1 - self._size)]
         if self.refusal is not None or not data:
             return
@@ -8898,21 +8901,21 @@ class HeldBody:
             self.refuse(refusal)
 
     def refuse(self, refusal: MiniAPMError) -> None:
-        """Drop all of it, and remember why."""
+        """Drop the body and remember why."""
         self.close()
         self.refusal = refusal
 
     @property
     def is_wanted(self) -> bool:
-        """True when what comes next is kept; not yet while it is unknown who sends it."""
+        """True if more data would be kept; False while the sender is unknown."""
         return self.refusal is None and self._check is None and self._rule.limit_bytes > 0
 
     def get(self) -> bytes:
-        """Return all of it."""
+        """Return the whole body."""
         return b"".join([*self._parts, self._tail])
 
     def replace(self, data: bytes | bytearray) -> bool:
-        """Keep this instead, unless it is beyond the limit; tell whether it was kept."""
+        """Replace the body unless the new one is over the limit; tell whether it did."""
         if len(data) > self._rule.limit_bytes:
             return False
         self.close()
@@ -8921,13 +8924,13 @@ class HeldBody:
         return True
 
     def getfile(self) -> io.BytesIO:
-        """Hand it over as a file; it stays counted until close()."""
+        """Return the body as a file; its bytes stay reserved until close()."""
         body = self.get()
         self._parts, self._tail = [], bytearray()
         return io.BytesIO(body)
 
     def close(self) -> None:
-        """Drop it; no part of the budget is used any more."""
+        """Drop the body and release its bytes."""
         self._budget.give_back(self._size)
         self._parts, self._tail, self._size = [], bytearray(), 0
 
@@ -9048,7 +9051,7 @@ def require_json(environ: Environ) -> None:
 _BATCH_START = re.compile(r'[ \t\n\r]*\{[ \t\n\r]*"errors"[ \t\n\r]*:[ \t\n\r]*\[[ \t\n\r]*')
 _BATCH_NEXT = re.compile(r"[ \t\n\r]*(?:(,)|\][ \t\n\r]*\}[ \t\n\r]*\Z)[ \t\n\r]*")
 
-# A batch's entry, not looked at yet, its text if that is plain, and the text's length.
+# A batch's entry, not checked yet, its text if that is plain, and the text's length.
 Entry = tuple[Any, str | None, int]
 
 
@@ -9065,9 +9068,9 @@ def _windows(raw: bytes | bytearray) -> Iterator[str]:
 
 
 def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
-    """Yield each entry of a batch and its text; ValueError unless the batch has nothing else.
+    """Yield each entry of a batch and its text; ValueError if the body has anything else.
 
-    The body comes in pieces. No more of it is looked at together than an entry needs.
+    The body comes in pieces. Only as many are joined as an entry needs.
     """
     text, coming = next(windows, ""), next(windows, None)
     found = _BATCH_START.match(text)
@@ -9084,17 +9087,17 @@ def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
                 return
             position = found.end()
         elif coming is None or not position:
-            raise ValueError("not a batch, or more than that")
+            raise ValueError("not just a batch")
         else:
             text, missing = text[position:], len(text) - position
-            while coming is not None and missing >= 0:  # twice as much, or the effort is quadratic
+            while coming is not None and missing >= 0:  # double it, or the time is quadratic
                 text, missing, coming = text + coming, missing - len(coming), next(windows, None)
             refuse_memory(text.encode())
             position = 0
 
 
 def batch_entries(text: str) -> list[tuple[Any, str | None]]:
-    """Return the entries of a batch and their texts where known; BadRequest if it is none."""
+    """Return a batch's entries and, where known, their texts; BadRequest if it is no batch."""
     entries: list[tuple[Any, str | None]] = []
     try:
         for entry in _split_batch(iter([text])):
@@ -9111,7 +9114,7 @@ def batch_entries(text: str) -> list[tuple[Any, str | None]]:
 
 
 def texts_of_large_batch(raw: bytes | bytearray) -> list[bytes] | None:
-    """Return the entries' texts of a batch that has nothing beside them, None for any other.
+    """Return the texts of a batch's entries, None if the body has anything else.
 
     The values are not kept: those of a whole batch may take 25 times as much memory as its text.
     """
@@ -9136,7 +9139,7 @@ def record_entries(
 ) -> dict[int, MiniAPMError]:
     """Store the good entries in one transaction; return the refusals by index, in order.
 
-    `first` is the index of the first one. Raises Unavailable when the store can't take any now.
+    `first` is the index of the first entry. Raises Unavailable if the store can't take any now.
     """
     refusals: dict[int, MiniAPMError] = {}
     good: dict[int, Occurrence] = {}
@@ -9162,9 +9165,9 @@ def record_entries(
 
 
 def known_hosts(config: Config) -> frozenset[str]:
-    """Return the hosts beyond localhost under which the dashboard may be opened."""
+    """Return the hosts besides localhost at which the dashboard may be opened."""
     hosts = set(_read_hosts(",".join(config.allowed_hosts)))
-    with contextlib.suppress(ValueError):  # the resolver takes more
+    with contextlib.suppress(ValueError):  # the resolver accepts other forms too
         hosts.add(normal_host(config.host))
     if config.public_url:
         hosts.add(normal_host(urllib.parse.urlsplit(config.public_url).netloc))
@@ -9172,7 +9175,7 @@ def known_hosts(config: Config) -> frozenset[str]:
 
 
 def client_address(environ: Environ) -> str:
-    """Return the address of the one who asks: the one that our own proxy has added, if any."""
+    """Return the client's address: the one that our own proxy has added, if any."""
     peer: str = environ.get("REMOTE_ADDR", "")
     said = environ.get("HTTP_X_FORWARDED_FOR") if PUBLIC_URL in environ else None
     if not said or not is_loopback_name(peer):
@@ -9192,7 +9195,7 @@ def check_host(environ: Environ, hosts: Collection[str]) -> None:
         raise Forbidden(
             "this Host is not allowed; if it is right, start with"
             f" {flag_of('allowed_hosts')} or {variable_of('allowed_hosts')},"
-            f" behind a reverse proxy with {_PROXY_HINT}"
+            f" or, behind a reverse proxy, with {_PROXY_HINT}"
         )
 
 
@@ -9202,18 +9205,18 @@ def check_peer(environ: Environ) -> None:
     is_told = PUBLIC_URL in environ and environ.get("HTTP_X_FORWARDED_FOR")
     if is_forwarded and not is_told or not is_loopback_name(client_address(environ)):
         raise Forbidden(
-            "without a password the dashboard is for this machine only; to open it to others set"
-            f" {variable_of('password')}, behind a reverse proxy also {_PROXY_HINT}"
+            "without a password the dashboard is for this machine only; to open it to others, set"
+            f" {variable_of('password')} and, behind a reverse proxy, {_PROXY_HINT}"
         )
 
 
 def own_origins(environ: Environ) -> set[str]:
-    """Return what the header Origin says on pages of this dashboard."""
+    """Return the values of Origin that this dashboard's own pages send."""
     host = header_text(environ, "HTTP_HOST").lower()
     if not (url := environ.get(PUBLIC_URL)):
         return {f"http://{host}", f"https://{host}"}
     scheme, netloc, *_ = urllib.parse.urlsplit(url)
-    is_public = host == netloc or (  # nginx's $host leaves the port out
+    is_public = host == netloc or (  # nginx's $host omits the port
         normal_host(host) == normal_host(netloc) and not is_loopback_name(host)
     )
     direct = set() if is_public else {f"http://{host}", f"https://{host}"}
@@ -9225,19 +9228,19 @@ def check_same_origin(environ: Environ) -> None:
     site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
     if site not in OWN_SITES or (origin is not None and origin.lower() not in own_origins(environ)):
         raise Forbidden(
-            "changes are taken from this dashboard's own pages only; if this is one of them,"
+            "changes are accepted from this dashboard's own pages only; if this is one of them"
             f" behind a reverse proxy, start with {_PROXY_HINT}"
         )
 
 
 def check_reader(environ: Environ) -> None:
-    """Refuse what another site's page loads, even unseen: it could time a search's answer.
+    """Refuse loads by another site's page, even hidden ones: it could time a search's answer.
 
-    A person may follow a link to here. Programs send none of these headers.
+    A person may follow a link to the dashboard. Programs send none of these headers.
     """
     mode_and_target = (environ.get("HTTP_SEC_FETCH_MODE"), environ.get("HTTP_SEC_FETCH_DEST"))
     is_own = environ.get("HTTP_SEC_FETCH_SITE") in OWN_SITES
-    # Chromium's Sec-Fetch-Site is none when a page has it fetch another site's page ahead.
+    # Chromium sends Sec-Fetch-Site: none when a page makes it prefetch another site's page.
     is_ahead = "HTTP_SEC_PURPOSE" in environ
     if is_ahead or not (is_own or mode_and_target == ("navigate", "document")):
         raise Forbidden("another site's page may link to this dashboard, but not load it")
@@ -9272,7 +9275,7 @@ class Rejections:
         self._dropped: collections.Counter[str] = collections.Counter()
 
     def count(self, refusal: MiniAPMError, *, has_key: bool = True) -> None:
-        """Count one refused report or request; all that have no valid key are of one kind."""
+        """Count one refused report or request; all without a valid key count as one kind."""
         reason, status = clean(str(refusal), MAX_CLASS_CHARS), refusal.status
         kind = (status, reason)
         if not has_key:
@@ -9293,7 +9296,7 @@ class Rejections:
             self._log_if_due(kind, REJECTION_LOG_INTERVAL_S)
 
     def count_dropped(self, kind: str) -> None:
-        """Count one request that was taken though nothing of it is kept."""
+        """Count one request that was accepted but not kept."""
         with self._lock:
             is_new_kind = kind not in self._dropped
             if is_new_kind and len(self._dropped) >= MAX_REJECTION_REASONS:
@@ -9301,7 +9304,7 @@ class Rejections:
             self._dropped[kind] += 1
 
     def dropped(self) -> list[tuple[str, int]]:
-        """Return what was taken and dropped, the most frequent first."""
+        """Return the kinds accepted but not kept, with counts, the most frequent first."""
         with self._lock:
             return self._dropped.most_common()
 
@@ -9325,7 +9328,7 @@ class Rejections:
 
 
 def _network_of(address: str) -> str:
-    """Return what one person can't change at will: an IPv4 address, or the /64 of an IPv6 one."""
+    """Return an IPv4 address, or the /64 of an IPv6 one, within which one person can move."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -9357,7 +9360,7 @@ class PasswordGate:
         self._checking = {is_known: threading.Lock() for is_known in (False, True)}
         self._failures: dict[str, tuple[int, float]] = {}  # address -> (how many, wait until)
         self._known: dict[str, None] = {}  # addresses that have logged in
-        self._next_s = 0.0  # when the failures of all addresses have been waited for
+        self._next_s = 0.0  # when the allowance of all addresses is full again
 
     def _scrypt(self, password: str) -> bytes:
         # RFC 7914; 16 MiB and some 50 ms a guess
@@ -9367,7 +9370,7 @@ class PasswordGate:
     def check(self, password: str, address: str) -> None:
         """Raise Unauthorized for a wrong password, TooManyRequests for one that comes too soon.
 
-        Never waits. An address that has logged in before does not wait for the others' failures.
+        Never blocks. An address that has logged in before is not slowed by others' failures.
         """
         network = _network_of(address)
         turn = self._checking[network in self._known]
@@ -9417,14 +9420,14 @@ class PasswordGate:
 
 
 def is_large(environ: Environ) -> bool:
-    """Tell whether a report may take much memory once it is decoded."""
+    """Tell whether a report may take much memory once decoded."""
     size = environ.get("CONTENT_LENGTH") or ""
     is_long = bool(_DIGITS.fullmatch(size)) and int(size) > MAX_FAST_BYTES
     return is_long or "HTTP_CONTENT_ENCODING" in environ
 
 
 def is_search(environ: Environ) -> bool:
-    """Tell whether a request reads all errors."""
+    """Tell whether a request is a search, which may read all errors."""
     path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
     return path.endswith(("/errors", "/errors.json")) and bool(re.search("(?:^|&)q=.", query))
 
@@ -9467,7 +9470,7 @@ def url_of_request(environ: Environ) -> str:
 
 
 def valid_path(environ: Environ) -> str:
-    """Return the path; what is not UTF-8, and control characters, become U+FFFD: not a route."""
+    """Return the path; invalid UTF-8 and control characters become U+FFFD, so no route matches."""
     path = environ["PATH_INFO"].encode("latin-1", "replace").decode("utf-8", "replace")
     return re.sub(r"[\x00-\x1f\x7f]", "\ufffd", path)
 
@@ -9520,7 +9523,7 @@ def act(store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]]) -
 
 
 def sessions_of(environ: Environ) -> list[str]:
-    """Return what may be the session's cookie: other paths and programs have theirs beside it."""
+    """Return possible session cookies; other paths and programs may have set some too."""
     pattern = rf"(?:^|;)\s*{SESSION_COOKIE}=([0-9]+\.[0-9a-f]{{64}})(?=\s*(?:;|$))"
     found = re.finditer(pattern, environ.get("HTTP_COOKIE", ""), re.ASCII)
     return [one[1] for one in itertools.islice(found, MAX_SESSION_COOKIES)]
@@ -9536,7 +9539,7 @@ def with_session(answer: bottle.HTTPResponse, value: str, maxage_s: int) -> bott
         maxage=maxage_s,
         httponly=True,
         samesite="lax",
-        # A browser that came directly, and not by the proxy, says so by its Origin.
+        # The Origin shows whether a browser came directly and not through the proxy.
         secure=url_of_request(environ).startswith("https:")
         and not environ.get("HTTP_ORIGIN", "").startswith("http:"),
     )
@@ -9554,7 +9557,7 @@ def answer_json(
     """Answer with a JSON value."""
     more = {"Content-Type": "application/json"}
     if not is_ingest(bottle.request.environ["PATH_INFO"]):
-        # Chromium never ends a request whose answer says so and is not read, as SDKs do.
+        # Chromium never ends a request whose no-store answer is not read; SDKs don't read it.
         more["Cache-Control"] = "no-store"
     text = json.dumps(value, ensure_ascii=False)
     return bottle.HTTPResponse(text, status, more | dict(headers or {}))
@@ -9572,7 +9575,7 @@ class Ingest:
         self._started_s = time.monotonic()
 
     def admit(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> int:
-        """Return the id of the project that reports; raise what its headers are refused for."""
+        """Return the id of the reporting project; raise if the headers are refused."""
         project_id = owner_of(bearer_key(environ), keys)
         if project_id is None:
             raise Unauthorized("the API key is unknown or revoked")
@@ -9635,7 +9638,7 @@ class Ingest:
         return answer_json({"accepted": accepted, "rejected": rejected}, 202 if accepted else 500)
 
     def _slices(self, raw: bytes | bytearray) -> Iterator[list[Entry]]:
-        """Yield a batch's entries in parts that are short to store; the body is checked first."""
+        """Check a batch's body, then yield its entries in parts that are quick to store."""
         texts = texts_of_large_batch(raw) if len(raw) > MAX_FAST_BYTES else None
         if texts is None:
             entries = self._entries(read_text(raw))
@@ -9658,7 +9661,7 @@ class Ingest:
             yield part
 
     def drop(self, kind: str) -> bottle.HTTPResponse:
-        """Take what is no error, as clients of the original MiniAPM send it, and keep nothing."""
+        """Accept and drop what is not an error; clients of the original MiniAPM send it."""
         key = bearer_key(bottle.request.environ)
         if owner_of(key, self._store.keys()) is None:
             raise Unauthorized("the API key is unknown or revoked")
@@ -9717,14 +9720,14 @@ class SentryIngest:
     def body_rule(
         self, environ: Environ, project_id: int, form: str, keys: Sequence[tuple[int, bytes]]
     ) -> BodyRule:
-        """Return how much to keep of a body; raise what its headers are refused for."""
+        """Return how much of a body to keep; raise if its headers are refused."""
         if (key := sentry_key(environ)) or form == "store":
             self.admit(key, project_id, keys)
             return BodyRule(self._max_body_bytes)
         is_compressed = "HTTP_CONTENT_ENCODING" in environ
 
         def admit_start(start: bytes) -> bool:
-            """Admit by the DSN in the envelope's first line, once that is there."""
+            """Admit by the DSN in the envelope's first line, once it has arrived."""
             if (is_compressed or b"\n" not in start) and len(start) <= MAX_HEADER_BYTES:
                 return False
             header: Json = {} if is_compressed else header_line(start, 0, "the envelope")[0]
@@ -9861,7 +9864,7 @@ class Dashboard:
         self._rejections = rejections
 
     def has_session(self, environ: Environ) -> bool:
-        """Tell whether a request may see pages: always when there is no password."""
+        """Tell whether a request may see pages; without a password, all may."""
         return self._gate is None or any(map(self._gate.accepts, sessions_of(environ)))
 
     def html(
@@ -10051,7 +10054,7 @@ _SHOWN_PART = re.compile(
 
 
 def shown_path(path: str) -> str:
-    """Return a path as it may be logged: any part that is no word of the URL map can be a key."""
+    """Return a path that is safe to log: a part that is not in the URL map may be a key."""
     parts = path.split("/")
     return "/".join(part if _SHOWN_PART.fullmatch(part) else "…" for part in parts)
 
@@ -10060,8 +10063,8 @@ class App:
     """The tracker as a WSGI application (PEP 3333): ingest, dashboard, health.
 
     Works at the root of a server and, by SCRIPT_NAME, under a prefix of another application.
-    Reads host, password, allowed_hosts, public_url, max_body_bytes and scrub_also of the
-    settings. `log` takes a line about reports that were refused.
+    It uses the settings host, password, allowed_hosts, public_url, max_body_bytes and
+    scrub_also. `log` is called with each line about refused reports.
 
     >>> app = App(Store("errors.db"), Config())
     """
@@ -10130,7 +10133,7 @@ class App:
         return answer
 
     def body_rule(self, environ: Environ) -> BodyRule | MiniAPMError:
-        """Return how much of a request's body to keep, or what its headers are refused for."""
+        """Return how much of a request's body to keep, or the refusal of its headers."""
         self._locate(environ)
         path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
         try:
@@ -10148,7 +10151,7 @@ class App:
         return BodyRule(MAX_FORM_BYTES if is_form else 0)
 
     def _locate(self, environ: Environ) -> None:
-        """Set path and prefix; with a public URL, its path may have been stripped or not."""
+        """Set path and prefix; a proxy may or may not have stripped the public URL's path."""
         path = valid_path(environ)
         if url := self._public_url:
             root = urllib.parse.urlsplit(url).path
@@ -10180,12 +10183,12 @@ class App:
 
     @contextlib.contextmanager
     def _turn_for(self, environ: Environ) -> Iterator[None]:
-        """Bound what runs at once: large reports fill the memory, searches keep the disk busy."""
+        """Limit what runs at once: large reports fill memory, searches keep the disk busy."""
         rule = self.body_rule(environ) if is_large(environ) else BodyRule(0)
         if isinstance(rule, MiniAPMError):
             raise rule
         if is_ingest(environ["PATH_INFO"]) and rule.limit_bytes:
-            # All of it has to be here first: a slow client must not make the others wait.
+            # Read the whole body first: a slow client must not make the others wait.
             body = read_body(environ, rule.limit_bytes)
             environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
             del body
@@ -10240,7 +10243,7 @@ class App:
         return self._dashboard.html("message", refusal.status, headers, heading=heading, text=text)
 
     def _has_key(self, environ: Environ) -> bool:
-        """Tell whether a request to ingest has a valid key, for whichever project."""
+        """Tell whether a request to ingest has a valid key of any project."""
         if ADMITTED_KEY in environ:
             return True
         sent = [header_text(environ, "HTTP_AUTHORIZATION").partition(" ")[2].strip(" \t")]
@@ -10248,7 +10251,7 @@ class App:
             sent.append(sentry_key(environ))
         try:
             keys = self._store.keys()
-        except MiniAPMError:  # which the refusal may be about
+        except MiniAPMError:  # the refusal may be about this
             return True
         return any(owner_of(key, keys) is not None for key in sent)
 
@@ -10346,7 +10349,7 @@ class Mount:
             return app(self._below(environ), start_response)
 
     def body_rule(self, environ: Environ) -> BodyRule | MiniAPMError:
-        """Return how much of a request's body to keep, or what it is refused for."""
+        """Return how much of a request's body to keep, or its refusal."""
         with _own_work():
             try:
                 return self._app().body_rule(self._below(environ))
@@ -10481,7 +10484,7 @@ class _Parser(argparse.ArgumentParser):
 
 def served_by(path: str) -> str:
     """Return what a database remembers of the process that serves it."""
-    if not os.path.exists(path + "-wal"):  # it lies beside another name of the same file
+    if not os.path.exists(path + "-wal"):  # the -wal is next to another name of the same file
         return "another process"
     with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
         if row := db.execute(SELECT_SETTING, {"name": "served_by"}).fetchone():
@@ -10492,12 +10495,12 @@ def served_by(path: str) -> str:
 class ServingLock:
     """Makes one process at a time the server of a database; ends with the process.
 
-    SQLite's own lock on a file beside the database, for that is portable; on Linux, where flock
-    is independent of SQLite's locks, also one on the database itself, which may have two names.
-    Raises MiniAPMError when another process has one of them.
+    It takes SQLite's own lock on a file next to the database, which is portable. On Linux, where
+    flock is independent of SQLite's locks, it also locks the database, which may have two names.
+    Raises MiniAPMError when another process has one of the locks.
     """
 
-    _handle: int | None = None  # stays open: SQLite's locks would go when it is closed
+    _handle: int | None = None  # stays open: closing it would drop SQLite's locks
 
     def __init__(self, path: str) -> None:
         refuse_unwritable(path)
@@ -10524,7 +10527,7 @@ class ServingLock:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._refusal(path) from None
-        except OSError:  # opening the store says why; or the file system has no such locks
+        except OSError:  # opening the store reports it, or the file system has no flock
             pass
 
     def _refusal(self, path: str) -> MiniAPMError:
@@ -10607,7 +10610,7 @@ RuleOf = Callable[[Environ], BodyRule | MiniAPMError]
 
 
 def environ_of_headers(request: Any) -> Environ:
-    """Return what a request of waitress's parser says but for its body, as a WSGI environ."""
+    """Return the WSGI environ, without the body, of a request parsed by waitress."""
     environ = {f"HTTP_{name}": value for name, value in request.headers.items()}
     return environ | {
         "REQUEST_METHOD": request.command,
@@ -10620,12 +10623,12 @@ def environ_of_headers(request: Any) -> Environ:
 
 
 def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
-    """Return the strict parser with three differences.
+    """Return the strict parser with three changes.
 
-    Of a body no more is kept than it is worth, in memory. Those that are refused are read to
-    their end: cut off in the middle of sending, most clients never see the answer. And headers
-    with a body that come again byte for byte, as those of a client with one connection do, are
-    not parsed again within a second.
+    Bodies are held in memory, and only as much of them as the rule allows. Refused ones are read
+    to their end, because most clients never see the answer if they are cut off. And if headers
+    of a request with a body repeat byte for byte within a second, as a client's on one connection
+    do, they are not parsed again.
     """
     from waitress.receiver import FixedStreamReceiver  # type: ignore[import-untyped]
 
@@ -10662,7 +10665,7 @@ def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
 
 
 def is_body_refused(request: Any) -> bool:
-    """Tell whether nothing of a waitress request's body was kept."""
+    """Tell whether the body of a waitress request was refused."""
     return request.body_rcv is not None and request.body_rcv.getbuf().refusal is not None
 
 
@@ -10679,10 +10682,10 @@ class _Answered:
 
 
 def _task_classes() -> tuple[Any, Any]:
-    """Return waitress's tasks, for requests and for errors, with one difference each.
+    """Return waitress's task classes, for requests and for errors, with one change each.
 
-    The App is told why a body was not kept. What waitress refuses by itself it says in JSON, to
-    pages of any origin.
+    The App is told why a body was not kept. Waitress's own refusals are JSON, readable by pages
+    of any origin.
     """
     import waitress.task  # type: ignore[import-untyped]
 
@@ -10707,17 +10710,17 @@ def _task_classes() -> tuple[Any, Any]:
 
 
 def _waiting_channel_class() -> Any:
-    """Return waitress's channel; it knows how long it has waited for a request."""
+    """Return waitress's channel class; it also knows how long it has waited for a request."""
     import waitress.channel  # type: ignore[import-untyped]
 
     class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
-            self.completed_s = time.monotonic()  # when the last request was there in full
+            self.completed_s = time.monotonic()  # when the last request had arrived in full
 
         @property
         def is_begun(self) -> bool:
-            """True while a request has not arrived in full, the first one even before it begins."""
+            """True while a request is arriving; for the first one, even before it begins."""
             return self.request is not None or self.last_activity == self.creation_time
 
         def received(self, data: bytes) -> bool:
@@ -10727,7 +10730,7 @@ def _waiting_channel_class() -> Any:
             return is_taken
 
         def handle_close(self) -> None:
-            if self.request is not None:  # which had not arrived in full
+            if self.request is not None:  # it had not arrived in full
                 self.request.close()
             super().handle_close()
 
@@ -10735,9 +10738,9 @@ def _waiting_channel_class() -> Any:
 
 
 def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
-    """Return waitress's channel with two differences.
+    """Return waitress's channel class with two changes.
 
-    It keeps of bodies what the rule says. And a request whose `answer` is set gets that.
+    It keeps as much of a body as the rule says. And if `answer` is set, the request gets that.
     """
     task_class, error_class = _task_classes()
 
@@ -10747,7 +10750,7 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
         answer: bytes | None = None  # to the first request, when FastIngest has one
 
         def recv(self, buffer_size: int) -> bytes:
-            # Much at once only where it is kept: the system's allocator leaves holes behind.
+            # Read much at once only if it is kept: otherwise the heap gets fragmented.
             receiver = self.request.body_rcv if self.request is not None else None
             is_kept = receiver is not None and receiver.getbuf().is_wanted
             data: bytes = super().recv(buffer_size if is_kept else 2 * MAX_HEADER_BYTES)
@@ -10777,9 +10780,9 @@ def fast_answer(status: str, body: bytes, now_s: int) -> bytes:
 
 
 class Lanes:
-    """Hands requests to threads; those that take long have their own, and nobody waits for them.
+    """Hands requests to threads; slow ones have their own threads, so nobody waits for them.
 
-    Of waitress it relies on `task.ThreadedTaskDispatcher`, and on what FastIngest names.
+    It relies on waitress's `task.ThreadedTaskDispatcher` and on what FastIngest names.
     """
 
     def __init__(self, server: Any) -> None:
@@ -10791,7 +10794,7 @@ class Lanes:
         self._searches.set_thread_count(MAX_SEARCHES)
 
     def add_task(self, channel: Any) -> None:
-        """Let a channel's first request be answered; called from any thread."""
+        """Queue a channel's first request to be answered; called from any thread."""
         request, lane = channel.requests[0], self._short
         if request.error is None and not is_body_refused(request):
             environ = environ_of_headers(request)
@@ -10804,7 +10807,7 @@ class Lanes:
         lane.add_task(channel)
 
     def shutdown(self, timeout_s: float) -> None:
-        """Finish what is being answered, and drop what waits."""
+        """Finish the requests being answered and drop those that wait."""
         end_s = time.monotonic() + timeout_s
         for lane in (self._short, self._large, self._searches):
             lane.shutdown(timeout=max(0.1, end_s - time.monotonic()))
@@ -10852,7 +10855,7 @@ class FastIngest:
         )
 
     def _undo_compression(self, request: Any) -> None:
-        """Decode a small body in place; any other is left to the App."""
+        """Decode a small body in place; leave any other to the App."""
         if not is_ingest(request.path):
             return
         body = request.body_rcv.getbuf()
@@ -10982,7 +10985,7 @@ class Shutdown:
 def _create_server(
     app: App, listener: socket.socket, config: Config, sockets: dict[int, Any]
 ) -> Any:
-    """Return a waitress server of an App, whose loop looks after `sockets`."""
+    """Return a waitress server for an App; its loop serves `sockets`."""
     import waitress
 
     server = waitress.create_server(
@@ -10994,12 +10997,12 @@ def _create_server(
         backlog=BACKLOG_CONNECTIONS,
         recv_bytes=64 * _KIBIBYTE,
         connection_limit=sys.maxsize,  # Server has its own
-        outbuf_overflow=sys.maxsize,  # no temporary files, they can't be written everywhere
+        outbuf_overflow=sys.maxsize,  # no temporary files: they can't be written everywhere
         channel_timeout=MAX_IDLE_S,
         cleanup_interval=5,
         max_request_header_size=MAX_HEADER_BYTES,
         max_request_body_size=MAX_SWALLOWED_BYTES,
-        clear_untrusted_proxy_headers=False,  # check_peer() goes by them
+        clear_untrusted_proxy_headers=False,  # check_peer() reads them
     )
     server.channel_class = _channel_class(app.body_rule, BodyBudget(config.max_held_bytes))
     return server
@@ -11074,7 +11077,7 @@ class Server:
             self._fast.run()
 
     def _accept(self) -> None:
-        """Accept what waits; beyond the limit, those that wait longest for a request give way."""
+        """Accept waiting connections; _close_longest_waiting() closes those beyond the limit."""
         channels = self._server.active_channels
         for _ in range(MAX_ACCEPTED):
             known = len(channels)
@@ -11083,10 +11086,10 @@ class Server:
                 break
 
     def _close_longest_waiting(self) -> None:
-        """Close connections beyond the limit, first those with a request that does not end.
+        """Close connections beyond the limit, first those whose request does not end.
 
-        Between two rounds: in the middle of one, a new connection could get the number of the
-        closed one, and the events that are meant for it.
+        Only between two rounds: during one, a new connection could get the closed one's file
+        descriptor, and the events meant for it.
         """
         channels, now_s = self._server.active_channels, time.monotonic()
         idle = [one for one in channels.values() if not one.requests]
@@ -11246,15 +11249,15 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
 
 
 def mode_to_read(path: str) -> str:
-    """Return how to open a database for reading so that nothing is left beside it.
+    """Return the mode for reading a database that leaves no files next to it.
 
-    SQLite makes a -wal and a -shm, which one who may not write the database can't remove.
+    SQLite makes a -wal and a -shm, which a user who can't write the database can't remove.
     """
     if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
         return "rw"
     log_bytes = os.path.getsize(path + "-wal") if os.path.exists(path + "-wal") else -1
     if log_bytes >= 0 and os.path.exists(path + "-shm"):
-        return "rw"  # it is in use, and both are there
+        return "rw"  # it is in use, and both files exist
     if log_bytes > 0:
         raise MiniAPMError(f"{path}-wal holds the newest reports: read it as the user who owns it")
     return "ro&immutable=1"
