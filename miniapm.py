@@ -126,7 +126,6 @@ MAX_HELD_BYTES = 128 * _MEBIBYTE  # the default of the setting max_held_bytes
 MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it is cut off
 MAX_HEADER_BYTES = 16 * _KIBIBYTE
 MAX_KNOWN_HEADER_BYTES = _KIBIBYTE  # of a request, remembered for the next one
-MAX_KNOWN_HEADER_LINES = 30
 MAX_KNOWN_HEADERS = 200
 MAX_FORM_BYTES = 256 * _KIBIBYTE
 MAX_LOGIN_BYTES = 8 * _KIBIBYTE
@@ -199,7 +198,7 @@ BACKLOG_CONNECTIONS = 1_024
 MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
 MAX_REJECTION_REASONS = 30
 REJECTION_LOG_INTERVAL_S = 60.0
-MAX_WAITING_LARGE = 20  # large reports; each may take a second
+MAX_LARGE_WAIT_S = 10.0  # what a large report waits for those before it
 MAX_SEARCH_CHARS = 200
 MAX_SEARCHES = 2  # running at once
 MAX_SEARCH_S = 2.0
@@ -383,7 +382,11 @@ def _read_public_url(text: str) -> str:
         r"(?ai)(https?)://(\[[^\]]+\]|[^/?#@\\:]+)(?::([0-9]{1,5}))?((?:/[a-zA-Z0-9_.~-]+)*)/?"
     )
     found = re.fullmatch(pattern, text)
-    if not found or re.search(r"/\.{1,2}(?:/|$)", found[4]) or found[4] in ("/ingest", "/assets"):
+    if (
+        not found
+        or re.search(r"/\.{1,2}(?:/|$)", found[4])
+        or re.match("/(?:ingest|assets)(?:/|$)", found[4])
+    ):
         raise ValueError(text)
     scheme, host, port = found[1].lower(), normal_host(found[2]), int(found[3] or 0)
     if found[3] and not 1 <= port <= 65_535:
@@ -1148,8 +1151,9 @@ class Scrubber:
         for hit in self._hit.finditer(_lowered(text)):
             names_left -= 1
             if names_left < 0 or values_left < 0:
-                rest = FILTERED + "\n" * text.count("\n", hit.start())
-                return "".join(parts) + text[kept : hit.start()] + rest
+                end = max(kept, hit.start())
+                rest = FILTERED + "\n" * text.count("\n", end)
+                return "".join(parts) + text[kept:end] + rest
             form = _AFTER_NAME.match(text, hit.end())
             if form is None or hit.start() < kept:
                 continue
@@ -4144,7 +4148,7 @@ def _file_identities(path: str) -> list[tuple[int, int] | None]:
         try:
             status = os.stat(name)
             found.append((status.st_dev, status.st_ino))
-        except FileNotFoundError:
+        except OSError:
             found.append(None)
     return found
 
@@ -4250,7 +4254,7 @@ class Writer:
     def __init__(self, db: sqlite3.Connection, path: str, *, threads: bool, wait_s: float) -> None:
         self._db = db
         self._path = path
-        self._files: list[tuple[int, int] | None] = []  # set by the first transaction
+        self._files = _file_identities(path)
         self._has_lost_files = False
         self._jobs: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
@@ -4392,7 +4396,6 @@ class Writer:
     def _transaction(self) -> Iterator[None]:
         """Commit what the block writes in the transaction that has begun, or undo it."""
         try:
-            self._files = self._files or _file_identities(self._path)
             if self._has_lost_files and self.has_other_files():
                 raise self._files_refusal()
             yield
@@ -4414,8 +4417,18 @@ class Writer:
 
     def has_other_files(self) -> bool:
         """Tell whether a file of the database was deleted or replaced; SQLite doesn't notice."""
-        self._has_lost_files = bool(self._files) and _file_identities(self._path) != self._files
+        found = _file_identities(self._path)
+        pairs = [*zip(self._files, found, strict=True)]
+        self._has_lost_files = any(known not in (None, now) for known, now in pairs)
+        self._files = [known or now for known, now in pairs]
         return self._has_lost_files
+
+    def notice_lost_files(self) -> None:
+        """Do what a write would do about files that were deleted or replaced, without waiting."""
+        if self.has_other_files() and not self.trouble and self._turn.acquire(blocking=False):
+            self.trouble = str(self._files_refusal())
+            self.checkpointer.copy(self._db)
+            self._turn.release()
 
     def _files_refusal(self) -> MiniAPMError:
         said = "(with -wal and -shm) was deleted or replaced; restart the server"
@@ -4857,9 +4870,7 @@ class Store:
 
     def notice_trouble(self) -> str:
         """Return `trouble`, after checking for problems that only a write would find."""
-        if self._writer.has_other_files() and not self._writer.trouble:
-            with contextlib.suppress(MiniAPMError):
-                self.write(lambda db: None)
+        self._writer.notice_lost_files()
         return self.trouble
 
     def now_ms(self) -> int:
@@ -8864,6 +8875,7 @@ class BodyRule:
 
     limit_bytes: int
     check: Callable[[bytes], bool] | None = None
+    refusal: MiniAPMError | None = None
 
 
 class HeldBody:
@@ -8873,11 +8885,9 @@ class HeldBody:
     methods are those of waitress's buffers.
     """
 
-    def __init__(self, budget: BodyBudget, rule: BodyRule | MiniAPMError) -> None:
-        self.refusal = rule if isinstance(rule, MiniAPMError) else None
-        self._budget = budget
-        self._rule = BodyRule(0) if isinstance(rule, MiniAPMError) else rule
-        self._check = self._rule.check
+    def __init__(self, budget: BodyBudget, rule: BodyRule) -> None:
+        self._budget, self._rule = budget, rule
+        self._check, self.refusal = rule.check, rule.refusal
         self._parts: list[bytes] = []  # one growing piece would take much more than its size
         self._tail = bytearray()
         self._size = 0
@@ -8956,7 +8966,7 @@ def _deflate(raw: bytes, limit: int) -> bytes:
         return _inflate(raw, -zlib.MAX_WBITS, limit)
 
 
-def _brotli(raw: bytes, limit: int) -> bytearray:
+def _brotli(raw: bytes, limit: int, *, is_whole: bool = True) -> bytearray:
     """Undo brotli (RFC 7932), where its package is installed in a version that can be bounded."""
     try:
         brotli = importlib.import_module("brotli")
@@ -8975,6 +8985,8 @@ def _brotli(raw: bytes, limit: int) -> bytearray:
         while len(decoded) <= limit and not engine.is_finished():
             part = step(b"")
             if not part and engine.can_accept_more_data():
+                if not is_whole:
+                    break
                 raise zlib.error("it ends too early")
             decoded += part
     except brotli.error as error:
@@ -8989,14 +9001,33 @@ _DECODERS: dict[str, Callable[..., bytes | bytearray]] = {
 }
 
 
+def encoding_of(environ: Environ) -> str:
+    """Return a body's Content-Encoding; empty if it is not compressed."""
+    said: str = environ.get("HTTP_CONTENT_ENCODING", "").strip(" \t").lower().removeprefix("x-")
+    return "" if said == "identity" else said
+
+
+def decoded_start(raw: bytes, encoding: str) -> bytes:
+    """Return the first 64 KiB, or less, of a body of which only the start has arrived."""
+    if not encoding:
+        return raw
+    if encoding == "br":
+        with contextlib.suppress(MiniAPMError, zlib.error):
+            return bytes(_brotli(raw, MAX_ENVELOPE_HEADER_BYTES, is_whole=False))
+    for wbits in (zlib.MAX_WBITS + 32, -zlib.MAX_WBITS):  # gzip or zlib; bare deflate
+        with contextlib.suppress(zlib.error):
+            return zlib.decompressobj(wbits).decompress(raw, MAX_ENVELOPE_HEADER_BYTES)
+    return b""
+
+
 def read_content(environ: Environ, limit: int) -> bytes | bytearray:
     """Return the request's body as it was before it was compressed.
 
     TooLarge when it has more than `limit` bytes, or more than twice that once decoded;
     UnsupportedType and BadRequest for a Content-Encoding that can't be undone.
     """
-    encoding = environ.get("HTTP_CONTENT_ENCODING", "").strip(" \t").lower().removeprefix("x-")
-    if encoding in ("", "identity"):
+    encoding = encoding_of(environ)
+    if not encoding:
         return read_body(environ, limit)
     if encoding not in _DECODERS:
         raise UnsupportedType(f"the Content-Encoding must be one of {', '.join(_DECODERS)}")
@@ -9077,7 +9108,9 @@ def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
     """
     text, coming = next(windows, ""), next(windows, None)
     found = _BATCH_START.match(text)
-    position = found.end() if found else len(text)
+    if found is None:
+        raise ValueError("not a batch")
+    position = found.end()
     while True:
         try:
             value, end = _JSON_DECODER.raw_decode(text, position)
@@ -9089,14 +9122,14 @@ def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
             if not found[1]:
                 return
             position = found.end()
-        elif coming is None or not position:
+        elif coming is None:
             raise ValueError("not just a batch")
         else:
             text, missing = text[position:], len(text) - position
             while coming is not None and missing >= 0:  # double it, or the time is quadratic
                 text, missing, coming = text + coming, missing - len(coming), next(windows, None)
             refuse_memory(text.encode())
-            position = 0
+            text, position = text.lstrip(" \t\n\r"), 0
 
 
 def batch_entries(text: str) -> list[tuple[Any, str | None]]:
@@ -9169,7 +9202,10 @@ def record_entries(
 
 def known_hosts(config: Config) -> frozenset[str]:
     """Return the hosts besides localhost at which the dashboard may be opened."""
-    hosts = set(_read_hosts(",".join(config.allowed_hosts)))
+    try:
+        hosts = set(_read_hosts(",".join(config.allowed_hosts)))
+    except ValueError:
+        raise BadSetting(f"{flag_of('allowed_hosts')} can't be {config.allowed_hosts!r}") from None
     with contextlib.suppress(ValueError):  # the resolver accepts other forms too
         hosts.add(normal_host(config.host))
     if config.public_url:
@@ -9342,7 +9378,7 @@ def _network_of(address: str) -> str:
 
 
 def _remember(known: dict[str, Any], address: str, value: Any) -> None:
-    if len(known) >= MAX_LOGIN_ADDRESSES:
+    if address not in known and len(known) >= MAX_LOGIN_ADDRESSES:
         del known[next(iter(known))]
     known[address] = value
 
@@ -9422,19 +9458,6 @@ class PasswordGate:
         return hmac.new(self._hash, text.encode(), "sha256").hexdigest()
 
 
-def is_large(environ: Environ) -> bool:
-    """Tell whether a report may take much memory once decoded."""
-    size = environ.get("CONTENT_LENGTH") or ""
-    is_long = bool(_DIGITS.fullmatch(size)) and int(size) > MAX_FAST_BYTES
-    return is_long or "HTTP_CONTENT_ENCODING" in environ
-
-
-def is_search(environ: Environ) -> bool:
-    """Tell whether a request is a search, which may read all errors."""
-    path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
-    return path.endswith(("/errors", "/errors.json")) and bool(re.search("(?:^|&)q=.", query))
-
-
 def is_public(path: str) -> bool:
     """Tell whether a path is open without a session."""
     return path == "/login" or path.startswith("/assets/")
@@ -9448,6 +9471,21 @@ def is_sentry(path: str) -> bool:
 def is_ingest(path: str) -> bool:
     """Tell whether a path takes reports, from pages of any origin."""
     return path == "/ingest" or path.startswith("/ingest/") or is_sentry(path)
+
+
+def is_large(environ: Environ) -> bool:
+    """Tell whether a request reports what may take much memory once it is decoded."""
+    size = environ.get("CONTENT_LENGTH") or ""
+    is_long = bool(_DIGITS.fullmatch(size)) and int(size) > MAX_FAST_BYTES
+    may_be_large = is_long or "HTTP_CONTENT_ENCODING" in environ
+    return may_be_large and is_ingest(environ["PATH_INFO"])
+
+
+def is_search(environ: Environ) -> bool:
+    """Tell whether a request searches in the errors, which may read all of them."""
+    path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
+    is_list = path.endswith(("/errors", "/errors.json")) and not is_ingest(path)
+    return is_list and bool(re.search("(?:^|&)q=.", query))
 
 
 def is_machine_path(path: str) -> bool:
@@ -9727,13 +9765,14 @@ class SentryIngest:
         if (key := sentry_key(environ)) or form == "store":
             self.admit(key, project_id, keys)
             return BodyRule(self._max_body_bytes)
-        is_compressed = "HTTP_CONTENT_ENCODING" in environ
+        encoding = encoding_of(environ)
 
         def admit_start(start: bytes) -> bool:
-            """Admit by the DSN in the envelope's first line, once it has arrived."""
-            if (is_compressed or b"\n" not in start) and len(start) <= MAX_HEADER_BYTES:
+            """Admit by the DSN in the envelope's first line, once that has arrived."""
+            line = decoded_start(start, encoding)
+            if b"\n" not in line and len(start) <= MAX_HEADER_BYTES:
                 return False
-            header: Json = {} if is_compressed else header_line(start, 0, "the envelope")[0]
+            header, _ = header_line(line, 0, "the envelope")
             self.admit(key_of_dsn(header.get("dsn")), project_id, keys)
             return True
 
@@ -10135,23 +10174,29 @@ class App:
         answer: Iterable[bytes] = self._bottle(environ, start)
         return answer
 
-    def body_rule(self, environ: Environ) -> BodyRule | MiniAPMError:
+    def body_rule(self, environ: Environ) -> BodyRule:
         """Return how much of a request's body to keep, or the refusal of its headers."""
         self._locate(environ)
         path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
+        size, limit = environ.get("CONTENT_LENGTH") or "", self._config.max_body_bytes
         try:
             if is_post and path in ("/ingest/errors", "/ingest/errors/batch"):
                 self._ingest.admit(environ, self._store.keys())
-                return BodyRule(self._config.max_body_bytes)
-            if is_post and (found := _SENTRY_PATH.fullmatch(path)):
+                rule = BodyRule(limit)
+            elif is_post and (found := _SENTRY_PATH.fullmatch(path)):
                 keys = self._store.keys()
-                return self._sentry.body_rule(environ, int(found[1]), found[2], keys)
+                rule = self._sentry.body_rule(environ, int(found[1]), found[2], keys)
+            elif is_post and path == "/login":
+                rule = BodyRule(MAX_LOGIN_BYTES)
+            else:
+                is_form = is_post and path.startswith("/errors")
+                is_form = is_form and self._dashboard.has_session(environ)
+                return BodyRule(MAX_FORM_BYTES if is_form else 0)
+            if _DIGITS.fullmatch(size) and int(size) > rule.limit_bytes:
+                raise _too_large(rule.limit_bytes)
+            return rule
         except MiniAPMError as refusal:
-            return refusal
-        if is_post and path == "/login":
-            return BodyRule(MAX_LOGIN_BYTES)
-        is_form = is_post and not is_machine_path(path) and self._dashboard.has_session(environ)
-        return BodyRule(MAX_FORM_BYTES if is_form else 0)
+            return BodyRule(0, refusal=refusal)
 
     def _locate(self, environ: Environ) -> None:
         """Set path and prefix; a proxy may or may not have stripped the public URL's path."""
@@ -10188,9 +10233,9 @@ class App:
     def _turn_for(self, environ: Environ) -> Iterator[None]:
         """Limit what runs at once: large reports fill memory, searches keep the disk busy."""
         rule = self.body_rule(environ) if is_large(environ) else BodyRule(0)
-        if isinstance(rule, MiniAPMError):
-            raise rule
-        if is_ingest(environ["PATH_INFO"]) and rule.limit_bytes:
+        if rule.refusal is not None:
+            raise rule.refusal
+        if rule.limit_bytes:
             # Read the whole body first: a slow client must not make the others wait.
             body = read_body(environ, rule.limit_bytes)
             environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
@@ -10321,7 +10366,7 @@ class Mount:
             raise BadSetting("at must name a path of its own, such as /errors")
         self._destination, self.config, self._keep_running = destination, config, keep_running
         self._made: tuple[Store, App] | None = None
-        self._budget = BodyBudget(config.max_held_bytes)
+        self._budget = BodyBudget(max(config.max_held_bytes, config.max_body_bytes + 1))
 
     def takes(self, path: str) -> bool:
         """Tell whether a path belongs to the dashboard."""
@@ -10351,13 +10396,13 @@ class Mount:
                 return [f"MiniAPM: {refusal}\n".encode()]
             return app(self._below(environ), start_response)
 
-    def body_rule(self, environ: Environ) -> BodyRule | MiniAPMError:
+    def body_rule(self, environ: Environ) -> BodyRule:
         """Return how much of a request's body to keep, or its refusal."""
         with _own_work():
             try:
                 return self._app().body_rule(self._below(environ))
             except MiniAPMError as refusal:
-                return refusal
+                return BodyRule(0, refusal=refusal)
 
     async def answer(
         self, scope: Any, receive: Callable[[], Any], send: Callable[..., Any]
@@ -10609,15 +10654,16 @@ def _strict_parser_class() -> Any:
     return Parser
 
 
-RuleOf = Callable[[Environ], BodyRule | MiniAPMError]
+RuleOf = Callable[[Environ], BodyRule]
 
 
 def environ_of_headers(request: Any) -> Environ:
     """Return the WSGI environ, without the body, of a request parsed by waitress."""
     environ = {f"HTTP_{name}": value for name, value in request.headers.items()}
+    path = request.path
     return environ | {
         "REQUEST_METHOD": request.command,
-        "PATH_INFO": request.path,
+        "PATH_INFO": "/" + path.lstrip("/") if path.startswith("//") else path,
         "QUERY_STRING": request.query,
         "SCRIPT_NAME": "",
         "CONTENT_TYPE": request.headers.get("CONTENT_TYPE", ""),
@@ -10658,9 +10704,8 @@ def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
             if self.body_rcv is None:
                 return
             self.rule = rule_of(environ_of_headers(self))
-            is_short = len(header) <= MAX_KNOWN_HEADER_BYTES
-            is_short = is_short and len(self.headers) <= MAX_KNOWN_HEADER_LINES
-            if is_short and self.content_length and not self.chunked:
+            is_taken = self.content_length and not self.chunked and self.rule.refusal is None
+            if is_taken and len(header) <= MAX_KNOWN_HEADER_BYTES:
                 parts = {name: self.__dict__[name] for name in self.__dict__.keys() - own}
                 known[header] = parts | {"headers": dict(self.headers)}
 
@@ -10697,6 +10742,8 @@ def _task_classes() -> tuple[Any, Any]:
             environ: Environ = super().get_environment()
             if is_body_refused(self.request):
                 environ[REFUSAL_KEY] = self.request.body_rcv.getbuf().refusal
+            elif time.monotonic() > getattr(self.request, "latest_s", math.inf):
+                environ[REFUSAL_KEY] = Unavailable(_CROWDED, retry_after_s=5)
             return environ
 
     class ErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
@@ -10731,6 +10778,12 @@ def _waiting_channel_class() -> Any:
             if self.requests:
                 self.completed_s = time.monotonic()
             return is_taken
+
+        def service(self) -> None:
+            super().service()
+            if not self.connected:  # waitress has forgotten these
+                for request in self.requests[:]:
+                    request.close()
 
         def handle_close(self) -> None:
             if self.request is not None:  # it had not arrived in full
@@ -10803,10 +10856,9 @@ class Lanes:
             environ = environ_of_headers(request)
             if is_search(environ):
                 lane = self._searches
-            elif is_large(environ) and len(self._large.queue) < MAX_WAITING_LARGE:
+            elif is_large(environ):
                 lane = self._large
-            elif is_large(environ) and request.body_rcv is not None:
-                request.body_rcv.getbuf().refuse(Unavailable(_CROWDED, retry_after_s=5))
+                request.latest_s = time.monotonic() + MAX_LARGE_WAIT_S
         lane.add_task(channel)
 
     def shutdown(self, timeout_s: float) -> None:
@@ -10862,6 +10914,8 @@ class FastIngest:
         if not is_ingest(request.path):
             return
         body = request.body_rcv.getbuf()
+        if len(body) > MAX_FAST_BYTES:
+            return
         environ = environ_of_headers(request) | {"wsgi.input": io.BytesIO(body.get())}
         try:
             decoded = read_content(environ, MAX_FAST_BYTES // MAX_DECODED_RATIO)
@@ -10952,6 +11006,9 @@ def log_line(text: str) -> None:
     say(f"{iso_time(time.time_ns() // 1_000_000)} {shown}", sys.stderr)
 
 
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+
+
 def logging_requests(app: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a WSGI application: it logs a line a request, without what could be a key."""
 
@@ -10960,7 +11017,9 @@ def logging_requests(app: Callable[..., Any]) -> Callable[..., Any]:
 
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
             took_ms = (time.perf_counter() - began_s) * 1_000
-            request = f"{environ['REQUEST_METHOD']} {shown_path(environ['PATH_INFO'])}"
+            method = environ["REQUEST_METHOD"]
+            method = method if method in _METHODS else "…"
+            request = f"{method} {shown_path(environ['PATH_INFO'])}"
             log_line(f"{client_address(environ)} {request} {status[:3]} {took_ms:.1f} ms")
             return start_response(status, headers, *rest)
 
@@ -11007,7 +11066,9 @@ def _create_server(
         max_request_body_size=MAX_SWALLOWED_BYTES,
         clear_untrusted_proxy_headers=False,  # check_peer() reads them
     )
-    server.channel_class = _channel_class(app.body_rule, BodyBudget(config.max_held_bytes))
+    server.channel_class = _channel_class(
+        app.body_rule, BodyBudget(max(config.max_held_bytes, config.max_body_bytes + 1))
+    )
     return server
 
 
@@ -11105,11 +11166,8 @@ class Server:
     def _drain(self) -> None:
         """Answer every request that has arrived, for MAX_DRAIN_S at most."""
         end_s = time.monotonic() + MAX_DRAIN_S
-        for _ in range(MAX_CONNECTIONS):  # take those that wait to be accepted
-            known = len(self._server.active_channels)
-            self._server.handle_accept()
-            if len(self._server.active_channels) == known:
-                break
+        for _ in range(MAX_CONNECTIONS // MAX_ACCEPTED + 1):  # take those that wait to be accepted
+            self._accept()
         self._server.accepting = False
         self._server.socket.close()
         del self._map[self._server._fileno]

@@ -4068,6 +4068,16 @@ def test_deleted_database_is_not_made_anew(store: Store) -> None:
     assert not os.path.exists(store.path)
 
 
+def test_small_writes_overtake_large_ones_that_wait(store: Store) -> None:
+    writer = store._writer
+    jobs = [miniapm._Job(lambda db: None, reports) for reports in (500, 500, 1, 0, 300, 1)]
+    writer._jobs.extend(jobs)
+    taken = []
+    while writer._jobs:
+        taken.append([jobs.index(job) for job in writer._take()])
+    assert taken == [[0, 3], [1], [2, 4, 5]]
+
+
 def test_writer_outlives_a_connection_that_fails(store: Store) -> None:
     class Broken:
         in_transaction = True
@@ -8104,6 +8114,102 @@ def test_batch_of_too_many_is_413(client: Client) -> None:
     assert client.post_json("/ingest/errors/batch", batch).status == 413
 
 
+@given(
+    st.lists(st.sampled_from(["{}", "7", '"a,]}"', '{"a": [1, {"b": "é😀\\""}]}', "[]", "1e3"])),
+    st.sampled_from(["", " ", "\n "]),
+    st.integers(30, 60),
+)
+def test_large_batch_is_split_as_a_small_one(entries: list[str], space: str, window: int) -> None:
+    text = f'{space}{{"errors":{space}[{f",{space}".join(entries)}]}}{space}'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniapm, "WINDOW_BYTES", window)
+        found = miniapm.texts_of_large_batch(text.encode())
+    if entries:
+        assert found is not None
+        assert [one.decode() for one in found] == entries
+        assert [one for one, _ in miniapm.batch_entries(text)] == list(map(json.loads, entries))
+    else:
+        assert found is None  # then it is read as a whole
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 20])
+def test_large_batch_that_is_cut_off_is_400_and_nothing_of_it_is_stored(
+    client: Client, cut: int
+) -> None:
+    one = json.dumps(report(message="x" * 3_000))
+    body = f'{{"errors": [{", ".join([one] * 200)}]}}'.encode()
+    assert len(body) > 2 * miniapm.MAX_FAST_BYTES
+    assert client.post_json("/ingest/errors/batch", body[:-cut]).status == 400
+    assert client.errors() == []
+    assert client.post_json("/ingest/errors/batch", body).status == 202
+    assert client.errors()[0]["occurrences"] == 200
+
+
+def test_large_batch_names_the_bad_by_their_places_in_it(client: Client) -> None:
+    entries: list[Any] = [report(message="x" * 600) for _ in range(1_300)]
+    entries[3], entries[777], entries[1299] = 7, report(message=None), report(fingerprint="")
+    answer = client.post_json("/ingest/errors/batch", {"errors": entries})
+    assert answer.status == 202
+    assert [one["index"] for one in answer.json()["rejected"]] == [3, 777, 1299]
+    assert answer.json()["rejected"][1]["field"] == "errors[777].message"
+    assert client.errors()[0]["occurrences"] == answer.json()["accepted"] == 1_297
+
+
+def small_body(rule: Any, budget: Any, parts: list[bytes]) -> Any:
+    body = miniapm.HeldBody(budget, rule)
+    for part in parts:
+        body.append(part)
+    return body
+
+
+@given(st.lists(st.binary(max_size=90), max_size=20), st.integers(0, 200), st.integers(0, 400))
+def test_held_bodies_give_back_all_that_they_took(
+    parts: list[bytes], limit: int, room: int
+) -> None:
+    budget, whole = miniapm.BodyBudget(room), b"".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniapm, "PART_BYTES", 16)
+        body = small_body(miniapm.BodyRule(limit), budget, parts)
+    kept = whole[: limit + 1]
+    if len(kept) > room:
+        assert isinstance(body.refusal, miniapm.Unavailable)
+        assert (len(body), body.get()) == (0, b"")
+    else:
+        assert body.refusal is None
+        assert (len(body), body.get(), body.getfile().read()) == (len(kept), kept, kept)
+        assert budget.take(room - len(kept)) and not budget.take(1)
+        budget.give_back(room - len(kept))
+    body.close()
+    body.close()
+    assert budget.take(room) and not budget.take(1)
+
+
+@pytest.mark.parametrize(
+    ("start", "status"),
+    [
+        (b'{"dsn": "http://KEY@localhost/1"}\n', None),
+        (b'{"dsn": "http://other@localhost/1"}\n', 401),
+        (b'{"dsn": "http://KEY@localhost/2"}\n', None),  # the App looks at the project's number
+        (b"{}\n", 401),
+        (b"no JSON\n", 400),
+        (b"x" * 16_385, 400),
+        (b"x" * 16_380, None),  # may go on with the line
+    ],
+)
+def test_envelope_without_a_key_in_its_headers_is_held_once_its_first_line_has_one(
+    store: Store, start: bytes, status: int | None
+) -> None:
+    start = start.replace(b"KEY", store.ensure_default_project().keys[0].encode())
+    environ = {"PATH_INFO": "/api/1/envelope/", "REQUEST_METHOD": "POST", "SCRIPT_NAME": ""}
+    rule = App(store, Config()).body_rule(environ | {"HTTP_HOST": "localhost"})
+    body = small_body(rule, miniapm.BodyBudget(2**20), [start[:9], start[9:], b"more"])
+    if status is None or b"/2" in start:
+        assert body.refusal is None and body.get() == start + b"more"
+    else:
+        assert body.refusal.status == status and len(body) == 0
+    assert body.is_wanted == (body.refusal is None and b"\n" in start)
+
+
 def test_locked_database_is_503_with_retry_after(impatient: Store) -> None:
     client = Client(App(impatient, Config()), "")
     with locked(impatient.path):
@@ -10894,6 +11000,37 @@ def test_log_has_a_line_a_request_when_it_is_asked_for(start: Callable[..., Serv
         assert len(found) == 1, (wanted, lines)
         assert re.match(r"20\d\d-\d\d-\d\dT[\d:.]+Z ", found[0])
     assert not re.search(rf"{server.key}|searched|a message|page", server.log)
+
+
+def test_server_may_open_a_file_for_every_connection(start: Callable[..., Server]) -> None:
+    resource = need_module("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        server = start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(300)]
+    assert server.post(report()).status_code == 202
+    for one in held:
+        one.close()
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_small_compressed_reports_take_the_way_of_others(
+    start: Callable[..., Server], encoding: str
+) -> None:
+    server = start("--verbose")
+    headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
+    headers["Content-Encoding"] = encoding
+    body = squeeze(json.dumps(report()).encode(), encoding)
+    for _ in range(2):
+        answer = requests.post(server.url + "/ingest/errors", body, headers=headers, timeout=20)
+        assert answer.status_code == 202
+    assert server.errors()[0]["occurrences"] == 2
+    assert server.stop() == 0
+    if "waitress has no" not in server.log:
+        assert server.log.count("202 in a group") == 2
 
 
 def test_log_counts_refused_reports_once_a_minute_by_reason(
