@@ -25,6 +25,7 @@ import copy
 import dataclasses
 import decimal
 import enum
+import errno
 import functools
 import gc
 import hashlib
@@ -4054,6 +4055,31 @@ def test_deleted_database_is_noticed(store: Store) -> None:
         record(store)
     os.rename(store.path + ".moved", store.path)
     record(store)
+
+
+def test_database_that_was_deleted_before_the_first_write_is_noticed(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.db")
+    Store(path).close()
+    with contextlib.closing(Store(path, threads=False)) as store:
+        for name in tmp_path.iterdir():
+            name.unlink()
+        with pytest.raises(miniapm.MiniAPMError, match="deleted or replaced"):
+            record(store)
+
+
+def test_file_that_can_not_be_looked_at_is_trouble_and_no_end(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(store)
+
+    def stat(path: str) -> Any:
+        raise OSError(errno.ESTALE, "stale")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(miniapm.os, "stat", stat)
+        assert "deleted or replaced" in store.notice_trouble()
+    record(store)
+    assert store.notice_trouble() == ""
 
 
 def test_deleted_database_is_not_made_anew(store: Store) -> None:
@@ -8124,6 +8150,8 @@ def test_large_batch_is_split_as_a_small_one(entries: list[str], space: str, win
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(miniapm, "WINDOW_BYTES", window)
         found = miniapm.texts_of_large_batch(text.encode())
+        other = b'{"v": "' + b"p" * len(entries) + b'", ' + text.strip()[1:].encode()
+        assert miniapm.texts_of_large_batch(other) is None
     if entries:
         assert found is not None
         assert [one.decode() for one in found] == entries
@@ -8153,6 +8181,46 @@ def test_large_batch_names_the_bad_by_their_places_in_it(client: Client) -> None
     assert [one["index"] for one in answer.json()["rejected"]] == [3, 777, 1299]
     assert answer.json()["rejected"][1]["field"] == "errors[777].message"
     assert client.errors()[0]["occurrences"] == answer.json()["accepted"] == 1_297
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "headers", "is_large", "is_search"),
+    [
+        ("POST", "/ingest/errors", {"CONTENT_LENGTH": "300000"}, True, False),
+        ("POST", "/api/1/envelope/", {"HTTP_CONTENT_ENCODING": "gzip"}, True, False),
+        ("POST", "/ingest/errors", {"CONTENT_LENGTH": "262144"}, False, False),
+        ("POST", "/ingest/errors", {"CONTENT_LENGTH": "x"}, False, False),
+        ("POST", "/nothing", {"CONTENT_LENGTH": "300000"}, False, False),
+        ("GET", "/health", {"HTTP_CONTENT_ENCODING": "gzip"}, False, False),
+        ("POST", "/ingest/errors?q=x", {}, False, False),
+        ("GET", "/errors?sort=count&q=x", {}, False, True),
+        ("GET", "/apm/errors.json?q=x", {}, False, True),
+        ("GET", "/errors?q=", {}, False, False),
+        ("GET", "/errors/1?q=x", {}, False, False),
+    ],
+)
+def test_requests_that_take_long_are_told_from_others(
+    method: str, target: str, headers: dict[str, str], is_large: bool, is_search: bool
+) -> None:
+    path, _, query = target.partition("?")
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query} | headers
+    assert (miniapm.is_large(environ), miniapm.is_search(environ)) == (is_large, is_search)
+
+
+def test_body_that_says_to_be_too_large_is_refused_by_its_headers(store: Store) -> None:
+    app = App(store, Config(max_body_bytes=1_000))
+    environ = {
+        "PATH_INFO": "/ingest/errors",
+        "REQUEST_METHOD": "POST",
+        "CONTENT_TYPE": "application/json",
+        "HTTP_AUTHORIZATION": f"Bearer {store.ensure_default_project().keys[0]}",
+    }
+    for size, kind in (("1000", type(None)), ("1001", miniapm.TooLarge), ("", type(None))):
+        rule = app.body_rule(environ | {"CONTENT_LENGTH": size})
+        assert isinstance(rule.refusal, kind)
+    for path in ("/errors", "/errors/1", "/nothing", "/health", "/ingest/v1/traces"):
+        limit = miniapm.MAX_FORM_BYTES if path.startswith("/errors") else 0
+        assert app.body_rule(environ | {"PATH_INFO": path}).limit_bytes == limit
 
 
 def small_body(rule: Any, budget: Any, parts: list[bytes]) -> Any:
@@ -11000,6 +11068,77 @@ def test_log_has_a_line_a_request_when_it_is_asked_for(start: Callable[..., Serv
         assert len(found) == 1, (wanted, lines)
         assert re.match(r"20\d\d-\d\d-\d\dT[\d:.]+Z ", found[0])
     assert not re.search(rf"{server.key}|searched|a message|page", server.log)
+
+
+class SlowApp:
+    """Answers a request when it is allowed to, and ends it later; it wants all of every body."""
+
+    def __init__(self) -> None:
+        self.started, self.go_on, self.end = (threading.Event() for _ in range(3))
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"x"
+
+    def close(self) -> None:
+        assert self.end.wait(20)
+
+    def body_rule(self, environ: Any) -> Any:
+        return miniapm.BodyRule(100_000)
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        self.started.set()
+        assert self.go_on.wait(20)
+        start_response("200 OK", [("Content-Length", "1")])
+        return self
+
+
+def test_client_that_leaves_with_requests_waiting_leaves_nothing_in_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import waitress.wasyncore
+
+    budgets: list[Any] = []
+
+    class Budget(miniapm.BodyBudget):
+        def __init__(self, most_bytes: int) -> None:
+            super().__init__(most_bytes)
+            budgets.append(self)
+
+    monkeypatch.setattr(miniapm, "BodyBudget", Budget)
+    app, config, sockets = SlowApp(), Config(port=0), dict[int, Any]()
+    with miniapm.listen(config) as listener:
+        server = miniapm._create_server(app, listener, config, sockets)
+        before = budgets[0]._left
+        turn = functools.partial(waitress.wasyncore.loop, 0.01, use_poll=True, map=sockets, count=1)
+        client = socket.create_connection(("127.0.0.1", listener.getsockname()[1]))
+        one = b"POST / HTTP/1.1\r\nContent-Length: 9000\r\n\r\n" + b"x" * 9_000
+        client.sendall(one * 3 + one[:500])
+        wait_until(lambda: turn() or budgets[0]._left < before and app.started.is_set())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        app.go_on.set()
+        wait_until(lambda: turn() or not server.active_channels)
+        app.end.set()
+        wait_until(lambda: turn() or budgets[0]._left == before)
+        server.task_dispatcher.shutdown()
+        server.trigger.close()
+
+
+@pytest.mark.parametrize("path", ["//ingest/errors", "///ingest/errors", "//api/1/store/"])
+def test_path_with_too_many_slashes_is_taken(start: Callable[..., Server], path: str) -> None:
+    server = start(MINI_APM_PASSWORD=PASSWORD)
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
+    headers["X-Sentry-Auth"] = f"Sentry sentry_key={server.key}"
+    body = json.dumps(report(message="x" * 300_000) | {"level": "error"})
+    answer = requests.Session()
+    prepared = requests.Request("POST", server.url, headers=headers, data=body).prepare()
+    prepared.url = server.url + path
+    assert answer.send(prepared, timeout=20).status_code in (200, 202)
+
+
+def test_largest_report_fits_into_what_is_held(start: Callable[..., Server]) -> None:
+    server = start("--max-held-bytes", "1000000")
+    assert server.post(report(message="x" * 9_000_000)).status_code == 202
 
 
 def test_server_may_open_a_file_for_every_connection(start: Callable[..., Server]) -> None:
