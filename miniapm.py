@@ -121,7 +121,7 @@ _KIBIBYTE = 1024
 _MEBIBYTE = 1024 * _KIBIBYTE
 
 MAX_BODY_BYTES = 10 * _MEBIBYTE  # the default of the setting max_body_bytes
-PART_BYTES = 64 * _KIBIBYTE  # size of the pieces in which a body is held
+BODY_PIECE_BYTES = 64 * _KIBIBYTE  # size of the pieces in which a body is held
 MAX_HELD_BYTES = 128 * _MEBIBYTE  # the default of the setting max_held_bytes
 MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it is cut off
 MAX_HEADER_BYTES = 16 * _KIBIBYTE
@@ -133,7 +133,7 @@ MAX_JSON_DEPTH_LEVELS = 64
 MAX_INDENTED_LEVELS = 20  # JSON that is nested deeper is shown on one line
 MAX_JSON_BYTES = 48 * _MEBIBYTE  # memory that one JSON text may take once it is parsed
 WINDOW_BYTES = _MEBIBYTE  # a large batch is decoded in pieces of this size
-SLICE_ERRORS = 500  # of a large batch in one transaction; other writes can run in between
+BATCH_PART_REPORTS = 500  # of a large batch in one transaction; other writes can run in between
 MAX_BATCH_ERRORS = 10_000
 MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_bytes
 MAX_ENVELOPE_ITEMS = 100
@@ -508,7 +508,7 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def way_in(config: Config) -> str:
+def exposing_flag(config: Config) -> str:
     """Return the flag and value that let other machines in; empty if none do."""
     if not config.is_local:
         return f"{flag_of('host')} {config.host}"
@@ -1043,11 +1043,11 @@ class Scrubber:
     """Replaces secrets in texts and in JSON; `also` adds names to the built-in ones.
 
     An added name matches as a word: `email` covers user_email, emailAddress and EMAIL.
-    `left` is how many texts and names may still be checked one by one, at some microseconds
+    `checks_left` is how many texts and names may still be checked one by one, at some microseconds
     each. After that, every text that could hold a secret is replaced as a whole.
     """
 
-    left: float = math.inf
+    checks_left: float = math.inf
 
     def __init__(self, also: Iterable[str] = ()) -> None:
         added = [re.sub("[. -]", "_", name.lower()) for name in also]
@@ -1065,12 +1065,12 @@ class Scrubber:
         self._few, self._keys = re.compile(_pattern_of(few)), re.compile(_pattern_of(keys))
         self._hints = tuple(_hint_of(one) for one in names if one not in (*few, *_FOUND_BY_OTHERS))
 
-    def within(self, length: int | None) -> Scrubber:
+    def for_report(self, length: int | None) -> Scrubber:
         """Return a scrubber for one report; `length` is that of its JSON text, if known."""
         if length is None:
             return self
         one = object.__new__(Scrubber)
-        one.__dict__.update(self.__dict__, left=length // MIN_CHARS_PER_SECRET + 16)
+        one.__dict__.update(self.__dict__, checks_left=length // MIN_CHARS_PER_SECRET + 16)
         return one
 
     def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
@@ -1115,16 +1115,16 @@ class Scrubber:
         # None, booleans and empty values tell a reader much and a thief nothing.
         if not value or value is True or not self.names_secret(name[:SCRUB_AHEAD_CHARS]):
             return False
-        self.left -= 1
+        self.checks_left -= 1
         return not _is_harmless_value(name, value)
 
     def scrub_text(self, text: str) -> str:
         """Return the text with its secrets replaced; the number of lines stays the same."""
         if not self.may_hold_secret(text):
             return text
-        if self.left <= 0:
+        if self.checks_left <= 0:
             return FILTERED + "\n" * text.count("\n")
-        self.left -= 1
+        self.checks_left -= 1
         if "PRIVATE KEY" in text:
             text = _PRIVATE_KEY.sub(lambda found: FILTERED + "\n" * found[0].count("\n"), text)
         if "://" in text:
@@ -1146,8 +1146,8 @@ class Scrubber:
         parts: list[str] = []
         kept = 0
         names_left = len(text) // 32 + 100
-        values_left = min(self.left, len(text) // MIN_CHARS_PER_SECRET + 16)
-        self.left -= values_left
+        values_left = min(self.checks_left, len(text) // MIN_CHARS_PER_SECRET + 16)
+        self.checks_left -= values_left
         for hit in self._hit.finditer(_lowered(text)):
             names_left -= 1
             if names_left < 0 or values_left < 0:
@@ -1167,7 +1167,7 @@ class Scrubber:
                 continue
             parts += [text[kept : span[0]], FILTERED, "\n" * text.count("\n", *span)]
             kept = span[1]
-        self.left += values_left
+        self.checks_left += values_left
         return "".join(parts) + text[kept:] if parts else text
 
     def _secret_after(self, text: str, name: str, begin: int, form: re.Match[str]) -> Span | None:
@@ -1366,7 +1366,7 @@ class _Copier:
         labels = [one for name in _LABELS if isinstance(one := value.get(name), str)]
         is_labelled = any(self._scrubber.names_secret(one[:SCRUB_AHEAD_CHARS]) for one in labels)
         for position, (key, item) in enumerate(value.items()):
-            if self.budget <= 0 or self._scrubber.left <= 0:
+            if self.budget <= 0 or self._scrubber.checks_left <= 0:
                 result["…"] = f"[{len(value) - position:,} more cut]"
                 break
             name = self._scrubber.clean(key, MAX_KEY_CHARS)
@@ -1381,7 +1381,7 @@ class _Copier:
             return [self._scrubber.clean(value[0], MAX_KEY_CHARS), FILTERED]  # a header as a pair
         is_announced = False  # by the item before: --password or Authorization
         for position, item in enumerate(_without_private_keys(value)):
-            if self.budget <= 0 or self._scrubber.left <= 0:
+            if self.budget <= 0 or self._scrubber.checks_left <= 0:
                 result.append(f"… [{len(value) - position:,} more cut]")
                 break
             is_text = isinstance(item, str) and item != ""
@@ -1450,7 +1450,7 @@ _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8
 _FOUR_BYTE_START = re.compile(rb"[\xf0-\xf4]")
 
 
-def refuse_memory(raw: bytes | bytearray, at: str = "") -> None:
+def refuse_costly_json(raw: bytes | bytearray, at: str = "") -> None:
     """Raise TooLarge for JSON that would take over MAX_JSON_BYTES of memory once parsed."""
     if len(raw) <= _MEBIBYTE:  # it takes at most about 25 times its length
         return
@@ -1470,7 +1470,7 @@ def read_text(raw: bytes | bytearray, at: str = "") -> str:
     `at` is the path of what is read when it is not the whole body.
     """
     what, field = at or "the body", at or None
-    refuse_memory(raw, at)
+    refuse_costly_json(raw, at)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -1895,7 +1895,7 @@ def parse_occurrence(
     its text if is_plain() accepts it, `length` that of a text from outside. `trust` skips the
     checks of depth and `exceptions`. Unknown fields go to `extra`.
     """
-    scrubber = scrubber if plain is not None else scrubber.within(length)
+    scrubber = scrubber if plain is not None else scrubber.for_report(length)
     is_plain, tidy = plain is not None, scrubber.clean if plain is None else scrubber.cut
     fields = _Fields(data, at, tidy)
     if not trust and (plain is None or not is_shallow(plain)):
@@ -4383,7 +4383,7 @@ class Writer:
         """Take jobs for a short transaction; small ones overtake large ones that don't fit."""
         taken: list[_Job] = []
         later: collections.deque[_Job] = collections.deque()
-        room = SLICE_ERRORS
+        room = BATCH_PART_REPORTS
         with self._changed:
             for job in self._jobs:
                 fits = not taken or job.reports <= room
@@ -4396,11 +4396,11 @@ class Writer:
     def _transaction(self) -> Iterator[None]:
         """Commit what the block writes in the transaction that has begun, or undo it."""
         try:
-            if self._has_lost_files and self.has_other_files():
+            if self._has_lost_files and self.has_lost_files():
                 raise self._files_refusal()
             yield
             self._db.execute("COMMIT")
-            if self.has_other_files():
+            if self.has_lost_files():
                 raise self._files_refusal()
         except BaseException as error:
             if isinstance(error, (sqlite3.Error, MiniAPMError)):
@@ -4415,7 +4415,7 @@ class Writer:
         self.trouble = ""
         self.checkpointer.count_commit(self._db)
 
-    def has_other_files(self) -> bool:
+    def has_lost_files(self) -> bool:
         """Tell whether a file of the database was deleted or replaced; SQLite doesn't notice."""
         found = _file_identities(self._path)
         pairs = [*zip(self._files, found, strict=True)]
@@ -4425,7 +4425,7 @@ class Writer:
 
     def notice_lost_files(self) -> None:
         """Do what a write would do about files that were deleted or replaced, without waiting."""
-        if self.has_other_files() and not self.trouble and self._turn.acquire(blocking=False):
+        if self.has_lost_files() and not self.trouble and self._turn.acquire(blocking=False):
             self.trouble = str(self._files_refusal())
             self.checkpointer.copy(self._db)
             self._turn.release()
@@ -4815,7 +4815,7 @@ class Readers:
 
 
 @contextlib.contextmanager
-def _search_time(db: sqlite3.Connection) -> Iterator[None]:
+def _search_deadline(db: sqlite3.Connection) -> Iterator[None]:
     """Stop the block's statements after MAX_SEARCH_S and raise Unavailable."""
     end_s = time.monotonic() + MAX_SEARCH_S
     # 1,000 steps of SQLite's virtual machine search about 30 rows.
@@ -4868,7 +4868,7 @@ class Store:
         """Why reports can't be stored, as far as is known now; empty if they can."""
         return lack_of_space(self.path) or self._writer.trouble
 
-    def notice_trouble(self) -> str:
+    def look_for_trouble(self) -> str:
         """Return `trouble`, after checking for problems that only a write would find."""
         self._writer.notice_lost_files()
         return self.trouble
@@ -4939,7 +4939,7 @@ class Store:
         found: list[ErrorGroup] = []
         counts = dict.fromkeys(STATUSES, 0)
         is_later = bool(wanted.after or wanted.before)
-        with self.reading() as db, _search_time(db):
+        with self.reading() as db, _search_deadline(db):
             ids = [row["id"] for row in db.execute("SELECT id FROM projects")]
             for project_id in ids if wanted.project_id is None else [wanted.project_id]:
                 for status in STATUSES:
@@ -8907,7 +8907,7 @@ class HeldBody:
                 raise Unavailable(_CROWDED, retry_after_s=2)
             self._size += len(data)
             self._tail += data
-            if len(self._tail) >= PART_BYTES:
+            if len(self._tail) >= BODY_PIECE_BYTES:
                 self._parts.append(bytes(self._tail))
                 self._tail.clear()
         except MiniAPMError as refusal:
@@ -9128,7 +9128,7 @@ def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
             text, missing = text[position:], len(text) - position
             while coming is not None and missing >= 0:  # double it, or the time is quadratic
                 text, missing, coming = text + coming, missing - len(coming), next(windows, None)
-            refuse_memory(text.encode())
+            refuse_costly_json(text.encode())
             text, position = text.lstrip(" \t\n\r"), 0
 
 
@@ -9272,7 +9272,7 @@ def check_same_origin(environ: Environ) -> None:
         )
 
 
-def check_reader(environ: Environ) -> None:
+def check_cross_site_load(environ: Environ) -> None:
     """Refuse loads by another site's page, even hidden ones: it could time a search's answer.
 
     A person may follow a link to the dashboard. Programs send none of these headers.
@@ -9519,7 +9519,7 @@ def valid_path(environ: Environ) -> str:
 _REPORTING_PATH = re.compile(r"/api/[0-9]+/(?:envelope|store)/?|/ingest/errors(?:/batch)?")
 
 
-def is_about_us(event: Json, environ: Environ, public_url: str | None) -> bool:
+def is_own_ingest_failure(event: Json, environ: Environ, public_url: str | None) -> bool:
     """Tell whether a Sentry event reports that we could not take a report.
 
     An SDK in the tracker's own process sends these: taken, each could cause the next one.
@@ -9685,8 +9685,8 @@ class Ingest:
             entries = self._entries(read_text(raw))
             del raw
             while entries:
-                yield entries[:SLICE_ERRORS]
-                del entries[:SLICE_ERRORS]
+                yield entries[:BATCH_PART_REPORTS]
+                del entries[:BATCH_PART_REPORTS]
             return
         del raw
         part: list[Entry] = []
@@ -9695,13 +9695,13 @@ class Ingest:
             plain = text if self._plain.includes(text) else None
             part.append((parse_json(text), plain, len(text)))
             size += len(text)
-            if len(part) == SLICE_ERRORS or size > MAX_FAST_BYTES:
+            if len(part) == BATCH_PART_REPORTS or size > MAX_FAST_BYTES:
                 yield part
                 part, size = [], 0
         if part:
             yield part
 
-    def drop(self, kind: str) -> bottle.HTTPResponse:
+    def take_and_drop(self, kind: str) -> bottle.HTTPResponse:
         """Accept and drop what is not an error; clients of the original MiniAPM send it."""
         key = bearer_key(bottle.request.environ)
         if owner_of(key, self._store.keys()) is None:
@@ -9785,7 +9785,7 @@ class SentryIngest:
     def occurrence(self, environ: Environ, envelope: Envelope, index: int) -> Occurrence | None:
         """Return the event at an index of an envelope, None for one about our own endpoints."""
         event = read_event(envelope.items[index][1], f"items[{index}]")
-        if is_about_us(event, environ, self._public_url):
+        if is_own_ingest_failure(event, environ, self._public_url):
             return None
         spare_id = read_event_id(envelope.header.get("event_id"))
         is_first = all(kind != "event" for kind, _ in envelope.items[:index])
@@ -9862,7 +9862,7 @@ class Intake:
             project_id, entries = self._ingest.read_batch(environ, keys)
             now_ms, scrubber = self._store.now_ms(), self._ingest.scrubber
             is_slow = is_large and any(plain is None for _, plain, _ in entries)
-            if is_slow or len(entries) > SLICE_ERRORS:
+            if is_slow or len(entries) > BATCH_PART_REPORTS:
                 return None
             reports = []
             for index, (entry, plain, length) in enumerate(entries):
@@ -10143,7 +10143,7 @@ class App:
             (project + "/envelope<:re:/?>", "OPTIONS", take.preflight),
             (project + "/store<:re:/?>", "POST", sentry.event),
             (project + "/store<:re:/?>", "OPTIONS", take.preflight),
-            (other, "POST", take.drop),
+            (other, "POST", take.take_and_drop),
             (other, "OPTIONS", take.preflight),
             ("/health", "GET", take.health),
             ("/health", "POST", take.health),
@@ -10265,7 +10265,7 @@ class App:
         if environ["REQUEST_METHOD"] == "POST":
             check_same_origin(environ)
         elif not path.startswith("/assets/"):
-            check_reader(environ)
+            check_cross_site_load(environ)
         if not is_public(path) and not self._dashboard.has_session(environ):
             raise Unauthorized("log in first")
 
@@ -10766,17 +10766,17 @@ def _waiting_channel_class() -> Any:
     class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
-            self.completed_s = time.monotonic()  # when the last request had arrived in full
+            self.last_request_s = time.monotonic()  # when the last request had arrived in full
 
         @property
-        def is_begun(self) -> bool:
+        def is_receiving(self) -> bool:
             """True while a request is arriving; for the first one, even before it begins."""
             return self.request is not None or self.last_activity == self.creation_time
 
         def received(self, data: bytes) -> bool:
             is_taken: bool = super().received(data)
             if self.requests:
-                self.completed_s = time.monotonic()
+                self.last_request_s = time.monotonic()
             return is_taken
 
         def service(self) -> None:
@@ -11123,7 +11123,7 @@ class Server:
             self._round(1.0)
             if time.monotonic() >= look_s:
                 look_s = time.monotonic() + 1
-                before, trouble = trouble, self._store.notice_trouble()
+                before, trouble = trouble, self._store.look_for_trouble()
                 if trouble and trouble != before:
                     log_line(trouble)
             if time.monotonic() >= due_s:
@@ -11158,7 +11158,10 @@ class Server:
         channels, now_s = self._server.active_channels, time.monotonic()
         idle = [one for one in channels.values() if not one.requests]
         idle.sort(
-            key=lambda one: (now_s - one.completed_s < 1 or not one.is_begun, one.completed_s)
+            key=lambda one: (
+                now_s - one.last_request_s < 1 or not one.is_receiving,
+                one.last_request_s,
+            )
         )
         for channel in idle[: max(0, len(channels) - MAX_CONNECTIONS)]:
             channel.handle_close()
@@ -11221,7 +11224,7 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
 
 def serve(config: Config) -> int:
     """Run the tracker until a signal ends it; return the exit status."""
-    if (way := way_in(config)) and config.password is None:
+    if (way := exposing_flag(config)) and config.password is None:
         raise MiniAPMError(
             f"{way} lets other machines in: set a password first, with {variable_of('password')}"
         )
@@ -11309,7 +11312,7 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
     return 0
 
 
-def mode_to_read(path: str) -> str:
+def read_mode(path: str) -> str:
     """Return the mode for reading a database that leaves no files next to it.
 
     SQLite makes a -wal and a -shm, which a user who can't write the database can't remove.
@@ -11330,7 +11333,7 @@ def existing_database(path: str) -> Iterator[sqlite3.Connection]:
     refuse_missing(path)
     full_path = os.path.realpath(path)
     try:
-        with contextlib.closing(_connect(full_path, mode_to_read(full_path))) as db:
+        with contextlib.closing(_connect(full_path, read_mode(full_path))) as db:
             db.execute("PRAGMA query_only = ON")
             refuse_foreign(db, path)
             db.execute("BEGIN")

@@ -4077,9 +4077,9 @@ def test_file_that_can_not_be_looked_at_is_trouble_and_no_end(
 
     with monkeypatch.context() as patch:
         patch.setattr(miniapm.os, "stat", stat)
-        assert "deleted or replaced" in store.notice_trouble()
+        assert "deleted or replaced" in store.look_for_trouble()
     record(store)
-    assert store.notice_trouble() == ""
+    assert store.look_for_trouble() == ""
 
 
 def test_deleted_database_is_not_made_anew(store: Store) -> None:
@@ -7817,7 +7817,7 @@ def work(): 1 / 0
 gevent.joinall([gevent.spawn(work)])
 class Slow(Exception):
     def __str__(self): gevent.sleep(5)
-def within():
+def for_report():
     with gevent.Timeout(0.05): miniapm.record_error(Slow())
 greenlet = gevent.spawn(within)
 greenlet.join()
@@ -8236,7 +8236,7 @@ def test_held_bodies_give_back_all_that_they_took(
 ) -> None:
     budget, whole = miniapm.BodyBudget(room), b"".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(miniapm, "PART_BYTES", 16)
+        patch.setattr(miniapm, "BODY_PIECE_BYTES", 16)
         body = small_body(miniapm.BodyRule(limit), budget, parts)
     kept = whole[: limit + 1]
     if len(kept) > room:
