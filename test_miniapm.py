@@ -44,6 +44,7 @@ import pickle
 import queue
 import random
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -68,11 +69,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import pytest
 import requests
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from requests.structures import CaseInsensitiveDict
 
@@ -351,8 +352,9 @@ class Server:
     def report(self, **changes: Any) -> None:
         assert self.post(report(**changes)).status_code == 202
 
-    def errors(self) -> list[dict[str, Any]]:
-        answer = requests.get(self.url + "/errors.json?status=all", timeout=10)
+    def errors(self, **headers: str) -> list[dict[str, Any]]:
+        url = self.url + "/errors.json?status=all"
+        answer = requests.get(url, headers=headers, timeout=10)
         found: list[dict[str, Any]] = answer.json()["errors"]
         return found
 
@@ -1903,6 +1905,53 @@ def test_scrubbing_costs_little_whatever_the_text(part: str) -> None:
         began = time.thread_time()
         scrub(text)
         assert time.thread_time() - began < 0.3
+
+
+def scrubbing_cost_s(fields: dict[str, Any]) -> tuple[float, float]:
+    """Return the processor time that scrubbing a report takes, and its length in megabytes."""
+    text, took = json.dumps(report(**fields)), []
+    for _ in range(3):
+        data = json.loads(text)
+        began = time.thread_time()
+        miniapm.parse_occurrence(data, NOW_MS, length=len(text))
+        took.append(time.thread_time() - began)
+    return min(took), len(text) / 1e6
+
+
+COSTLY_FIELDS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "one text": lambda n: {"message": "pwd" * 208 * n},
+    "names": lambda n: {"params": {f"password{i}": "x" for i in range(200 * n)}},
+    "short texts": lambda n: {"params": {"a": ["pwd=a"] * 400 * n}},
+    "lines": lambda n: {"backtrace": ["pwd=a " * 160] * 25 * n},
+}
+
+
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("name", COSTLY_FIELDS)
+def test_scrubbing_costs_in_proportion_to_a_report_s_length(name: str, size: int) -> None:
+    """About 0.1 s of CPU for each megabyte; a bound that a loaded machine keeps too."""
+    took_s, megabytes = scrubbing_cost_s(COSTLY_FIELDS[name](size))
+    assert took_s < 0.001 + 0.5 * megabytes
+
+
+@given(st.lists(st.tuples(st.sampled_from(COSTLY), st.integers(1, 300)), min_size=1, max_size=4))
+@example([("pwd", 1)])
+@settings(max_examples=60)
+def test_no_repetition_of_fragments_is_costly_to_scrub(parts: list[tuple[str, int]]) -> None:
+    piece = "".join(part * count for part, count in parts)
+    text = (piece * (20_000 // len(piece) + 1))[:20_000]
+    for fields in (
+        {"message": text[:10_000]},
+        {"params": {"a": text}},
+        {
+            "params": {
+                text[at : at + 20] + str(at): text[at : at + 100] for at in range(0, 9_999, 99)
+            }
+        },
+        {"backtrace": [text[at : at + 900] for at in range(0, 20_000, 900)]},
+    ):
+        took_s, megabytes = scrubbing_cost_s(fields)
+        assert took_s < 0.002 + 0.7 * megabytes, fields
 
 
 def test_added_names_are_words_of_a_name() -> None:
@@ -5766,6 +5815,7 @@ def call_asgi(app: Any, body: bytes = b"", path: str = "/cart", **more: Any) -> 
         "cookie": "session=hunter2",
         "content-type": kind,
     } | more.pop("headers", {})
+    pieces = more.pop("pieces", [body[:10], body[10:]])
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -5780,10 +5830,8 @@ def call_asgi(app: Any, body: bytes = b"", path: str = "/cart", **more: Any) -> 
         "client": ("192.0.2.7", 4000),
         "server": ("127.0.0.1", 80),
     } | more
-    incoming = [
-        {"type": "http.request", "body": body[:10], "more_body": True},
-        {"type": "http.request", "body": body[10:]},
-    ]
+    incoming = [{"type": "http.request", "body": one, "more_body": True} for one in pieces]
+    incoming[-1]["more_body"] = False
     sent: list[Any] = []
     has_answered = asyncio.Event()
 
@@ -6072,6 +6120,38 @@ def test_mounted_dashboard_works_in_asgi(recorder: Recorder) -> None:
     start, _ = call_asgi(wrapped, b"action=resolve", "/errors/errors/1", **local)
     assert start["status"] == 303
     assert call_asgi(wrapped, b"", "/other", **local) == [{"type": "the host"}]
+
+
+def test_mounted_dashboard_of_asgi_keeps_a_body_only_of_who_has_a_key(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def app(scope: Any, receive: Callable[[], Any], send: Callable[..., Any]) -> None:
+        raise AssertionError("not for the host")
+
+    monkeypatch.setenv("MINI_APM_MAX_HELD_BYTES", "1000000")
+    wrapped = miniapm.wrap(app, at="/errors")
+    miniapm.record_error(ValueError("the first"))
+    assert recorder.reports()
+    with contextlib.closing(Store(str(recorder.path))) as store:
+        store.ensure_default_project(KEY)
+
+    def post(key: str, count: int) -> int:
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        scope = {"method": "POST", "client": ("127.0.0.1", 1)}
+        pieces = [b" " * 100_000] * count + [GOOD]
+        start, _ = call_asgi(
+            wrapped, b"", "/errors/ingest/errors", pieces=pieces, headers=headers, **scope
+        )
+        return int(start["status"])
+
+    assert [post(KEY, 9), post("proj_" + "0" * 32, 9), post(KEY, 90)] == [202, 401, 503]
+    tracemalloc.start()
+    try:
+        assert post("proj_" + "0" * 32, 100) == 401
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert post(KEY, 9) == 202  # what was counted is given back
 
 
 def test_mounted_dashboard_follows_root_path(recorder: Recorder) -> None:
@@ -10330,6 +10410,93 @@ def test_chunked_report_is_taken(start: Callable[..., Server]) -> None:
     assert requests.post(url, data=data, headers=headers, timeout=20).status_code == 202
 
 
+def post_bytes(
+    server: Server, path: str, body: Any, encoding: str = "", key: str | None = None
+) -> requests.Response:
+    """Post a body as it is, with the server's key unless another or an empty one is given."""
+    headers = {"Content-Type": "application/json"}
+    if key := server.key if key is None else key:
+        headers["Authorization"] = f"Bearer {key}"
+    if encoding:
+        headers["Content-Encoding"] = encoding
+    return requests.post(server.url + path, data=body, headers=headers, timeout=60)
+
+
+# What a client may send that reports more than errors
+
+NOT_KEPT = {
+    "traces": "/ingest/v1/traces",
+    "metrics": "/ingest/v1/metrics",
+    "logs": "/ingest/v1/logs",
+    "spans": "/ingest/spans",
+    "deploys": "/ingest/deploys",
+}
+
+
+def test_telemetry_is_taken_with_a_key_and_counted_without_being_kept(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    spans = b'{"resourceSpans": [' + b'{"scopeSpans": []},' * 60_000 + b"{}]}"
+    sent = [
+        (b"{}", ""),
+        (b"", ""),
+        (b"\n\0no JSON", ""),
+        (spans, ""),
+        (squeeze(spans, "gzip"), "gzip"),
+    ]
+    for path in NOT_KEPT.values():
+        statuses = [post_bytes(server, path, *one).status_code for one in sent]
+        assert statuses == [202] * len(sent), path
+    page = html.unescape(requests.get(server.url + "/setup", timeout=10).text)
+    said = re.search(r'<p id="dropped">(.*?)</p>', page, re.DOTALL)
+    assert said
+    for name in NOT_KEPT:
+        assert re.search(rf"\b{name} \({len(sent)}\)", said[1]), name
+    assert nothing_was_refused(server)
+    assert server.errors() == []
+    assert server.stop() == 0
+    assert "refused" not in server.log
+
+
+def test_telemetry_without_a_valid_key_is_401(start: Callable[..., Server]) -> None:
+    server = start()
+    for path in NOT_KEPT.values():
+        for key in ("", "proj_" + "0" * 32):
+            answer = post_bytes(server, path, b"{}", key=key)
+            assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+            assert re.search("API key|Authorization", answer.json()["error"])
+    assert not nothing_was_refused(server)
+
+
+def test_health_answers_a_post_as_a_get(start: Callable[..., Server]) -> None:
+    server = start()
+    names = list(requests.get(server.url + "/health", timeout=10).json())
+    for body in (b"", b"{}", b"x" * 9_000):
+        for key in ("", server.key):
+            answer = post_bytes(server, "/health", body, key=key)
+            assert (answer.status_code, list(answer.json())) == (200, names)
+            assert answer.json()["db_ok"] is True
+    foreign = {"Origin": "http://shop.example", "Sec-Fetch-Site": "cross-site"}
+    assert requests.post(server.url + "/health", headers=foreign, timeout=10).status_code == 200
+
+
+@pytest.mark.parametrize("name", [..., None, ""], ids=["left out", "null", "empty"])
+def test_report_of_an_anonymous_class_is_refused_with_what_to_send(
+    start: Callable[..., Server], name: Any
+) -> None:
+    server = start()
+    nameless = report(exception_class=name)
+    single = server.post(nameless)
+    assert (single.status_code, single.json()["field"]) == (400, "exception_class")
+    batch = server.post({"errors": [nameless]}, "/ingest/errors/batch")
+    mixed = server.post({"errors": [nameless, report()]}, "/ingest/errors/batch")
+    assert (batch.status_code, mixed.status_code) == (500, 202)
+    for answer in (single, batch, mixed):
+        assert re.search("anonymous.*(ancestor|nearest).*StandardError", answer.text)
+    assert [error["occurrences"] for error in server.errors()] == [1]
+
+
 # What the server's loop takes by itself and what its thread pool answers
 
 
@@ -11270,6 +11437,38 @@ def test_errors_can_be_deleted_on_a_disk_that_reports_have_filled(
     assert run("check", "--db", str(small_disk / "full.db"), cwd=small_disk).returncode == 0
 
 
+def large_posts(server: Server) -> Iterator[requests.Response]:
+    """Post reports of more than waitress holds in memory, each sized and in chunks."""
+    noise = os.urandom(600_000).hex()
+    single = json.dumps(report(params={"noise": noise})).encode()
+    larger = json.dumps(report(params={"noise": noise * 3})).encode()
+    sentry = framed(
+        ({"type": "attachment"}, noise.encode()), ({"type": "event"}, b'{"message":"m"}')
+    )
+    for path, body, encoding in (
+        ("/ingest/errors", single, ""),
+        ("/ingest/errors", squeeze(larger, "gzip"), "gzip"),
+        (f"/api/1/envelope/?sentry_key={server.key}", sentry, ""),
+    ):
+        yield post_bytes(server, path, body, encoding)
+        parts = (body[at : at + 70_000] for at in range(0, len(body), 70_000))
+        yield post_bytes(server, path, parts, encoding)
+
+
+def test_large_report_needs_no_temporary_folder(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    server = start(TMPDIR=str(folder))
+    assert next(large_posts(server)).status_code == 202
+    folder.rmdir()
+    assert [answer.status_code for answer in large_posts(server)] == [202] * 4 + [200] * 2
+    server.report()
+    assert server.stop() == 0
+    assert "xception" not in server.log
+
+
 # What is on disk after a fault
 
 
@@ -11375,6 +11574,101 @@ def test_syncs_that_fail_now_and_then_lose_no_acknowledged_report(
     assert acknowledged <= stored.keys()
     assert max(stored.values()) == 1
     assert_counts_agree(server.db)
+
+
+# Files that are removed under a running server
+
+LOSSES = {  # suffixes of the files that are removed; with + an empty one takes its place
+    "wal removed": ["-wal"],
+    "wal emptied": ["-wal", "+-wal"],
+    "shm removed": ["-shm"],
+    "both removed": ["-wal", "-shm"],
+}
+
+
+def lose(server: Server, name: str) -> None:
+    """Remove files of a running server's database, or put empty ones in their places."""
+    for suffix in LOSSES[name]:
+        path = Path(f"{server.db}{suffix.removeprefix('+')}")
+        if suffix.startswith("+"):
+            path.touch()
+        else:
+            path.unlink()
+
+
+def kept_after_kill(server: Server) -> int:
+    """Kill a server; return how many reports its database then holds, when it is whole."""
+    server.stop(signal.SIGKILL)
+    assert_counts_agree(server.db)
+    return len(reports_in(server.db))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_lost_file_refuses_the_next_report_and_is_said_once(
+    start: Callable[..., Server], name: str
+) -> None:
+    server = start()
+    for number in range(20):
+        server.report(fingerprint=f"f{number % 3}")
+    lose(server, name)
+    batch = {"errors": [report(), report(fingerprint="other")]}
+    statuses = [server.post(report()).status_code for _ in range(3)]
+    statuses.append(server.post(batch, "/ingest/errors/batch").status_code)
+    statuses.append(server.post(report(), "/ingest/errors?x").status_code)
+    assert statuses == [500] * 5
+    sentry = f"/api/1/store/?sentry_key={server.key}"
+    assert server.post({"message": "m"}, sentry).status_code == 429
+    pages = [requests.get(server.url + path, timeout=10).text for path in ("/errors", "/setup")]
+    assert re.search(r"Reports are not stored now: .*miniapm\.db", "".join(pages))
+    health = requests.get(server.url + "/health", timeout=10)
+    assert (health.status_code, health.json()["db_ok"]) == (503, False)
+    assert kept_after_kill(server) in (20, 21)  # that by which it was noticed may be there
+    lines = [line for line in server.log.splitlines() if "miniapm.db" in line]
+    assert len(lines) == 1, server.log
+
+
+def rows_without_the_log(path: Path) -> int:
+    """Return how many reports the database's own file holds, without its log."""
+    url = f"file:{path}?mode=ro&immutable=1"
+    with (
+        contextlib.suppress(sqlite3.DatabaseError),  # it is just written
+        contextlib.closing(sqlite3.connect(url, uri=True)) as db,
+    ):
+        return int(db.execute("SELECT COUNT(*) FROM occurrences").fetchone()[0])
+    return 0
+
+
+@pytest.mark.parametrize("name", ["wal removed", "both removed"])
+def test_lost_log_of_an_idle_server_costs_no_acknowledged_report(
+    start: Callable[..., Server], name: str
+) -> None:
+    server = start()
+    for number in range(20):
+        server.report(fingerprint=f"f{number % 3}")
+    lose(server, name)
+    wait_until(lambda: rows_without_the_log(server.db) == 20)
+    assert kept_after_kill(server) == 20
+
+
+@pytest.mark.parametrize("name", ["wal removed", "wal emptied", "shm removed"])
+def test_reports_acknowledged_around_a_loss_are_there_after_a_kill(
+    start: Callable[..., Server], name: str
+) -> None:
+    server, acknowledged = start(), [0] * 4
+
+    def send_until_refused(worker: int) -> int:
+        statuses = collections.Counter[int]()
+        while sum(statuses.values()) < 200 and statuses[500] < 5:
+            statuses[server.post(report(fingerprint=f"f{worker}")).status_code] += 1
+            acknowledged[worker] = statuses[202]
+        return statuses[500]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(send_until_refused, worker) for worker in range(4)]
+        wait_until(lambda: sum(acknowledged) > 60)
+        lose(server, name)
+        assert [future.result() for future in futures] == [5] * 4
+    assert kept_after_kill(server) >= sum(acknowledged)
 
 
 def threads_of(server: Server) -> int:
@@ -11895,6 +12189,276 @@ def sockets_of(server: Server) -> int:
     return sum(os.readlink(one).startswith("socket:") for one in folder.iterdir())
 
 
+loop_only = pytest.mark.parametrize("start", ["loop"], indirect=True)
+
+
+@contextlib.contextmanager
+def file_limit(count: int) -> Iterator[None]:
+    """Let this process, and servers that it starts, have so many files open."""
+    resource = need_module("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        missing(f"the right to open {count} files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Crowd:
+    """Connections that each send a start and then a byte a second, from a thread.
+
+    One that the server ends is opened again where it `returns`.
+    """
+
+    def __init__(
+        self, server: Server, count: int, start: bytes, drop: bytes, *, returns: bool = True
+    ) -> None:
+        self._address = ("127.0.0.1", server.port)
+        self._start, self._drop, self._returns = start, drop, returns
+        self._enough = threading.Event()
+        self._all = [self._open() for _ in range(count)]
+        self._thread = threading.Thread(target=self._trickle)
+        self._thread.start()
+
+    def _open(self) -> list[Any]:
+        connection = socket.socket()
+        connection.setblocking(False)
+        connection.connect_ex(self._address)
+        return [connection, self._start]
+
+    def _trickle(self) -> None:
+        while not self._enough.wait(1):
+            for one in self._all:
+                connection, unsent = one
+                try:
+                    connection.send(unsent or self._drop)
+                    one[1] = b""
+                except BlockingIOError:
+                    pass  # not accepted yet
+                except OSError:
+                    connection.close()
+                    if self._returns:
+                        one[:] = self._open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._enough.set()
+        self._thread.join()
+        for connection, _ in self._all:
+            connection.close()
+
+
+def report_promptly(server: Server, seconds: float) -> None:
+    """Report and ask for the health for some seconds; fail where one of them takes over 2 s."""
+    end = time.monotonic() + seconds
+    health = server.url + "/health"
+    while time.monotonic() < end:
+        for at, ask, status in (
+            (0, lambda: server.post(report(fingerprint="single")), 202),
+            (1, lambda: requests.get(health, timeout=20), 200),
+        ):
+            began = time.monotonic()
+            answer = ask()
+            assert time.monotonic() - began < 2, answer
+            assert answer.status_code == status, answer.text
+        threading.Event().wait(0.05)
+
+
+@pytest.mark.slow
+@loop_only
+@pytest.mark.parametrize("kind", ["header", "body", "silent"])
+def test_crowd_of_slow_connections_keeps_nobody_from_being_served(
+    start: Callable[..., Server], kind: str
+) -> None:
+    with file_limit(1_024):  # the usual one
+        server = start()
+    sent, drop = {
+        "header": (b"POST /ingest/errors HTTP/1.1\r\nX: ", b"1"),
+        "body": (framed_post(server, "Content-Length: 1000", body=b"{"), b"1"),
+        "silent": (b"", b""),
+        "answered": (GET_HEALTH, b""),
+    }[kind]
+    returns = kind == "header"
+    with file_limit(3_000), Crowd(server, 2_000, sent, drop, returns=returns):
+        report_promptly(server, 5)
+    assert server.stop() == 0
+    assert "Traceback" not in server.log
+    assert "Too many open files" not in server.log
+
+
+# Bodies of which only a part is sent
+
+
+class Flood:
+    """Sends the same bytes over many connections at once, and keeps what a server answers."""
+
+    def __init__(self, server: Server, count: int) -> None:
+        self.answers: dict[Any, bytearray] = {}
+        self._unsent: dict[Any, memoryview] = {}
+        self._selector = selectors.DefaultSelector()
+        for _ in range(count):
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+            connection.setblocking(False)
+            self.answers[connection] = bytearray()
+            self._selector.register(connection, selectors.EVENT_READ)
+
+    def send(self, data: bytes, meanwhile: Callable[[], Any]) -> None:
+        """Send to every open connection; return when all is sent, or when nothing goes on."""
+        for key in list(self._selector.get_map().values()):
+            self._unsent[key.fileobj] = memoryview(data)
+            self._selector.modify(key.fileobj, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        self._go_on(lambda: any(self._unsent.values()), meanwhile)
+
+    def receive(self, meanwhile: Callable[[], Any]) -> None:
+        """Read until every connection has an answer or has ended."""
+        self._go_on(lambda: not all(map(is_whole, self.answers.values())), meanwhile)
+
+    def _go_on(self, goes_on: Callable[[], bool], meanwhile: Callable[[], Any]) -> None:
+        last_s, due_s = time.monotonic(), 0.0
+        while goes_on() and self._selector.get_map() and time.monotonic() - last_s < 4:
+            if time.monotonic() > due_s:
+                meanwhile()
+                due_s = time.monotonic() + 0.1
+            for key, events in self._selector.select(0.05):
+                last_s = time.monotonic()
+                self._serve(key.fileobj, events)
+        meanwhile()
+
+    def _serve(self, connection: Any, events: int) -> None:
+        try:
+            if events & selectors.EVENT_READ:
+                part = connection.recv(65_536)
+                self.answers[connection] += part
+                if not part:
+                    raise ConnectionError("ended")
+            elif left := self._unsent[connection]:
+                self._unsent[connection] = left[connection.send(left[:262_144]) :]
+            else:
+                self._selector.modify(connection, selectors.EVENT_READ)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.pop(connection, None)
+            self._selector.unregister(connection)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        for connection in self.answers:
+            connection.close()
+
+
+def is_whole(answer: bytearray) -> bool:
+    """Tell whether an answer has arrived with all of its body."""
+    head, end, body = bytes(answer).partition(b"\r\n\r\n")
+    length = re.search(rb"Content-Length: (\d+)", head)
+    return bool(end) and len(body) >= (int(length[1]) if length else 0)
+
+
+class Usage:
+    """Watches how much memory and temporary space a server takes above what it took at first."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        needs_proc()
+        self._process_id, self._folder = server.process.pid, folder
+        self._first = resident(self._process_id)
+        self.memory = self.files = 0
+
+    def look(self) -> None:
+        self.memory = max(self.memory, resident(self._process_id) - self._first)
+        size = 0
+        for one in Path(f"/proc/{self._process_id}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.readlink(one).startswith(str(self._folder)):  # also a removed file
+                    size += os.stat(one).st_size
+        self.files = max(self.files, size)
+
+
+def begun_post(server: Server, path: str, framing: str, size: int, key: str) -> bytes:
+    """Return the header of a body of a size, or of one in chunks of which one begins."""
+    line = f"Content-Length: {size}" if framing == "sized" else CHUNKED
+    chunk = b"" if framing == "sized" else b"%x\r\n" % size
+    return framed_post(server, line, path=path, body=chunk).replace(
+        server.key.encode(), key.encode()
+    )
+
+
+@pytest.mark.slow
+@loop_only
+@pytest.mark.parametrize(
+    ("path", "framing"),
+    [
+        ("/ingest/errors", "sized"),
+        ("/ingest/errors", "chunked"),
+        ("/api/1/envelope/", "sized"),
+        ("/login", "chunked"),
+    ],
+)
+def test_half_bodies_of_strangers_cost_bounded_memory_and_no_space(
+    start: Callable[..., Server], tmp_path: Path, path: str, framing: str
+) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    server = start(TMPDIR=str(folder), MINI_APM_PASSWORD=PASSWORD)
+    server.report()
+    usage = Usage(server, folder)
+    with Flood(server, 300) as flood:
+        flood.send(begun_post(server, path, framing, 1_000_000, "proj_" + "0" * 32), usage.look)
+        flood.send(b'{"a":"' + b"x" * 520_000, usage.look)
+        server.report()
+        usage.look()
+    assert usage.memory < 64 * 2**20
+    assert usage.files == 0
+
+
+@pytest.mark.slow
+@loop_only
+@pytest.mark.parametrize("framing", ["sized", "chunked"])
+def test_bodies_beyond_what_is_held_at_once_are_503_when_they_are_complete(
+    start: Callable[..., Server], tmp_path: Path, framing: str
+) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    server = start(TMPDIR=str(folder))
+    server.report()
+    usage, size, count = Usage(server, folder), 10_000_000, 40
+    body = spaced(GOOD, size)
+
+    def look() -> None:
+        usage.look()
+        began = time.monotonic()
+        server.report()
+        assert time.monotonic() - began < 5
+
+    with Flood(server, count) as flood:
+        flood.send(begun_post(server, "/ingest/errors", framing, size, server.key), look)
+        flood.send(body[:9_900_000], look)
+        half = usage.memory + usage.files
+        assert not any(b" 202 " in one[:20] for one in flood.answers.values())
+        flood.send(body[9_900_000:] + (b"" if framing == "sized" else b"\r\n0\r\n\r\n"), look)
+        flood.receive(look)
+    assert half < 170 * 2**20
+    assert usage.memory + usage.files < (170 + 64) * 2**20
+    check_taken_or_told_to_come_again([bytes(one) for one in flood.answers.values()])
+
+
+def check_taken_or_told_to_come_again(answers: list[bytes]) -> None:
+    statuses = collections.Counter(int(one[9:12] or 0) for one in answers)
+    assert set(statuses) == {202, 503}
+    for answer in answers:
+        head, _, said = answer.partition(b"\r\n\r\n")
+        if head[9:12] == b"503":
+            found = re.search(rb"Retry-After: (\d+)", head)
+            assert found and int(found[1]) > 0
+            assert json.loads(said)["error"]
+
+
 # Compression that lies
 
 
@@ -11934,6 +12498,163 @@ def test_bombs_that_lie_are_refused_in_bounded_memory(start: Callable[..., Serve
         assert answer.status_code == status, name
         assert peak_memory(server) - before <= 64 * 2**20, name
     assert [error["occurrences"] for error in server.errors()] == [1]
+
+
+MOST_DECODED = 20 * 2**20  # what a compressed body may be once decoded, by default
+PARAMS = b'{"exception_class":"E","message":"m","backtrace":[],"fingerprint":"f","params":{"a":'
+
+
+def filled(head: bytes, part: bytes, tail: bytes, size: int = MOST_DECODED) -> bytes:
+    """Return head, then part over and over, then tail, up to a size."""
+    return head + part * ((size - len(head) - len(tail)) // len(part)) + tail
+
+
+def listed(part: bytes, size: int = MOST_DECODED) -> bytes:
+    """Return a report whose params are a list of the same value over and over."""
+    return filled(PARAMS + b"[", part + b",", b"0]}}", size)
+
+
+def numbered(form: bytes, brackets: bytes = b"[]") -> bytes:
+    """Return a report whose params hold a number in ever the same form, a million times."""
+    values = b",".join(form % number for number in range(10**18, 10**18 + 700_000))
+    return PARAMS + brackets[:1] + values + brackets[1:] + b"}}"
+
+
+def one_text(size: int, before: str = "", after: str = "") -> bytes:
+    """Return a report whose params are one string of a size."""
+    return f'{PARAMS.decode()}"{before}{"x" * size}{after}"}}}}'.encode()
+
+
+def many_entries(more: bytes = b"") -> bytes:
+    """Return a batch of as many reports as there may be."""
+    form = b'{"exception_class":"E","message":"%d","backtrace":[],"fingerprint":"g%d"' + more + b"}"
+    return b'{"errors":[' + b",".join(form % (n, n) for n in range(10_000)) + b"]}"
+
+
+def words(size: int) -> bytes:
+    """Return a report of random words, which is small compressed and of many strings decoded."""
+    chance = random.Random(4711)
+    known = [chance.randbytes(chance.randrange(10, 50)).hex().encode() for _ in range(200)]
+    pairs = (b'{"%s":"%s"}' % (*chance.choices(known, k=2),) for _ in range(size // 130))
+    return PARAMS + b"[" + b",".join(pairs) + b"]}}"
+
+
+def envelope_of(item: bytes, count: int = 100, **header: Any) -> bytes:
+    return framed(*[({"type": "event"} | header, item)] * count)
+
+
+SINGLE, BATCHED = "/ingest/errors", "/ingest/errors/batch"
+ENVELOPE, EVENT = "/api/1/envelope/?sentry_key=KEY", "/api/1/store/?sentry_key=KEY"
+LARGE = MOST_DECODED - 300
+# By name: the path and what makes the body.
+DENSE: dict[str, tuple[str, Callable[[], bytes]]] = {
+    **{
+        f"list of {part}": (SINGLE, functools.partial(listed, part.encode()))
+        for part in ("[]", "{}", '{"a":0}', '"ab"', "1.5", "[[]]", '{"a":{"a":0}}', "null")
+    },
+    "lists within the limit": (SINGLE, lambda: listed(b"[]", 3 * 480_000)),
+    "texts within the limit": (SINGLE, lambda: listed(b'"abcdefghijklmnopqr"', 21 * 480_000)),
+    "different keys": (SINGLE, lambda: numbered(b'"%d":0', b"{}")),
+    "different texts": (SINGLE, lambda: numbered(b'"%d"')),
+    "different numbers": (SINGLE, lambda: numbered(b"%d")),
+    "nested": (SINGLE, lambda: listed(b"[" * 58 + b"]" * 58)),
+    "unclosed": (SINGLE, lambda: filled(PARAMS, b"[", b"")),
+    "words": (SINGLE, lambda: words(LARGE)),
+    "backtrace": (
+        SINGLE,
+        lambda: filled(PARAMS + b'0},"backtrace":["', b'a.rb:1:in `b`","', b'"]}'),
+    ),
+    "one text": (SINGLE, lambda: one_text(LARGE)),
+    "one text with an emoji": (SINGLE, lambda: one_text(LARGE, after="\U0001f600")),
+    "one text with an emoji first": (SINGLE, lambda: one_text(LARGE, before="\U0001f600")),
+    "one text of 10 MB with an emoji": (SINGLE, lambda: one_text(10**7, after="\U0001f600")),
+    "escaped emoji": (SINGLE, lambda: filled(PARAMS + b'"', b"\\ud83d\\ude00", b'"}}')),
+    "one number": (SINGLE, lambda: PARAMS + b"1" * LARGE + b"}}"),
+    "spaces": (SINGLE, lambda: filled(PARAMS + b"0}", b" ", b"}")),
+    "batch": (BATCHED, many_entries),
+    "large batch": (BATCHED, lambda: many_entries(b',"params":{"x":"' + b"y" * 1_900 + b'"}')),
+    "batch of lists": (BATCHED, lambda: many_entries(b',"params":{"x":[' + b"[]," * 45 + b"0]}")),
+    "batch of nothing": (BATCHED, lambda: filled(b'{"errors":[', b"{},", b"{}]}")),
+    "batch of texts": (BATCHED, lambda: filled(b'{"errors":[', b'"",', b'""]}')),
+    "envelope of texts": (ENVELOPE, lambda: envelope_of(b'{"message":"' + b"x" * 200_000 + b'"}')),
+    "envelope of headers": (ENVELOPE, lambda: envelope_of(b"{}", x=["ab"] * 10_000)),
+    "envelope of one item": (ENVELOPE, lambda: envelope_of(b"x" * LARGE, 1, type="attachment")),
+    "event of lists": (EVENT, lambda: filled(b'{"extra":{"x":[', b"[],", b"0]}}", 2**20)),
+}
+CROWDED = [
+    *("list of []", "different texts", "one text with an emoji", "words", "different keys"),
+    *("batch", "batch of nothing", "envelope of texts", "escaped emoji", "nested"),
+]
+
+
+def send_dense(server: Server, path: str, body: bytes, encoding: str = "gzip") -> int:
+    """Post a compressed body; return the status."""
+    return post_bytes(server, path.replace("KEY", server.key), body, encoding).status_code
+
+
+def is_answer(status: int) -> bool:
+    return 200 <= status < 300 or 400 <= status < 500 or status == 503
+
+
+class Measured:
+    """Measures the memory that a server takes at most above its start, and its processor time."""
+
+    def __init__(self, server: Server) -> None:
+        if not Path("/proc/self/clear_refs").exists():
+            pytest.skip("needs Linux's /proc")
+        peak_memory(server)
+        self._server, self._bytes, self._cpu_s = server, peak_memory(server), cpu_s(server)
+
+    def end(self) -> tuple[int, float]:
+        """Return bytes and seconds."""
+        return peak_memory(self._server) - self._bytes, cpu_s(self._server) - self._cpu_s
+
+
+def cpu_s(server: Server) -> float:
+    """Return the seconds of processor time that a server has used."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["pool"], indirect=True)
+def test_body_that_is_large_once_decoded_costs_bounded_memory_and_time(
+    start: Callable[..., Server],
+) -> None:
+    server, figures = start(), {}
+    server.report()
+    for name, (path, make) in DENSE.items():
+        raw = make()
+        encodings = ["gzip", "deflate", "br"] if name in ("words", "one text") else ["gzip"]
+        for encoding in encodings:
+            body = squeeze(raw, encoding)
+            measured = Measured(server)
+            status = send_dense(server, path, body, encoding)
+            figures[name, encoding, status] = measured.end()
+    for (name, encoding, status), (size, seconds) in figures.items():
+        assert is_answer(status), (name, encoding)
+        assert size < 64 * 2**20, (name, encoding)
+        assert seconds < (3 if "batch" in name else 2), (name, encoding)  # of 10,000 new errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["pool"], indirect=True)
+@pytest.mark.parametrize("count", [8, 60])
+@pytest.mark.parametrize("names", [CROWDED, ["large batch"]], ids=["all", "large batch"])
+def test_many_bodies_that_are_large_once_decoded_cost_bounded_memory(
+    start: Callable[..., Server], names: list[str], count: int
+) -> None:
+    server = start()
+    server.report()
+    sent = [(DENSE[name][0], squeeze(DENSE[name][1](), "gzip")) for name in names]
+    measured = Measured(server)
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        turns = [sent[number % len(sent)] for number in range(count)]
+        statuses = list(pool.map(lambda one: send_dense(server, *one), turns))
+    size, _ = measured.end()
+    assert all(map(is_answer, statuses))
+    assert size < 256 * 2**20
+    server.report()
 
 
 # Hostile headers, guesses and secrets
@@ -12089,6 +12810,75 @@ def test_guess_each_second_is_soon_one_a_minute(guarded: Client, clock: Clock) -
     assert waits[-1] in (59, 60)
 
 
+def log_in_from(server: Server, address: str, password: str) -> tuple[float, int, int]:
+    """Log in from an address; return seconds, status and Retry-After. A reset is status 0."""
+    form = urllib.parse.urlencode({"password": password, "next": "/errors"})
+    head = (
+        f"POST /login HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nConnection: close\r\n"
+        f"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {len(form)}\r\n\r\n"
+    )
+    began, place = time.monotonic(), ("127.0.0.1", server.port)
+    try:
+        with socket.create_connection(place, timeout=30, source_address=(address, 0)) as connection:
+            connection.sendall((head + form).encode())
+            answer = connection.makefile("rb").read()
+    except OSError:
+        answer = b""
+    found = re.search(rb"(?i)retry-after: (\d+)", answer)
+    return time.monotonic() - began, int(answer[9:12] or 0), int(found[1]) if found else 0
+
+
+def guess_until(server: Server, address: str, enough: threading.Event) -> collections.Counter[int]:
+    """Guess passwords from an address until it is enough; return how often each status came."""
+    statuses = collections.Counter[int]()
+    while not enough.is_set():
+        _, status, _ = log_in_from(server, address, f"guess {statuses.total()}")
+        statuses[status] += 1
+        if status == 429:
+            enough.wait(0.05)
+    return statuses
+
+
+loopback_only = pytest.mark.skipif(sys.platform != "linux", reason="needs all of 127.0.0.0/8")
+
+
+@loop_only
+@loopback_only
+def test_guesses_from_many_addresses_are_limited_together(start: Callable[..., Server]) -> None:
+    server = start(MINI_APM_PASSWORD=PASSWORD)
+    began, addresses = time.monotonic(), [f"127.0.{n // 200}.{n % 200 + 2}" for n in range(240)]
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        at_once = list(pool.map(lambda one: log_in_from(server, one, "guess"), addresses[:40]))
+    in_a_row = [log_in_from(server, one, "guess") for one in addresses[40:]]
+    statuses = collections.Counter(status for _, status, _ in at_once + in_a_row)
+    assert set(statuses) == {401, 429}
+    assert 1 <= statuses[401] <= miniapm.MAX_LOGIN_BURST + 1 + (time.monotonic() - began) / 6
+    assert all(retry_s > 0 for _, status, retry_s in at_once + in_a_row if status == 429)
+
+
+@loop_only
+@loopback_only
+@pytest.mark.slow
+def test_guesses_at_once_hold_up_neither_reports_nor_the_owner(
+    start: Callable[..., Server],
+) -> None:
+    server, enough = start(MINI_APM_PASSWORD=PASSWORD), threading.Event()
+    assert log_in_from(server, "127.0.0.200", PASSWORD)[1] == 303
+    addresses = [f"127.0.0.{n % 40 + 2}" for n in range(60)]
+    with concurrent.futures.ThreadPoolExecutor(60) as pool:
+        futures = [pool.submit(guess_until, server, one, enough) for one in addresses]
+        try:
+            for _ in range(10):
+                report_promptly(server, 0.3)
+                took_s, status, _ = log_in_from(server, "127.0.0.200", PASSWORD)
+                assert (status, took_s < 2) == (303, True)
+        finally:
+            enough.set()
+        statuses = sum((one.result() for one in futures), collections.Counter[int]())
+    assert set(statuses) == {401, 429}
+    assert statuses[401] <= 40
+
+
 def test_secrets_are_compared_in_constant_time_only() -> None:
     compared, plainly = [], []
     secret = re.compile("password|cookie|signature|presented|_hash|api_key|token|digest")
@@ -12130,6 +12920,54 @@ def test_output_of_a_server_under_attack_holds_no_secret(start: Callable[..., Se
     said = output_of(server)
     for secret in (server.key, PASSWORD, session.partition("=")[2], session.partition(".")[2]):
         assert secret not in said
+
+
+# Strangers who try every address
+
+
+def refusals_listed(server: Server) -> list[str]:
+    """Return the rows of refused reports on the setup page, as text, without their times."""
+    page = html.unescape(requests.get(server.url + "/setup", timeout=10).text)
+    rows = re.findall(r"<tr><td>([\d,]+)</td><td>(\d+)</td><td>(.*?)</td>", page)
+    return [" ".join(row) for row in rows]
+
+
+def requests_of_strangers(chance: random.Random) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Yield (method, path, headers) of requests that have no key, and of some with a wrong one."""
+    paths = ("/ingest/{}", "/ingest/errors/{}", "/api/{}", "/api/{}/envelope/", "/api/7{}/store/")
+    paths += ("/ingest/errors?{}", "/ingest/errors/batch", "/ingest/v1/{}")
+    for _ in range(200):
+        name = chance.choice([chance.randbytes(8).hex(), str(chance.randrange(10**9))])
+        yield chance.choice(["POST", "POST", "GET"]), chance.choice(paths).format(name), {}
+    for number in range(200):
+        key, project = chance.randbytes(16).hex(), chance.choice([1, chance.randrange(1, 10**6)])
+        if number % 2:
+            path = chance.choice(["/ingest/errors", "/ingest/errors/batch", "/ingest/v1/traces"])
+            yield "POST", path, {"Authorization": f"Bearer proj_{key}"}
+        else:
+            form = chance.choice(["envelope", "store"])
+            yield "POST", f"/api/{project}/{form}/?sentry_key={key}", {}
+
+
+def test_strangers_fill_neither_the_log_nor_the_list_of_refusals(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    assert server.post(report(message=5)).status_code == 400
+    own = refusals_listed(server)
+    assert len(own) == 1
+    with requests.Session() as session:
+        for method, path, headers in requests_of_strangers(random.Random(4711)):
+            sent = {"Content-Type": "application/json"} | headers
+            answer = session.request(method, server.url + path, headers=sent, data=GOOD, timeout=10)
+            assert answer.status_code in (401, 403, 404, 405)
+    newest, *others = refusals_listed(server)
+    assert re.fullmatch("400 401 without a valid key; the last one: .*", newest)
+    assert others == own
+    assert server.post(report(message=5)).status_code == 400
+    assert server.stop() == 0
+    lines = [one for one in server.log.splitlines() if "slower path" not in one]
+    assert len(lines) <= 6, lines
 
 
 # Odd content, from the wire to what a person sees
@@ -12660,6 +13498,65 @@ def test_one_error_without_end_is_counted_exactly_and_kept_in_bounds(
     assert server.db.stat().st_size < 10 * 2**20
 
 
+# Busy neighbours
+
+
+@pytest.mark.slow
+def test_batches_of_new_errors_do_not_hold_up_single_reports(start: Callable[..., Server]) -> None:
+    server, enough = start(), threading.Event()
+    body = many_entries().replace(b'"g', b'"ROUND')
+
+    def send_batches(worker: int) -> list[int]:
+        statuses: list[int] = []
+        while not enough.is_set():
+            sent = body.replace(b"ROUND", f"{worker}.{len(statuses)}.".encode())
+            statuses.append(post_bytes(server, "/ingest/errors/batch", sent).status_code)
+        return statuses
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(send_batches, worker) for worker in range(3)]
+        try:
+            report_promptly(server, 5)
+        finally:
+            enough.set()
+        statuses = collections.Counter(one for future in futures for one in future.result())
+    assert set(statuses) <= {202, 503}
+    assert statuses[202] > 0
+
+
+@loop_only
+@pytest.mark.slow
+def test_searches_that_look_into_everything_hold_up_nobody(start: Callable[..., Server]) -> None:
+    server, enough = start(), threading.Event()
+    fields: dict[str, Callable[[int], Any]] = {
+        "fingerprint": str,
+        "message": lambda n: f"{n} {'ab' * 4_990}c",  # nearly what is searched at every place
+    }
+    post_batches(server, 0, 3_000, **fields)
+
+    def search(worker: int) -> list[tuple[float, int, str]]:
+        found = []
+        while not enough.is_set():
+            text = ("ab" * 99, "a" * 199, "abab" * 49 + "aba")[worker % 3] + "cd"[worker % 2]
+            began, url = time.monotonic(), server.url + "/errors"
+            answer = requests.get(url, {"q": text, "status": "all"}, timeout=60)
+            found.append((time.monotonic() - began, answer.status_code, answer.text))
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(search, worker) for worker in range(8)]
+        try:
+            report_promptly(server, 5)
+        finally:
+            enough.set()
+        found = [one for future in futures for one in future.result()]
+    assert {status for _, status, _ in found} <= {200, 429, 503}
+    assert max(took_s for took_s, *_ in found) < 20
+    for _, status, text in found:
+        if status != 200:
+            assert re.search("stopped|busy|try again|at once", text), text
+
+
 # Fuzzing: MINI_APM_FUZZ_SECONDS for each thing that is read; two targets share JSON and Sentry's
 
 FUZZ_S = float(os.environ.get("MINI_APM_FUZZ_SECONDS", "15"))
@@ -12919,10 +13816,11 @@ def soak_reports(server: Server, worker: int, is_over: Callable[[], bool]) -> in
     return accepted
 
 
-def soak_pages(server: Server, is_over: Callable[[], bool]) -> int:
+def soak_pages(server: Server, cookie: str, is_over: Callable[[], bool]) -> int:
     count = 0
     paths = ["/errors", "/errors?q=wrong&sort=count", "/errors/1", "/errors/1.json", "/errors/2.md"]
     with requests.Session() as session:
+        session.headers["Cookie"] = cookie
         while not is_over():
             for path in (*paths, "/setup", "/health", "/errors.json?status=all"):
                 assert session.get(server.url + path, timeout=20).status_code == 200
@@ -12957,31 +13855,93 @@ def soak_measures(server: Server, is_over: Callable[[], bool]) -> list[tuple[int
     return found
 
 
+def soak_bombs(server: Server, is_over: Callable[[], bool]) -> int:
+    """Send what is large once decoded, one at a time; return how many reports were accepted."""
+    names = ["one text with an emoji", "different keys", "batch of nothing", "words"]
+    sent = [(DENSE[name][0], squeeze(DENSE[name][1](), "gzip")) for name in names]
+    accepted = 0
+    for number in range(10**9):
+        if is_over():
+            return accepted
+        status = send_dense(server, *sent[number % len(sent)])
+        assert is_answer(status) or status == 500, status
+        accepted += status == 202
+    return accepted
+
+
+def soak_strangers(server: Server, is_over: Callable[[], bool]) -> int:
+    """Try paths, keys and passwords; return how often."""
+    chance, count = random.Random(4711), 0
+    with requests.Session() as session:
+        while not is_over():
+            for method, path, headers in requests_of_strangers(chance):
+                answer = session.request(method, server.url + path, headers=headers, timeout=20)
+                assert 400 <= answer.status_code < 500
+                count += 1
+                if count % 20 == 0:
+                    _, status, _ = log_in_from(server, f"127.0.0.{count % 200 + 2}", "guess")
+                    assert status in (401, 429)
+                if is_over():
+                    break
+    return count
+
+
+def soak_searches(server: Server, cookie: str, is_over: Callable[[], bool]) -> int:
+    count = 0
+    while not is_over():
+        asked = {"q": f"{'ab' * 90}{count}", "status": "all"}
+        sent = {"Cookie": cookie}
+        answer = requests.get(server.url + "/errors", asked, headers=sent, timeout=20)
+        assert answer.status_code in (200, 503)
+        count += 1
+    return count
+
+
+@contextlib.contextmanager
+def slow_crowds(server: Server) -> Iterator[None]:
+    """Hold many slow connections and half-sent bodies of strangers, which return when ended."""
+    header = b"POST /ingest/errors HTTP/1.1\r\nX: "
+    half = begun_post(server, "/ingest/errors", "sized", 1_000_000, "proj_" + "0" * 32)
+    with (
+        file_limit(3_000),
+        Crowd(server, 600, header, b"1"),
+        Crowd(server, 60, half + b"x" * 200_000, b"x" * 1_000),
+    ):
+        yield
+
+
 @pytest.mark.slow
 def test_server_in_full_use_loses_nothing_and_does_not_grow(
     start: Callable[..., Server], tmp_path: Path
 ) -> None:
     needs_proc()
-    server = start("--max-occurrences", "50")
+    server = start("--max-occurrences", "50", MINI_APM_PASSWORD=PASSWORD)
+    cookie = new_session(server)
     server.report(fingerprint="0")
     server.report(fingerprint="1")
     end = time.monotonic() + SOAK_S
     is_over = functools.partial(lambda: time.monotonic() > end)
-    with concurrent.futures.ThreadPoolExecutor(7) as pool:
+    with slow_crowds(server), concurrent.futures.ThreadPoolExecutor(10) as pool:
         workers = [pool.submit(soak_reports, server, number, is_over) for number in range(4)]
-        pages = pool.submit(soak_pages, server, is_over)
+        workers.append(pool.submit(soak_bombs, server, is_over))
+        pages = pool.submit(soak_pages, server, cookie, is_over)
         copies = pool.submit(soak_copies, server, tmp_path, is_over)
+        strangers = pool.submit(soak_strangers, server, is_over)
+        searches = pool.submit(soak_searches, server, cookie, is_over)
         measures = pool.submit(soak_measures, server, is_over).result()
     accepted = 2 + sum(worker.result() for worker in workers)
-    assert sum(error["occurrences"] for error in server.errors()) == accepted
-    assert min(pages.result(), copies.result(), accepted // 100) > SOAK_S / 2
+    counts = [one.result() for one in (pages, copies, strangers, searches)]
+    assert sum(error["occurrences"] for error in server.errors(Cookie=cookie)) == accepted
+    assert min(*counts, accepted // 100) > SOAK_S / 4
     third = len(measures) // 3
     memory, files = zip(*measures, strict=True)
-    assert max(memory[-third:]) - max(memory[:third]) < 20 * 2**20
-    assert max(files[-third:]) - max(files[:third]) <= 3
-    most = 21 * 50 + miniapm.SWEEP_AFTER_REPORTS
-    wait_until(lambda: sum(one["occurrences_kept"] for one in server.errors()) <= most, 30)
-    assert printed(server) == ""
+    assert max(memory) - memory[0] < 256 * 2**20  # what compressed bodies may take
+    assert max(memory[-third:]) - max(memory[:third]) < 64 * 2**20
+    assert max(files) < miniapm.MAX_CONNECTIONS + miniapm.MAX_ACCEPTED + 50
+    most = 22 * 50 + miniapm.SWEEP_AFTER_REPORTS
+    kept = lambda: sum(one["occurrences_kept"] for one in server.errors(Cookie=cookie))
+    wait_until(lambda: kept() <= most, 30)
+    assert re.sub(r"(?m)^\S+ refused \d+: .*\n", "", printed(server)) == ""
 
 
 # What the README promises, and what holds it
@@ -12995,6 +13955,8 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "test_kill_9_again_and_again_loses_no_acknowledged_report",
             "test_syncs_that_fail_now_and_then_lose_no_acknowledged_report",
+            "test_lost_log_of_an_idle_server_costs_no_acknowledged_report",
+            "test_reports_acknowledged_around_a_loss_are_there_after_a_kill",
         ),
     ),
     (
@@ -13015,6 +13977,10 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "A client that leaves in the middle of a report leaves nothing of it.",
         ("test_client_that_leaves_amid_its_body_leaves_nothing",),
+    ),
+    (
+        "A report from a browser that never reads the answer is taken, and so is the next one.",
+        ("test_browser_that_reads_no_answer_has_all_its_reports_taken",),
     ),
     (
         (
@@ -13051,6 +14017,7 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "test_damaged_database_is_said_in_one_line_and_left_as_it_is",
             "test_deleted_database_is_not_made_anew",
+            "test_lost_file_refuses_the_next_report_and_is_said_once",
             "test_store_refuses_a_database_of_another_program",
             "test_store_refuses_a_newer_database",
         ),
@@ -13076,14 +14043,44 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        "Slow clients, idle connections and half-sent bodies keep nobody from being served.",
-        ("test_slow_clients_keep_nobody_from_being_served_and_are_let_go",),
+        (
+            "Slow clients, idle connections and half-sent bodies keep nobody from being served, "
+            "however many they are."
+        ),
+        (
+            "test_slow_clients_keep_nobody_from_being_served_and_are_let_go",
+            "test_crowd_of_slow_connections_keeps_nobody_from_being_served",
+            "test_half_bodies_of_strangers_cost_bounded_memory_and_no_space",
+            "test_bodies_beyond_what_is_held_at_once_are_503_when_they_are_complete",
+            "test_mounted_dashboard_of_asgi_keeps_a_body_only_of_who_has_a_key",
+            "test_large_report_needs_no_temporary_folder",
+        ),
     ),
     (
-        "A compressed body costs at most 64 MiB, whatever it claims to be.",
+        (
+            "A compressed body costs at most 64 MiB, whatever it claims to be, and any number of "
+            "them 256 MiB."
+        ),
         (
             "test_bombs_cost_bounded_memory",
             "test_bombs_that_lie_are_refused_in_bounded_memory",
+            "test_body_that_is_large_once_decoded_costs_bounded_memory_and_time",
+            "test_many_bodies_that_are_large_once_decoded_cost_bounded_memory",
+        ),
+    ),
+    (
+        ("Batches and searches, however large, do not hold up single reports or the health check."),
+        (
+            "test_batches_of_new_errors_do_not_hold_up_single_reports",
+            "test_searches_that_look_into_everything_hold_up_nobody",
+        ),
+    ),
+    (
+        "Scrubbing takes time in proportion to a text's length, whatever is in it.",
+        (
+            "test_scrubbing_costs_little_whatever_the_text",
+            "test_scrubbing_costs_in_proportion_to_a_report_s_length",
+            "test_no_repetition_of_fragments_is_costly_to_scrub",
         ),
     ),
     (
@@ -13092,6 +14089,7 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
             "test_countless_fingerprints_cost_bounded_memory_and_space",
             "test_one_error_without_end_is_counted_exactly_and_kept_in_bounds",
             "test_server_in_full_use_loses_nothing_and_does_not_grow",
+            "test_strangers_fill_neither_the_log_nor_the_list_of_refusals",
         ),
     ),
     (
@@ -13106,6 +14104,7 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "test_what_is_no_json_is_400_however_it_is_sent",
             "test_fuzzed_requests_are_answered_and_leave_nothing_in_memory",
+            "test_report_of_an_anonymous_class_is_refused_with_what_to_send",
         ),
     ),
     (
@@ -13151,6 +14150,8 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
             "test_open_host_without_a_password_is_refused",
             "test_secrets_are_compared_in_constant_time_only",
             "test_guess_each_second_is_soon_one_a_minute",
+            "test_guesses_from_many_addresses_are_limited_together",
+            "test_guesses_at_once_hold_up_neither_reports_nor_the_owner",
         ),
     ),
     (
@@ -13614,6 +14615,63 @@ def test_another_origin_can_not_change_or_read_anything(
     assert "own pages only" in page.inner_text("main")
     assert len(server.errors()) == 1
     page.close()
+
+
+BURST = """async ([url, headers, bodies, isBinary]) => {
+  const bytes = (text) => Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
+  let answered = 0, failed = 0;
+  for (const body of bodies) {
+    fetch(url, {method: "POST", keepalive: true, headers, body: isBinary ? bytes(body) : body}).then(
+      () => answered++, () => failed++);
+    await new Promise((later) => setTimeout(later, 50));
+  }
+  for (let n = 0; n < 50 && answered + failed < bodies.length; n++)
+    await new Promise((later) => setTimeout(later, 100));
+  return [answered, failed];
+}"""
+# How pages send their reports, some at a time.
+BURSTS = [
+    ("errors", "sentry"),
+    ("batch, half bad", "errors, gzip"),
+    ("errors, wrong key", "sentry, wrong key", "errors, bad"),
+]
+
+
+def burst_of(way: str, server: Server) -> tuple[str, dict[str, str], list[str], bool]:
+    """Return address, headers and 40 bodies of 6 KB as a page sends them; True for base64."""
+    texts = [random.Random(number).randbytes(2_900).hex() for number in range(40)]
+    key = "proj_" + "9" * 32 if "wrong" in way else server.key
+    if "sentry" in way:  # text/plain, as fetch() says by itself
+        made = [
+            envelope(event(BOOM, event_id=f"{number + 1:032x}", extra={"x": text})).decode()
+            for number, text in enumerate(texts)
+        ]
+        return f"{server.url}/api/1/envelope/?sentry_key={key}", {}, made, False
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    values = [report(fingerprint=way, params={"x": text}) for text in texts]
+    if "half" in way:
+        made = [json.dumps({"errors": [one, {"message": 5}]}) for one in values]
+        return f"{server.url}/ingest/errors/batch", headers, made, False
+    made = [json.dumps(one | ({"message": 5} if "bad" in way else {})) for one in values]
+    if "gzip" in way:
+        headers["Content-Encoding"] = "gzip"
+        made = [base64.b64encode(squeeze(one.encode(), "gzip")).decode() for one in made]
+    return f"{server.url}/ingest/errors?x", headers, made, "gzip" in way
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ways", BURSTS, ids=["taken", "in part", "refused"])
+def test_browser_that_reads_no_answer_has_all_its_reports_taken(
+    start: Callable[..., Server], chromium: Any, other_origin: str, ways: tuple[str, ...]
+) -> None:
+    server = start()
+    for way in ways:
+        page = chromium.new_context().new_page()  # which has a share of keepalive of its own
+        page.goto(other_origin)
+        assert page.evaluate(BURST, list(burst_of(way, server))) == [40, 0], way
+        page.context.close()
+    expected = [] if "errors, bad" in ways else [40, 40]
+    assert [error["occurrences"] for error in server.errors()] == expected
 
 
 # --- The Sentry SDKs ------------------------------------------------------------------------------
