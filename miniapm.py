@@ -1092,9 +1092,10 @@ class Scrubber:
             return True
         if "://" in text and url.search(text):
             return True
-        if any(True for _ in _token_spans(text)):
+        raw = text.encode("ascii", "replace")
+        if _TOKEN_RUN in raw.translate(_WORD_BYTES) and any(True for _ in _token_spans(text)):
             return True
-        digits = text.encode("ascii", "replace").translate(_DIGIT_BYTES)
+        digits = raw.translate(_DIGIT_BYTES)
         if b"AA00" in digits and _IBAN_ANYWHERE.search(text):
             return True
         return _may_hold_card(text, digits)
@@ -4499,9 +4500,10 @@ def _row_of(project_id: int, one: Occurrence) -> _Row:
     return _Row(project_id, one, dump_occurrence(one), event_id)
 
 
-def _sample_of(error_id: int, first_body: str, db: sqlite3.Connection) -> bytes:
+def _sample_of(error_id: int, first_body: str, db: sqlite3.Connection, *, is_new: bool) -> bytes:
     """Return an error's sample, which is its first report: the one given where it has none yet."""
-    if (row := db.execute(SELECT_SAMPLE, {"error_id": error_id}).fetchone()) is not None:
+    row = None if is_new else db.execute(SELECT_SAMPLE, {"error_id": error_id}).fetchone()
+    if row is not None:
         return zlib.decompress(row["body"])
     packed = pack(first_body, None)
     db.execute(RECORD_SAMPLE, {"error_id": error_id, "body": packed})
@@ -4544,6 +4546,7 @@ class _Known:
     id: int
     sample: bytes  # by which its reports are compressed
     seen: dict[str, set[str]]  # values that are stored, by facet; users by the day they were seen
+    is_new: bool  # until its first reports are written: there is nothing to look for
 
 
 class _KnownErrors:
@@ -4675,10 +4678,10 @@ class _Recorder:
             "fingerprint": last.fingerprint,
             "received_ms": received_ms,
         }
-        row = db.execute(RECORD_AGAIN, values).fetchone()
+        is_new = (row := db.execute(RECORD_AGAIN, values).fetchone()) is None
         row = row or db.execute(RECORD_FIRST, values).fetchone()
-        sample = _sample_of(row["id"], rows[0].body, db)
-        known = _Known(row["id"], sample, collections.defaultdict(set))
+        sample = _sample_of(row["id"], rows[0].body, db, is_new=is_new)
+        known = _Known(row["id"], sample, collections.defaultdict(set), is_new)
         self._known.add(key, known)
         return known
 
@@ -4711,9 +4714,10 @@ class _Recorder:
             part = {"error_id": error.id, "name": name}
             db.executemany(RECORD_FACET, [part | {"value": one} for one in newest])
             part |= {"most": MAX_REMEMBERED[name], "seen": json.dumps(newest)}
-            if db.execute(FORGET_FACETS, part).rowcount:
+            if not error.is_new and db.execute(FORGET_FACETS, part).rowcount:
                 error.seen[name].clear()
             self._known.add_seen(error, name, newest)
+        error.is_new = False
 
 
 def _stored_occurrence(
