@@ -9765,11 +9765,11 @@ def test_any_body_is_200_or_4xx(shared_client: Client, raw: bytes, encoding: str
 # Compressed bodies
 
 
-def squeeze(raw: bytes, encoding: str) -> bytes:
+def squeeze(raw: bytes, encoding: str, *, fast: bool = False) -> bytes:
     if encoding == "br":
-        return bytes(need_module("brotli").compress(raw))
+        return bytes(need_module("brotli").compress(raw, quality=4 if fast else 11))
     wbits = {"gzip": 31, "x-gzip": 31, "deflate": 15, "deflate (bare)": -15}[encoding]
-    engine = zlib.compressobj(wbits=wbits)
+    engine = zlib.compressobj(1 if fast else 6, wbits=wbits)
     return engine.compress(raw) + engine.flush()
 
 
@@ -10421,7 +10421,7 @@ def post_bytes(
         headers["Authorization"] = f"Bearer {key}"
     if encoding:
         headers["Content-Encoding"] = encoding
-    return requests.post(server.url + path, data=body, headers=headers, timeout=60)
+    return requests.post(server.url + path, data=body, headers=headers, timeout=180)
 
 
 # What a client may send that reports more than errors
@@ -12629,7 +12629,7 @@ def test_body_that_is_large_once_decoded_costs_bounded_memory_and_time(
         raw = make()
         encodings = ["gzip", "deflate", "br"] if name in ("words", "one text") else ["gzip"]
         for encoding in encodings:
-            body = squeeze(raw, encoding)
+            body = squeeze(raw, encoding, fast=True)
             measured = Measured(server)
             status = send_dense(server, path, body, encoding)
             figures[name, encoding, status] = measured.end()
@@ -12641,14 +12641,17 @@ def test_body_that_is_large_once_decoded_costs_bounded_memory_and_time(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["pool"], indirect=True)
-@pytest.mark.parametrize("count", [8, 60])
-@pytest.mark.parametrize("names", [CROWDED, ["large batch"]], ids=["all", "large batch"])
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [(CROWDED, 8), (CROWDED, 60), (["large batch"], 8)],
+    ids=["8", "60", "batch"],
+)
 def test_many_bodies_that_are_large_once_decoded_cost_bounded_memory(
     start: Callable[..., Server], names: list[str], count: int
 ) -> None:
     server = start()
     server.report()
-    sent = [(DENSE[name][0], squeeze(DENSE[name][1](), "gzip")) for name in names]
+    sent = [(DENSE[name][0], squeeze(DENSE[name][1](), "gzip", fast=True)) for name in names]
     measured = Measured(server)
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         turns = [sent[number % len(sent)] for number in range(count)]
