@@ -13548,15 +13548,15 @@ def test_searches_that_look_into_everything_hold_up_nobody(start: Callable[..., 
             found.append((time.monotonic() - began, answer.status_code, answer.text))
         return found
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(search, worker) for worker in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(search, worker) for worker in range(16)]
         try:
             report_promptly(server, 5)
         finally:
             enough.set()
         found = [one for future in futures for one in future.result()]
     assert {status for _, status, _ in found} <= {200, 429, 503}
-    assert max(took_s for took_s, *_ in found) < 20
+    assert max(took_s for took_s, *_ in found) < 40
     for _, status, text in found:
         if status != 200:
             assert re.search("stopped|busy|try again|at once", text), text
