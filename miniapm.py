@@ -1048,6 +1048,7 @@ class Scrubber:
     """
 
     checks_left: float = math.inf
+    is_long = False  # true when the report is too long to look for what need not be scrubbed
 
     def __init__(self, also: Iterable[str] = ()) -> None:
         added = [re.sub("[. -]", "_", name.lower()) for name in also]
@@ -1070,7 +1071,8 @@ class Scrubber:
         if length is None:
             return self
         one = object.__new__(Scrubber)
-        one.__dict__.update(self.__dict__, checks_left=length // MIN_CHARS_PER_SECRET + 16)
+        checks = length // MIN_CHARS_PER_SECRET + 16
+        one.__dict__.update(self.__dict__, checks_left=checks, is_long=length > _MEBIBYTE)
         return one
 
     def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
@@ -1284,8 +1286,7 @@ class Scrubber:
     def is_plain(self, text: str) -> bool:
         """Tell whether nothing in a report's JSON text needs to be cleaned, scrubbed or cut.
 
-        Strings that have their own limits may still need cutting. Most reports are plain, and one
-        check of the whole text takes a tenth of the time of checking every string.
+        Strings with limits of their own may need cutting. One check takes a tenth of the time of many.
         """
         return is_small(text) and self.is_harmless(text)
 
@@ -1337,12 +1338,15 @@ _LABELLED = frozenset(("value", "val", "values", "content", "data", "v"))
 
 def _without_private_keys(items: list[Any]) -> list[Any]:
     """Return a list without private keys; each string may be one line of a key."""
-    if not any(isinstance(one, str) and "PRIVATE KEY" in one for one in items):
+    if len(items) < 2 or not any(isinstance(one, str) and "PRIVATE KEY" in one for one in items):
         return items
     texts = "\0".join(one.replace("\0", "\u2400") for one in items if isinstance(one, str))
     texts = _PRIVATE_KEY.sub(lambda found: FILTERED + re.sub(r"[^\n\0]+", "", found[0]), texts)
     left = iter(texts.split("\0"))
     return [next(left) if isinstance(one, str) else one for one in items]
+
+
+CONTAINER_CHARS = 8  # that an object or array counts, beyond what is in it
 
 
 class _Copier:
@@ -1356,11 +1360,12 @@ class _Copier:
             value = self._scrubber.clean(value, self.budget)
         elif type(value) is int and is_card_number(str(value) if value < 10**19 else ""):
             value = FILTERED
-        size = 0 if isinstance(value, (dict, list)) else len(str(value))
+        is_container = isinstance(value, (dict, list))
+        size = CONTAINER_CHARS if is_container else len(str(value))
         self.budget = max(0, self.budget - size - 2)
-        if isinstance(value, dict):
-            return self._copy_object(value)
-        return self._copy_array(value) if isinstance(value, list) else value
+        if not is_container or not value:
+            return value
+        return self._copy_object(value) if isinstance(value, dict) else self._copy_array(value)
 
     def _copy_object(self, value: Json) -> Json:
         result: Json = {}
@@ -1400,7 +1405,7 @@ class _Copier:
 
 def _plain_size(value: Json, most: int, scrubber: Scrubber) -> int | None:
     """Return the length of an object's JSON text if plain and at most `most`, else None."""
-    if any(isinstance(one, str) and len(one) > most for one in value.values()):
+    if scrubber.is_long or any(isinstance(v, str) and len(v) > most for v in value.values()):
         return None  # don't make another large copy
     text = json.dumps(value, ensure_ascii=False)
     return len(text) if len(text) <= most and scrubber.is_plain(text) else None
@@ -4006,6 +4011,7 @@ def _connect(path: str, mode: str = "rw") -> sqlite3.Connection:
         uri, timeout=MAX_WAIT_S, isolation_level=None, check_same_thread=False, uri=True
     )
     db.row_factory = sqlite3.Row
+    db.execute("PRAGMA temp_store = MEMORY")  # the folder for temporary files may be full
     return db
 
 

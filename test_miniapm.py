@@ -7899,7 +7899,7 @@ def work(): 1 / 0
 gevent.joinall([gevent.spawn(work)])
 class Slow(Exception):
     def __str__(self): gevent.sleep(5)
-def for_report():
+def within():
     with gevent.Timeout(0.05): miniapm.record_error(Slow())
 greenlet = gevent.spawn(within)
 greenlet.join()
