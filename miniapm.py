@@ -193,6 +193,7 @@ MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread 
 LOCK_STEP_S = 0.2  # how often the writer looks whether another process's lock is gone
 MAX_DRAIN_S = 10.0
 MAX_CONNECTIONS = 500
+MIN_PATIENCE_S = 1.0  # what a connection may wait with a request, however many there are
 MAX_ACCEPTED = 64  # new connections in one round of the server's loop
 BACKLOG_CONNECTIONS = 1_024
 MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
@@ -1286,7 +1287,7 @@ class Scrubber:
     def is_plain(self, text: str) -> bool:
         """Tell whether nothing in a report's JSON text needs to be cleaned, scrubbed or cut.
 
-        Strings with limits of their own may need cutting. One check takes a tenth of the time of many.
+        Strings with own limits may need cutting. One check takes a tenth of the time of many.
         """
         return is_small(text) and self.is_harmless(text)
 
@@ -11151,29 +11152,30 @@ class Server:
             self._fast.run()
 
     def _accept(self) -> None:
-        """Accept waiting connections; _close_longest_waiting() closes those beyond the limit."""
+        """Accept what waits, a few connections beyond the limit at most."""
         channels = self._server.active_channels
         for _ in range(MAX_ACCEPTED):
             known = len(channels)
+            if known >= MAX_CONNECTIONS + MAX_ACCEPTED:
+                break  # all of them are being answered; the system keeps some more waiting
             self._accept_one()
             if len(channels) == known:
                 break
 
     def _close_longest_waiting(self) -> None:
-        """Close connections beyond the limit, first those whose request does not end.
+        """Close connections beyond the limit, first those with a request that does not end.
 
-        Only between two rounds: during one, a new connection could get the closed one's file
-        descriptor, and the events meant for it.
+        One that is younger than a second is spared. This runs between two rounds: in the middle
+        of one, a new connection could get the number of the closed one, and its events.
         """
         channels, now_s = self._server.active_channels, time.monotonic()
-        idle = [one for one in channels.values() if not one.requests]
-        idle.sort(
-            key=lambda one: (
-                now_s - one.last_request_s < 1 or not one.is_receiving,
-                one.last_request_s,
-            )
-        )
-        for channel in idle[: max(0, len(channels) - MAX_CONNECTIONS)]:
+        waiting = [
+            one
+            for one in channels.values()
+            if not one.requests and now_s - one.last_request_s > MIN_PATIENCE_S
+        ]
+        waiting.sort(key=lambda one: (not one.is_receiving, one.last_request_s))
+        for channel in waiting[: max(0, len(channels) - MAX_CONNECTIONS)]:
             channel.handle_close()
 
     def _drain(self) -> None:
