@@ -11471,6 +11471,17 @@ def test_large_report_needs_no_temporary_folder(
     assert "xception" not in server.log
 
 
+def test_large_report_needs_no_room_in_the_temporary_folder(
+    start: Callable[..., Server], small_disk: Path
+) -> None:
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4_096):
+            pass
+    server = start(TMPDIR=str(small_disk))
+    assert [answer.status_code for answer in large_posts(server)] == [202] * 4 + [200] * 2
+    server.report()
+
+
 # What is on disk after a fault
 
 
@@ -12272,7 +12283,7 @@ def report_promptly(server: Server, seconds: float) -> None:
 
 @pytest.mark.slow
 @loop_only
-@pytest.mark.parametrize("kind", ["header", "body", "silent"])
+@pytest.mark.parametrize("kind", ["header", "body", "silent", "answered"])
 def test_crowd_of_slow_connections_keeps_nobody_from_being_served(
     start: Callable[..., Server], kind: str
 ) -> None:
@@ -12559,6 +12570,7 @@ DENSE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "different keys": (SINGLE, lambda: numbered(b'"%d":0', b"{}")),
     "different texts": (SINGLE, lambda: numbered(b'"%d"')),
     "different numbers": (SINGLE, lambda: numbered(b"%d")),
+    "long numbers": (SINGLE, lambda: listed(b"1" * 4_000)),
     "nested": (SINGLE, lambda: listed(b"[" * 58 + b"]" * 58)),
     "unclosed": (SINGLE, lambda: filled(PARAMS, b"[", b"")),
     "words": (SINGLE, lambda: words(LARGE)),
@@ -12578,6 +12590,10 @@ DENSE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "batch of lists": (BATCHED, lambda: many_entries(b',"params":{"x":[' + b"[]," * 45 + b"0]}")),
     "batch of nothing": (BATCHED, lambda: filled(b'{"errors":[', b"{},", b"{}]}")),
     "batch of texts": (BATCHED, lambda: filled(b'{"errors":[', b'"",', b'""]}')),
+    "envelope of lists": (
+        ENVELOPE,
+        lambda: envelope_of(b'{"message":"m","extra":{"x":[' + b"[]," * 60_000 + b"0]}}"),
+    ),
     "envelope of texts": (ENVELOPE, lambda: envelope_of(b'{"message":"' + b"x" * 200_000 + b'"}')),
     "envelope of headers": (ENVELOPE, lambda: envelope_of(b"{}", x=["ab"] * 10_000)),
     "envelope of one item": (ENVELOPE, lambda: envelope_of(b"x" * LARGE, 1, type="attachment")),
