@@ -193,7 +193,7 @@ MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread 
 LOCK_STEP_S = 0.2  # how often the writer looks whether another process's lock is gone
 MAX_DRAIN_S = 10.0
 MAX_CONNECTIONS = 500
-MIN_PATIENCE_S = 1.0  # what a connection may wait with a request, however many there are
+MIN_PATIENCE_S = 0.2  # what a connection may wait with a request, however many there are
 MAX_ACCEPTED = 64  # new connections in one round of the server's loop
 BACKLOG_CONNECTIONS = 1_024
 MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
@@ -11165,7 +11165,7 @@ class Server:
     def _close_longest_waiting(self) -> None:
         """Close connections beyond the limit, first those with a request that does not end.
 
-        One that is younger than a second is spared. This runs between two rounds: in the middle
+        Those younger than MIN_PATIENCE_S are spared. This runs between two rounds: in the middle
         of one, a new connection could get the number of the closed one, and its events.
         """
         channels, now_s = self._server.active_channels, time.monotonic()
