@@ -24,8 +24,8 @@ Contents:
     11. HTTP
     12. Commands
 
-The way of a report: environ -> read_content -> parse_occurrence (or parse_envelope and
-occurrence_from_sentry) -> Occurrence -> Store.record -> one transaction -> 202. The way of a page:
+The way of a report: headers -> App.body_rule -> HeldBody -> read_content -> parse_occurrence (or
+parse_envelope and occurrence_from_sentry) -> Occurrence -> Store.record -> 202. The way of a page:
 query string -> ErrorFilter -> Store.errors -> list of ErrorGroup -> template -> HTML. Times inside
 are integer milliseconds UTC since 1970 (suffix `_ms`); in JSON they are ISO 8601 strings that end
 in Z.

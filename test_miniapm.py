@@ -14065,8 +14065,8 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         (
-            "Slow clients, idle connections and half-sent bodies keep nobody from being served, "
-            "however many they are."
+            "Slow clients, idle connections and half-sent bodies, however many, keep nobody from "
+            "being served."
         ),
         (
             "test_slow_clients_keep_nobody_from_being_served_and_are_let_go",
@@ -14079,8 +14079,8 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         (
-            "A compressed body costs at most 64 MiB, whatever it claims to be, and any number of "
-            "them 256 MiB."
+            "A compressed body takes at most 64 MiB of memory, whatever it claims to be, and any "
+            "number of them 256 MiB."
         ),
         (
             "test_bombs_cost_bounded_memory",
@@ -14097,7 +14097,7 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (
-        "Scrubbing takes time in proportion to a text's length, whatever is in it.",
+        "The time to scrub a text is proportional to its length, whatever is in it.",
         (
             "test_scrubbing_costs_little_whatever_the_text",
             "test_scrubbing_costs_in_proportion_to_a_report_s_length",
@@ -14165,7 +14165,7 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         (
             "Beyond loopback there is a password: it is compared in constant time, and guessing "
-            "it slows down to once a minute."
+            "it slows down to once a minute an address."
         ),
         (
             "test_open_host_without_a_password_is_refused",
