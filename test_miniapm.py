@@ -3608,7 +3608,9 @@ def test_batch_of_many_facets_is_written_once_an_error(store: Store) -> None:
     store.record(1, occurrences)
     written = sum("INTO error_facets" in statement for statement in statements)
     assert written == miniapm.MAX_TAG_VALUES + 1  # and the level
-    assert sum("DELETE FROM error_facets" in statement for statement in statements) == 2
+    assert not any("DELETE FROM error_facets" in statement for statement in statements)
+    store.record(1, [parse(tags={"new": "x"})])  # one more than is remembered
+    assert sum("DELETE FROM error_facets" in statement for statement in statements) == 1
 
 
 def test_error_remembers_the_newest_facets_only(store: Store) -> None:
@@ -8368,7 +8370,8 @@ def test_locked_database_is_503_with_retry_after(impatient: Store) -> None:
             assert answer.status == 503
             assert int(answer.headers["Retry-After"]) >= 1
             assert answer.json()["error"]
-    assert client.post_json("/ingest/errors", report()).status == 202
+    # The next one waits less: it takes the writer a moment to see that the lock is gone.
+    wait_until(lambda: client.post_json("/ingest/errors", report()).status == 202)
 
 
 def test_storage_failure_is_500(client: Client, store: Store) -> None:
@@ -11071,7 +11074,8 @@ def run_as_nobody(folder: Path, *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=folder,
-        env=clean_environ(),
+        # Coverage would write its data into a folder of ours.
+        env={name: text for name, text in clean_environ().items() if "COVERAGE" not in name},
         capture_output=True,
         text=True,
         timeout=20,
@@ -13962,7 +13966,7 @@ def test_server_in_full_use_loses_nothing_and_does_not_grow(
     most = 22 * 50 + miniapm.SWEEP_AFTER_REPORTS
     kept = lambda: sum(one["occurrences_kept"] for one in server.errors(Cookie=cookie))
     wait_until(lambda: kept() <= most, 30)
-    assert re.sub(r"(?m)^\S+ refused \d+: .*\n", "", printed(server)) == ""
+    assert re.sub(r"(?m)^\S+ refused [\d,]+: .*\n", "", printed(server)) == ""
 
 
 # What the README promises, and what holds it
