@@ -261,6 +261,11 @@ class MiniAPMError(Exception):
         self.field = field
         self.retry_after_s = retry_after_s
 
+    def without_frames(self) -> Self:
+        """Return it without the frames it was raised in: to keep it would keep all their values."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
+
 
 class BadRequest(MiniAPMError):
     """The request is not what the API takes; `field` names the culprit: errors[3].message."""
@@ -8931,7 +8936,7 @@ class HeldBody:
     def refuse(self, refusal: MiniAPMError) -> None:
         """Drop the body and remember why."""
         self.close()
-        self.refusal = refusal
+        self.refusal = refusal.without_frames()
 
     @property
     def is_wanted(self) -> bool:
@@ -9201,7 +9206,7 @@ def record_entries(
                 entry, store.now_ms(), at, plain=plain, length=length, scrubber=scrubber
             )
         except BadRequest as refusal:
-            refusals[index] = refusal
+            refusals[index] = refusal.without_frames()
     outcomes: Sequence[MiniAPMError | None]
     try:
         outcomes = store.record(project_id, list(good.values())) if good else []
@@ -9826,7 +9831,7 @@ class SentryIngest:
             try:
                 ids.append(self._store_event(project_id, self.occurrence(environ, envelope, index)))
             except (BadRequest, TooLarge) as refusal:
-                refusals.append(refusal)
+                refusals.append(refusal.without_frames())
         for beside in refusals if ids else refusals[1:]:
             self._rejections.count(beside)
         if refusals and not ids:
