@@ -1281,7 +1281,7 @@ class Scrubber:
         return _displayable(text)
 
     def cut(self, text: str, limit: int) -> str:
-        """Return what clean() does, for a text from a plain report."""
+        """Cut a text from a plain report; it needs no other cleaning."""
         return text if len(text) <= limit else self.clean(text, limit)
 
     def is_harmless(self, text: str) -> bool:
