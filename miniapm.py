@@ -495,7 +495,6 @@ class Config:
     max_occurrences: int = _setting(
         1_000, _whole_number(1, 1_000_000), "newest occurrences that are kept of one error"
     )
-
     scrub_also: tuple[str, ...] = _setting(
         (),
         (_read_names, f"names of 2 to {MAX_NAME_CHARS} letters and digits, separated by commas"),
@@ -9631,11 +9630,16 @@ class Ingest:
         self._plain = PlainTexts(self.scrubber)
         self._started_s = time.monotonic()
 
-    def admit(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> int:
-        """Return the id of the reporting project; raise if the headers are refused."""
-        project_id = owner_of(bearer_key(environ), keys)
-        if project_id is None:
+    @staticmethod
+    def project_of(environ: Environ, keys: Iterable[tuple[int, bytes]]) -> int:
+        """Return the id of the project a request's key belongs to; Unauthorized if to none."""
+        if (project_id := owner_of(bearer_key(environ), keys)) is None:
             raise Unauthorized("the API key is unknown or revoked")
+        return project_id
+
+    def admit(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> int:
+        """Return the id of the project that reports; raise if its headers are refused."""
+        project_id = self.project_of(environ, keys)
         require_json(environ)
         return project_id
 
@@ -9719,9 +9723,7 @@ class Ingest:
 
     def take_and_drop(self, kind: str) -> bottle.HTTPResponse:
         """Accept and drop what is not an error; clients of the original MiniAPM send it."""
-        key = bearer_key(bottle.request.environ)
-        if owner_of(key, self._store.keys()) is None:
-            raise Unauthorized("the API key is unknown or revoked")
+        self.project_of(bottle.request.environ, self._store.keys())
         self._rejections.count_dropped(clip(kind, MAX_ID_CHARS))
         return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
 
@@ -11222,7 +11224,7 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
     listening, url = url, config.public_url or url
     lines = [f"MiniAPM {__version__}", "", f"  Dashboard  {url}/", f"  Database   {path}"]
     if url != listening:
-        lines.append(f"  Listening  {listening}, for the reverse proxy")
+        lines.append(f"  Listening  {listening}, behind the reverse proxy")
     if not config.is_local:
         lines.append(
             f"  Open to    other machines, on {config.host}; the dashboard asks for a password"
