@@ -24,8 +24,8 @@ Contents:
     11. HTTP
     12. Commands
 
-The way of a report: headers -> App.body_rule -> HeldBody -> read_content -> parse_occurrence (or
-parse_envelope and occurrence_from_sentry) -> Occurrence -> Store.record -> 202. The way of a page:
+The way of a report: headers -> Intake.admit -> Sender -> HeldBody -> Intake.read -> Delivery of
+Occurrences -> Store.record -> Intake.answer -> 202. The way of a page:
 query string -> ErrorFilter -> Store.errors -> list of ErrorGroup -> template -> HTML. Times inside
 are integer milliseconds UTC since 1970 (suffix `_ms`); in JSON they are ISO 8601 strings that end
 in Z.
@@ -125,7 +125,7 @@ BODY_PIECE_BYTES = 64 * _KIBIBYTE  # size of the pieces in which a body is held
 MAX_HELD_BYTES = 128 * _MEBIBYTE  # the default of the setting max_held_bytes
 MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it is cut off
 MAX_HEADER_BYTES = 16 * _KIBIBYTE
-MAX_KNOWN_HEADER_BYTES = _KIBIBYTE  # of a request, remembered for the next one
+MAX_KNOWN_HEADER_BYTES = _KIBIBYTE  # of a request, by which its client is recognised
 MAX_KNOWN_HEADERS = 200
 MAX_FORM_BYTES = 256 * _KIBIBYTE
 MAX_LOGIN_BYTES = 8 * _KIBIBYTE
@@ -185,10 +185,8 @@ SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
 MAX_WAITING_REPORTS = 2 * MAX_BATCH_ERRORS
 MAX_WAIT_S = 4.0  # what a write waits for its turn before it is refused
-MAX_FAST_BYTES = 256 * _KIBIBYTE  # a larger body is none of the server's loop
-MAX_CLEANED_BYTES = 32 * _KIBIBYTE  # nor is a larger one, but for a batch with nothing to clean
+MAX_FAST_BYTES = 128 * _KIBIBYTE  # larger bodies are left to the thread pool
 MAX_ROUND_BYTES = 256 * _KIBIBYTE  # of bodies in one transaction of the loop
-MAX_UNSENT_BYTES = 64 * _KIBIBYTE  # with more waitress makes who writes wait for the loop
 MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread to end
 LOCK_STEP_S = 0.2  # how often the writer looks whether another process's lock is gone
 MAX_DRAIN_S = 10.0
@@ -8856,8 +8854,10 @@ def read_body(environ: Environ, limit: int) -> bytes:
 
 
 _CROWDED = "too many large reports arrive at once"
-REFUSAL_KEY = "miniapm.refusal"  # key of the environ: why the body was not kept
-ADMITTED_KEY = "miniapm.admitted"  # key of the environ: the body has a valid API key
+# Keys of the environ
+REFUSAL_KEY = "miniapm.refusal"  # why the body was not kept, or can't be taken
+DELIVERY_KEY = "miniapm.delivery"  # the reports, where they have been read already
+ADMITTED_KEY = "miniapm.admitted"  # there if the body has a valid API key
 
 
 class BodyBudget:
@@ -8881,6 +8881,17 @@ class BodyBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class Sender:
+    """Who reports and in which form, as far as the headers of a request tell."""
+
+    form: str  # errors, batch, envelope or store
+    project_id: int
+    has_key: bool  # otherwise the first line of the envelope must have one
+    keys: Sequence[tuple[int, bytes]]  # those that were valid then
+    environ: Environ
+
+
+@dataclass(frozen=True, slots=True)
 class BodyRule:
     """How much of a request's body to keep, according to its headers.
 
@@ -8891,6 +8902,7 @@ class BodyRule:
     limit_bytes: int
     check: Callable[[bytes], bool] | None = None
     refusal: MiniAPMError | None = None
+    sender: Sender | None = None  # of reports
 
 
 class HeldBody:
@@ -8941,15 +8953,6 @@ class HeldBody:
     def get(self) -> bytes:
         """Return the whole body."""
         return b"".join([*self._parts, self._tail])
-
-    def replace(self, data: bytes | bytearray) -> bool:
-        """Replace the body unless the new one is over the limit; tell whether it did."""
-        if len(data) > self._rule.limit_bytes:
-            return False
-        self.close()
-        self._check = None
-        self.append(bytes(data))
-        return True
 
     def getfile(self) -> io.BytesIO:
         """Return the body as a file; its bytes stay reserved until close()."""
@@ -9035,24 +9038,23 @@ def decoded_start(raw: bytes, encoding: str) -> bytes:
     return b""
 
 
-def read_content(environ: Environ, limit: int) -> bytes | bytearray:
-    """Return the request's body as it was before it was compressed.
+def decode_body(raw: bytes, environ: Environ, limit: int) -> bytes | bytearray:
+    """Return a body as it was before it was compressed.
 
-    TooLarge when it has more than `limit` bytes, or more than twice that once decoded;
-    UnsupportedType and BadRequest for a Content-Encoding that can't be undone.
+    TooLarge when it has more than `limit` bytes then; UnsupportedType and BadRequest for a
+    Content-Encoding that can't be undone.
     """
     encoding = encoding_of(environ)
     if not encoding:
-        return read_body(environ, limit)
+        return raw
     if encoding not in _DECODERS:
         raise UnsupportedType(f"the Content-Encoding must be one of {', '.join(_DECODERS)}")
-    most = limit * MAX_DECODED_RATIO
     try:
-        decoded = _DECODERS[encoding](read_body(environ, limit), limit=most)
+        decoded = _DECODERS[encoding](raw, limit=limit)
     except zlib.error as error:
         raise BadRequest(f"the body is not {encoding}, as Content-Encoding says: {error}") from None
-    if len(decoded) > most:
-        raise TooLarge(f"the body is larger than {most:,} bytes once decoded")
+    if len(decoded) > limit:
+        raise TooLarge(f"the body is larger than {limit:,} bytes once decoded")
     return decoded
 
 
@@ -9099,9 +9101,6 @@ def require_json(environ: Environ) -> None:
 
 _BATCH_START = re.compile(r'[ \t\n\r]*\{[ \t\n\r]*"errors"[ \t\n\r]*:[ \t\n\r]*\[[ \t\n\r]*')
 _BATCH_NEXT = re.compile(r"[ \t\n\r]*(?:(,)|\][ \t\n\r]*\}[ \t\n\r]*\Z)[ \t\n\r]*")
-
-# A batch's entry, not checked yet, its text if that is plain, and the text's length.
-Entry = tuple[Any, str | None, int]
 
 
 def _refuse_length(entries: Sequence[Any]) -> None:
@@ -9183,36 +9182,6 @@ def refusal_json(refusal: MiniAPMError) -> Json:
     """Return a refusal as the API says it; `field` is there when one field is the culprit."""
     said = {"error": str(refusal)}
     return said if refusal.field is None else {"field": refusal.field} | said
-
-
-def record_entries(
-    store: Store, project_id: int, entries: Sequence[Entry], first: int, scrubber: Scrubber
-) -> dict[int, MiniAPMError]:
-    """Store the good entries in one transaction; return the refusals by index, in order.
-
-    `first` is the index of the first entry. Raises Unavailable if the store can't take any now.
-    """
-    refusals: dict[int, MiniAPMError] = {}
-    good: dict[int, Occurrence] = {}
-    for index, (entry, plain, length) in enumerate(entries, first):
-        try:
-            at = f"errors[{index}]"
-            good[index] = parse_occurrence(
-                entry, store.now_ms(), at, plain=plain, length=length, scrubber=scrubber
-            )
-        except BadRequest as refusal:
-            refusals[index] = refusal.without_frames()
-    outcomes: Sequence[MiniAPMError | None]
-    try:
-        outcomes = store.record(project_id, list(good.values())) if good else []
-    except Unavailable:
-        raise
-    except MiniAPMError as refusal:
-        outcomes = [refusal] * len(good)
-    for index, outcome in zip(good, outcomes, strict=True):
-        if outcome is not None:
-            refusals[index] = outcome
-    return dict(sorted(refusals.items()))
 
 
 def known_hosts(config: Config) -> frozenset[str]:
@@ -9531,7 +9500,9 @@ def valid_path(environ: Environ) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", "\ufffd", path)
 
 
-_REPORTING_PATH = re.compile(r"/api/[0-9]+/(?:envelope|store)/?|/ingest/errors(?:/batch)?")
+_REPORTING_PATH = re.compile(
+    "/ingest/errors(?:/(?P<batch>batch))?|/api/(?P<project>[0-9]{1,18})/(?P<form>envelope|store)/?"
+)
 
 
 def is_own_ingest_failure(event: Json, environ: Environ, public_url: str | None) -> bool:
@@ -9619,97 +9590,202 @@ def answer_json(
     return bottle.HTTPResponse(text, status, more | dict(headers or {}))
 
 
-class Ingest:
-    """The handlers for programs: reports and health."""
+Part = list[Occurrence | MiniAPMError]  # reports in their order: read, or refused
 
-    def __init__(self, store: Store, config: Config, rejections: Rejections) -> None:
-        self._store = store
+
+@dataclass(slots=True)
+class Delivery:
+    """The reports of one request, and what has become of them.
+
+    `parts` reads the body piece by piece, because all reports of a large one take much memory:
+    store each part before reading the next one.
+    """
+
+    sender: Sender
+    parts: Iterable[Part]
+    event_id: str | None = None  # which a Sentry SDK is told: of the envelope or the first event
+    stored: int = 0
+    refusals: dict[int, MiniAPMError] = field(default_factory=dict)  # by the report's position
+
+    def settle(self, part: Part, outcomes: Iterable[MiniAPMError | None]) -> None:
+        """Note what became of a part; there is an outcome, None if good, for each occurrence."""
+        left = iter(outcomes)
+        for one in part:
+            refusal = one if isinstance(one, MiniAPMError) else next(left)
+            if refusal is not None:
+                self.refusals[self.stored + len(self.refusals)] = refusal.without_frames()
+                continue
+            if not self.stored and isinstance(one, Occurrence):
+                self.event_id = one.event_id
+            self.stored += 1
+
+    def store_in(self, store: Store) -> None:
+        """Store part by part; raise Unavailable if the store can't take any reports now."""
+        for part in self.parts:
+            good = occurrences_of(part)
+            outcomes: Sequence[MiniAPMError | None]
+            try:
+                outcomes = store.record(self.sender.project_id, good) if good else []
+            except Unavailable:
+                raise
+            except MiniAPMError as refusal:
+                outcomes = [refusal] * len(good)
+            self.settle(part, outcomes)
+
+
+def occurrences_of(part: Part) -> list[Occurrence]:
+    """Return the reports of a part that were not refused."""
+    return [one for one in part if isinstance(one, Occurrence)]
+
+
+class Intake:
+    """The one way in for reports: from a request's headers and body to a Delivery.
+
+    It neither stores nor answers; its callers do that: the handlers of Ingest, and FastIngest for
+    many requests at once.
+    """
+
+    def __init__(
+        self, store: Store, config: Config, rejections: Rejections, public_url: str | None = None
+    ) -> None:
+        self._store, self._rejections, self._public_url = store, rejections, public_url
         self._max_body_bytes = config.max_body_bytes
-        self._rejections = rejections
-        self.scrubber = Scrubber(config.scrub_also)
-        self._plain = PlainTexts(self.scrubber)
-        self._started_s = time.monotonic()
+        self._scrubber = Scrubber(config.scrub_also)
+        self._plain = PlainTexts(self._scrubber)
 
-    @staticmethod
-    def project_of(environ: Environ, keys: Iterable[tuple[int, bytes]]) -> int:
+    def admit(self, environ: Environ) -> Sender | None:
+        """Return who sends a request, None if it is not for reports; raise if it is refused."""
+        path = environ["PATH_INFO"]
+        found = _REPORTING_PATH.fullmatch(path)
+        if found is None or environ["REQUEST_METHOD"] != "POST":
+            return None
+        keys = self._store.keys()
+        if found["project"] is None:
+            project_id, has_key = self.project_of(environ), True
+            require_json(environ)
+        else:
+            project_id, key = int(found["project"]), sentry_key(environ)
+            has_key = bool(key) or found["form"] == "store"
+            if has_key:
+                self._admit_dsn(key, project_id)
+        form = found["form"] or found["batch"] or "errors"
+        return Sender(form, project_id, has_key, keys, environ)
+
+    def project_of(self, environ: Environ) -> int:
         """Return the id of the project a request's key belongs to; Unauthorized if to none."""
-        if (project_id := owner_of(bearer_key(environ), keys)) is None:
+        if (project_id := owner_of(bearer_key(environ), self._store.keys())) is None:
             raise Unauthorized("the API key is unknown or revoked")
         return project_id
 
-    def admit(self, environ: Environ, keys: Iterable[tuple[int, bytes]]) -> int:
-        """Return the id of the project that reports; raise if its headers are refused."""
-        project_id = self.project_of(environ, keys)
-        require_json(environ)
-        return project_id
+    def _admit_dsn(self, key: str, project_id: int) -> None:
+        keys = self._store.keys()
+        owners = {owner_of(one, keys) for one in (key, urllib.parse.unquote(key))}
+        if owners == {None}:
+            problem = "is unknown or revoked" if key else "is missing"
+            raise Unauthorized(
+                f"the key of the DSN (sentry_key) for project {project_id} {problem}"
+            )
+        if project_id not in owners:
+            raise Forbidden(f"the key of the DSN is not one of project {project_id}")
 
-    def _text(self, environ: Environ) -> str:
-        return read_text(read_content(environ, self._max_body_bytes))
+    def rule_for(self, sender: Sender) -> BodyRule:
+        """Return how much to keep of the body that a sender sends."""
+        check = None if sender.has_key else functools.partial(self._admit_start, sender)
+        return BodyRule(self._max_body_bytes, check, sender=sender)
 
-    def read_error(
-        self, environ: Environ, keys: Iterable[tuple[int, bytes]]
-    ) -> tuple[int, Occurrence]:
-        """Return what a request reports, and the id of the project that does."""
-        project_id, text = self.admit(environ, keys), self._text(environ)
+    def _admit_start(self, sender: Sender, start: bytes) -> bool:
+        """Admit by the DSN in the envelope's first line, once that has arrived."""
+        line = decoded_start(start, encoding_of(sender.environ))
+        if b"\n" not in line and len(start) <= MAX_HEADER_BYTES:
+            return False
+        header, _ = header_line(line, 0, "the envelope")
+        self._admit_dsn(key_of_dsn(header.get("dsn")), sender.project_id)
+        return True
+
+    def receive(self, environ: Environ) -> Delivery:
+        """Read a request's body and return its reports; raise what it is refused for."""
+        sender = self.admit(environ)
+        assert sender is not None  # the routes lead here by the same paths
+        raw = read_body(environ, self._max_body_bytes)
+        delivery = self.read(sender, raw, self._max_body_bytes * MAX_DECODED_RATIO)
+        environ[ADMITTED_KEY] = True
+        return delivery
+
+    def read(self, sender: Sender, raw: bytes, most_decoded_bytes: int) -> Delivery:
+        """Return the reports in a body; raise what it is refused for, here or in a first part."""
+        if sender.keys is not self._store.keys():  # they may have been revoked since
+            sender = self.admit(sender.environ) or sender
+        if len(raw) > self._max_body_bytes:
+            raise _too_large(self._max_body_bytes)
+        body = decode_body(raw, sender.environ, most_decoded_bytes)
+        if sender.form == "errors":
+            return Delivery(sender, self._read_error(body))
+        if sender.form == "batch":
+            return Delivery(sender, self._read_batch(body))
+        envelope = (parse_envelope if sender.form == "envelope" else envelope_of_event)(body)
+        if not sender.has_key:
+            self._admit_dsn(key_of_dsn(envelope.header.get("dsn")), sender.project_id)
+        spare_id = read_event_id(envelope.header.get("event_id"))
+        return Delivery(sender, self._read_events(sender, envelope, spare_id), spare_id)
+
+    def _read_error(self, body: bytes | bytearray) -> Iterator[Part]:
+        text = read_text(body)
         plain = text if self._plain.includes(text) else None
-        data, now_ms = parse_json(text), self._store.now_ms()
-        return project_id, parse_occurrence(
-            data, now_ms, plain=plain, length=len(text), scrubber=self.scrubber
-        )
-
-    def read_batch(
-        self, environ: Environ, keys: Iterable[tuple[int, bytes]]
-    ) -> tuple[int, list[Entry]]:
-        """Return the entries of a small batch, with their texts if plain, and the project's id."""
-        return self.admit(environ, keys), self._entries(self._text(environ))
-
-    def _entries(self, text: str) -> list[Entry]:
-        entries = batch_entries(text)
-        is_harmless = len(text) <= MAX_FAST_BYTES and self._plain.are_harmless(text)
-        is_plain = is_small if is_harmless else self._plain.includes
-        average = len(text) // max(1, len(entries))
-        return [
-            (entry, one if one and is_plain(one) else None, len(one) if one else average)
-            for entry, one in entries
+        yield [
+            parse_occurrence(
+                parse_json(text),
+                self._store.now_ms(),
+                plain=plain,
+                length=len(text),
+                scrubber=self._scrubber,
+            )
         ]
 
-    def error(self) -> bottle.HTTPResponse:
-        """Take one report: 202 once it is on disk."""
-        project_id, occurrence = self.read_error(bottle.request.environ, self._store.keys())
-        (refusal,) = self._store.record(project_id, [occurrence])
-        if refusal is not None:
-            raise refusal
-        return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
+    def _read_batch(self, body: bytes | bytearray) -> Iterator[Part]:
+        """Check that a body is a batch, then read its entries in parts that are quick to store."""
+        position = 0
+        entries = self._entries(body)
+        del body
+        for part in entries:
+            yield [
+                self._entry(entry, text, length, position + index)
+                for index, (entry, text, length) in enumerate(part)
+            ]
+            position += len(part)
 
-    def batch(self) -> bottle.HTTPResponse:
-        """Take several reports: 202 when any was good, with a list of those that were not."""
-        environ = bottle.request.environ
-        project_id = self.admit(environ, self._store.keys())
-        refusals: dict[int, MiniAPMError] = {}
-        count = 0
-        for entries in self._slices(read_content(environ, self._max_body_bytes)):
-            refusals |= record_entries(self._store, project_id, entries, count, self.scrubber)
-            count += len(entries)
-        if not refusals:
-            return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
-        for one in refusals.values():
-            self._rejections.count(one)
-        rejected = [{"index": index} | refusal_json(one) for index, one in refusals.items()]
-        accepted = count - len(refusals)
-        return answer_json({"accepted": accepted, "rejected": rejected}, 202 if accepted else 500)
+    def _entry(
+        self, entry: Any, text: str | None, length: int, index: int
+    ) -> Occurrence | BadRequest:
+        try:
+            return parse_occurrence(
+                entry,
+                self._store.now_ms(),
+                f"errors[{index}]",
+                plain=text,
+                length=length,
+                scrubber=self._scrubber,
+            )
+        except BadRequest as refusal:
+            return refusal
 
-    def _slices(self, raw: bytes | bytearray) -> Iterator[list[Entry]]:
-        """Check a batch's body, then yield its entries in parts that are quick to store."""
-        texts = texts_of_large_batch(raw) if len(raw) > MAX_FAST_BYTES else None
+    def _entries(self, body: bytes | bytearray) -> Iterator[list[tuple[Any, str | None, int]]]:
+        texts = texts_of_large_batch(body) if len(body) > MAX_FAST_BYTES else None
         if texts is None:
-            entries = self._entries(read_text(raw))
-            del raw
+            text = read_text(body)
+            del body
+            entries = batch_entries(text)
+            is_harmless = len(text) <= MAX_FAST_BYTES and self._plain.are_harmless(text)
+            is_plain = is_small if is_harmless else self._plain.includes
+            average = len(text) // max(1, len(entries))
             while entries:
-                yield entries[:BATCH_PART_REPORTS]
+                yield [
+                    (entry, one if one and is_plain(one) else None, len(one) if one else average)
+                    for entry, one in entries[:BATCH_PART_REPORTS]
+                ]
                 del entries[:BATCH_PART_REPORTS]
             return
-        del raw
-        part: list[Entry] = []
+        del body
+        part: list[tuple[Any, str | None, int]] = []
         size = 0
         for text in map(bytes.decode, texts):
             plain = text if self._plain.includes(text) else None
@@ -9721,9 +9797,64 @@ class Ingest:
         if part:
             yield part
 
+    def _read_events(
+        self, sender: Sender, envelope: Envelope, spare_id: str | None
+    ) -> Iterator[Part]:
+        """Read the events of an envelope, one a part: a decoded one may be large."""
+        for index, (kind, payload) in enumerate(envelope.items):
+            if kind != "event":
+                continue  # sessions, transactions, attachments, logs, …
+            try:
+                event = read_event(payload, f"items[{index}]")
+                if is_own_ingest_failure(event, sender.environ, self._public_url):
+                    continue
+                if read_event_id(event.get("event_id")) is None:
+                    event["event_id"] = spare_id or secrets.token_hex(16)
+                spare_id = None  # belongs to the first event
+                yield [occurrence_from_sentry(event, self._store.now_ms(), self._plain)]
+            except (BadRequest, TooLarge) as refusal:
+                yield [refusal.without_frames()]
+
+    def answer(self, delivery: Delivery) -> tuple[str, bytes]:
+        """Return status and body of the answer; raise the first refusal if nothing was good.
+
+        Refusals that are not raised are counted here, since SDKs keep silent about them.
+        """
+        form, refusals = delivery.sender.form, delivery.refusals
+        is_raised = bool(refusals) and not delivery.stored and form != "batch"
+        for one in list(refusals.values())[is_raised:]:
+            self._rejections.count(one)
+        if is_raised:
+            raise refusals[0]
+        if form in ("envelope", "store"):
+            said = {"id": delivery.event_id} if delivery.event_id else {}
+            return "200 OK", json.dumps(said).encode()
+        if not refusals:
+            return "202 Accepted", b""
+        rejected = [{"index": index} | refusal_json(one) for index, one in refusals.items()]
+        told = {"accepted": delivery.stored, "rejected": rejected}
+        status = "202 Accepted" if delivery.stored else "500 Internal Server Error"
+        return status, json.dumps(told, ensure_ascii=False).encode()
+
+
+class Ingest:
+    """The handlers for programs: reports and health."""
+
+    def __init__(self, store: Store, intake: Intake, rejections: Rejections) -> None:
+        self._store, self._intake, self._rejections = store, intake, rejections
+        self._started_s = time.monotonic()
+
+    def take(self, **_: int) -> bottle.HTTPResponse:
+        """Take the reports of a request; the answer says so once they are on disk."""
+        environ = bottle.request.environ
+        delivery = environ.get(DELIVERY_KEY) or self._intake.receive(environ)
+        delivery.store_in(self._store)
+        status, body = self._intake.answer(delivery)
+        return bottle.HTTPResponse(body, status, {"Content-Type": "application/json"})
+
     def take_and_drop(self, kind: str) -> bottle.HTTPResponse:
         """Accept and drop what is not an error; clients of the original MiniAPM send it."""
-        self.project_of(bottle.request.environ, self._store.keys())
+        self._intake.project_of(bottle.request.environ)
         self._rejections.count_dropped(clip(kind, MAX_ID_CHARS))
         return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
 
@@ -9740,179 +9871,6 @@ class Ingest:
             said = {"status": "unhealthy", "db_ok": False}
         uptime = {"uptime_seconds": int(time.monotonic() - self._started_s)}
         return answer_json(said | uptime, 200 if said["db_ok"] else 503)
-
-
-class SentryIngest:
-    """The handlers for Sentry SDKs."""
-
-    def __init__(
-        self,
-        store: Store,
-        config: Config,
-        rejections: Rejections,
-        public_url: str | None = None,
-    ) -> None:
-        self._store, self._public_url = store, public_url
-        self._max_body_bytes = config.max_body_bytes
-        self._rejections = rejections
-        self._plain = PlainTexts(Scrubber(config.scrub_also))
-
-    def envelope(self, project_id: int) -> bottle.HTTPResponse:
-        """Take the events of an envelope, and nothing else of it: 200 once they are on disk."""
-        return self._take(project_id, parse_envelope)
-
-    def event(self, project_id: int) -> bottle.HTTPResponse:
-        """Take one event."""
-        return self._take(project_id, envelope_of_event)
-
-    def admit(self, key: str, project_id: int, keys: Sequence[tuple[int, bytes]]) -> None:
-        """Refuse a key that is not one of the project's."""
-        owners = {owner_of(one, keys) for one in (key, urllib.parse.unquote(key))}
-        if owners == {None}:
-            problem = "is unknown or revoked" if key else "is missing"
-            raise Unauthorized(
-                f"the key of the DSN (sentry_key) for project {project_id} {problem}"
-            )
-        if project_id not in owners:
-            raise Forbidden(f"the key of the DSN is not one of project {project_id}")
-
-    def body_rule(
-        self, environ: Environ, project_id: int, form: str, keys: Sequence[tuple[int, bytes]]
-    ) -> BodyRule:
-        """Return how much of a body to keep; raise if its headers are refused."""
-        if (key := sentry_key(environ)) or form == "store":
-            self.admit(key, project_id, keys)
-            return BodyRule(self._max_body_bytes)
-        encoding = encoding_of(environ)
-
-        def admit_start(start: bytes) -> bool:
-            """Admit by the DSN in the envelope's first line, once that has arrived."""
-            line = decoded_start(start, encoding)
-            if b"\n" not in line and len(start) <= MAX_HEADER_BYTES:
-                return False
-            header, _ = header_line(line, 0, "the envelope")
-            self.admit(key_of_dsn(header.get("dsn")), project_id, keys)
-            return True
-
-        return BodyRule(self._max_body_bytes, admit_start)
-
-    def read(self, environ: Environ, parse: Callable[[bytes | bytearray], Envelope]) -> Envelope:
-        """Return the envelope that a request brings."""
-        return parse(read_content(environ, self._max_body_bytes))
-
-    def occurrence(self, environ: Environ, envelope: Envelope, index: int) -> Occurrence | None:
-        """Return the event at an index of an envelope, None for one about our own endpoints."""
-        event = read_event(envelope.items[index][1], f"items[{index}]")
-        if is_own_ingest_failure(event, environ, self._public_url):
-            return None
-        spare_id = read_event_id(envelope.header.get("event_id"))
-        is_first = all(kind != "event" for kind, _ in envelope.items[:index])
-        if read_event_id(event.get("event_id")) is None:
-            event["event_id"] = (is_first and spare_id) or secrets.token_hex(16)
-        return occurrence_from_sentry(event, self._store.now_ms(), self._plain)
-
-    def _take(
-        self, project_id: int, parse: Callable[[bytes | bytearray], Envelope]
-    ) -> bottle.HTTPResponse:
-        environ, keys = bottle.request.environ, self._store.keys()
-        if key := sentry_key(environ):
-            self.admit(key, project_id, keys)
-        envelope = self.read(environ, parse)
-        if not key:
-            self.admit(key_of_dsn(envelope.header.get("dsn")), project_id, keys)
-        environ[ADMITTED_KEY] = True
-        ids: list[str | None] = []
-        refusals: list[MiniAPMError] = []
-        for index, (kind, _) in enumerate(envelope.items):
-            if kind != "event":
-                continue  # sessions, transactions, attachments, logs, …
-            try:
-                ids.append(self._store_event(project_id, self.occurrence(environ, envelope, index)))
-            except (BadRequest, TooLarge) as refusal:
-                refusals.append(refusal.without_frames())
-        for beside in refusals if ids else refusals[1:]:
-            self._rejections.count(beside)
-        if refusals and not ids:
-            raise refusals[0]
-        answer_id = ids[0] if ids else read_event_id(envelope.header.get("event_id"))
-        return answer_json({"id": answer_id} if answer_id else {})
-
-    def _store_event(self, project_id: int, occurrence: Occurrence | None) -> str | None:
-        """Store one event, before the next is decoded: together they'd be large; return its id."""
-        if occurrence is None:
-            return None
-        (refusal,) = self._store.record(project_id, [occurrence])
-        if refusal is not None:
-            raise refusal
-        return occurrence.event_id
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A request that needs nothing but to be stored, and the body of its answer when it is."""
-
-    reports: list[tuple[int, Occurrence]]  # each with its project's id
-    status: str
-    body: bytes
-
-
-_SENTRY_PATH = re.compile(r"/api/([0-9]{1,18})/(envelope|store)/?")
-
-
-class Intake:
-    """Reads requests that report, without answering: for who stores several of them at once."""
-
-    def __init__(self, store: Store, ingest: Ingest, sentry: SentryIngest) -> None:
-        self._store, self._ingest, self._sentry = store, ingest, sentry
-
-    def read(self, environ: Environ, keys: Sequence[tuple[int, bytes]]) -> Delivery | None:
-        """Return what a request brings, None when its answer is more than that all is stored.
-
-        Raises MiniAPMError for what is to be refused.
-        """
-        path = environ["PATH_INFO"]
-        is_large = int(environ["CONTENT_LENGTH"] or 0) > MAX_CLEANED_BYTES
-        if is_large and path != "/ingest/errors/batch":
-            return None
-        if path == "/ingest/errors":
-            return Delivery([self._ingest.read_error(environ, keys)], "202 Accepted", b"")
-        if path == "/ingest/errors/batch":
-            project_id, entries = self._ingest.read_batch(environ, keys)
-            now_ms, scrubber = self._store.now_ms(), self._ingest.scrubber
-            is_slow = is_large and any(plain is None for _, plain, _ in entries)
-            if is_slow or len(entries) > BATCH_PART_REPORTS:
-                return None
-            reports = []
-            for index, (entry, plain, length) in enumerate(entries):
-                one = parse_occurrence(
-                    entry,
-                    now_ms,
-                    f"errors[{index}]",
-                    plain=plain,
-                    length=length,
-                    scrubber=scrubber,
-                )
-                reports.append((project_id, one))
-            return Delivery(reports, "202 Accepted", b"")
-        found = _SENTRY_PATH.fullmatch(path)
-        return self._read_sentry(environ, keys, int(found[1]), found[2]) if found else None
-
-    def _read_sentry(
-        self, environ: Environ, keys: Sequence[tuple[int, bytes]], project_id: int, form: str
-    ) -> Delivery | None:
-        if not (key := sentry_key(environ)):
-            return None
-        self._sentry.admit(key, project_id, keys)
-        envelope = self._sentry.read(
-            environ, parse_envelope if form == "envelope" else envelope_of_event
-        )
-        if [kind for kind, _ in envelope.items] != ["event"]:
-            return None
-        occurrence = self._sentry.occurrence(environ, envelope, 0)
-        if occurrence is None:
-            return None
-        body = json.dumps({"id": occurrence.event_id}).encode()
-        return Delivery([(project_id, occurrence)], "200 OK", body)
 
 
 class Dashboard:
@@ -10136,10 +10094,9 @@ class App:
         if config.password is not None:
             gate = PasswordGate(config.password, store)
         self.rejections = Rejections(store.now_ms, log)
-        self._ingest = Ingest(store, config, self.rejections)
-        self._sentry = SentryIngest(store, config, self.rejections, self._public_url)
+        self.intake = Intake(store, config, self.rejections, self._public_url)
+        self._ingest = Ingest(store, self.intake, self.rejections)
         self._dashboard = Dashboard(store, gate, self.rejections)
-        self.intake = Intake(store, self._ingest, self._sentry)
         self._large_turn, self._search_turn = (threading.Semaphore(n) for n in (1, MAX_SEARCHES))
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._unhandled
@@ -10148,18 +10105,18 @@ class App:
 
     def routes(self) -> tuple[tuple[str, str, Callable[..., bottle.HTTPResponse]], ...]:
         """Return the URL map."""
-        take, sentry, show = self._ingest, self._sentry, self._dashboard
+        take, show = self._ingest, self._dashboard
         other = "/ingest/<kind:re:deploys|spans|traces|v1/[a-z_-]+>"
         error = "/errors/<error_id:re:[0-9]{1,18}>"
         project = "/api/<project_id:re:[0-9]{1,18}>"
         return (
-            ("/ingest/errors", "POST", take.error),
+            ("/ingest/errors", "POST", take.take),
             ("/ingest/errors", "OPTIONS", take.preflight),
-            ("/ingest/errors/batch", "POST", take.batch),
+            ("/ingest/errors/batch", "POST", take.take),
             ("/ingest/errors/batch", "OPTIONS", take.preflight),
-            (project + "/envelope<:re:/?>", "POST", sentry.envelope),
+            (project + "/envelope<:re:/?>", "POST", take.take),
             (project + "/envelope<:re:/?>", "OPTIONS", take.preflight),
-            (project + "/store<:re:/?>", "POST", sentry.event),
+            (project + "/store<:re:/?>", "POST", take.take),
             (project + "/store<:re:/?>", "OPTIONS", take.preflight),
             (other, "POST", take.take_and_drop),
             (other, "OPTIONS", take.preflight),
@@ -10196,14 +10153,10 @@ class App:
         """Return how much of a request's body to keep, or the refusal of its headers."""
         self._locate(environ)
         path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
-        size, limit = environ.get("CONTENT_LENGTH") or "", self._config.max_body_bytes
+        size = environ.get("CONTENT_LENGTH") or ""
         try:
-            if is_post and path in ("/ingest/errors", "/ingest/errors/batch"):
-                self._ingest.admit(environ, self._store.keys())
-                rule = BodyRule(limit)
-            elif is_post and (found := _SENTRY_PATH.fullmatch(path)):
-                keys = self._store.keys()
-                rule = self._sentry.body_rule(environ, int(found[1]), found[2], keys)
+            if (sender := self.intake.admit(environ)) is not None:
+                rule = self.intake.rule_for(sender)
             elif is_post and path == "/login":
                 rule = BodyRule(MAX_LOGIN_BYTES)
             else:
@@ -10250,7 +10203,8 @@ class App:
     @contextlib.contextmanager
     def _turn_for(self, environ: Environ) -> Iterator[None]:
         """Limit what runs at once: large reports fill memory, searches keep the disk busy."""
-        rule = self.body_rule(environ) if is_large(environ) else BodyRule(0)
+        is_to_read = is_large(environ) and DELIVERY_KEY not in environ
+        rule = self.body_rule(environ) if is_to_read else BodyRule(0)
         if rule.refusal is not None:
             raise rule.refusal
         if rule.limit_bytes:
@@ -10689,43 +10643,79 @@ def environ_of_headers(request: Any) -> Environ:
     }
 
 
-def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
-    """Return the strict parser with three changes.
+class KnownRequest:
+    """Stands in for waitress's request until it is answered."""
+
+    error = None
+    __slots__ = ("data", "header_bytes", "sender")
+
+    def __init__(self, sender: Sender, data: bytes, header_bytes: int) -> None:
+        self.sender, self.data, self.header_bytes = sender, data, header_bytes
+
+    def raw_body(self) -> bytes:
+        return self.data[self.header_bytes :]
+
+    def close(self) -> None:
+        pass
+
+
+_CONTENT_LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([1-9][0-9]{0,5})[ \t]*\r\n")
+
+
+class KnownHeaders:
+    """Recognises a client by the bytes of its request's header, all but those of its length.
+
+    Such a header needs no parsing: it would be read as the one before it.
+    """
+
+    def __init__(self) -> None:
+        self._senders: dict[bytes, Sender] = {}
+
+    def learn(self, header: bytes, sender: Sender) -> None:
+        """Remember the header, up to its blank line, of a request with Content-Length."""
+        found = _CONTENT_LENGTH.search(header)
+        if found is None or len(header) > MAX_KNOWN_HEADER_BYTES:
+            return
+        if len(self._senders) >= MAX_KNOWN_HEADERS:
+            self._senders.clear()
+        self._senders[header[: found.start(1)] + header[found.end(1) :]] = sender
+
+    def find(self, data: bytes) -> KnownRequest | None:
+        """Return what `data` is if that is one whole request with a known header."""
+        end = data.find(b"\r\n\r\n") + 4
+        found = _CONTENT_LENGTH.search(data, 0, end)
+        if found is None or int(found[1]) != len(data) - end:
+            return None
+        sender = self._senders.get(data[: found.start(1)] + data[found.end(1) : end])
+        return None if sender is None else KnownRequest(sender, data, end)
+
+
+def _parser_class(rule_of: RuleOf, budget: BodyBudget, known: KnownHeaders) -> Any:
+    """Return the strict parser with two changes.
 
     Bodies are held in memory, and only as much of them as the rule allows. Refused ones are read
-    to their end, because most clients never see the answer if they are cut off. And if headers
-    of a request with a body repeat byte for byte within a second, as a client's on one connection
-    do, they are not parsed again.
+    to their end, because most clients never see the answer if they are cut off.
     """
-    from waitress.receiver import FixedStreamReceiver  # type: ignore[import-untyped]
-
-    known: dict[bytes, dict[str, Any]] = {}  # headers, and what parse_header() made of them
-    forgotten_s = 0.0  # when `known` was last emptied
 
     class Parser(_strict_parser_class()):  # type: ignore[misc]
-        def parse_header(self, header: bytes) -> None:
-            nonlocal forgotten_s
-            if (now_s := time.monotonic()) - forgotten_s > 1 or len(known) > MAX_KNOWN_HEADERS:
-                known.clear()
-                forgotten_s = now_s
-            if (parts := known.get(header)) is not None:
-                self.__dict__.update(parts, headers=dict(parts["headers"]))
-                self.body_rcv = FixedStreamReceiver(self.content_length, None)
-            else:
-                self._parse_new_header(header)
-            if self.body_rcv is not None:
-                self.body_rcv.buf = HeldBody(budget, self.rule)
+        sender: Sender | None = None  # of reports that FastIngest can take
+        found: Delivery | MiniAPMError | None = None  # what FastIngest has made of it
 
-        def _parse_new_header(self, header: bytes) -> None:
-            own = {*self.__dict__, "body_rcv"}  # what is not made of the header alone
+        def parse_header(self, header: bytes) -> None:
             super().parse_header(header)
             if self.body_rcv is None:
                 return
-            self.rule = rule_of(environ_of_headers(self))
-            is_taken = self.content_length and not self.chunked and self.rule.refusal is None
-            if is_taken and len(header) <= MAX_KNOWN_HEADER_BYTES:
-                parts = {name: self.__dict__[name] for name in self.__dict__.keys() - own}
-                known[header] = parts | {"headers": dict(self.headers)}
+            rule = rule_of(environ_of_headers(self))
+            self.body_rcv.buf = HeldBody(budget, rule)
+            stays = self.headers.get("CONNECTION", "keep-alive").lower() == "keep-alive"
+            if rule.check is None and self.version == "1.1" and stays:
+                self.sender = rule.sender
+            if self.sender is not None and not self.chunked and not self.expect_continue:
+                known.learn(header, self.sender)
+
+        def raw_body(self) -> bytes:
+            body: bytes = self.body_rcv.getbuf().get()
+            return body
 
     return Parser
 
@@ -10735,31 +10725,22 @@ def is_body_refused(request: Any) -> bool:
     return request.body_rcv is not None and request.body_rcv.getbuf().refusal is not None
 
 
-class _Answered:
-    """Stands in for a waitress task when the whole answer is there already."""
-
-    close_on_finish, wrote_header = False, True
-
-    def __init__(self, channel: Any, request: Any, data: bytes) -> None:
-        self._channel, self.request, self._data = channel, request, data
-
-    def service(self) -> None:
-        self._channel.write_soon(self._data)
-
-
 def _task_classes() -> tuple[Any, Any]:
     """Return waitress's task classes, for requests and for errors, with one change each.
 
-    The App is told why a body was not kept. Waitress's own refusals are JSON, readable by pages
-    of any origin.
+    The App is told why a body was not kept, and what was read already. Waitress's own refusals are
+    JSON, readable by pages of any origin.
     """
     import waitress.task  # type: ignore[import-untyped]
 
     class Task(waitress.task.WSGITask):  # type: ignore[misc]
         def get_environment(self) -> Environ:
             environ: Environ = super().get_environment()
+            found = self.request.found
             if is_body_refused(self.request):
-                environ[REFUSAL_KEY] = self.request.body_rcv.getbuf().refusal
+                found = self.request.body_rcv.getbuf().refusal
+            if found is not None:
+                environ[DELIVERY_KEY if isinstance(found, Delivery) else REFUSAL_KEY] = found
             elif time.monotonic() > getattr(self.request, "latest_s", math.inf):
                 environ[REFUSAL_KEY] = Unavailable(_CROWDED, retry_after_s=5)
             return environ
@@ -10814,14 +10795,13 @@ def _waiting_channel_class() -> Any:
 def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
     """Return waitress's channel class with two changes.
 
-    It keeps as much of a body as the rule says. And if `answer` is set, the request gets that.
+    It keeps as much of a body as the rule says, and parses no header that is known.
     """
-    task_class, error_class = _task_classes()
+    known = KnownHeaders()
 
     class Channel(_waiting_channel_class()):  # type: ignore[misc]
-        parser_class = _parser_class(rule_of, budget)
-        error_task_class = error_class
-        answer: bytes | None = None  # to the first request, when FastIngest has one
+        parser_class = _parser_class(rule_of, budget, known)
+        task_class, error_task_class = _task_classes()
 
         def recv(self, buffer_size: int) -> bytes:
             # Read much at once only if it is kept: otherwise the heap gets fragmented.
@@ -10830,27 +10810,31 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
             data: bytes = super().recv(buffer_size if is_kept else 2 * MAX_HEADER_BYTES)
             return data
 
-        def task_class(self, channel: Any, request: Any) -> Any:
-            data, self.answer = self.answer, None
-            if data is None:
-                return task_class(channel, request)
-            return _Answered(channel, request, data)
+        def received(self, data: bytes) -> bool:
+            is_free = self.request is None and not self.requests and not self.will_close
+            if not is_free or self.close_when_flushed or not (request := known.find(data)):
+                return bool(super().received(data))
+            with self.requests_lock:
+                self.requests.append(request)
+            self.last_request_s = time.monotonic()
+            self.server.add_task(self)
+            return True
 
     return Channel
 
 
 @functools.lru_cache(16)
-def fast_answer(status: str, body: bytes, now_s: int) -> bytes:
-    """Return the whole HTTP/1.1 answer to a delivery that is stored, as the App would give it."""
+def fast_answer_head(status: str, size: int, now_s: int) -> bytes:
+    """Return what stands before the body of an answer to reports, as the App would give it."""
     headers = [
         ("Content-Type", "application/json"),
-        ("Content-Length", str(len(body))),
+        ("Content-Length", str(size)),
         ("Date", email.utils.formatdate(now_s, usegmt=True)),
         *EVERY_HEADERS,
         *CORS_HEADERS,
     ]
     lines = [f"HTTP/1.1 {status}", *(f"{name}: {text}" for name, text in headers)]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 class Lanes:
@@ -10870,7 +10854,7 @@ class Lanes:
     def add_task(self, channel: Any) -> None:
         """Queue a channel's first request to be answered; called from any thread."""
         request, lane = channel.requests[0], self._short
-        if request.error is None and not is_body_refused(request):
+        if request.error is None and request.found is None and not is_body_refused(request):
             environ = environ_of_headers(request)
             if is_search(environ):
                 lane = self._searches
@@ -10890,13 +10874,13 @@ class FastIngest:
     """Stores the reports that one round of the server's loop has read in one transaction.
 
     It works in the loop's own thread: to hand a report to another thread costs more than to store
-    it. What is large, compressed or not plainly to be stored goes to the thread pool, where the
-    App answers it as all else. Of waitress it relies on, beside what Server names:
+    it. A request that is large, or whose reports can't be stored at once, goes to the thread pool,
+    with what has been read of it. Of waitress it relies on, in addition to what Server names:
     `server.add_task`, which is called with a channel whose first request is complete; of a channel
     `requests`, `request` (that is still arriving), `addr`, `connected`, `total_outbufs_len`,
-    `will_close`, `send`, `write_soon` and `service`, which makes a `task_class`; of a request
-    `command`, `path`, `query`, `version`, `headers`, `error`, `close` and `body_rcv`, whose
-    `getbuf` holds the body.
+    `will_close`, `close_when_flushed`, `requests_lock`, `adj`, `send` and `write_soon`; of a
+    request `version`, `headers`, `error`, `chunked`, `expect_continue`, `close` and `body_rcv`,
+    whose `getbuf` holds the body.
     """
 
     def __init__(self, server: Any, intake: Intake, store: Store, log: Log | None) -> None:
@@ -10907,41 +10891,9 @@ class FastIngest:
 
     def add_task(self, channel: Any) -> None:
         """Take a channel's first request, or leave it to the pool; called from any thread."""
-        if self._may_take(channel.requests[0]):
-            self._waiting.append(channel)
-        else:
-            self._pool_task(channel)
-
-    def _may_take(self, request: Any) -> bool:
-        if request.error is not None or request.command != "POST" or request.version != "1.1":
-            return False
-        if request.body_rcv is None or is_body_refused(request):
-            return False
-        headers = request.headers
-        if "CONTENT_ENCODING" in headers:
-            self._undo_compression(request)
-        return (
-            is_ingest(request.path)
-            and int(headers.get("CONTENT_LENGTH") or 0) <= MAX_FAST_BYTES
-            and "CONTENT_ENCODING" not in headers
-            and headers.get("CONNECTION", "keep-alive").lower() == "keep-alive"
-        )
-
-    def _undo_compression(self, request: Any) -> None:
-        """Decode a small body in place; leave any other to the App."""
-        if not is_ingest(request.path):
-            return
-        body = request.body_rcv.getbuf()
-        if len(body) > MAX_FAST_BYTES:
-            return
-        environ = environ_of_headers(request) | {"wsgi.input": io.BytesIO(body.get())}
-        try:
-            decoded = read_content(environ, MAX_FAST_BYTES // MAX_DECODED_RATIO)
-        except MiniAPMError:
-            return
-        if body.replace(decoded):
-            del request.headers["CONTENT_ENCODING"]
-            request.headers["CONTENT_LENGTH"] = str(len(decoded))
+        request = channel.requests[0]
+        is_taken = request.error is None and request.sender is not None
+        (self._waiting.append if is_taken else self._pool_task)(channel)
 
     def has_waiting(self) -> bool:
         """Tell whether there is something to do, such as a connection's next request."""
@@ -10949,62 +10901,84 @@ class FastIngest:
 
     def run(self) -> None:
         """Store and answer what waits, as far as one transaction is to go."""
-        channels, size = [], 0
-        while self._waiting and size < MAX_ROUND_BYTES:
-            channel = self._waiting.popleft()
-            if channel.total_outbufs_len > MAX_UNSENT_BYTES:
-                self._pool_task(channel)
-            else:
-                channels.append(channel)
-                size += int(channel.requests[0].headers.get("CONTENT_LENGTH") or 0)
+        read: list[tuple[Any, Delivery]] = []
+        size = 0
         wake, self._server.pull_trigger = self._server.pull_trigger, lambda: None  # it is awake
         try:
-            for channel, delivery in self._stored(channels):
-                if delivery is None:
-                    self._pool_task(channel)
+            while self._waiting and size < MAX_ROUND_BYTES:
+                channel = self._waiting.popleft()
+                raw = channel.requests[0].raw_body()
+                size += len(raw)
+                found = self._read(channel, raw)
+                if isinstance(found, Delivery):
+                    read.append((channel, found))
                 else:
-                    self._answer(channel, delivery)
+                    self._hand_over(channel, found)
+            is_stored = self._store_all([delivery for _, delivery in read])
+            for channel, delivery in read:
+                (self._answer if is_stored else self._hand_over)(channel, delivery)
         finally:
             self._server.pull_trigger = wake
 
-    def _answer(self, channel: Any, delivery: Delivery) -> None:
-        if self._log is not None:
-            request = channel.requests[0]
-            self._log(f"{channel.addr[0]} POST {request.path} {delivery.status[:3]} in a group")
-        answer = fast_answer(delivery.status, delivery.body, int(time.time()))
+    def _read(self, channel: Any, raw: bytes) -> Delivery | MiniAPMError | None:
+        """Return the reports of a channel's only request, or what it is refused for."""
+        sender = channel.requests[0].sender
+        is_alone = len(channel.requests) == 1 and channel.request is None
+        if not is_alone or channel.total_outbufs_len or len(raw) > MAX_FAST_BYTES:
+            return None
         try:
-            is_alone = len(channel.requests) == 1 and channel.request is None
-            if not is_alone or channel.total_outbufs_len or not channel.connected:
-                channel.answer = answer
-                channel.service()
-            else:
-                channel.requests.pop().close()
-                sent = channel.send(answer, do_close=False)
-                if sent < len(answer):
-                    channel.write_soon(answer[sent:])
+            found = self._intake.read(sender, raw, MAX_FAST_BYTES)
+            found.parts = list(found.parts)
+            return found
+        except MiniAPMError as refusal:
+            # One that is compressed may be too large here, but not for the pool.
+            return None if encoding_of(sender.environ) else refusal
+        except Exception:  # noqa: BLE001 - the loop must go on; in the pool the App says why
+            return None
+
+    def _store_all(self, deliveries: list[Delivery]) -> bool:
+        reports = [
+            (delivery.sender.project_id, one)
+            for delivery in deliveries
+            for part in delivery.parts
+            for one in occurrences_of(part)
+        ]
+        try:
+            if reports:
+                self._store.record_here(reports)
+        except Exception:  # noqa: BLE001 - as above
+            return False
+        return True
+
+    def _hand_over(self, channel: Any, found: Delivery | MiniAPMError | None) -> None:
+        """Give a channel's first request to the pool, with what was made of it."""
+        request = channel.requests[0]
+        if isinstance(request, KnownRequest):
+            data, request = request.data, channel.parser_class(channel.adj)
+            request.received(data)
+            channel.requests[0] = request
+        request.found = found
+        self._pool_task(channel)
+
+    def _answer(self, channel: Any, delivery: Delivery) -> None:
+        for part in delivery.parts:
+            delivery.settle(part, itertools.repeat(None))
+        try:
+            status, body = self._intake.answer(delivery)
+        except MiniAPMError as refusal:
+            return self._hand_over(channel, refusal)
+        if self._log is not None:
+            path = shown_path(delivery.sender.environ["PATH_INFO"])
+            self._log(f"{channel.addr[0]} POST {path} {status[:3]} in a group")
+        answer = fast_answer_head(status, len(body), int(time.time())) + body
+        channel.requests.pop().close()
+        try:
+            sent = channel.send(answer, do_close=False) if channel.connected else len(answer)
+            if sent < len(answer):
+                channel.write_soon(answer[sent:])
         except Exception as error:  # noqa: BLE001 - the report is stored, the loop must go on
             say(f"miniapm: an answer could not be sent: {type(error).__name__}", sys.stderr)
             channel.will_close = True
-
-    def _stored(self, channels: list[Any]) -> list[tuple[Any, Delivery | None]]:
-        """Store what channels bring; with each return its delivery, None if it is not stored."""
-        try:
-            keys = self._store.keys()
-            read = [(channel, self._read(channel.requests[0], keys)) for channel in channels]
-            reports = [report for _, one in read if one is not None for report in one.reports]
-            if reports:
-                self._store.record_here(reports)
-        except Exception:  # noqa: BLE001 - the loop must go on; in the pool the App says why
-            return [(channel, None) for channel in channels]
-        return read
-
-    def _read(self, request: Any, keys: Sequence[tuple[int, bytes]]) -> Delivery | None:
-        body = request.body_rcv.getbuf().get() if request.body_rcv is not None else b""
-        environ = environ_of_headers(request) | {"wsgi.input": io.BytesIO(body)}
-        try:
-            return self._intake.read(environ, keys)
-        except Exception:  # noqa: BLE001 - whatever it is, the App refuses it properly
-            return None
 
 
 def missing_for_fast_ingest(server: Any) -> str:
@@ -11012,9 +10986,10 @@ def missing_for_fast_ingest(server: Any) -> str:
     channel = server.channel_class
     parser = getattr(channel, "parser_class", None)
     needed = [(server, name) for name in ("add_task", "pull_trigger")]
-    of_channel = ("request", "connected", "total_outbufs_len", "will_close")
-    needed += [(channel, name) for name in (*of_channel, "send", "write_soon", "service")]
-    needed += [(parser, name) for name in ("version", "error", "close", "body_rcv")]
+    of_channel = ("request", "connected", "total_outbufs_len", "will_close", "close_when_flushed")
+    needed += [(channel, name) for name in (*of_channel, "send", "write_soon", "received")]
+    of_parser = ("version", "error", "close", "body_rcv", "chunked", "expect_continue")
+    needed += [(parser, name) for name in of_parser]
     return next((name for owner, name in needed if not hasattr(owner, name)), "")
 
 

@@ -10653,7 +10653,7 @@ def test_loop_leaves_a_client_that_does_not_read_to_the_pool(
 
 def test_loop_cleans_no_large_body(store: Store) -> None:
     app = App(store, Config())
-    small, large = "token=x " * 9, "token=x " * miniapm.MAX_CLEANED_BYTES
+    small, large = "token=x " * 9, "token=x " * miniapm.MAX_FAST_BYTES
     for path, wrap in (
         ("/ingest/errors", lambda text: json.dumps(report(message=text))),
         ("/ingest/errors/batch", lambda text: json.dumps({"errors": [report(message=text)]})),
@@ -12060,7 +12060,7 @@ def test_body_is_taken_up_to_its_limit_in_every_framing(start: Callable[..., Ser
     assert [error["occurrences"] for error in server.errors()] == [8]
 
 
-@pytest.mark.parametrize("bound", [miniapm.MAX_CLEANED_BYTES, miniapm.MAX_FAST_BYTES])
+@pytest.mark.parametrize("bound", [miniapm.MAX_FAST_BYTES, miniapm.MAX_FAST_BYTES])
 def test_bounds_of_the_loop_are_not_seen_from_outside(
     start: Callable[..., Server], bound: int
 ) -> None:
