@@ -217,6 +217,7 @@ KNOWN_OVERHEAD_BYTES = 200  # of each thing in it
 MIN_FREE_BYTES = 16 * _MEBIBYTE  # of the disk, or a tenth of a small one: kept for deleting
 FULL_RETRY_S = 30
 MAX_WAL_BYTES = 8 * _MEBIBYTE  # with more in the write-ahead log a commit empties it itself
+MAX_KEYS_AGE_S = 0.05  # reading them for each request took 4 % of the time of storing a report
 CHECKPOINT_COMMITS = 50  # after as many it is copied into the database, beside the commits
 REQUEST_BLOCK_IDS = 4_096  # occurrence ids whose request keys share one block of the index
 SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
@@ -4783,6 +4784,9 @@ def _page_of(found: list[ErrorGroup], counts: Json, wanted: ErrorFilter) -> Erro
     )
 
 
+Keys = tuple[tuple[int, bytes], ...]  # API keys, each with its project's id
+
+
 class Readers:
     """Read-only connections; each sees one consistent state and never waits for the writer."""
 
@@ -4873,6 +4877,8 @@ class Store:
         self.copy_log = self._writer.checkpointer.copy_soon
         self.has_surplus = threading.Event()  # there may be something for Retention to remove
         self._reports_since_surplus = 0
+        self._keys: Keys = ()
+        self._keys_until_s = 0.0  # as long they need not be read again
         self._recorder = _Recorder(self.now_ms)
         self.forget_known = self._writer.after_undo = self._recorder.forget
 
@@ -5030,11 +5036,19 @@ class Store:
             rows = [dict(row) for row in db.execute(SELECT_PROJECTS)]
         return tuple(Project(**row | {"keys": tuple(json.loads(row["keys"]))}) for row in rows)
 
-    def keys(self) -> list[tuple[int, bytes]]:
-        """Return the (project's id, key) of every key that is accepted now."""
-        self._writer.refuse_if_closed()
-        with self._readers.lend(one_statement=True) as db:
-            return [(project_id, key.encode()) for project_id, key in db.execute(SELECT_KEYS)]
+    def keys(self) -> Keys:
+        """Return every valid key: the same object until one of them changes.
+
+        A change that another process makes is seen after MAX_KEYS_AGE_S at the latest.
+        """
+        now_s = time.monotonic()
+        if now_s >= self._keys_until_s:
+            self._writer.refuse_if_closed()
+            with self._readers.lend(one_statement=True) as db:
+                found = tuple((one, key.encode()) for one, key in db.execute(SELECT_KEYS))
+            self._keys = self._keys if found == self._keys else found
+            self._keys_until_s = now_s + MAX_KEYS_AGE_S
+        return self._keys
 
     def create_key(self, name: str) -> str:
         """Add a new key to the project called `name`, made if there is none; return the key."""
@@ -5047,13 +5061,18 @@ class Store:
             db.execute(INSERT_PROJECT, values)
             db.execute(INSERT_KEY, values)
 
-        self.write(work)
+        self._change_keys(work)
         return key
+
+    def _change_keys(self, work: Work) -> Any:
+        result = self.write(work)
+        self._keys_until_s = 0.0
+        return result
 
     def revoke(self, name: str) -> int:
         """Revoke all keys of a project, or the one key given; NotFound if there is none."""
         values = {"name": name, "now_ms": self.now_ms()}
-        revoked: int = self.write(lambda db: db.execute(REVOKE_KEYS, values).rowcount)
+        revoked: int = self._change_keys(lambda db: db.execute(REVOKE_KEYS, values).rowcount)
         if not revoked:
             raise NotFound(f"no project or key called {name!r} has a key to revoke")
         return revoked
@@ -5066,7 +5085,7 @@ class Store:
         """
         existing = next((p for p in self.projects() if p.name == "default"), None)
         if key is not None:
-            self.write(functools.partial(_replace_keys, key, self.now_ms()))
+            self._change_keys(functools.partial(_replace_keys, key, self.now_ms()))
         elif existing is None:
             self.create_key("default")
         else:
@@ -8887,7 +8906,7 @@ class Sender:
     form: str  # errors, batch, envelope or store
     project_id: int
     has_key: bool  # otherwise the first line of the envelope must have one
-    keys: Sequence[tuple[int, bytes]]  # those that were valid then
+    keys: Keys  # those that were valid then
     environ: Environ
 
 
