@@ -166,8 +166,7 @@ MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
 MAX_PLAIN_CHARS = MAX_FIELD_CHARS  # a report's JSON of which no field can be too large
-MAX_REMEMBERED_TEXTS = 5_000  # of each kind that PlainTexts knows; as a rule a megabyte
-MAX_REMEMBERED_CHARS = 200  # of one of them
+MAX_REMEMBERED_CHARS = 200  # of a line or path: how a longer one was read is not remembered
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
 MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
 MAX_TAG_VALUES = 200
@@ -746,7 +745,7 @@ _URL_SECRET = re.compile(
     r"://([^\s/?#@]*+@[^\s/?#]*+"
     r"|[^\s/?#@:\"'<>`]*+:(?!\d*+(?:[/?#]|\Z))[^\s/?#@\"'<>`]*+[/?#](?:[^\s\"'<>`:]|:(?!//))*+)"
 )
-# In a JSON text \" is a quotation mark, behind which PlainTexts may have cut the string in two.
+# In a JSON text \" is a quotation mark.
 _URL_SECRET_IN_JSON = re.compile(
     r'://[^\s/?#@"\\]*+(?:@|\\["\\])|://[^\s/?#@:"\\]*+:(?!\d*+(?:[/?#"\\]|\Z))[^\s/?#@"\\]*+[/?#]'
 )
@@ -940,11 +939,6 @@ def is_shallow(text: str) -> bool:
     return text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
 
 
-def is_small(text: str) -> bool:
-    """Tell whether a report's JSON text holds nothing to cut, but for strings with own limits."""
-    return len(text) <= MAX_PLAIN_CHARS
-
-
 MAX_VALUE_LOOK_CHARS = 64  # how much of a value is read to tell code and prose from a secret
 MAX_LINE_LOOK_CHARS = 200  # how far before a name to look for the quotes around it
 MAX_TRIPLE_QUOTED_CHARS = 2_000
@@ -1054,6 +1048,7 @@ class Scrubber:
 
     checks_left: float = math.inf
     is_long = False  # true when the report is too long to look for what need not be scrubbed
+    sent: str | None = None  # the report's JSON text, if that is plain
 
     def __init__(self, also: Iterable[str] = ()) -> None:
         added = [re.sub("[. -]", "_", name.lower()) for name in also]
@@ -1071,10 +1066,8 @@ class Scrubber:
         self._few, self._keys = re.compile(_pattern_of(few)), re.compile(_pattern_of(keys))
         self._hints = tuple(_hint_of(one) for one in names if one not in (*few, *_FOUND_BY_OTHERS))
 
-    def for_report(self, length: int | None) -> Scrubber:
-        """Return a scrubber for one report; `length` is that of its JSON text, if known."""
-        if length is None:
-            return self
+    def for_length(self, length: int) -> Scrubber:
+        """Return the scrubber for one report with a JSON text of this length."""
         one = object.__new__(Scrubber)
         checks = length // MIN_CHARS_PER_SECRET + 16
         one.__dict__.update(self.__dict__, checks_left=checks, is_long=length > MAX_EXTRA_CHARS)
@@ -1279,10 +1272,6 @@ class Scrubber:
             text = self.scrub_text(text)
         return _displayable(text)
 
-    def cut(self, text: str, limit: int) -> str:
-        """Cut a text from a plain report; it needs no other cleaning."""
-        return text if len(text) <= limit else self.clean(text, limit)
-
     def is_harmless(self, text: str) -> bool:
         """Tell whether nothing in a JSON text needs to be scrubbed or replaced."""
         is_odd = not text.isprintable() or ("\\" in text and _has_odd_escape(text))
@@ -1293,7 +1282,26 @@ class Scrubber:
 
         Strings with own limits may need cutting. One check takes a tenth of the time of many.
         """
-        return is_small(text) and self.is_harmless(text)
+        return len(text) <= MAX_PLAIN_CHARS and self.is_harmless(text)
+
+
+class PlainReport(Scrubber):
+    """The scrubber for a report in which there is nothing to scrub: it only cuts."""
+
+    def __init__(self, text: str) -> None:
+        self.sent = text
+
+    def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
+        """Return False."""
+        return False
+
+    def names_secret(self, name: str) -> bool:
+        """Return False."""
+        return False
+
+    def clean(self, text: str, limit: int) -> str:
+        """Return the text, cut to `limit` characters."""
+        return clip(text, limit)
 
 
 _DEFAULT_SCRUBBER = Scrubber()
@@ -1301,40 +1309,12 @@ scrub_text, clean = _DEFAULT_SCRUBBER.scrub_text, _DEFAULT_SCRUBBER.clean
 is_harmless, is_plain = _DEFAULT_SCRUBBER.is_harmless, _DEFAULT_SCRUBBER.is_plain
 
 
-class PlainTexts:
-    """Finds plain reports in less time than is_plain(), for it remembers what it has looked at.
+def scrubber_for(text: str, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Scrubber:
+    """Return the scrubber for the report with this JSON text.
 
-    What stands between the commas of two strings comes again in the next report of the same
-    error. No hint of a secret goes beyond one, so that only what is new is to be looked at.
+    Its `sent` is the text if that is plain, so that it may be stored as it is, else None.
     """
-
-    def __init__(self, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> None:
-        self.scrubber = scrubber
-        self._harmless: set[str] = set()  # those that came twice
-        self._once: set[str] = set()
-
-    def includes(self, text: str) -> bool:
-        """Return what is_plain() does."""
-        return is_small(text) and self.are_harmless(text)
-
-    def are_harmless(self, text: str) -> bool:
-        """Return what is_harmless() does, of a text with one report or several."""
-        # JSON is written with spaces or without; within a string \ stands before these marks.
-        separator = '", "' if '", "' in text else '","'
-        new = set(text.split(separator)) - self._harmless
-        if not self.scrubber.is_harmless('"'.join(new) + '"'):
-            return False
-        new = {one for one in new if len(one) <= MAX_REMEMBERED_CHARS}
-        self._harmless = self._remember(self._harmless, new & self._once)
-        self._once = self._remember(self._once, new)
-        return True
-
-    @staticmethod
-    def _remember(known: set[str], new: set[str]) -> set[str]:
-        if len(known) + len(new) > MAX_REMEMBERED_TEXTS:
-            return set()
-        known |= new
-        return known
+    return PlainReport(text) if scrubber.is_plain(text) else scrubber.for_length(len(text))
 
 
 _LABELS = ("name", "key", "header", "field", "param", "parameter", "Name", "Key", "Header", "k")
@@ -1593,9 +1573,9 @@ def cut_middle(lines: list[Any], most: int, what: str = "lines") -> list[Any]:
     return [*lines[:half], mark, *lines[len(lines) - half :]]
 
 
-def _bounded_lines(lines: list[str], scrubber: Scrubber, *, plain: bool) -> tuple[str, ...]:
+def _bounded_lines(lines: list[str], scrubber: Scrubber) -> tuple[str, ...]:
     is_short = len(lines) <= MAX_BACKTRACE_LINES
-    if plain and is_short and max(map(len, lines), default=0) <= MAX_LINE_CHARS:
+    if scrubber.sent and is_short and max(map(len, lines), default=0) <= MAX_LINE_CHARS:
         return tuple(lines)
     lines = cut_middle(lines, MAX_BACKTRACE_LINES)
     limit = MAX_LINE_CHARS
@@ -1664,9 +1644,7 @@ def _clean_lines(lines: Iterable[str], limit: int, scrubber: Scrubber) -> list[s
     return [_displayable(clip(line, limit)) for line in scrubber.scrub_text(text).split("\n")]
 
 
-def _parse_source_context(
-    report: _Fields, scrubber: Scrubber, *, plain: bool
-) -> SourceContext | None:
+def _parse_source_context(report: _Fields, scrubber: Scrubber) -> SourceContext | None:
     if (data := report.mapping("source_context")) is None:
         return None
     fields = _Fields(data, f"{report.at}.source_context" if report.at else "source_context")
@@ -1679,10 +1657,10 @@ def _parse_source_context(
     after = fields.lines("post_context", required=False)[:MAX_CONTEXT_LINES]
     lines = [_one_line(text) for text in (*before, line, *after)]
     limit = min(MAX_LINE_CHARS, MAX_CONTEXT_CHARS // len(lines))
-    if not plain or max(map(len, lines)) > limit:
+    if not scrubber.sent or max(map(len, lines)) > limit:
         lines = _clean_lines(lines, limit, scrubber)
     return SourceContext(
-        file=(scrubber.cut if plain else scrubber.clean)(file, MAX_LINE_CHARS),
+        file=scrubber.clean(file, MAX_LINE_CHARS),
         lineno=lineno,
         context_line=lines[len(before)],
         pre_context=tuple(lines[: len(before)]),
@@ -1846,14 +1824,12 @@ class _ChainCleaner:
         return found
 
 
-def _parse_exceptions(
-    report: _Fields, scrubber: Scrubber, *, plain: bool, trust: bool
-) -> tuple[Json, ...]:
+def _parse_exceptions(report: _Fields, scrubber: Scrubber, *, trust: bool) -> tuple[Json, ...]:
     if (exceptions := report.data.get("exceptions")) is None:
         return ()
     if not trust:
         _check_exceptions(exceptions, f"{report.at}.exceptions" if report.at else "exceptions")
-    if plain and _fits(exceptions):
+    if scrubber.sent and _fits(exceptions):
         return tuple(exceptions)
     return _ChainCleaner(scrubber).clean(exceptions)
 
@@ -1882,10 +1858,10 @@ def _unknown_fields(data: Json, context: Json) -> Json:
     return extra | {"source_context": more_context} if more_context else extra
 
 
-def _free_fields(fields: _Fields, scrubber: Scrubber, *, plain: bool) -> tuple[Json | None, Json]:
+def _free_fields(fields: _Fields, scrubber: Scrubber) -> tuple[Json | None, Json]:
     context, params = fields.mapping("source_context"), fields.mapping("params")
     extra = _unknown_fields(fields.data, context or {})
-    if plain:
+    if scrubber.sent:
         return params, extra
     return params and scrub(params, MAX_PARAMS_CHARS, scrubber), scrub_fields(extra, scrubber)
 
@@ -1896,40 +1872,42 @@ def parse_occurrence(
     at: str = "",
     *,
     scrubber: Scrubber = _DEFAULT_SCRUBBER,
-    plain: str | None = None,
-    length: int | None = None,
     trust: bool = False,
 ) -> Occurrence:
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
-    `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]), `plain`
-    its text if is_plain() accepts it, `length` that of a text from outside. `trust` skips the
-    checks of depth and `exceptions`. Unknown fields go to `extra`.
+    `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]),
+    `scrubber` what scrubber_for() returns for one from outside. `trust` skips the checks of depth
+    and `exceptions`. Unknown fields go to `extra`.
     """
-    scrubber = scrubber if plain is not None else scrubber.for_report(length)
-    is_plain, tidy = plain is not None, scrubber.clean if plain is None else scrubber.cut
+    sent, tidy = scrubber.sent, scrubber.clean
     fields = _Fields(data, at, tidy)
-    if not trust and (plain is None or not is_shallow(plain)):
+    if not trust and (sent is None or not is_shallow(sent)):
         refuse_depth(data, at)
     lines = fields.lines("backtrace", required=True)
     fingerprint = fields.text("fingerprint", _FILLED)
-    params, extra = _free_fields(fields, scrubber, plain=is_plain)
+    params, extra = _free_fields(fields, scrubber)
     return Occurrence(
         exception_class=tidy(fields.text("exception_class", _CLASS_NAME), MAX_CLASS_CHARS),
         message=tidy(fields.text("message", "a string", empty=True), MAX_MESSAGE_CHARS),
-        backtrace=_bounded_lines(lines, scrubber, plain=is_plain),
+        backtrace=_bounded_lines(lines, scrubber),
         fingerprint=tidy(fingerprint, MAX_FINGERPRINT_CHARS),
         grouping_key=hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).digest(),
         **_occurred(fields, received_ms),
         request_id=fields.identifier("request_id"),
         user_id=fields.identifier("user_id"),
         params=params,
-        source_context=_parse_source_context(fields, scrubber, plain=is_plain),
-        exceptions=_parse_exceptions(fields, scrubber, plain=is_plain, trust=trust),
+        source_context=_parse_source_context(fields, scrubber),
+        exceptions=_parse_exceptions(fields, scrubber, trust=trust),
         extra=extra,
         event_id=read_event_id(data.get("event_id")),
-        sent=None if plain is None else f"{received_ms}:{plain}",
+        sent=None if sent is None else f"{received_ms}:{sent}",
     )
+
+
+def read_report(text: str, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Occurrence:
+    """Turn a report's JSON text into an Occurrence; BadRequest says what is wrong."""
+    return parse_occurrence(parse_json(text), received_ms, scrubber=scrubber_for(text, scrubber))
 
 
 def iso_time(time_ms: int) -> str:
@@ -1994,10 +1972,10 @@ def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None)
         received, _, sent = text.removeprefix(_AS_SENT).partition(":")
         data = json.loads(sent)
         try:
-            return parse_occurrence(data, int(received), plain=sent)
+            return parse_occurrence(data, int(received), scrubber=PlainReport(sent))
         except BadRequest:  # `exceptions` was an unknown field before schema version 4
             data["exceptions (invalid)"] = data.pop("exceptions", None)
-            return parse_occurrence(data, int(received), plain=sent)
+            return parse_occurrence(data, int(received), scrubber=PlainReport(sent))
     values = json.loads(text)
     if (context := values.get("source_context")) is not None:
         for name in ("pre_context", "post_context"):
@@ -3446,21 +3424,12 @@ _COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def occurrence_from_sentry(
-    event: Json, received_ms: int, plain_texts: PlainTexts | None = None
+    event: Json, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER
 ) -> Occurrence:
     """Turn an event of a Sentry SDK, as read_event gives it, into an Occurrence."""
-    known = plain_texts or PlainTexts()
-    report = report_of_event(event, known.scrubber)
-    text = _COMPACT_JSON.encode(report)
-    plain = text if known.includes(text) else None
-    return parse_occurrence(
-        report,
-        received_ms,
-        plain=plain,
-        length=len(text),
-        trust=True,
-        scrubber=known.scrubber,
-    )
+    report = report_of_event(event, scrubber)
+    one = scrubber_for(_COMPACT_JSON.encode(report), scrubber)
+    return parse_occurrence(report, received_ms, scrubber=one, trust=True)
 
 
 # --- 7. Schema ------------------------------------------------------------------------------------
@@ -9100,8 +9069,7 @@ def require_json(environ: Environ) -> None:
 _BATCH_START = re.compile(r'[ \t\n\r]*\{[ \t\n\r]*"errors"[ \t\n\r]*:[ \t\n\r]*\[[ \t\n\r]*')
 _BATCH_NEXT = re.compile(r"[ \t\n\r]*(?:(,)|\][ \t\n\r]*\}[ \t\n\r]*\Z)[ \t\n\r]*")
 
-# A batch's entry, not checked yet, its text if that is plain, and the text's length.
-Entry = tuple[Any, str | None, int]
+Entry = tuple[Any, Scrubber]  # of a batch, not checked yet, and the scrubber for it
 
 
 def _refuse_length(entries: Sequence[Any]) -> None:
@@ -9186,7 +9154,7 @@ def refusal_json(refusal: MiniAPMError) -> Json:
 
 
 def record_entries(
-    store: Store, project_id: int, entries: Sequence[Entry], first: int, scrubber: Scrubber
+    store: Store, project_id: int, entries: Sequence[Entry], first: int
 ) -> dict[int, MiniAPMError]:
     """Store the good entries in one transaction; return the refusals by index, in order.
 
@@ -9194,12 +9162,10 @@ def record_entries(
     """
     refusals: dict[int, MiniAPMError] = {}
     good: dict[int, Occurrence] = {}
-    for index, (entry, plain, length) in enumerate(entries, first):
+    for index, (entry, scrubber) in enumerate(entries, first):
         try:
             at = f"errors[{index}]"
-            good[index] = parse_occurrence(
-                entry, store.now_ms(), at, plain=plain, length=length, scrubber=scrubber
-            )
+            good[index] = parse_occurrence(entry, store.now_ms(), at, scrubber=scrubber)
         except BadRequest as refusal:
             refusals[index] = refusal.without_frames()
     outcomes: Sequence[MiniAPMError | None]
@@ -9626,8 +9592,7 @@ class Ingest:
         self._store = store
         self._max_body_bytes = config.max_body_bytes
         self._rejections = rejections
-        self.scrubber = Scrubber(config.scrub_also)
-        self._plain = PlainTexts(self.scrubber)
+        self._scrubber = Scrubber(config.scrub_also)
         self._started_s = time.monotonic()
 
     @staticmethod
@@ -9651,25 +9616,20 @@ class Ingest:
     ) -> tuple[int, Occurrence]:
         """Return what a request reports, and the id of the project that does."""
         project_id, text = self.admit(environ, keys), self._text(environ)
-        plain = text if self._plain.includes(text) else None
-        data, now_ms = parse_json(text), self._store.now_ms()
-        return project_id, parse_occurrence(
-            data, now_ms, plain=plain, length=len(text), scrubber=self.scrubber
-        )
+        return project_id, read_report(text, self._store.now_ms(), self._scrubber)
 
     def read_batch(
         self, environ: Environ, keys: Iterable[tuple[int, bytes]]
     ) -> tuple[int, list[Entry]]:
-        """Return the entries of a small batch, with their texts if plain, and the project's id."""
+        """Return the entries of a small batch and the project's id."""
         return self.admit(environ, keys), self._entries(self._text(environ))
 
     def _entries(self, text: str) -> list[Entry]:
         entries = batch_entries(text)
-        is_harmless = len(text) <= MAX_FAST_BYTES and self._plain.are_harmless(text)
-        is_plain = is_small if is_harmless else self._plain.includes
         average = len(text) // max(1, len(entries))
+        scrubber = self._scrubber
         return [
-            (entry, one if one and is_plain(one) else None, len(one) if one else average)
+            (entry, scrubber_for(one, scrubber) if one else scrubber.for_length(average))
             for entry, one in entries
         ]
 
@@ -9688,7 +9648,7 @@ class Ingest:
         refusals: dict[int, MiniAPMError] = {}
         count = 0
         for entries in self._slices(read_content(environ, self._max_body_bytes)):
-            refusals |= record_entries(self._store, project_id, entries, count, self.scrubber)
+            refusals |= record_entries(self._store, project_id, entries, count)
             count += len(entries)
         if not refusals:
             return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
@@ -9712,8 +9672,7 @@ class Ingest:
         part: list[Entry] = []
         size = 0
         for text in map(bytes.decode, texts):
-            plain = text if self._plain.includes(text) else None
-            part.append((parse_json(text), plain, len(text)))
+            part.append((parse_json(text), scrubber_for(text, self._scrubber)))
             size += len(text)
             if len(part) == BATCH_PART_REPORTS or size > MAX_FAST_BYTES:
                 yield part
@@ -9755,7 +9714,7 @@ class SentryIngest:
         self._store, self._public_url = store, public_url
         self._max_body_bytes = config.max_body_bytes
         self._rejections = rejections
-        self._plain = PlainTexts(Scrubber(config.scrub_also))
+        self._scrubber = Scrubber(config.scrub_also)
 
     def envelope(self, project_id: int) -> bottle.HTTPResponse:
         """Take the events of an envelope, and nothing else of it: 200 once they are on disk."""
@@ -9809,7 +9768,7 @@ class SentryIngest:
         is_first = all(kind != "event" for kind, _ in envelope.items[:index])
         if read_event_id(event.get("event_id")) is None:
             event["event_id"] = (is_first and spare_id) or secrets.token_hex(16)
-        return occurrence_from_sentry(event, self._store.now_ms(), self._plain)
+        return occurrence_from_sentry(event, self._store.now_ms(), self._scrubber)
 
     def _take(
         self, project_id: int, parse: Callable[[bytes | bytearray], Envelope]
@@ -9878,20 +9837,13 @@ class Intake:
             return Delivery([self._ingest.read_error(environ, keys)], "202 Accepted", b"")
         if path == "/ingest/errors/batch":
             project_id, entries = self._ingest.read_batch(environ, keys)
-            now_ms, scrubber = self._store.now_ms(), self._ingest.scrubber
-            is_slow = is_large and any(plain is None for _, plain, _ in entries)
+            now_ms = self._store.now_ms()
+            is_slow = is_large and any(scrubber.sent is None for _, scrubber in entries)
             if is_slow or len(entries) > BATCH_PART_REPORTS:
                 return None
             reports = []
-            for index, (entry, plain, length) in enumerate(entries):
-                one = parse_occurrence(
-                    entry,
-                    now_ms,
-                    f"errors[{index}]",
-                    plain=plain,
-                    length=length,
-                    scrubber=scrubber,
-                )
+            for index, (entry, scrubber) in enumerate(entries):
+                one = parse_occurrence(entry, now_ms, f"errors[{index}]", scrubber=scrubber)
                 reports.append((project_id, one))
             return Delivery(reports, "202 Accepted", b"")
         found = _SENTRY_PATH.fullmatch(path)

@@ -146,6 +146,11 @@ def report(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in (fields | changes).items() if value is not ...}
 
 
+def read_text(text: str) -> miniapm.Occurrence:
+    """Read a report's JSON text, which is kept as it is if plain."""
+    return miniapm.read_report(text, NOW_MS)
+
+
 def parse(**changes: Any) -> miniapm.Occurrence:
     return miniapm.parse_occurrence(report(**changes), NOW_MS)
 
@@ -1113,9 +1118,10 @@ def test_occurrence_keeps_its_exceptions() -> None:
     ],
 )
 def test_exceptions_of_another_shape_are_refused_by_name(value: Any, field: str) -> None:
-    for plain in (None, json.dumps(report(exceptions=value))):
+    said = report(exceptions=value)
+    for read in (lambda: parse(exceptions=value), lambda: read_text(json.dumps(said))):
         with pytest.raises(miniapm.BadRequest) as caught:
-            miniapm.parse_occurrence(report(exceptions=value), NOW_MS, plain=plain)
+            read()
         assert caught.value.field == field
 
 
@@ -1136,7 +1142,8 @@ def test_exceptions_are_bounded_with_marks(is_plain: bool) -> None:
     small = {"exception_class": "E", "message": "m", "frames": [{"file": "a.py"}] * 12}
     chain = [small | {"frames": [wide] * 60}, *[small] * 54]
     said = report(exceptions=chain)
-    found = miniapm.parse_occurrence(said, NOW_MS, plain=json.dumps(said) if is_plain else None)
+    scrubber = miniapm.PlainReport(json.dumps(said)) if is_plain else miniapm.Scrubber()
+    found = miniapm.parse_occurrence(said, NOW_MS, scrubber=scrubber)
     kept = found.exceptions
     assert len(kept) == miniapm.MAX_EXCEPTIONS + 1
     assert kept[-1] == {"exception_class": "…", "message": "[5 more cut]"}
@@ -1361,8 +1368,7 @@ plain_texts = st.text(alphabet='ab \\/"<é\n\t', max_size=12)
 @settings(max_examples=400)
 def test_plain_report_is_read_as_any_other(said: dict[str, Any], as_ascii: bool) -> None:
     text = json.dumps(said, ensure_ascii=as_ascii)
-    plain = text if miniapm.is_plain(text) else None
-    found = miniapm.parse_occurrence(json.loads(text), NOW_MS, plain=plain)
+    found = read_text(text)
     assert found == miniapm.parse_occurrence(said, NOW_MS)
     stored = miniapm.dump_occurrence(found)
     assert miniapm.load_occurrence(stored, found.grouping_key) == found
@@ -1384,31 +1390,6 @@ def test_most_reports_are_plain_and_odd_ones_are_not() -> None:
         assert not miniapm.is_plain(json.dumps(report(params={"a": odd})))
     for usual in ("é\n\t", "http://x", "http://localhost:3000", "http://x:1/a?b=c@d", r"C:\\a\b"):
         assert miniapm.is_plain(json.dumps(report(message=usual), ensure_ascii=False))
-
-
-@given(
-    st.lists(st.lists(secretive | st.sampled_from(['"', "\\", "\n", "\u00e9"]), max_size=9)),
-    st.booleans(),
-)
-@settings(max_examples=400)
-def test_what_was_looked_at_before_changes_no_verdict(
-    said: list[list[str]], as_ascii: bool
-) -> None:
-    known = miniapm.PlainTexts()
-    for parts in said:
-        text = json.dumps(report(message="".join(parts), extra=parts), ensure_ascii=as_ascii)
-        assert known.includes(text) == known.includes(text) == miniapm.is_plain(text)
-
-
-def test_what_is_remembered_of_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(miniapm, "MAX_REMEMBERED_TEXTS", 100)
-    known = miniapm.PlainTexts()
-    for number in range(200):
-        assert known.includes(json.dumps(report(message=f"no user {number}", more="x" * 1_000)))
-        assert not known.includes(json.dumps(report(message=f"password {number}")))
-        assert len(known._harmless) <= 100
-        texts = known._harmless | known._once
-        assert max(map(len, texts), default=0) <= miniapm.MAX_REMEMBERED_CHARS
 
 
 @given(
@@ -1913,7 +1894,7 @@ def scrubbing_cost_s(fields: dict[str, Any]) -> tuple[float, float]:
     for _ in range(3):
         data = json.loads(text)
         began = time.thread_time()
-        miniapm.parse_occurrence(data, NOW_MS, length=len(text))
+        miniapm.parse_occurrence(data, NOW_MS, scrubber=miniapm.Scrubber().for_length(len(text)))
         took.append(time.thread_time() - began)
     return min(took), len(text) / 1e6
 
@@ -1963,7 +1944,7 @@ def test_added_names_are_words_of_a_name() -> None:
         "email=[FILTERED] emails=S-2 password=[FILTERED]"
     )
     assert miniapm.scrub_text("email=S-1") == "email=S-1"
-    assert not miniapm.PlainTexts(also).includes(json.dumps(report(params=sent)))
+    assert not also.is_plain(json.dumps(report(params=sent)))
 
 
 def test_event_id_is_one_only_when_it_is_a_uuid() -> None:
