@@ -166,8 +166,7 @@ MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
 MAX_PLAIN_CHARS = MAX_FIELD_CHARS  # a report's JSON of which no field can be too large
-MAX_REMEMBERED_TEXTS = 5_000  # of each kind that PlainTexts knows; as a rule a megabyte
-MAX_REMEMBERED_CHARS = 200  # of one of them
+MAX_REMEMBERED_CHARS = 200  # of a line or path: how a longer one was read is not remembered
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
 MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
 MAX_TAG_VALUES = 200
@@ -745,7 +744,7 @@ _URL_SECRET = re.compile(
     r"://([^\s/?#@]*+@[^\s/?#]*+"
     r"|[^\s/?#@:\"'<>`]*+:(?!\d*+(?:[/?#]|\Z))[^\s/?#@\"'<>`]*+[/?#](?:[^\s\"'<>`:]|:(?!//))*+)"
 )
-# In a JSON text \" is a quotation mark, behind which PlainTexts may have cut the string in two.
+# In a JSON text \" is a quotation mark.
 _URL_SECRET_IN_JSON = re.compile(
     r'://[^\s/?#@"\\]*+(?:@|\\["\\])|://[^\s/?#@:"\\]*+:(?!\d*+(?:[/?#"\\]|\Z))[^\s/?#@"\\]*+[/?#]'
 )
@@ -939,11 +938,6 @@ def is_shallow(text: str) -> bool:
     return text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
 
 
-def is_small(text: str) -> bool:
-    """Tell whether a report's JSON text holds nothing to cut, but for strings with own limits."""
-    return len(text) <= MAX_PLAIN_CHARS
-
-
 MAX_VALUE_LOOK_CHARS = 64  # how much of a value is read to tell code and prose from a secret
 MAX_LINE_LOOK_CHARS = 200  # how far before a name to look for the quotes around it
 MAX_TRIPLE_QUOTED_CHARS = 2_000
@@ -1053,6 +1047,7 @@ class Scrubber:
 
     checks_left: float = math.inf
     is_long = False  # true when the report is too long to look for what need not be scrubbed
+    sent: str | None = None  # the report's JSON text, if that is plain
 
     def __init__(self, also: Iterable[str] = ()) -> None:
         added = [re.sub("[. -]", "_", name.lower()) for name in also]
@@ -1070,10 +1065,8 @@ class Scrubber:
         self._few, self._keys = re.compile(_pattern_of(few)), re.compile(_pattern_of(keys))
         self._hints = tuple(_hint_of(one) for one in names if one not in (*few, *_FOUND_BY_OTHERS))
 
-    def for_report(self, length: int | None) -> Scrubber:
-        """Return a scrubber for one report; `length` is that of its JSON text, if known."""
-        if length is None:
-            return self
+    def for_length(self, length: int) -> Scrubber:
+        """Return the scrubber for one report with a JSON text of this length."""
         one = object.__new__(Scrubber)
         checks = length // MIN_CHARS_PER_SECRET + 16
         one.__dict__.update(self.__dict__, checks_left=checks, is_long=length > MAX_EXTRA_CHARS)
@@ -1278,10 +1271,6 @@ class Scrubber:
             text = self.scrub_text(text)
         return _displayable(text)
 
-    def cut(self, text: str, limit: int) -> str:
-        """Cut a text from a plain report; it needs no other cleaning."""
-        return text if len(text) <= limit else self.clean(text, limit)
-
     def is_harmless(self, text: str) -> bool:
         """Tell whether nothing in a JSON text needs to be scrubbed or replaced."""
         is_odd = not text.isprintable() or ("\\" in text and _has_odd_escape(text))
@@ -1292,7 +1281,26 @@ class Scrubber:
 
         Strings with own limits may need cutting. One check takes a tenth of the time of many.
         """
-        return is_small(text) and self.is_harmless(text)
+        return len(text) <= MAX_PLAIN_CHARS and self.is_harmless(text)
+
+
+class PlainReport(Scrubber):
+    """The scrubber for a report in which there is nothing to scrub: it only cuts."""
+
+    def __init__(self, text: str) -> None:
+        self.sent = text
+
+    def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
+        """Return False."""
+        return False
+
+    def names_secret(self, name: str) -> bool:
+        """Return False."""
+        return False
+
+    def clean(self, text: str, limit: int) -> str:
+        """Return the text, cut to `limit` characters."""
+        return clip(text, limit)
 
 
 _DEFAULT_SCRUBBER = Scrubber()
@@ -1300,40 +1308,12 @@ scrub_text, clean = _DEFAULT_SCRUBBER.scrub_text, _DEFAULT_SCRUBBER.clean
 is_harmless, is_plain = _DEFAULT_SCRUBBER.is_harmless, _DEFAULT_SCRUBBER.is_plain
 
 
-class PlainTexts:
-    """Finds plain reports in less time than is_plain(), for it remembers what it has looked at.
+def scrubber_for(text: str, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Scrubber:
+    """Return the scrubber for the report with this JSON text.
 
-    What stands between the commas of two strings comes again in the next report of the same
-    error. No hint of a secret goes beyond one, so that only what is new is to be looked at.
+    Its `sent` is the text if that is plain, so that it may be stored as it is, else None.
     """
-
-    def __init__(self, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> None:
-        self.scrubber = scrubber
-        self._harmless: set[str] = set()  # those that came twice
-        self._once: set[str] = set()
-
-    def includes(self, text: str) -> bool:
-        """Return what is_plain() does."""
-        return is_small(text) and self.are_harmless(text)
-
-    def are_harmless(self, text: str) -> bool:
-        """Return what is_harmless() does, of a text with one report or several."""
-        # JSON is written with spaces or without; within a string \ stands before these marks.
-        separator = '", "' if '", "' in text else '","'
-        new = set(text.split(separator)) - self._harmless
-        if not self.scrubber.is_harmless('"'.join(new) + '"'):
-            return False
-        new = {one for one in new if len(one) <= MAX_REMEMBERED_CHARS}
-        self._harmless = self._remember(self._harmless, new & self._once)
-        self._once = self._remember(self._once, new)
-        return True
-
-    @staticmethod
-    def _remember(known: set[str], new: set[str]) -> set[str]:
-        if len(known) + len(new) > MAX_REMEMBERED_TEXTS:
-            return set()
-        known |= new
-        return known
+    return PlainReport(text) if scrubber.is_plain(text) else scrubber.for_length(len(text))
 
 
 _LABELS = ("name", "key", "header", "field", "param", "parameter", "Name", "Key", "Header", "k")
@@ -1592,9 +1572,9 @@ def cut_middle(lines: list[Any], most: int, what: str = "lines") -> list[Any]:
     return [*lines[:half], mark, *lines[len(lines) - half :]]
 
 
-def _bounded_lines(lines: list[str], scrubber: Scrubber, *, plain: bool) -> tuple[str, ...]:
+def _bounded_lines(lines: list[str], scrubber: Scrubber) -> tuple[str, ...]:
     is_short = len(lines) <= MAX_BACKTRACE_LINES
-    if plain and is_short and max(map(len, lines), default=0) <= MAX_LINE_CHARS:
+    if scrubber.sent and is_short and max(map(len, lines), default=0) <= MAX_LINE_CHARS:
         return tuple(lines)
     lines = cut_middle(lines, MAX_BACKTRACE_LINES)
     limit = MAX_LINE_CHARS
@@ -1663,9 +1643,7 @@ def _clean_lines(lines: Iterable[str], limit: int, scrubber: Scrubber) -> list[s
     return [_displayable(clip(line, limit)) for line in scrubber.scrub_text(text).split("\n")]
 
 
-def _parse_source_context(
-    report: _Fields, scrubber: Scrubber, *, plain: bool
-) -> SourceContext | None:
+def _parse_source_context(report: _Fields, scrubber: Scrubber) -> SourceContext | None:
     if (data := report.mapping("source_context")) is None:
         return None
     fields = _Fields(data, f"{report.at}.source_context" if report.at else "source_context")
@@ -1678,10 +1656,10 @@ def _parse_source_context(
     after = fields.lines("post_context", required=False)[:MAX_CONTEXT_LINES]
     lines = [_one_line(text) for text in (*before, line, *after)]
     limit = min(MAX_LINE_CHARS, MAX_CONTEXT_CHARS // len(lines))
-    if not plain or max(map(len, lines)) > limit:
+    if not scrubber.sent or max(map(len, lines)) > limit:
         lines = _clean_lines(lines, limit, scrubber)
     return SourceContext(
-        file=(scrubber.cut if plain else scrubber.clean)(file, MAX_LINE_CHARS),
+        file=scrubber.clean(file, MAX_LINE_CHARS),
         lineno=lineno,
         context_line=lines[len(before)],
         pre_context=tuple(lines[: len(before)]),
@@ -1845,14 +1823,12 @@ class _ChainCleaner:
         return found
 
 
-def _parse_exceptions(
-    report: _Fields, scrubber: Scrubber, *, plain: bool, trust: bool
-) -> tuple[Json, ...]:
+def _parse_exceptions(report: _Fields, scrubber: Scrubber, *, trust: bool) -> tuple[Json, ...]:
     if (exceptions := report.data.get("exceptions")) is None:
         return ()
     if not trust:
         _check_exceptions(exceptions, f"{report.at}.exceptions" if report.at else "exceptions")
-    if plain and _fits(exceptions):
+    if scrubber.sent and _fits(exceptions):
         return tuple(exceptions)
     return _ChainCleaner(scrubber).clean(exceptions)
 
@@ -1881,10 +1857,10 @@ def _unknown_fields(data: Json, context: Json) -> Json:
     return extra | {"source_context": more_context} if more_context else extra
 
 
-def _free_fields(fields: _Fields, scrubber: Scrubber, *, plain: bool) -> tuple[Json | None, Json]:
+def _free_fields(fields: _Fields, scrubber: Scrubber) -> tuple[Json | None, Json]:
     context, params = fields.mapping("source_context"), fields.mapping("params")
     extra = _unknown_fields(fields.data, context or {})
-    if plain:
+    if scrubber.sent:
         return params, extra
     return params and scrub(params, MAX_PARAMS_CHARS, scrubber), scrub_fields(extra, scrubber)
 
@@ -1895,40 +1871,42 @@ def parse_occurrence(
     at: str = "",
     *,
     scrubber: Scrubber = _DEFAULT_SCRUBBER,
-    plain: str | None = None,
-    length: int | None = None,
     trust: bool = False,
 ) -> Occurrence:
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
-    `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]), `plain`
-    its text if is_plain() accepts it, `length` that of a text from outside. `trust` skips the
-    checks of depth and `exceptions`. Unknown fields go to `extra`.
+    `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]),
+    `scrubber` what scrubber_for() returns for one from outside. `trust` skips the checks of depth
+    and `exceptions`. Unknown fields go to `extra`.
     """
-    scrubber = scrubber if plain is not None else scrubber.for_report(length)
-    is_plain, tidy = plain is not None, scrubber.clean if plain is None else scrubber.cut
+    sent, tidy = scrubber.sent, scrubber.clean
     fields = _Fields(data, at, tidy)
-    if not trust and (plain is None or not is_shallow(plain)):
+    if not trust and (sent is None or not is_shallow(sent)):
         refuse_depth(data, at)
     lines = fields.lines("backtrace", required=True)
     fingerprint = fields.text("fingerprint", _FILLED)
-    params, extra = _free_fields(fields, scrubber, plain=is_plain)
+    params, extra = _free_fields(fields, scrubber)
     return Occurrence(
         exception_class=tidy(fields.text("exception_class", _CLASS_NAME), MAX_CLASS_CHARS),
         message=tidy(fields.text("message", "a string", empty=True), MAX_MESSAGE_CHARS),
-        backtrace=_bounded_lines(lines, scrubber, plain=is_plain),
+        backtrace=_bounded_lines(lines, scrubber),
         fingerprint=tidy(fingerprint, MAX_FINGERPRINT_CHARS),
         grouping_key=hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).digest(),
         **_occurred(fields, received_ms),
         request_id=fields.identifier("request_id"),
         user_id=fields.identifier("user_id"),
         params=params,
-        source_context=_parse_source_context(fields, scrubber, plain=is_plain),
-        exceptions=_parse_exceptions(fields, scrubber, plain=is_plain, trust=trust),
+        source_context=_parse_source_context(fields, scrubber),
+        exceptions=_parse_exceptions(fields, scrubber, trust=trust),
         extra=extra,
         event_id=read_event_id(data.get("event_id")),
-        sent=None if plain is None else f"{received_ms}:{plain}",
+        sent=None if sent is None else f"{received_ms}:{sent}",
     )
+
+
+def read_report(text: str, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Occurrence:
+    """Turn a report's JSON text into an Occurrence; BadRequest says what is wrong."""
+    return parse_occurrence(parse_json(text), received_ms, scrubber=scrubber_for(text, scrubber))
 
 
 def iso_time(time_ms: int) -> str:
@@ -1993,10 +1971,10 @@ def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None)
         received, _, sent = text.removeprefix(_AS_SENT).partition(":")
         data = json.loads(sent)
         try:
-            return parse_occurrence(data, int(received), plain=sent)
+            return parse_occurrence(data, int(received), scrubber=PlainReport(sent))
         except BadRequest:  # `exceptions` was an unknown field before schema version 4
             data["exceptions (invalid)"] = data.pop("exceptions", None)
-            return parse_occurrence(data, int(received), plain=sent)
+            return parse_occurrence(data, int(received), scrubber=PlainReport(sent))
     values = json.loads(text)
     if (context := values.get("source_context")) is not None:
         for name in ("pre_context", "post_context"):
@@ -3445,21 +3423,12 @@ _COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def occurrence_from_sentry(
-    event: Json, received_ms: int, plain_texts: PlainTexts | None = None
+    event: Json, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER
 ) -> Occurrence:
     """Turn an event of a Sentry SDK, as read_event gives it, into an Occurrence."""
-    known = plain_texts or PlainTexts()
-    report = report_of_event(event, known.scrubber)
-    text = _COMPACT_JSON.encode(report)
-    plain = text if known.includes(text) else None
-    return parse_occurrence(
-        report,
-        received_ms,
-        plain=plain,
-        length=len(text),
-        trust=True,
-        scrubber=known.scrubber,
-    )
+    report = report_of_event(event, scrubber)
+    one = scrubber_for(_COMPACT_JSON.encode(report), scrubber)
+    return parse_occurrence(report, received_ms, scrubber=one, trust=True)
 
 
 # --- 7. Schema ------------------------------------------------------------------------------------
@@ -9670,7 +9639,6 @@ class Intake:
         self._store, self._rejections, self._public_url = store, rejections, public_url
         self._max_body_bytes = config.max_body_bytes
         self._scrubber = Scrubber(config.scrub_also)
-        self._plain = PlainTexts(self._scrubber)
 
     def admit(self, environ: Environ) -> Sender | None:
         """Return who sends a request, None if it is not for reports; raise if it is refused."""
@@ -9748,73 +9716,45 @@ class Intake:
         return Delivery(sender, self._read_events(sender, envelope, spare_id), spare_id)
 
     def _read_error(self, body: bytes | bytearray) -> Iterator[Part]:
-        text = read_text(body)
-        plain = text if self._plain.includes(text) else None
-        yield [
-            parse_occurrence(
-                parse_json(text),
-                self._store.now_ms(),
-                plain=plain,
-                length=len(text),
-                scrubber=self._scrubber,
-            )
-        ]
+        yield [read_report(read_text(body), self._store.now_ms(), self._scrubber)]
 
     def _read_batch(self, body: bytes | bytearray) -> Iterator[Part]:
         """Check that a body is a batch, then read its entries in parts that are quick to store."""
-        position = 0
         entries = self._entries(body)
         del body
-        for part in entries:
-            yield [
-                self._entry(entry, text, length, position + index)
-                for index, (entry, text, length) in enumerate(part)
-            ]
-            position += len(part)
-
-    def _entry(
-        self, entry: Any, text: str | None, length: int, index: int
-    ) -> Occurrence | BadRequest:
-        try:
-            return parse_occurrence(
-                entry,
-                self._store.now_ms(),
-                f"errors[{index}]",
-                plain=text,
-                length=length,
-                scrubber=self._scrubber,
-            )
-        except BadRequest as refusal:
-            return refusal
-
-    def _entries(self, body: bytes | bytearray) -> Iterator[list[tuple[Any, str | None, int]]]:
-        texts = texts_of_large_batch(body) if len(body) > MAX_FAST_BYTES else None
-        if texts is None:
-            text = read_text(body)
-            del body
-            entries = batch_entries(text)
-            is_harmless = len(text) <= MAX_FAST_BYTES and self._plain.are_harmless(text)
-            is_plain = is_small if is_harmless else self._plain.includes
-            average = len(text) // max(1, len(entries))
-            while entries:
-                yield [
-                    (entry, one if one and is_plain(one) else None, len(one) if one else average)
-                    for entry, one in entries[:BATCH_PART_REPORTS]
-                ]
-                del entries[:BATCH_PART_REPORTS]
-            return
-        del body
-        part: list[tuple[Any, str | None, int]] = []
+        part: Part = []
         size = 0
-        for text in map(bytes.decode, texts):
-            plain = text if self._plain.includes(text) else None
-            part.append((parse_json(text), plain, len(text)))
-            size += len(text)
+        for index, (entry, scrubber, length) in enumerate(entries):
+            try:
+                now_ms, at = self._store.now_ms(), f"errors[{index}]"
+                part.append(parse_occurrence(entry, now_ms, at, scrubber=scrubber))
+            except BadRequest as refusal:
+                part.append(refusal.without_frames())
+            size += length
             if len(part) == BATCH_PART_REPORTS or size > MAX_FAST_BYTES:
                 yield part
                 part, size = [], 0
-        if part:
-            yield part
+        yield part
+
+    def _entries(self, body: bytes | bytearray) -> Iterator[tuple[Any, Scrubber, int]]:
+        """Yield a batch's entries, each with its scrubber and about the length of its text."""
+        scrubber = self._scrubber
+        if len(body) > MAX_FAST_BYTES and (texts := texts_of_large_batch(body)) is not None:
+            del body
+            for text in map(bytes.decode, texts):
+                yield parse_json(text), scrubber_for(text, scrubber), len(text)
+            return
+        average, entries = len(body), batch_entries(read_text(body))
+        del body
+        average //= max(1, len(entries))
+        entries.reverse()
+        while entries:  # each is let go once it is read
+            entry, one = entries.pop()
+            yield (
+                entry,
+                scrubber_for(one, scrubber) if one else scrubber.for_length(average),
+                average,
+            )
 
     def _read_events(
         self, sender: Sender, envelope: Envelope, spare_id: str | None
@@ -9830,7 +9770,7 @@ class Intake:
                 if read_event_id(event.get("event_id")) is None:
                     event["event_id"] = spare_id or secrets.token_hex(16)
                 spare_id = None  # belongs to the first event
-                yield [occurrence_from_sentry(event, self._store.now_ms(), self._plain)]
+                yield [occurrence_from_sentry(event, self._store.now_ms(), self._scrubber)]
             except (BadRequest, TooLarge) as refusal:
                 yield [refusal.without_frames()]
 
@@ -10666,13 +10606,14 @@ class KnownRequest:
     """Stands in for waitress's request until it is answered."""
 
     error = None
-    __slots__ = ("data", "header_bytes", "sender")
+    header = b""
+    __slots__ = ("_body_start", "data", "sender")
 
-    def __init__(self, sender: Sender, data: bytes, header_bytes: int) -> None:
-        self.sender, self.data, self.header_bytes = sender, data, header_bytes
+    def __init__(self, sender: Sender, data: bytes, body_start: int) -> None:
+        self.sender, self.data, self._body_start = sender, data, body_start
 
     def raw_body(self) -> bytes:
-        return self.data[self.header_bytes :]
+        return self.data[self._body_start :]
 
     def close(self) -> None:
         pass
@@ -10709,7 +10650,7 @@ class KnownHeaders:
         return None if sender is None else KnownRequest(sender, data, end)
 
 
-def _parser_class(rule_of: RuleOf, budget: BodyBudget, known: KnownHeaders) -> Any:
+def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
     """Return the strict parser with two changes.
 
     Bodies are held in memory, and only as much of them as the rule allows. Refused ones are read
@@ -10718,6 +10659,7 @@ def _parser_class(rule_of: RuleOf, budget: BodyBudget, known: KnownHeaders) -> A
 
     class Parser(_strict_parser_class()):  # type: ignore[misc]
         sender: Sender | None = None  # of reports that FastIngest can take
+        header = b""  # by which the sender can be recognised
         found: Delivery | MiniAPMError | None = None  # what FastIngest has made of it
 
         def parse_header(self, header: bytes) -> None:
@@ -10729,8 +10671,8 @@ def _parser_class(rule_of: RuleOf, budget: BodyBudget, known: KnownHeaders) -> A
             stays = self.headers.get("CONNECTION", "keep-alive").lower() == "keep-alive"
             if rule.check is None and self.version == "1.1" and stays:
                 self.sender = rule.sender
-            if self.sender is not None and not self.chunked and not self.expect_continue:
-                known.learn(header, self.sender)
+            if not self.chunked and not self.expect_continue:
+                self.header = header
 
         def raw_body(self) -> bytes:
             body: bytes = self.body_rcv.getbuf().get()
@@ -10816,10 +10758,10 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
 
     It keeps as much of a body as the rule says, and parses no header that is known.
     """
-    known = KnownHeaders()
 
     class Channel(_waiting_channel_class()):  # type: ignore[misc]
-        parser_class = _parser_class(rule_of, budget, known)
+        known = KnownHeaders()  # to FastIngest
+        parser_class = _parser_class(rule_of, budget)
         task_class, error_task_class = _task_classes()
 
         def recv(self, buffer_size: int) -> bytes:
@@ -10831,7 +10773,7 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
 
         def received(self, data: bytes) -> bool:
             is_free = self.request is None and not self.requests and not self.will_close
-            if not is_free or self.close_when_flushed or not (request := known.find(data)):
+            if not is_free or self.close_when_flushed or not (request := self.known.find(data)):
                 return bool(super().received(data))
             with self.requests_lock:
                 self.requests.append(request)
@@ -10911,8 +10853,12 @@ class FastIngest:
     def add_task(self, channel: Any) -> None:
         """Take a channel's first request, or leave it to the pool; called from any thread."""
         request = channel.requests[0]
-        is_taken = request.error is None and request.sender is not None
-        (self._waiting.append if is_taken else self._pool_task)(channel)
+        if request.error is not None or request.sender is None:
+            self._pool_task(channel)
+            return
+        if request.header:
+            channel.known.learn(request.header, request.sender)
+        self._waiting.append(channel)
 
     def has_waiting(self) -> bool:
         """Tell whether there is something to do, such as a connection's next request."""

@@ -681,6 +681,10 @@ def database_bytes(folder: Path, file: Path, source: str = "reports") -> float:
 def fill(path: Path, occurrences: int, errors: int = 2_000, tracker: Any = miniapm) -> None:
     """Make a database: its occurrences happened within the last 30 days."""
     chance = random.Random(1)
+    # An older version has another way to take a report's text as it is.
+    read = getattr(tracker, "read_report", None) or (
+        lambda text, now_ms: tracker.parse_occurrence(json.loads(text), now_ms, plain=text)
+    )
     with contextlib.closing(tracker.Store(str(path))) as store:
         project = store.ensure_default_project(KEY)
         now_ms = store.now_ms()
@@ -689,7 +693,7 @@ def fill(path: Path, occurrences: int, errors: int = 2_000, tracker: Any = minia
             for number in range(at, at + 1_000):
                 time_ms = now_ms - int(chance.random() * 30 * 24 * tracker.HOUR_MS)
                 said = report(number, errors) | {"timestamp": tracker.iso_time(time_ms)}
-                made.append(tracker.parse_occurrence(said, now_ms, plain=json.dumps(said)))
+                made.append(read(json.dumps(said), now_ms))
             store.record_here([(project.id, one) for one in made])
 
 
