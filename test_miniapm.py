@@ -3237,7 +3237,7 @@ def test_database_of_the_version_before_opens_and_shows(tmp_path: Path) -> None:
         client = Client(App(store, Config()), "")
         assert (tmp_path / "old.db.version3").exists()
         with store.reading() as db:
-            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 5
+            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 6
             assert list(miniapm.faults_of(db)) == []
         errors = {error["fingerprint"]: error for error in client.errors()}
         assert set(errors) == {
@@ -3680,7 +3680,7 @@ def test_samples_in_memory_are_bounded(store: Store, monkeypatch: pytest.MonkeyP
     made = [parse(fingerprint=str(n % 9), message=f"{n} {n % 9}") for n in range(27)]
     for one in made:
         store.record(1, [one])
-        assert len(store._recorder._known._errors) < 9
+        assert len(store._recorder._known) < 9
     texts = [
         stored.occurrence.message
         for error in range(1, 10)
@@ -11147,7 +11147,7 @@ def test_check_takes_what_retention_has_not_done_yet_for_whole(
     store: Store, tmp_path: Path
 ) -> None:
     report_users(store, range(10_001))
-    values = {"error_id": 1, "hour": 5, "count": 1}
+    values = (1, 5, 1)
     store.write(lambda db: db.execute(miniapm.RECORD_BUCKET, values))
     store.write(lambda db: db.execute("UPDATE errors SET occurrence_count = occurrence_count + 1"))
     for _ in range(2):
