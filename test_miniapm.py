@@ -3218,7 +3218,7 @@ def test_database_of_the_version_before_opens_and_shows(tmp_path: Path) -> None:
         client = Client(App(store, Config()), "")
         assert (tmp_path / "old.db.version3").exists()
         with store.reading() as db:
-            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 5
+            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 6
             assert list(miniapm.faults_of(db)) == []
         errors = {error["fingerprint"]: error for error in client.errors()}
         assert set(errors) == {
@@ -3273,6 +3273,27 @@ def test_users_and_buckets_of_version_4_are_brought_up_to_date(
         clock.seconds += 2 * 86_400
         sweep(store)
         assert users() == {"ignored": 0, "times": 1}
+
+
+def test_expiry_of_version_5_is_brought_up_to_date(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "old.db"
+    shutil.copy(HERE / ".ci" / "version5.sqlite", path)  # its clock was ten days ahead for a while
+    began_s = 1_793_456_000
+    with contextlib.closing(Store(str(path), clock)) as store:
+        assert (tmp_path / "old.db.version5").exists()
+        assert rows(store, "SELECT last_id FROM clock_steps") == [(7,)]
+        assert rows(store, "SELECT 1 FROM sqlite_master WHERE name LIKE '%by_receipt'") == []
+        for text, found in (("in order-2", ["in order"]), ("set back-4", ["set back"])):
+            assert searched(store, f'request:"{text}"') == found
+        record(store, fingerprint="new", request_id="new-0")
+        assert searched(store, "request:new-0") == ["new"]
+        store.delete([4])
+        for days, left in ((29, ["ahead", "in order", "set back"]), (31, ["ahead"]), (41, [])):
+            clock.seconds = began_s + days * 86_400
+            sweep(store)
+            assert searched(store, "") == left
+            with store.reading() as db:
+                assert list(miniapm.faults_of(db)) == []
 
 
 # --- 8. Store -------------------------------------------------------------------------------------
@@ -3463,6 +3484,45 @@ def test_resolved_error_reopens_and_is_marked_regressed(store: Store, clock: Clo
     assert (error.status, error.regressed_ms) == ("open", NOW_MS + 5_000)
     store.set_status([1], "resolved")
     assert only_error(store).regressed_ms is None
+
+
+def test_known_errors_that_changed_are_written_with_those_that_did_not(store: Store) -> None:
+    made = {name: parse(fingerprint=name) for name in ("same", "back", "ignored", "gone", "older")}
+    for _ in range(2):
+        store.record_here([(1, one) for one in made.values()])
+    for error_id, status in ((2, "resolved"), (3, "ignored")):
+        store.set_status([error_id], status)
+    store.delete([4])
+    made["older"] = parse(fingerprint="older", timestamp="2020-01-01")
+    for count in (3, 4):
+        store.record_here([(1, one) for one in made.values()])
+        found = {one.fingerprint: one for one in store.errors(ErrorFilter("all")).errors}
+        assert {name: one.occurrence_count for name, one in found.items()} == {
+            **dict.fromkeys(("same", "back", "ignored", "older"), count),
+            "gone": count - 2,
+        }
+        assert [found[name].status for name in made] == ["open", "open", "ignored", "open", "open"]
+        assert [name for name, one in found.items() if one.regressed_ms] == ["back"]
+        assert miniapm.iso_time(found["older"].first_seen_ms)[:10] == "2020-01-01"
+        with store.reading() as db:
+            assert list(miniapm.faults_of(db)) == []
+
+
+def test_location_is_that_of_the_newest_report(store: Store) -> None:
+    source = {"file": "c.rb", "lineno": 3, "context_line": "x"}
+    exception = {"exception_class": "E", "message": "m", "frames": [{"file": "d.rb", "lineno": 4}]}
+    for changes, location in (
+        ({"backtrace": ["a.rb:1"]}, "a.rb:1"),
+        ({"backtrace": ["a.rb:1"], "message": "another"}, "a.rb:1"),
+        ({"backtrace": ["b.rb:2"]}, "b.rb:2"),
+        ({"backtrace": [], "source_context": source}, "c.rb:3"),
+        ({"backtrace": [], "source_context": source | {"lineno": 5}}, "c.rb:5"),
+        ({"backtrace": ["b.rb:2"], "exceptions": [exception]}, "d.rb:4"),
+        ({"backtrace": ["b.rb:2"]}, "b.rb:2"),
+        ({"backtrace": []}, ""),
+    ):
+        record(store, **changes)
+        assert only_error(store).location == location
 
 
 def test_error_that_a_person_reopens_has_not_regressed(store: Store) -> None:
@@ -3661,7 +3721,7 @@ def test_samples_in_memory_are_bounded(store: Store, monkeypatch: pytest.MonkeyP
     made = [parse(fingerprint=str(n % 9), message=f"{n} {n % 9}") for n in range(27)]
     for one in made:
         store.record(1, [one])
-        assert len(store._recorder._known._errors) < 9
+        assert len(store._recorder._known) < 9
     texts = [
         stored.occurrence.message
         for error in range(1, 10)
@@ -4362,6 +4422,28 @@ def test_retention_is_not_held_up_by_a_clock_that_was_ahead(store: Store, clock:
     clock.seconds += 31 * 86_400
     sweep(store)
     assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(300,)]
+
+
+@pytest.mark.parametrize("wrong_days", [70 * 365, 10, -10, -50 * 365])
+def test_retention_is_not_held_up_by_reports_of_a_wrong_clock(
+    store: Store, clock: Clock, wrong_days: int
+) -> None:
+    for days, name in ((0, "before"), (wrong_days, "wrong"), (0, "after"), (1, "day after")):
+        clock.seconds = NOW_S + days * 86_400
+        store.record(1, [parse(fingerprint=name)] * 1_200)  # more than a step
+    late = ["wrong"] if wrong_days > 0 else []
+    for days, left in (
+        (29, ["after", "before", "day after", *late]),
+        (30.5, ["day after", *late]),
+        (31.5, late),
+        (max(32, wrong_days + 30.5), []),
+    ):
+        clock.seconds = NOW_S + days * 86_400
+        sweep(store)
+        assert searched(store, "") == left
+    record(store)
+    sweep(store)
+    assert rows(store, "SELECT COUNT(*) FROM clock_steps") == [(0,)]
 
 
 def test_log_is_copied_into_the_database_beside_the_commits(store: Store) -> None:
@@ -11179,7 +11261,7 @@ def test_check_takes_what_retention_has_not_done_yet_for_whole(
     store: Store, tmp_path: Path
 ) -> None:
     report_users(store, range(10_001))
-    values = {"error_id": 1, "hour": 5, "count": 1}
+    values = (1, 5, 1)
     store.write(lambda db: db.execute(miniapm.RECORD_BUCKET, values))
     store.write(lambda db: db.execute("UPDATE errors SET occurrence_count = occurrence_count + 1"))
     for _ in range(2):
