@@ -91,7 +91,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
-from typing import Any, NoReturn, Self, TextIO, TypedDict, Unpack
+from typing import Any, NoReturn, Self, TextIO, TypedDict, TypeVar, Unpack
 
 try:
     import bottle  # type: ignore[import-untyped]
@@ -2091,13 +2091,126 @@ class ChainedException:
     frames: tuple[Frame, ...]
 
 
-# Compiling the patterns of this section takes 10 ms: they are compiled when first used.
-_pattern = functools.cache(re.compile)
+# Words of this section's patterns, where a name in CAPITALS stands for any word of its row.
+_WORDS_TABLE = r"""
+START_SCRIPT gunicorn uvicorn hypercorn daphne waitress-serve uwsgi celery rq rqworker dramatiq
+  flask huey_consumer(?:\.py)? fastapi django-admin alembic airflow scrapy streamlit jupyter[\w-]*
+  ipython3? pytest py\.test tox nox coverage sidekiq puma unicorn(?:_rails)? rackup thin resque
+  foreman passenger bundler? irb ruby gem erb cucumber
+PYTHON_HOME python\d[\d.]*(?:-(?:32|64|arm64))?t? (?:pythoncore|cpython|pypy)[\d.-][^/]*
+  pythonsoftwarefoundation[^/]* (?:ana|mini)conda\d* (?:mini|mamba)forge\d* micromamba
+  pyenv-win/versions/[^/]* hostedtoolcache/windows/python/[^/]+/[^/]+
+PUBLIC_HOST esm\.sh (?:[\w-]+\.)?jsdelivr\.net unpkg\.com cdnjs\.cloudflare\.com jsr\.io
+  cdn\.skypack\.dev (?:\w+\.)?jspm\.(?:io|dev) deno\.land/(?:std|x) code\.jquery\.com
+  ajax\.(?:googleapis|aspnetcdn)\.com (?:stackpath|maxcdn)\.bootstrapcdn\.com js\.stripe\.com
+  www\.googletagmanager\.com connect\.facebook\.net
+DART_PACKAGE flutter async stack_trace test test_api matcher http dio provider bloc riverpod sentry
+  get rxdart shelf hive sqflite go_router firebase_core (?:flutter|sentry|cloud)_\w+
+PACKAGE_CACHE /go/pkg/mod/ /\.cargo/(?:registry|git)/ ^/rustc/
+LIBRARY_PATH /lib(?:32|64)?/(?:python|pypy)\d[\w.]*/ /python\d+\.zip/ \.p(?:yx|xi|xd)$
+  (?:^|/)miniapm\.py$ /PYTHON_HOME(?:/envs/[^/]+)?/(?:lib|lib-python|lib_pypy)/
+  ^<(?:frozen|decorator-gen|attrs|makefun|lambdifygenerated)\b ^<.*\binternals>$
+  ^(?:[^\s]*/)?s?bin/START_SCRIPT$ /scripts/[^/]+\.exe/
+  /(?:[\w.-]*venv|env|bundle|\.local|virtualenvs/[^/]+)/(?:bin|scripts)/[^/]+$
+  /gems/(?=[^/]*-\d)[^/]+/ /bundler/gems/ /vendor/(?:bundle|ruby)/ ^<internal: /share/(?:ruby|gems)/
+  /jruby[^/]*/lib/ /lib(?:64)?/ruby/(?:\d|(?:gems|site_ruby|vendor_ruby|stdlib|shared)/)
+  ^(?:node|ext|deno|npm|jsr|bun): ^internal/ ^native$ ^<anonymous>$ -extension:// /deno/npm/
+  ^https?://PUBLIC_HOST[@/] (?:^|/)webpack/(?:bootstrap|runtime) \[turbopack\]
+  /\.yarn/(?:cache|__virtual__)/ PACKAGE_CACHE /rustlib/src/ ^library/(?:std|core|alloc)/
+  ^src/lib(?:std|core|alloc)/ /(?:share|lib)/(?:[\w-]+/)?(?:perl5?|lua)/ ^/usr/include/
+  ^/build/glibc ^/_/src/ ^phar: ^dart: (?:^|/)vendor/bin/ ^package:DART_PACKAGE/
+GO_PACKAGE archive bufio bytes cmp compress container context crypto database/sql debug embed
+  encoding errors expvar flag fmt go/\w+ hash html image index internal io iter log maps math mime
+  net os path plugin reflect regexp runtime slices sort strconv strings sync syscall testing text
+  time unicode unique unsafe
+NODE_MODULE _\w+ assert async_hooks buffer child_process cluster console crypto dgram dns domain
+  events fs https? http2 module net os path perf_hooks process punycode querystring readline repl
+  stream string_decoder timers tls tty url util v8 vm worker_threads zlib bootstrap_node node
+  InternalBytecode
+JVM_NAME javax? jakarta jdk sun com\.sun kotlinx? scala groovy clojure android androidx dalvik
+  libcore org\.(?:slf4j|springframework|hibernate|apache|eclipse|junit|testng|gradle|jboss)
+  org\.(?:wildfly|jetbrains|mockito|mybatis|postgresql|mariadb|h2|jooq|quartz|thymeleaf|json)
+  org\.(?:codehaus|http4s|typelevel|jruby|joda|aspectj|reactivestreams|bouncycastle|flywaydb)
+  org\.(?:liquibase|python|glassfish) io\.(?:sentry|netty|reactivex|micronaut|quarkus|grpc)
+  io\.(?:vertx|ktor|undertow|smallrye|lettuce|opentelemetry|micrometer) com\.(?:android|mysql)
+  com\.(?:fasterxml|zaxxer|mongodb|squareup|typesafe|netflix|microsoft|oracle|amazonaws)
+  com\.(?:intellij|rabbitmq) com\.google\.(?:common|gson|inject|protobuf|firebase|android)
+  com\.facebook\.react oracle reactor ch\.qos\.logback akka play cats zio fs2 slick sbt doobie ring
+  compojure nrepl okhttp3 okio retrofit2 redis\.clients rx junit feign net\.(?:sf|bytebuddy)
+  software\.amazon graphql dagger freemarker antlr
+DOTNET_NAME System Microsoft MS\.Internal Mono Newtonsoft Npgsql MySql(?:Connector)? MongoDB Dapper
+  Moq AutoMapper Serilog NLog log4net Xunit NUnit Castle Polly Hangfire FluentValidation MediatR
+  Grpc Swashbuckle StackExchange Autofac RestSharp MassTransit Quartz Oracle UnityEngine UnityEditor
+  Sentry Elasticsearch RabbitMQ Azure Amazon Google FSharp
+RUST_CRATE std core alloc backtrace proc_macro test tokio futures\w* hyper\w* tower\w* actix\w*
+  axum\w* rayon\w* sentry\w* anyhow serde\w* reqwest mio tracing\w* rocket\w* warp color_eyre eyre
+  diesel sqlx\w* log panic_unwind gimli addr2line parking_lot\w* crossbeam\w* async_std once_cell
+RUST_NAME <?(?:<?\w+\x20as\x20)?RUST_CRATE:: _*rust_
+LIBRARY_NAME (?:JVM_NAME|DOTNET_NAME)\. RUST_NAME :\w+\. __libc_start _start$ clone3?$ start_thread$
+  swift_
+ELIXIR_MODULE Phoenix Plug Ecto DBConnection Postgrex MyXQL Bandit ThousandIsland Oban Absinthe
+  Sentry Logger Mix ExUnit IEx EEx Kernel Enum Enumerable Stream String Map List Keyword Access
+  Integer Float Task Process GenServer Supervisor DynamicSupervisor Agent Registry Jason Poison
+  Tesla Finch Mint HTTPoison Broadway GenStage Swoosh Gettext Telemetry Code Module File System
+  Regex Exception
+ELIXIR_APP elixir stdlib kernel erts compiler ssl inets crypto logger mix ex_unit iex eex phoenix\w*
+  plug\w* ecto\w* db_connection postgrex myxql tds cowboy\w* ranch bandit thousand_island jason
+  poison absinthe\w* oban gen_stage broadway\w* telemetry\w* hackney finch mint nimble_\w+ tesla req
+  httpoison swoosh bamboo sentry gettext floki flow decimal redix amqp ex_aws\w* quantum websock\w*
+  guardian\w* ueberauth\w* libcluster horde
+ERLANG_MODULE erlang gen_\w+ proc_lib supervisor lists maps timer erl_\w+ cowboy\w* ranch\w*
+  telemetry hackney\w* elixir\w* code_server application\w*
+ELIXIR_NAME (?:Elixir\.)?ELIXIR_MODULE\b :?ERLANG_MODULE\b
+MONTH Jan(?:uary)? Feb(?:ruary)? Mar(?:ch)? Apr(?:il)? May June? July? Aug(?:ust)?
+  Sep(?:t(?:ember)?)? Oct(?:ober)? Nov(?:ember)? Dec(?:ember)?
+FILE (?P<file>.+?)
+LINE (?P<line>\d{1,9})
+COLUMN (?P<column>\d{1,9})
+FUNCTION (?P<function>
+JAVA_CALL (?:[\w.@-]*/{1,2}){0,2}(?P<function>
+JAR (?:\x20~?\[[^\]]*\])?
+DOTNET_WORD [\w<>`|+\[\],&*$@-]+
+"""
 
 
-def _any_of(words: str) -> str:
-    """Return a pattern that matches one of some words, each of which may be a pattern."""
-    return f"(?:{'|'.join(words.split())})"
+@functools.cache
+def _words() -> dict[str, str]:
+    """Return the pattern that each name of _WORDS_TABLE stands for."""
+    rows = map(str.split, re.split(r"\n(?=\w)", _WORDS_TABLE.strip()))
+    return {
+        name: words[0] if len(words) == 1 else f"(?:{'|'.join(words)})" for name, *words in rows
+    }
+
+
+def _expand(text: str) -> str:
+    return re.sub(
+        "[A-Z][A-Z_]{2,}", lambda name: _expand(_words().get(name[0], "")) or name[0], text
+    )
+
+
+@functools.cache
+def _pattern(text: str) -> re.Pattern[str]:
+    """Compile a pattern when it is first used, for all of this section's take 10 ms."""
+    return re.compile(_expand(text))
+
+
+@functools.cache
+def _rows(table: str) -> list[tuple[str, str, re.Pattern[str]]]:
+    """Return the rows of a table: three columns, two or more spaces apart, the last a pattern."""
+    lines = re.sub(r"\n\s+", "", table).strip().splitlines()
+    rows = (re.split(r"\s{2,}", line, maxsplit=2) for line in lines)
+    return [
+        (one.removeprefix("-"), two.removeprefix("any"), _pattern(form)) for one, two, form in rows
+    ]
+
+
+_T = TypeVar("_T")
+
+
+def _remember_short(read: Callable[[str], _T]) -> Callable[[str], _T]:
+    """Remember what a function returns for short texts, which come again with the next report."""
+    short = functools.lru_cache(1_000)(read)
+    return lambda text: short(text) if len(text) <= MAX_REMEMBERED_CHARS else read(text)
 
 
 # Folders in which package managers keep libraries, in lower case.
@@ -2105,134 +2218,28 @@ _LIBRARY_FOLDERS = {
     *("site-packages", "dist-packages", "pyinstaller", "node_modules", ".rustup", "rubygems"),
     *("site_perl", "vendor_perl", "perl5", "lualib", "luarocks", "sysdeps"),
 }
-_START_SCRIPTS = _any_of(  # that packages install: /usr/local/bin/gunicorn
-    r"""gunicorn uvicorn hypercorn daphne waitress-serve uwsgi celery rq rqworker dramatiq flask
-    huey_consumer(?:\.py)? fastapi django-admin alembic airflow scrapy streamlit jupyter[\w-]*
-    ipython3? pytest py\.test tox nox coverage sidekiq puma unicorn(?:_rails)? rackup thin resque
-    foreman passenger bundler? irb ruby gem erb cucumber"""
-)
-_PYTHON_HOMES = _any_of(
-    r"""python\d[\d.]*(?:-(?:32|64|arm64))?t? (?:pythoncore|cpython|pypy)[\d.-][^/]*
-    pythonsoftwarefoundation[^/]* (?:ana|mini)conda\d* (?:mini|mamba)forge\d* micromamba
-    pyenv-win/versions/[^/]* hostedtoolcache/windows/python/[^/]+/[^/]+"""
-)
-_PUBLIC_HOSTS = _any_of(  # that serve packages to everybody's pages
-    r"""esm\.sh (?:[\w-]+\.)?jsdelivr\.net unpkg\.com cdnjs\.cloudflare\.com jsr\.io
-    cdn\.skypack\.dev (?:\w+\.)?jspm\.(?:io|dev) deno\.land/(?:std|x) code\.jquery\.com
-    ajax\.(?:googleapis|aspnetcdn)\.com (?:stackpath|maxcdn)\.bootstrapcdn\.com js\.stripe\.com
-    www\.googletagmanager\.com connect\.facebook\.net"""
-)
-_DART_PACKAGES = _any_of(
-    r"""flutter async stack_trace test test_api matcher http dio provider bloc riverpod sentry get
-    rxdart shelf hive sqflite go_router firebase_core (?:flutter|sentry|cloud)_\w+"""
-)
-_PACKAGE_CACHE = r"/go/pkg/mod/|/\.cargo/(?:registry|git)/|^/rustc/"
-# Other paths of libraries: of Python, Ruby, JavaScript, Go and Rust, and other languages.
-_LIBRARY_PATHS = rf"""
-    /lib(?:32|64)?/(?:python|pypy)\d[\w.]*/ /python\d+\.zip/ \.p(?:yx|xi|xd)$ (?:^|/)miniapm\.py$
-    /{_PYTHON_HOMES}(?:/envs/[^/]+)?/(?:lib|lib-python|lib_pypy)/
-    ^<(?:frozen|decorator-gen|attrs|makefun|lambdifygenerated)\b ^<.*\binternals>$
-    ^(?:[^\s]*/)?s?bin/{_START_SCRIPTS}$ /scripts/[^/]+\.exe/
-    /(?:[\w.-]*venv|env|bundle|\.local|virtualenvs/[^/]+)/(?:bin|scripts)/[^/]+$
-    /gems/(?=[^/]*-\d)[^/]+/ /bundler/gems/ /vendor/(?:bundle|ruby)/
-    ^<internal: /share/(?:ruby|gems)/ /jruby[^/]*/lib/
-    /lib(?:64)?/ruby/(?:\d|(?:gems|site_ruby|vendor_ruby|stdlib|shared)/)
-    ^(?:node|ext|deno|npm|jsr|bun): ^internal/ ^native$ ^<anonymous>$ -extension:// /deno/npm/
-    ^https?://{_PUBLIC_HOSTS}[@/] (?:^|/)webpack/(?:bootstrap|runtime) \[turbopack\]
-    /\.yarn/(?:cache|__virtual__)/
-    {_PACKAGE_CACHE} /rustlib/src/ ^library/(?:std|core|alloc)/ ^src/lib(?:std|core|alloc)/
-    /(?:share|lib)/(?:[\w-]+/)?(?:perl5?|lua)/ ^/usr/include/ ^/build/glibc ^/_/src/ ^phar: ^dart:
-    (?:^|/)vendor/bin/ ^package:{_DART_PACKAGES}/
-"""
-_LIBRARY = f"(?i:{_any_of(_LIBRARY_PATHS)})"
-_GO_STDLIB = _any_of(  # Go's standard library
-    r"""archive bufio bytes cmp compress container context crypto database/sql debug embed encoding
-    errors expvar flag fmt go/\w+ hash html image index internal io iter log maps math mime net os
-    path plugin reflect regexp runtime slices sort strconv strings sync syscall testing text time
-    unicode unique unsafe"""
-)
-_NODE_STDLIB = _any_of(  # Node's modules before it printed node:events
-    r"""_\w+ assert async_hooks buffer child_process cluster console crypto dgram dns domain events
-    fs https? http2 module net os path perf_hooks process punycode querystring readline repl stream
-    string_decoder timers tls tty url util v8 vm worker_threads zlib bootstrap_node node
-    InternalBytecode"""
-)
-_GO_ROOTS = r"[^/]/(?:go|golang|go-?\d[\w.]*|go/[\d.]+/\w+|libexec)/src/"
 _LIBRARY_BY_SUFFIX = {  # paths of libraries only if the file has this suffix
     ".php": r"(?:^|/)vendor/|/usr/share/(?:php|pear)/|/wp-(?:includes|admin)/",
-    ".go": rf"(?i:(?:^|{_GO_ROOTS}){_GO_STDLIB}/|(?:^|/)vendor/[\w-]+\.[\w.-]+/|@v\d[^/]*/)"
-    r"|^_testmain\.go$",
+    ".go": r"(?i:(?:^|[^/]/(?:go|golang|go-?\d[\w.]*|go/[\d.]+/\w+|libexec)/src/)GO_PACKAGE/"
+    r"|(?:^|/)vendor/[\w-]+\.[\w.-]+/|@v\d[^/]*/)|^_testmain\.go$",
     ".s": r"/src/runtime/|^runtime/",
     ".erl": r"^[^/]*$|/lib/erlang/",  # OTP's frames have a bare file name
     ".java": r"^(?:org/jruby|jdk|java)/",
-    ".js": rf"^{_NODE_STDLIB}\.js$",
+    ".js": r"^NODE_MODULE\.js$",
 }
-# Namespaces and crates of libraries, for languages whose frames have no path to go by.
-_JVM_NAMES = _any_of(
-    r"""javax? jakarta jdk sun com\.sun kotlinx? scala groovy clojure android androidx dalvik
-    libcore org\.(?:slf4j|springframework|hibernate|apache|eclipse|junit|testng|gradle|jboss)
-    org\.(?:wildfly|jetbrains|mockito|mybatis|postgresql|mariadb|h2|jooq|quartz|thymeleaf|json)
-    org\.(?:codehaus|http4s|typelevel|jruby|joda|aspectj|reactivestreams|bouncycastle|flywaydb)
-    org\.(?:liquibase|python|glassfish) io\.(?:sentry|netty|reactivex|micronaut|quarkus|grpc)
-    io\.(?:vertx|ktor|undertow|smallrye|lettuce|opentelemetry|micrometer) com\.(?:android|mysql)
-    com\.(?:fasterxml|zaxxer|mongodb|squareup|typesafe|netflix|microsoft|oracle|amazonaws)
-    com\.(?:intellij|rabbitmq) com\.google\.(?:common|gson|inject|protobuf|firebase|android)
-    com\.facebook\.react oracle reactor ch\.qos\.logback akka play cats zio fs2 slick sbt doobie
-    ring compojure nrepl okhttp3 okio retrofit2 redis\.clients rx junit feign
-    net\.(?:sf|bytebuddy) software\.amazon graphql dagger freemarker antlr"""
-)
-_DOTNET_NAMES = _any_of(
-    r"""System Microsoft MS\.Internal Mono Newtonsoft Npgsql MySql(?:Connector)? MongoDB Dapper Moq
-    AutoMapper Serilog NLog log4net Xunit NUnit Castle Polly Hangfire FluentValidation MediatR Grpc
-    Swashbuckle StackExchange Autofac RestSharp MassTransit Quartz Oracle UnityEngine UnityEditor
-    Sentry Elasticsearch RabbitMQ Azure Amazon Google FSharp"""
-)
-_RUST_CRATES = _any_of(
-    r"""std core alloc backtrace proc_macro test tokio futures\w* hyper\w* tower\w* actix\w* axum\w*
-    rayon\w* sentry\w* anyhow serde\w* reqwest mio tracing\w* rocket\w* warp color_eyre eyre diesel
-    sqlx\w* log panic_unwind gimli addr2line parking_lot\w* crossbeam\w* async_std once_cell"""
-)
-_RUST_NAME = rf"<?(?:<?\w+ as )?{_RUST_CRATES}::|_*rust_"
-_LIBRARY_NAME = (
-    rf"(?:{_JVM_NAMES}|{_DOTNET_NAMES})\.|{_RUST_NAME}"
-    r"|:\w+\.|__libc_start|_start$|clone3?$|start_thread$|swift_"
-)
-_ELIXIR_MODULES = _any_of(
-    r"""Phoenix Plug Ecto DBConnection Postgrex MyXQL Bandit ThousandIsland Oban Absinthe Sentry
-    Logger Mix ExUnit IEx EEx Kernel Enum Enumerable Stream String Map List Keyword Access Integer
-    Float Task Process GenServer Supervisor DynamicSupervisor Agent Registry Jason Poison Tesla
-    Finch Mint HTTPoison Broadway GenStage Swoosh Gettext Telemetry Code Module File System Regex
-    Exception"""
-)
-_ELIXIR_APPS = _any_of(
-    r"""elixir stdlib kernel erts compiler ssl inets crypto logger mix ex_unit iex eex phoenix\w*
-    plug\w* ecto\w* db_connection postgrex myxql tds cowboy\w* ranch bandit thousand_island jason
-    poison absinthe\w* oban gen_stage broadway\w* telemetry\w* hackney finch mint nimble_\w+ tesla
-    req httpoison swoosh bamboo sentry gettext floki flow decimal redix amqp ex_aws\w* quantum
-    websock\w* guardian\w* ueberauth\w* libcluster horde"""
-)
-_ELIXIR_NAME = (
-    rf"(?:Elixir\.)?{_ELIXIR_MODULES}\b|:?(?:erlang|gen_\w+|proc_lib|supervisor|lists|maps|timer"
-    r"|erl_\w+|cowboy\w*|ranch\w*|telemetry|hackney\w*|elixir\w*|code_server|application\w*)\b"
-)
-# How Rails and Elixir print a package: `activerecord (7.1.0) lib/…`, `(ecto 3.10.1) lib/…`.
-_LIBRARY_PREFIX = rf"[\w.-]+ \(\d[\w.-]*\) |\({_ELIXIR_APPS}(?: [^)]*)?\) "
 
 
-def _is_own_path(file: str) -> bool:
+@_remember_short
+def is_own_path(file: str) -> bool:
+    """Tell the application's files from those of libraries, by where they lie."""
     file = file[:MAX_LINE_CHARS].replace("\\", "/")
     if not _LIBRARY_FOLDERS.isdisjoint(file.lower().split("/")[:-1]):
         return False
     rule = _LIBRARY_BY_SUFFIX.get(os.path.splitext(file)[1])
-    return not (_pattern(_LIBRARY).search(file) or (rule and _pattern(rule).search(file)))
-
-
-_is_short_path_own = functools.lru_cache(1_000)(_is_own_path)  # an application's come again
-
-
-def is_own_path(file: str) -> bool:
-    """Tell the application's files from those of libraries, by where they lie."""
-    return (_is_short_path_own if len(file) <= MAX_REMEMBERED_CHARS else _is_own_path)(file)
+    is_library = _pattern("(?i:LIBRARY_PATH)").search(file) or (
+        rule and _pattern(rule).search(file)
+    )
+    return not is_library
 
 
 def is_own_code(file: str | None, *names: str | None) -> bool:
@@ -2240,7 +2247,7 @@ def is_own_code(file: str | None, *names: str | None) -> bool:
     if not (file or any(names)) or (file and not is_own_path(file)):
         return False
     is_elixir = file is not None and file.endswith((".ex", ".erl"))
-    library = _pattern(_ELIXIR_NAME if is_elixir else _LIBRARY_NAME)
+    library = _pattern("ELIXIR_NAME" if is_elixir else "LIBRARY_NAME")
     return not any(name and library.match(name) for name in names)
 
 
@@ -2249,31 +2256,22 @@ def is_library_despite_in_app(file: str, function: str) -> bool:
 
     The SDKs of Go and Rust mark every frame that they do not recognize.
     """
-    is_rust = ("::" in function or "rust_" in function) and _pattern(_RUST_NAME).match(function)
-    return bool(is_rust or _pattern(_PACKAGE_CACHE).search(file))
+    is_rust = ("::" in function or "rust_" in function) and _pattern("RUST_NAME").match(function)
+    return bool(is_rust or _pattern("PACKAGE_CACHE").search(file))
 
 
-# Rows: language, a substring of every match, pattern; CAPITALS stand for _FORM_PARTS. Every open
-# repetition is atomic or has a delimiter after it, so that matching stays linear.
-_FORM_PARTS = {
-    "FILE": r"(?P<file>.+?)",
-    "LINE": r"(?P<line>\d{1,9})",
-    "COLUMN": r"(?P<column>\d{1,9})",
-    "FUNCTION": r"(?P<function>",
-    "JAVA": r"at (?:[\w.@-]*/{1,2}){0,2}(?P<function>",  # modules: java.base/, app//
-    "JAR": r"(?: ~?\[[^\]]*\])?",  # as logback adds it
-    "DOTNET": r"[\w<>`|+\[\],&*$@-]+",
-}
+# Rows: language, a substring of every match, pattern. Every open repetition is atomic or has a
+# delimiter after it, so that matching stays linear.
 _FORMS_TABLE = r"""
 python      File "  File "(?P<file>[^"]*)", line LINE(?:, in FUNCTION.*))?
 csharp      in      at FUNCTION(?>[^(]*\([^()]*\)))(?: \[0x[0-9a-f]+\])? in FILE:(?:line )?LINE ?
 javascript  eval    at (?:async )?FUNCTION(?>[^(]* \())(?:eval at [^(]*+\()++FILE:LINE:COLUMN\).*
 javascript  at      at (?:async )?FUNCTION(?>.*? \())(?:address at )?FILE:LINE(?::COLUMN)?\)
 javascript  <anon   at (?:async )?FUNCTION[^(]+) \(<anonymous>\)
-java        at      JAVA[^()/]+)\((?P<file>[^():/\\]+):LINE\)JAR
-java        at      JAVA[\w.$]+\.[\w$<>]+)\((?:Native Method|Unknown Source|<generated>
+java        at      at JAVA_CALL[^()/]+)\((?P<file>[^():/\\]+):LINE\)JAR
+java        at      at JAVA_CALL[\w.$]+\.[\w$<>]+)\((?:Native Method|Unknown Source|<generated>
                     |[\w$]+\.(?:java|kt|scala))\)JAR
-csharp      at      at FUNCTION(?:DOTNET\.+)+DOTNET\([^()]*+\))
+csharp      at      at FUNCTION(?:DOTNET_WORD\.+)+DOTNET_WORD\([^()]*+\))
 rust        .rs     at (?P<file>.+?\.rs):LINE(?::COLUMN)?
 javascript  at      at (?:async )?(?P<file>[^()].*?):LINE:COLUMN
 php         #       #\d+ FILE\(LINE\): FUNCTION[^(]*).*
@@ -2308,22 +2306,6 @@ php         .php    (?>.* in (?=(?:/|[A-Za-z]:\\)))(?P<file>.{1,300}?\.php)(?:\(
 """
 
 
-def _rows(table: str) -> Iterator[list[str]]:
-    """Yield the rows of a table whose columns are two or more spaces apart."""
-    for row in re.sub(r"\n\s+", "", table).strip().splitlines():
-        yield re.split(r"\s{2,}", row, maxsplit=2)
-
-
-def _form(text: str) -> re.Pattern[str]:
-    return re.compile(re.sub("[A-Z]{3,}", lambda found: _FORM_PARTS.get(found[0], found[0]), text))
-
-
-@functools.cache
-def _forms() -> tuple[tuple[str, str, re.Pattern[str]], ...]:
-    rows = _rows(_FORMS_TABLE)
-    return tuple((hint, language, _form(form)) for language, hint, form in rows)
-
-
 def _name_of(language: str, name: str) -> str:
     """Return a function's name without what its language prints around it."""
     if language == "ruby":
@@ -2337,16 +2319,19 @@ def _name_of(language: str, name: str) -> str:
     return name.rstrip(" (@")
 
 
+_FIREFOX_EVAL = re.compile(r"(?P<file>.*?) line (?P<line>\d{1,9}) > .*")  # `a.js line 3 > eval`
+# How Rails and Elixir print a package: `activerecord (7.1.0) lib/…`, `(ecto 3.10.1) lib/…`.
+_LIBRARY_PREFIX = r"[\w.-]+ \(\d[\w.-]*\) |\(ELIXIR_APP(?: [^)]*)?\) "
 # How a reporter that knows better than the path says whose code a frame is.
 _MARK = re.compile(r" \[(own|library)\]$")
-_FIREFOX_EVAL = re.compile(r"(?P<file>.*?) line (?P<line>\d{1,9}) > .*")  # `a.js line 3 > eval`
 
 
+@_remember_short
 def _read_frame(text: str) -> Frame:
     line = text.strip(" \t|+").removesuffix(" {").removesuffix(",")
     mark = _MARK.search(line)
     line = line[: mark.start()] if mark else line
-    for hint, language, form in _forms():
+    for language, hint, form in _rows(_FORMS_TABLE):
         if hint in line and (found := form.fullmatch(line)):
             break
     else:
@@ -2374,15 +2359,6 @@ def _read_frame(text: str) -> Frame:
         mark[1] == "own" if mark else is_own,
         language=language,
     )
-
-
-_read_short_frame = functools.lru_cache(1_000)(_read_frame)  # they come again with the next report
-
-
-def _frame(line: str) -> Frame:
-    if len(line) <= MAX_REMEMBERED_CHARS:
-        return _read_short_frame(line)
-    return _read_frame(line) if len(line) <= MAX_LINE_CHARS else Frame(line)
 
 
 _CLASS = r"(?P<class>[\w.$\\/<>#-]+(?:::[\w.$]+)*)"
@@ -2463,7 +2439,7 @@ class _ChainSplitter:
             self._add(self._ends[-1], _ChainPart("one_of", heading["class"], heading["message"]))
         else:
             said = _RUBY_EXCEPTION_LINE.match(line) if self._part.lines else None
-            if said and _frame(line).language == "ruby":
+            if said and _read_frame(line).language == "ruby":
                 self._add(self._ends[-1], _ChainPart("caused_by", said["class"], said["message"]))
             self._is_in_error_list = self._is_in_error_list or bare == "[errors]: ["
             self._part.lines.append(line)
@@ -2499,7 +2475,7 @@ def _python_frames(lines: Sequence[str]) -> Iterator[Frame]:
     """Yield the frames of a Python traceback, innermost first, each with its source line."""
     below: list[str] = []
     for line in reversed(lines):
-        frame = _frame(line)
+        frame = _read_frame(line)
         if frame.language != "python":
             below.append(line)
             continue
@@ -2527,7 +2503,7 @@ def _frames_in_order(lines: Sequence[str]) -> Iterator[Frame]:
     """
     above: str | None = None
     for position, line in enumerate(lines):
-        frame = _frame(line)
+        frame = _read_frame(line)
         is_bare = frame.language == "javascript" and not frame.function
         if is_bare and above is not None and _RUST_FUNCTION.match(above):
             frame = dataclasses.replace(frame, language="rust")  # in C: `at ./libc-start.c:360:3`
@@ -2535,7 +2511,7 @@ def _frames_in_order(lines: Sequence[str]) -> Iterator[Frame]:
             form = _GO_FUNCTION if frame.language == "go" else _RUST_FUNCTION
             found = form.match(above)
             name = found["name"] if found else None
-            is_own = frame.is_own and not (name and _pattern(_LIBRARY_NAME).match(name))
+            is_own = frame.is_own and not (name and _pattern("LIBRARY_NAME").match(name))
             text = f"{above}\n{line}"
             frame = dataclasses.replace(frame, text=text, function=name, is_own=is_own)
             above = None
@@ -2543,7 +2519,7 @@ def _frames_in_order(lines: Sequence[str]) -> Iterator[Frame]:
             yield Frame(above)
         above = line if not frame.is_call else None
         if frame.language == "perl":
-            below = _frame("".join(lines[position + 1 : position + 2]))
+            below = _read_frame("".join(lines[position + 1 : position + 2]))
             name = below.function if below.language == "perl" else None
             frame = dataclasses.replace(frame, function=name)
         if frame.is_call:
@@ -2564,7 +2540,7 @@ def _physical_lines(lines: Iterable[str]) -> list[str]:
 
 
 def _first_call(lines: Iterable[str]) -> Frame | None:
-    return next((frame for frame in map(_frame, lines) if frame.is_call), None)
+    return next((frame for frame in map(_read_frame, lines) if frame.is_call), None)
 
 
 def _frames_of(part: _ChainPart, first: Frame | None) -> Iterator[Frame]:
@@ -2621,7 +2597,7 @@ def _chain_of_lines(
 def _bare_frame_of_json(said: Json | str) -> Frame:
     """Return a checked frame of the field `exceptions`, without source and variables."""
     if isinstance(said, str):
-        return _frame(said)
+        return _read_frame(said)
     file, function, own = said.get("file"), said.get("function"), said.get("own")
     module = said.get("module")
     return Frame(
@@ -2778,8 +2754,8 @@ def locate(occurrence: Occurrence) -> str:
     return clip(" in ".join(filter(None, (place, frame.function))), MAX_CLASS_CHARS)
 
 
-# Rows: replacement (- deletes), a substring that every match contains (any: none), pattern; the
-# most specific first. This table: names that compilers, proxies and template engines generate.
+# Rows: replacement (- deletes), a substring of every match (any: none), pattern; the most specific
+# first. This table: names that compilers, proxies and template engines generate.
 _GENERATED = r"""
 \1   $$       (\$\$Lambda)(?:\$\d+)?(?:/(?:0x)?[0-9a-f]+)?
 \1   CGLIB    (\$\$\w*CGLIB)\$\$\w+
@@ -2800,13 +2776,6 @@ _GENERATED = r"""
 -    ::h      ::h[0-9a-f]{16}\b
 \1   __async  (__async-)[0-9a-f]+
 """
-_ADDRESS = r"""
-0x   0x       (?<!\+)0x[0-9a-f]+
-"""
-_MONTH = (
-    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?"
-    r"|Sep(?:t(?:ember)?)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"
-)
 # In a message, what differs from one occurrence of an error to the next:
 _VARIABLE_PARTS = r"""
 <email>    @    [\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,8}
@@ -2837,9 +2806,7 @@ _VARIABLE_PARTS = r"""
 <number>s  any  \b\d{1,3}h(?:\d{1,2}m)?(?:[\d.]{1,9}s)?\b|\b\d{1,3}m[\d.]{1,9}s\b
 <number>   any  (?:(?<![\w.])[-+])?\d+(?:[.,]\d+)*(?:[eE][+-]?\d+)?
 """
-_QUOTED = r"""
-<text>  any  (?<!\w)[bru]?(?:'[^'\n]*'|\"[^\"\n]*\"|`[^`'\n]*[`'])|“[^”\n]*”|«[^»\n]*»
-"""
+_QUOTED = r"(?<!\w)[bru]?(?:'[^'\n]*'|\"[^\"\n]*\"|`[^`'\n]*[`'])|“[^”\n]*”|«[^»\n]*»"
 # In a file's path, what differs from one machine, release or build to the next:
 _VARIABLE_PATHS = r"""
 -             ://  ^(?:blob:)?[a-z][\w+.-]+://[^/]*
@@ -2863,40 +2830,27 @@ _VARIABLE_PATHS = r"""
 """
 
 
-def _replacer(*tables: str) -> Callable[[str], str]:
-    """Return a function that makes the replacements of some tables."""
-
-    @functools.cache
-    def rows() -> list[tuple[str, re.Pattern[str], str]]:
-        return [
-            (
-                hint.removeprefix("any"),
-                re.compile(form.replace("MONTH", _MONTH)),
-                kind.removeprefix("-"),
-            )
-            for table in tables
-            for kind, hint, form in _rows(table)
-        ]
-
-    def replace(text: str) -> str:
-        for hint, form, kind in rows():
+def _stable(text: str, *tables: str) -> str:
+    """Make the replacements of some tables in a text."""
+    for table in tables:
+        for kind, hint, form in _rows(table):
             if hint in text:
                 text = form.sub(kind, text)
-        return text
-
-    return replace
+    return text
 
 
-_stable_name = functools.lru_cache(1_000)(_replacer(_GENERATED, _ADDRESS))
-_stable_path = _replacer(_VARIABLE_PATHS)
-_stable_message = _replacer(_GENERATED, _VARIABLE_PARTS)
-_without_quoted = _replacer(_QUOTED)
+def _stable_name(name: str) -> str:
+    return re.sub(r"(?<!\+)0x[0-9a-f]+", "0x", _stable(name[:MAX_CLASS_CHARS], _GENERATED))
 
 
 @functools.lru_cache(1_000)
-def _stable_place(file: str, function: str) -> str:
-    path = _stable_path(file[:MAX_CLASS_CHARS].replace("\\", "/"))
-    return f"{path}:{_stable_name(function[:MAX_CLASS_CHARS])}"
+def _stable_start(exception_class: str, place: tuple[str, str] | None) -> str:
+    """Return a fingerprint without its message."""
+    name = _stable_name(exception_class) + exception_class[MAX_CLASS_CHARS:]
+    if place is None:
+        return name
+    path = _stable(place[0][:MAX_CLASS_CHARS].replace("\\", "/"), _VARIABLE_PATHS)
+    return f"{name}|{path}:{_stable_name(place[1])}"
 
 
 def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | None = None) -> str:
@@ -2910,12 +2864,10 @@ def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | 
     number, so an edit above makes no new error.
     """
     # Version 2 of the recipe. A new version makes known errors appear once more as new ones.
-    message = _stable_message(message[:2_000])
+    message = _stable(message[:2_000], _GENERATED, _VARIABLE_PARTS)
     if place is not None:
-        message = _without_quoted(message)
-    where = [] if place is None else [_stable_place(*place)]
-    name = _stable_name(exception_class[:MAX_CLASS_CHARS]) + exception_class[MAX_CLASS_CHARS:]
-    return "|".join([name, *where, " ".join(message.split())[:300]])
+        message = _pattern(_QUOTED).sub("<text>", message)
+    return f"{_stable_start(exception_class, place)}|{' '.join(message.split())[:300]}"
 
 
 # --- 6. Sentry ------------------------------------------------------------------------------------
