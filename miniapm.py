@@ -2367,27 +2367,21 @@ _PHP_EXCEPTION_LINE = re.compile(
     rf"(?:.*Uncaught )?{_CLASS}: (?P<message>.*) in \S+?(?::| on line )\d+$"
 )
 _RUBY_EXCEPTION_LINE = re.compile(r"(?>.*?['`]: )(?P<message>.*) \((?P<class>[\w:]+)\)$")
+_RELATION_OF_LABEL = {label: relation for relation, label in RELATIONS.items()} | {
+    "One of these": "one_of",
+    "[cause]": "caused_by",
+}
 _HEADING = re.compile(
-    r"\s*(?P<relation>Caused by|Suppressed|While handling|One of (?:these|the group)|\[cause\]): "
+    rf"\s*(?P<label>{'|'.join(map(re.escape, _RELATION_OF_LABEL))}): "
     rf"{_CLASS}(?:: (?P<message>.*?))?(?: \{{)?$"
 )
 _GROUP_HEADING = re.compile(r"\s+(?P<class>\w*(?:Error|Exception)): (?P<message>.*)$")
-_RELATION_OF_HEADING = {
-    "Suppressed": "suppressed",
-    "While handling": "while_handling",
-    "One of these": "one_of",
-    "One of the group": "one_of",
+_CAUSE_FIRST = ("python", "csharp", "php")  # they print the cause above what it caused
+_JOIN_LINES = {  # between the two; PHP has `Next RuntimeException: …`
+    "The above exception was the direct cause of the following exception:": "caused_by",
+    "During handling of the above exception, another exception occurred:": "while_handling",
+    "--- End of inner exception stack trace ---": "caused_by",
 }
-# Lines that join two exceptions, the cause printed first, and the relation they state.
-_JOIN_LINES = {
-    "python": {
-        "The above exception was the direct cause of the following exception:": "caused_by",
-        "During handling of the above exception, another exception occurred:": "while_handling",
-    },
-    "csharp": {"--- End of inner exception stack trace ---": "caused_by"},
-    "php": {},  # `Next RuntimeException: …`
-}
-_JOIN_HINTS = ("above exception", " +-", "End of inner", "Next ")  # one is in every join line
 _GROUP_RULE = re.compile(r"[ |]*(\+-)?\+-{10,}(?: (\d+|\.{3}) -+)?$")
 _BOILERPLATE = {  # lines that repeat what the page shows anyway
     "Traceback (most recent call last):",
@@ -2412,63 +2406,65 @@ class _ChainSplitter:
 
     def __init__(self, language: str | None) -> None:
         self._language = language
-        self._joins: dict[str, str] = _JOIN_LINES.get(language or "", {})
         self._part = _ChainPart()
         self.found = [self._part]
-        # Indexes into `found`, one per open group: start of its current chain, end of the group.
-        self._starts, self._ends = [0], [1]
+        # Of each open group: where its newest chain starts, and how many parts come after it.
+        self._groups = [(0, 0)]
         self._is_in_error_list = False  # the [errors] list of a JavaScript AggregateError
 
-    def _add(self, index: int, part: _ChainPart) -> None:
+    def _insert(self, index: int, part: _ChainPart) -> None:
         self.found.insert(index, part)
-        self._ends = [end + 1 for end in self._ends]
         self._part = part
 
     def add(self, line: str) -> None:
         """Read the next line."""
+        start, parts_after = self._groups[-1]
         bare = line.strip(" \t|+")
-        if bare in self._joins or (self._language == "php" and bare.startswith("Next ")):
-            self._start_caused_by_above(bare)
+        is_next = self._language == "php" and bare.startswith("Next ")
+        if is_next or (bare in _JOIN_LINES and self._language in _CAUSE_FIRST):
+            cause = self.found[start]
+            lines = [bare.removeprefix("Next ")] if is_next else []
+            self._insert(start, _ChainPart(cause.relation, lines=lines))
+            cause.relation = _JOIN_LINES.get(bare, "caused_by")
         elif self._language == "python" and (rule := _GROUP_RULE.match(line)):
             self._read_group_rule(bool(rule[1]), bool(rule[2]))
-        elif self._language != "python" and (heading := _HEADING.match(line)):
-            relation = _RELATION_OF_HEADING.get(heading["relation"], "caused_by")
-            part = _ChainPart(relation, heading["class"], heading["message"] or "")
-            self._add(self._ends[-1], part)
-        elif self._is_in_error_list and (heading := _GROUP_HEADING.match(line)):
-            self._add(self._ends[-1], _ChainPart("one_of", heading["class"], heading["message"]))
+        elif self._language != "python" and (part := self._headed_by(line)):
+            self._insert(len(self.found) - parts_after, part)
         else:
-            said = _RUBY_EXCEPTION_LINE.match(line) if self._part.lines else None
-            if said and _read_frame(line).language == "ruby":
-                self._add(self._ends[-1], _ChainPart("caused_by", said["class"], said["message"]))
             self._is_in_error_list = self._is_in_error_list or bare == "[errors]: ["
             self._part.lines.append(line)
 
-    def _start_caused_by_above(self, line: str) -> None:
-        """Start an exception whose cause is the one above."""
-        cause = self.found[self._starts[-1]]
-        rest = [] if line in self._joins else [line.removeprefix("Next ")]
-        self._add(self._starts[-1], _ChainPart(cause.relation, lines=rest))
-        cause.relation = self._joins.get(line, "caused_by")
+    def _headed_by(self, line: str) -> _ChainPart | None:
+        """Return the exception that a line is the heading of."""
+        if found := _HEADING.match(line):
+            relation = _RELATION_OF_LABEL[found["label"]]
+            return _ChainPart(relation, found["class"], found["message"] or "")
+        if self._is_in_error_list and (found := _GROUP_HEADING.match(line)):
+            return _ChainPart("one_of", found["class"], found["message"])
+        found = _RUBY_EXCEPTION_LINE.match(line) if self._part.lines else None
+        if found and _read_frame(line).language == "ruby":
+            return _ChainPart("caused_by", found["class"], found["message"], [line])
+        return None
 
     def _read_group_rule(self, is_first: bool, is_member: bool) -> None:
         """Start the next member of a Python exception group, or close the group."""
         if is_first:
-            self._starts.append(self.found.index(self._part) + 1)
-            self._ends.append(self._starts[-1])
+            start = self.found.index(self._part) + 1
+            self._groups.append((start, len(self.found) - start))
         if is_member:
-            self._starts[-1] = self._ends[-1]
-            self._add(self._ends[-1], _ChainPart("one_of"))
-        elif len(self._starts) > 1:
-            del self._starts[-1], self._ends[-1]
-            self._part = self.found[self._starts[-1]]
+            parts_after = self._groups[-1][1]
+            self._groups[-1] = (len(self.found) - parts_after, parts_after)
+            self._insert(self._groups[-1][0], _ChainPart("one_of"))
+        elif len(self._groups) > 1:
+            del self._groups[-1]
+            self._part = self.found[self._groups[-1][0]]
 
 
-def _split_chain(lines: Iterable[str], first: Frame | None) -> list[_ChainPart]:
-    parts = _ChainSplitter(first.language if first else None)
+def _split_chain(lines: Iterable[str], language: str | None) -> list[_ChainPart]:
+    splitter = _ChainSplitter(language)
     for line in lines:
-        parts.add(line)
-    return parts.found
+        splitter.add(line)
+    return splitter.found
 
 
 def _python_frames(lines: Sequence[str]) -> Iterator[Frame]:
@@ -2543,9 +2539,8 @@ def _first_call(lines: Iterable[str]) -> Frame | None:
     return next((frame for frame in map(_read_frame, lines) if frame.is_call), None)
 
 
-def _frames_of(part: _ChainPart, first: Frame | None) -> Iterator[Frame]:
-    is_python = first is not None and first.language == "python"
-    return _python_frames(part.lines) if is_python else _frames_in_order(part.lines)
+def _frames_of(lines: Sequence[str], language: str | None) -> Iterator[Frame]:
+    return (_python_frames if language == "python" else _frames_in_order)(lines)
 
 
 def _is_heading_of(part: _ChainPart, name: str, message: str) -> bool:
@@ -2554,19 +2549,23 @@ def _is_heading_of(part: _ChainPart, name: str, message: str) -> bool:
     return len(ends) == 1 and message.startswith(part.message.strip()[:MAX_CLASS_CHARS])
 
 
-def _read_heading(part: _ChainPart, frames: list[Frame], inner: str | None) -> ChainedException:
-    """Return an exception, its class and message read from the heading above its frames.
+def _read_part(part: _ChainPart, language: str | None, heading: str | None) -> ChainedException:
+    """Return a part's exception; its class and message, if not known, are read from its heading.
 
-    `inner` replaces that heading for .NET, which prints all headings on one line.
+    The heading is above the frames, but .NET prints all headings on one line.
     """
+    frames = [
+        frame
+        for frame in _frames_of(part.lines, language)
+        if (text := frame.text.strip(" \t|+")) and text not in _BOILERPLATE
+    ]
     head = list(itertools.takewhile(lambda frame: not frame.is_call, frames))
-    text = inner or "\n".join(frame.text.strip(" |+\r") for frame in head)
-    said = _EXCEPTION_LINE.fullmatch(text) or (
-        _PHP_EXCEPTION_LINE.match(frames[0].text) if frames else None
-    )
+    text = heading or "\n".join(frame.text.strip(" |+\r") for frame in head)
+    said = _EXCEPTION_LINE.fullmatch(text)
+    said = said or _PHP_EXCEPTION_LINE.match(frames[0].text if frames else "")
     if said and not part.exception_class:
         part.exception_class, part.message = said["class"], said["message"] or ""
-    elif not inner and not (said and _is_heading_of(part, said["class"], said["message"] or "")):
+    elif not heading and not (said and _is_heading_of(part, said["class"], said["message"] or "")):
         head = []  # not its heading: keep the lines
     name = part.exception_class or "Error"
     return ChainedException(name, part.message, part.relation, tuple(frames[len(head) :]))
@@ -2578,50 +2577,35 @@ def _chain_of_lines(
     """Read a backtrace; the first exception's class and message are known."""
     physical = _physical_lines(lines)
     first = _first_call(physical)
-    parts = _split_chain(physical, first)
+    language = first.language if first else None
+    parts = _split_chain(physical, language)
     parts[0].exception_class, parts[0].message = exception_class, message
-    arrows = next((line for line in physical if " ---> " in line), "")
-    inner = arrows.split(" ---> ") if len(parts) > 1 else []
-    chain = []
-    for position, part in enumerate(parts):
-        frames = [
-            frame
-            for frame in _frames_of(part, first)
-            if (text := frame.text.strip(" \t|+")) and text not in _BOILERPLATE
-        ]
-        known = inner[position] if position < len(inner) else None
-        chain.append(_read_heading(part, frames, known))
-    return tuple(chain)
+    dotnet = next((line for line in physical if " ---> " in line), "") if len(parts) > 1 else ""
+    headings = itertools.zip_longest(parts, dotnet.split(" ---> ")[: len(parts)])
+    return tuple(_read_part(part, language, heading) for part, heading in headings)
 
 
-def _bare_frame_of_json(said: Json | str) -> Frame:
-    """Return a checked frame of the field `exceptions`, without source and variables."""
+def _frame_of_json(said: Json | str, *, bare: bool = False) -> Frame:
+    """Return a checked frame of the field `exceptions`; a bare one lacks source and variables."""
     if isinstance(said, str):
         return _read_frame(said)
-    file, function, own = said.get("file"), said.get("function"), said.get("own")
-    module = said.get("module")
+    file, lineno, module, function = map(said.get, ("file", "lineno", "module", "function"))
+    own, source = said.get("own"), None
+    if not bare and (line := said.get("context_line")) is not None:
+        around = (said.get(name) or () for name in ("pre_context", "post_context"))
+        before, after = (tuple(map(_one_line, lines)) for lines in around)
+        source = SourceContext(file or "", lineno or 0, _one_line(line), before, after)
     return Frame(
         said.get("text") or "",
         file or None,
-        said.get("lineno") or None,
+        lineno or None,
         said.get("column") or None,
         function or None,
         module or None,
         is_own_code(file, module, function) if own is None else own,
+        source,
+        None if bare else said.get("locals") or None,
     )
-
-
-def _frame_of_json(said: Json | str) -> Frame:
-    """Return a frame of the field `exceptions`, with its source and variables."""
-    frame, source = _bare_frame_of_json(said), None
-    if isinstance(said, str):
-        return frame
-    if (line := said.get("context_line")) is not None:
-        around = (said.get(name) or () for name in ("pre_context", "post_context"))
-        before, after = (tuple(map(_one_line, lines)) for lines in around)
-        place = (frame.file or "", frame.lineno or 0)
-        source = SourceContext(*place, _one_line(line), before, after)
-    return dataclasses.replace(frame, source=source, locals=said.get("locals") or None)
 
 
 def _chain_of_json(exceptions: Iterable[Json]) -> tuple[ChainedException, ...]:
@@ -2684,11 +2668,11 @@ def location_frame_of_lines(lines: Sequence[str]) -> Frame | None:
     if first is None or (first.is_own and first.language in ("ruby", "javascript", "java")):
         return first
     parts = [_ChainPart(lines=physical)]
-    if first.language in _JOIN_LINES and any(
-        hint in line for line in physical for hint in _JOIN_HINTS
-    ):
-        parts = _split_chain(physical, first)
-    return location_frame(frame for part in parts for frame in _frames_of(part, first))
+    if first.language in _CAUSE_FIRST:
+        parts = _split_chain(physical, first.language)
+    return location_frame(
+        frame for part in parts for frame in _frames_of(part.lines, first.language)
+    )
 
 
 def _same_file(one: str, other: str) -> bool:
@@ -2734,8 +2718,8 @@ def chain_of(occurrence: Occurrence) -> tuple[ChainedException, ...]:
 
 def location_frame_of_json(exceptions: Iterable[Json]) -> Frame | None:
     """Return the location's frame in the field `exceptions`, None if there is none."""
-    frames = itertools.chain.from_iterable(one.get("frames") or () for one in exceptions)
-    return location_frame(map(_bare_frame_of_json, frames))
+    frames = (frame for one in exceptions for frame in one.get("frames") or ())
+    return location_frame(_frame_of_json(frame, bare=True) for frame in frames)
 
 
 def locate(occurrence: Occurrence) -> str:
@@ -2839,18 +2823,14 @@ def _stable(text: str, *tables: str) -> str:
     return text
 
 
+@functools.lru_cache(1_000)
 def _stable_name(name: str) -> str:
     return re.sub(r"(?<!\+)0x[0-9a-f]+", "0x", _stable(name[:MAX_CLASS_CHARS], _GENERATED))
 
 
 @functools.lru_cache(1_000)
-def _stable_start(exception_class: str, place: tuple[str, str] | None) -> str:
-    """Return a fingerprint without its message."""
-    name = _stable_name(exception_class) + exception_class[MAX_CLASS_CHARS:]
-    if place is None:
-        return name
-    path = _stable(place[0][:MAX_CLASS_CHARS].replace("\\", "/"), _VARIABLE_PATHS)
-    return f"{name}|{path}:{_stable_name(place[1])}"
+def _stable_path(file: str) -> str:
+    return _stable(file[:MAX_CLASS_CHARS].replace("\\", "/"), _VARIABLE_PATHS)
 
 
 def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | None = None) -> str:
@@ -2865,9 +2845,11 @@ def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | 
     """
     # Version 2 of the recipe. A new version makes known errors appear once more as new ones.
     message = _stable(message[:2_000], _GENERATED, _VARIABLE_PARTS)
+    name = _stable_name(exception_class) + exception_class[MAX_CLASS_CHARS:]
     if place is not None:
         message = _pattern(_QUOTED).sub("<text>", message)
-    return f"{_stable_start(exception_class, place)}|{' '.join(message.split())[:300]}"
+        name += f"|{_stable_path(place[0])}:{_stable_name(place[1])}"
+    return f"{name}|{' '.join(message.split())[:300]}"
 
 
 # --- 6. Sentry ------------------------------------------------------------------------------------
