@@ -2235,11 +2235,8 @@ def is_own_path(file: str) -> bool:
     file = file[:MAX_LINE_CHARS].replace("\\", "/")
     if not _LIBRARY_FOLDERS.isdisjoint(file.lower().split("/")[:-1]):
         return False
-    rule = _LIBRARY_BY_SUFFIX.get(os.path.splitext(file)[1])
-    is_library = _pattern("(?i:LIBRARY_PATH)").search(file) or (
-        rule and _pattern(rule).search(file)
-    )
-    return not is_library
+    rules = ("(?i:LIBRARY_PATH)", _LIBRARY_BY_SUFFIX.get(os.path.splitext(file)[1], "(?!)"))
+    return not any(_pattern(rule).search(file) for rule in rules)
 
 
 def is_own_code(file: str | None, *names: str | None) -> bool:
@@ -2382,6 +2379,7 @@ _JOIN_LINES = {  # between the two; PHP has `Next RuntimeException: …`
     "During handling of the above exception, another exception occurred:": "while_handling",
     "--- End of inner exception stack trace ---": "caused_by",
 }
+_JOIN_HINTS = ("above exception", " +-", "End of inner", "Next ")  # one is in every such line
 _GROUP_RULE = re.compile(r"[ |]*(\+-)?\+-{10,}(?: (\d+|\.{3}) -+)?$")
 _BOILERPLATE = {  # lines that repeat what the page shows anyway
     "Traceback (most recent call last):",
@@ -2404,20 +2402,21 @@ class _ChainPart:
 class _ChainSplitter:
     """Splits a stack trace into one part per exception; `found` is in chain order."""
 
-    def __init__(self, language: str | None) -> None:
+    def __init__(self, lines: Iterable[str], language: str | None) -> None:
         self._language = language
         self._part = _ChainPart()
         self.found = [self._part]
         # Of each open group: where its newest chain starts, and how many parts come after it.
         self._groups = [(0, 0)]
         self._is_in_error_list = False  # the [errors] list of a JavaScript AggregateError
+        for line in lines:
+            self._read(line)
 
     def _insert(self, index: int, part: _ChainPart) -> None:
         self.found.insert(index, part)
         self._part = part
 
-    def add(self, line: str) -> None:
-        """Read the next line."""
+    def _read(self, line: str) -> None:
         start, parts_after = self._groups[-1]
         bare = line.strip(" \t|+")
         is_next = self._language == "php" and bare.startswith("Next ")
@@ -2460,13 +2459,6 @@ class _ChainSplitter:
             self._part = self.found[self._groups[-1][0]]
 
 
-def _split_chain(lines: Iterable[str], language: str | None) -> list[_ChainPart]:
-    splitter = _ChainSplitter(language)
-    for line in lines:
-        splitter.add(line)
-    return splitter.found
-
-
 def _python_frames(lines: Sequence[str]) -> Iterator[Frame]:
     """Yield the frames of a Python traceback, innermost first, each with its source line."""
     below: list[str] = []
@@ -2476,11 +2468,11 @@ def _python_frames(lines: Sequence[str]) -> Iterator[Frame]:
             below.append(line)
             continue
         indent = line[: len(line) - len(line.lstrip(" |+"))] + "  "
-        code = next((one.strip(" |") for one in reversed(below) if one.startswith(indent)), None)
+        code = [one.strip(" |") for one in reversed(below) if one.startswith(indent)]
         yield from (Frame(one) for one in reversed(below) if not one.startswith(indent))
         below = []
-        if code is not None:
-            source = SourceContext(frame.file or "", frame.lineno or 0, code)
+        if code:
+            source = SourceContext(frame.file or "", frame.lineno or 0, code[0])
             frame = dataclasses.replace(frame, source=source)
         yield frame
     yield from map(Frame, reversed(below))
@@ -2497,30 +2489,28 @@ def _frames_in_order(lines: Sequence[str]) -> Iterator[Frame]:
 
     Go and Rust print the function on the line above; Perl on the line below, next to the caller's.
     """
-    above: str | None = None
-    for position, line in enumerate(lines):
+    above = ""
+    for line, line_below in itertools.zip_longest(lines, lines[1:], fillvalue=""):
         frame = _read_frame(line)
-        is_bare = frame.language == "javascript" and not frame.function
-        if is_bare and above is not None and _RUST_FUNCTION.match(above):
-            frame = dataclasses.replace(frame, language="rust")  # in C: `at ./libc-start.c:360:3`
-        if frame.language in ("go", "rust") and above is not None:
-            form = _GO_FUNCTION if frame.language == "go" else _RUST_FUNCTION
-            found = form.match(above)
+        language = frame.language
+        if language == "javascript" and not frame.function and _RUST_FUNCTION.match(above):
+            language = "rust"  # in C: `at ./libc-start.c:360:3`
+        if language in ("go", "rust") and above:
+            found = (_GO_FUNCTION if language == "go" else _RUST_FUNCTION).match(above)
             name = found["name"] if found else None
             is_own = frame.is_own and not (name and _pattern("LIBRARY_NAME").match(name))
-            text = f"{above}\n{line}"
-            frame = dataclasses.replace(frame, text=text, function=name, is_own=is_own)
-            above = None
-        if above is not None:
+            changes: Json = {"text": f"{above}\n{line}", "function": name, "language": language}
+            frame = dataclasses.replace(frame, is_own=is_own, **changes)
+        elif above:
             yield Frame(above)
-        above = line if not frame.is_call else None
-        if frame.language == "perl":
-            below = _read_frame("".join(lines[position + 1 : position + 2]))
+        if language == "perl":
+            below = _read_frame(line_below)
             name = below.function if below.language == "perl" else None
             frame = dataclasses.replace(frame, function=name)
-        if frame.is_call:
+        above = "" if frame.is_call else line
+        if not above:
             yield frame
-    if above is not None:
+    if above:
         yield Frame(above)
 
 
@@ -2571,15 +2561,12 @@ def _read_part(part: _ChainPart, language: str | None, heading: str | None) -> C
     return ChainedException(name, part.message, part.relation, tuple(frames[len(head) :]))
 
 
-def _chain_of_lines(
-    lines: Sequence[str], exception_class: str, message: str
-) -> tuple[ChainedException, ...]:
-    """Read a backtrace; the first exception's class and message are known."""
-    physical = _physical_lines(lines)
+def _chain_of_lines(occurrence: Occurrence) -> tuple[ChainedException, ...]:
+    physical = _physical_lines(occurrence.backtrace)
     first = _first_call(physical)
     language = first.language if first else None
-    parts = _split_chain(physical, language)
-    parts[0].exception_class, parts[0].message = exception_class, message
+    parts = _ChainSplitter(physical, language).found
+    parts[0].exception_class, parts[0].message = occurrence.exception_class, occurrence.message
     dotnet = next((line for line in physical if " ---> " in line), "") if len(parts) > 1 else ""
     headings = itertools.zip_longest(parts, dotnet.split(" ---> ")[: len(parts)])
     return tuple(_read_part(part, language, heading) for part, heading in headings)
@@ -2667,9 +2654,10 @@ def location_frame_of_lines(lines: Sequence[str]) -> Frame | None:
     first = _first_call(physical)
     if first is None or (first.is_own and first.language in ("ruby", "javascript", "java")):
         return first
+    text = "\n".join(physical) if first.language in _CAUSE_FIRST else ""
     parts = [_ChainPart(lines=physical)]
-    if first.language in _CAUSE_FIRST:
-        parts = _split_chain(physical, first.language)
+    if any(hint in text for hint in _JOIN_HINTS):
+        parts = _ChainSplitter(physical, first.language).found
     return location_frame(
         frame for part in parts for frame in _frames_of(part.lines, first.language)
     )
@@ -2693,26 +2681,19 @@ def _with_source(
     ]
     _, at, position = min(places, default=(True, len(chain) - 1, None))
     frames = list(chain[at].frames)
-    if position is not None:
-        frames[position] = dataclasses.replace(frames[position], source=source)
-    else:
+    if position is None:
         own, text = is_own_path(source.file), f"{source.file}:{source.lineno}"
-        frames.append(
-            Frame(text, source.file, source.lineno, is_own=own, source=source, language="")
-        )
+        frames.append(Frame(text, source.file, source.lineno, is_own=own, language=""))
+        position = -1
+    frames[position] = dataclasses.replace(frames[position], source=source)
     changed = dataclasses.replace(chain[at], frames=tuple(frames))
     return (*chain[:at], changed, *chain[at + 1 :])
 
 
 def chain_of(occurrence: Occurrence) -> tuple[ChainedException, ...]:
     """Return an occurrence's exceptions, the one that was raised first, its causes behind it."""
-    if occurrence.exceptions:
-        chain = _chain_of_json(occurrence.exceptions)
-    else:
-        chain = _chain_of_lines(
-            occurrence.backtrace, occurrence.exception_class, occurrence.message
-        )
-    context = occurrence.source_context
+    exceptions, context = occurrence.exceptions, occurrence.source_context
+    chain = _chain_of_json(exceptions) if exceptions else _chain_of_lines(occurrence)
     return chain if context is None else _with_source(chain, context)
 
 
@@ -2733,8 +2714,7 @@ def locate(occurrence: Occurrence) -> str:
         return clip(f"{context.file}:{context.lineno}", MAX_CLASS_CHARS)
     if frame is None:
         return ""
-    line = f":{frame.lineno}" if frame.file and frame.lineno else ""
-    place = f"{frame.place}{line}"
+    place = frame.place + (f":{frame.lineno}" if frame.file and frame.lineno else "")
     return clip(" in ".join(filter(None, (place, frame.function))), MAX_CLASS_CHARS)
 
 
@@ -2881,15 +2861,9 @@ def _pairs(value: Any) -> Json:
     return {_text(one[0]): one[1] for one in pairs if isinstance(one, list) and len(one) == 2}
 
 
-def _headers(value: Any) -> Json:
-    """Return headers, each with its value as one text."""
-    return {
-        name: ", ".join(map(_text, said)) if isinstance(said, list) else said
-        for name, said in _pairs(value).items()
-    }
-
-
-_NEWLINES = re.compile(rb"\n+")
+def _first(values: Iterable[Any]) -> str | None:
+    """Return the first value that is not empty, as text."""
+    return next(filter(None, map(_text, values)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2915,7 +2889,7 @@ def header_line(raw: bytes | bytearray, start: int, at: str) -> tuple[Json, int]
 def _payload_end(raw: bytes | bytearray, start: int, header: Json, at: str) -> int:
     """Return where a payload ends: by its length, else at the next newline or the end."""
     length = header.get("length")
-    if not isinstance(length, int) or isinstance(length, bool) or length < 0:
+    if type(length) is not int or length < 0:
         newline = raw.find(b"\n", start)
         return newline if newline >= 0 else len(raw)
     end = start + length
@@ -2924,6 +2898,9 @@ def _payload_end(raw: bytes | bytearray, start: int, header: Json, at: str) -> i
     if raw[end : end + 1] not in (b"", b"\n"):
         raise BadRequest(f"{at} goes on beyond its length of {length:,} bytes", field=at)
     return end
+
+
+_CONTENT = re.compile(rb"[^\n]")
 
 
 def parse_envelope(raw: bytes | bytearray) -> Envelope:
@@ -2937,14 +2914,11 @@ def parse_envelope(raw: bytes | bytearray) -> Envelope:
     view = memoryview(raw)
     header, position = header_line(raw, 0, "the envelope")
     items: list[tuple[str, memoryview]] = []
-    while position < len(raw):
-        if blank := _NEWLINES.match(raw, position):
-            position = blank.end()
-            continue
+    while found := _CONTENT.search(raw, position):
         at = f"items[{len(items)}]"
         if len(items) == MAX_ENVELOPE_ITEMS:
             raise TooLarge(f"the envelope has over {MAX_ENVELOPE_ITEMS} items", field=at)
-        item_header, start = header_line(raw, position, at)
+        item_header, start = header_line(raw, found.start(), at)
         position = _payload_end(raw, start, item_header, at)
         items.append((_text(item_header.get("type")), view[start:position]))
     return Envelope(header, tuple(items))
@@ -3007,6 +2981,44 @@ def key_of_auth(header: str) -> str:
     return found[1] if found else ""
 
 
+_OLD_NAMES = {"sentry.interfaces.Message": "logentry", "sentry.interfaces.Http": "request"}
+_LEVELS = {"10": "debug", "20": "info", "30": "warning", "40": "error", "50": "fatal"}
+_LEVELS |= {"warn": "warning", "critical": "fatal"}
+_TEXTS = ("environment", "release", "dist", "transaction", "server_name", "logger", "platform")
+_OBJECTS = ("user", "request", "contexts", "extra", "modules", "sdk")
+
+
+def _normalized(event: Json) -> Json:
+    """Return an event in the form of today's SDKs; a part of another shape is left empty.
+
+    `exception` is a list, the exception that was raised first, and holds at least an empty one.
+    """
+    if any(name.startswith("sentry.") for name in event):  # sentry.interfaces.Exception, to 2016
+        event = {
+            _OLD_NAMES.get(name) or name.removeprefix("sentry.interfaces.").lower(): value
+            for name, value in event.items()
+        }
+    error, level = event.get("exception"), _text(event.get("level")).lower() or "error"
+    if isinstance(error, dict) and "values" not in error:
+        error = [error]
+    found: Json = {name: _text(event.get(name)) for name in _TEXTS}
+    found |= {name: _object(event.get(name)) for name in _OBJECTS}
+    if headers := found["request"].get("headers"):
+        found["request"] = found["request"] | {
+            "headers": {
+                name: ", ".join(map(_text, said)) if isinstance(said, list) else said
+                for name, said in _pairs(headers).items()
+            }
+        }
+    return {
+        **event,
+        **found,
+        "level": _LEVELS.get(level, level),
+        "tags": {name: _text(value) for name, value in _pairs(event.get("tags")).items()},
+        "exception": _objects(error, MAX_EXCEPTIONS)[::-1] or [{}],
+    }
+
+
 def _frames_sent(part: Json) -> list[Json]:
     """Return the frames of an exception or thread, which SDKs send oldest first."""
     frames = _object(part.get("stacktrace")).get("frames")
@@ -3015,13 +3027,11 @@ def _frames_sent(part: Json) -> list[Json]:
 
 def _number_of(value: Any) -> int:
     """Return a number or numeric string as a whole number, 0 for anything else."""
-    if value is None or (type(value) is int and 0 <= value < 2**31):
-        return value or 0
-    with contextlib.suppress(ValueError, OverflowError):
-        if isinstance(value, (int, float, str)):
-            number = int(float(value))
-            return number if 0 <= number < 2**31 else 0
-    return 0
+    try:
+        number = int(float(value or 0))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+    return number if 0 <= number < 2**31 else 0
 
 
 def _address(value: Any) -> int | None:
@@ -3046,14 +3056,14 @@ def _function_of(frame: Json, platform: str) -> str:
     return function
 
 
-def _source_and_locals_of(frame: Json) -> Json:
+def _details_of(frame: Json) -> Json:
     """Return a frame's source and variables, without dunder names such as __name__."""
     found: Json = {}
     if isinstance(line := frame.get("context_line"), str):
         found["context_line"] = line
         for name in ("pre_context", "post_context"):
             if isinstance(lines := frame.get(name), list):
-                found[name] = lines if set(map(type, lines)) <= {str} else list(map(_text, lines))
+                found[name] = list(map(_text, lines))
     if isinstance(variables := frame.get("vars"), dict) and variables:
         found["locals"] = {
             name: value
@@ -3064,10 +3074,13 @@ def _source_and_locals_of(frame: Json) -> Json:
 
 
 def _frame_of_sdk(frame: Json, platform: str) -> Json | str:
-    """Return a Sentry frame in the API's form without `own`; an asynchronous gap is a string."""
+    """Return a Sentry frame in the API's form; an asynchronous gap is a string.
+
+    `in_app` decides whether it is own, unless the SDK is known to be wrong.
+    """
     path = _text(frame.get("abs_path"))
     if path.startswith("<asynchronous"):
-        return path
+        return path[:MAX_LINE_CHARS]
     platform = _text(frame.get("platform")) or platform
     file = _text(frame.get("filename")) or path
     found: Json = {}
@@ -3081,25 +3094,8 @@ def _frame_of_sdk(frame: Json, platform: str) -> Json | str:
         found["function"] = _one_line(function[:MAX_LINE_CHARS])
     if (module := frame.get("module")) and not (function and platform in ("java", "csharp")):
         found["module"] = _text(module)
-    return found | _source_and_locals_of(frame)
-
-
-def _mark_own(pairs: Sequence[tuple[Json, Json | str]]) -> None:
-    """Set `own` in each API frame from the Sentry frame it is paired with.
-
-    `in_app` decides unless the SDK is known to be wrong. If it marks any frame, the others are
-    library frames; if it marks none, paths and modules decide.
-    """
-    calls = [(sent, made) for sent, made in pairs if isinstance(made, dict)]
-    has_own = False
-    for sent, made in calls:
-        made["own"] = sent.get("in_app") is True and not is_library_despite_in_app(
-            _text(sent.get("abs_path")) or made.get("file", ""), made.get("function", "")
-        )
-        has_own = has_own or made["own"]
-    for sent, made in () if has_own else calls:
-        path = _text(sent.get("abs_path")) or made.get("file", "")
-        made["own"] = is_own_code(path, _text(sent.get("module")), made.get("function"))
+    is_own = frame.get("in_app") is True and not is_library_despite_in_app(path or file, function)
+    return found | _details_of(frame) | {"own": is_own}
 
 
 def _frames_of_threads(event: Json, error: Json) -> list[Json]:
@@ -3116,20 +3112,6 @@ def _frames_of_threads(event: Json, error: Json) -> list[Json]:
     return next(filter(None, map(_frames_sent, (*candidates, event))), [])
 
 
-def _sentry_chain(event: Json) -> list[tuple[Json, list[Json]]]:
-    """Return an event's exceptions and their frames in chain order, at least an empty one.
-
-    If no exception has frames, the first one gets those of a thread, else those of the event.
-    """
-    said = event.get("exception")
-    if isinstance(said, dict) and "values" not in said:
-        said = [said]
-    chain = [(one, _frames_sent(one)) for one in _objects(said, MAX_EXCEPTIONS)[::-1]] or [({}, [])]
-    if not any(frames for _, frames in chain):
-        chain[0] = (chain[0][0], _frames_of_threads(event, chain[0][0]))
-    return chain
-
-
 def _relation_of(error: Json) -> str:
     mechanism = _object(error.get("mechanism"))
     kind, source = _text(mechanism.get("type")), _text(mechanism.get("source"))
@@ -3138,15 +3120,25 @@ def _relation_of(error: Json) -> str:
     return "suppressed" if kind == "suppressed" else "one_of" if "[" in source else "caused_by"
 
 
-def _exceptions_of(
-    chain: Sequence[tuple[Json, list[Json]]], name: str, message: str, platform: str
-) -> list[Json]:
-    """Return a chain as the API takes it; `name` and `message` are the first exception's."""
-    made = [[_frame_of_sdk(frame, platform) for frame in frames] for _, frames in chain]
-    sent = itertools.chain.from_iterable(frames for _, frames in chain)
-    _mark_own(list(zip(sent, itertools.chain.from_iterable(made), strict=True)))
+def _exceptions_of(event: Json, name: str, message: str) -> list[Json]:
+    """Return an event's exceptions as the API takes them; `name` and `message` are the first's.
+
+    If none has frames, the first one gets those of a thread, else those of the event. If no frame
+    is marked as own, paths and modules decide.
+    """
+    errors = event["exception"]
+    stacks = [_frames_sent(one) for one in errors]
+    if not any(stacks):
+        stacks[0] = _frames_of_threads(event, errors[0])
+    made = [[_frame_of_sdk(frame, event["platform"]) for frame in stack] for stack in stacks]
+    sent = itertools.chain.from_iterable(stacks)
+    pairs = zip(sent, itertools.chain.from_iterable(made), strict=True)
+    calls = [(said, frame) for said, frame in pairs if isinstance(frame, dict)]
+    for said, frame in () if any(frame["own"] for _, frame in calls) else calls:
+        path = _text(said.get("abs_path")) or frame.get("file")
+        frame["own"] = is_own_code(path, _text(said.get("module")), frame.get("function"))
     found: list[Json] = [{"exception_class": name, "message": message, "frames": made[0]}]
-    for (error, _), frames in zip(chain[1:], made[1:], strict=True):
+    for error, frames in zip(errors[1:], made[1:], strict=True):
         kind = _text(error.get("type")).strip() or "Error"
         said = {"message": _text(error.get("value")), "relation": _relation_of(error)}
         found.append({"exception_class": kind} | said | {"frames": frames})
@@ -3160,21 +3152,18 @@ _PLACEHOLDER = re.compile(
 
 def _filled(template: str, params: Any) -> str:
     """Return a log's message: its template with the values in place, each bounded."""
-    names = params if isinstance(params, dict) else {}
     values = params if isinstance(params, list) else []
-    order = iter(values)
+    names = {str(number): value for number, value in enumerate(values)} | _object(params)
+    unnamed = iter(values)
 
     def value_of(found: re.Match[str]) -> str:
-        name = found["percent"] or found["name"]
         if found[0] == "%%":
             return "%"
-        if name and re.fullmatch("[0-9]{1,3}", name) and int(name) < len(values):
-            value = values[int(name)]
-        else:
-            value = names.get(name, found[0]) if name else next(order, found[0])
+        name = found["percent"] or found["name"]
+        value = names.get(name, found[0]) if name else next(unnamed, found[0])
         return clip(_text(value), MAX_FIELD_CHARS // 32)
 
-    if not values and not names:
+    if not names:
         return template
     return _PLACEHOLDER.sub(value_of, template[: 2 * MAX_MESSAGE_CHARS])
 
@@ -3198,17 +3187,7 @@ def _heading_of(event: Json, error: Json) -> tuple[str, str, str]:
     message, template = _logged(event)
     if not message and said:
         return "Error", said, said
-    return _text(event.get("logger")).strip() or "Message", message, template
-
-
-_LEVELS = {"10": "debug", "20": "info", "30": "warning", "40": "error", "50": "fatal"}
-_LEVELS |= {"warn": "warning", "critical": "fatal"}
-
-
-def _level_of(event: Json) -> str:
-    """Return an event's level by its present name; old SDKs send those of Python's logging."""
-    level = _text(event.get("level")).lower() or "error"
-    return _LEVELS.get(level, level)
+    return event["logger"].strip() or "Message", message, template
 
 
 _VARIABLE = re.compile(r"\{\{\s*([\w.-]+)\s*\}\}")
@@ -3223,11 +3202,11 @@ def _fingerprint_of_event(event: Json, default: str, name: str, message: str, fr
     parts = event.get("fingerprint")
     if not isinstance(parts, list) or not any(_text(part).strip() for part in parts):
         return default
-    known = {"type": name, "value": message, "message": message, "level": _level_of(event)}
-    known |= {name: _text(event.get(name)) for name in ("logger", "transaction")}
+    known = {"type": name, "value": message, "message": message}
+    known |= {name: event[name] for name in ("level", "logger", "transaction")}
     known |= {"function": frame.function or "", "module": frame.module or ""}
     known["package"] = frame.file or ""
-    known |= {f"tags.{name}": _text(value) for name, value in _pairs(event.get("tags")).items()}
+    known |= {f"tags.{name}": value for name, value in event["tags"].items()}
 
     def value_of(found: re.Match[str]) -> str:
         value = known.get(re.sub(r"^(?:error|stack)\.", "", found[1]), found[0])
@@ -3243,19 +3222,16 @@ def _fingerprint_of_event(event: Json, default: str, name: str, message: str, fr
     )
 
 
-def _user_id_of(user: Json) -> str:
-    known = (_text(user.get(name)) for name in ("id", "username", "email", "ip_address"))
-    return next((value for value in known if value and value != "{{auto}}"), "")
+def _user_id_of(event: Json, scrubber: Scrubber) -> str | None:
+    names = ("id", "username", "email", "ip_address")
+    values = (event["user"].get(name) for name in names if not scrubber.names_secret(name))
+    return _first(value for value in values if value != "{{auto}}")
 
 
-def _request_id_of(event: Json) -> str:
-    header = "x-request-id"
-    headers = _pairs(_object(event.get("request")).get("headers"))
-    tags = _pairs(event.get("tags"))
-    said = [value for name, value in _headers(headers).items() if name.lower() == header]
-    said += [value for name, value in tags.items() if name.lower() in ("request_id", header)]
-    said.append(_object(_object(event.get("contexts")).get("trace")).get("trace_id"))
-    return next((_text(value) for value in said if _text(value)), "")
+def _request_id_of(event: Json) -> str | None:
+    named = (*_object(event["request"].get("headers")).items(), *event["tags"].items())
+    found = [value for name, value in named if name.lower() in ("x-request-id", "request_id")]
+    return _first((*found, _object(event["contexts"].get("trace")).get("trace_id")))
 
 
 _SECONDS = re.compile(r"[0-9]{1,12}(?:\.[0-9]{0,12})?")
@@ -3264,12 +3240,10 @@ _SECONDS = re.compile(r"[0-9]{1,12}(?:\.[0-9]{0,12})?")
 def _time_of(value: Any) -> str | None:
     """Return a time, in seconds since 1970 or ISO 8601, as the latter; None if it is neither."""
     with contextlib.suppress(ValueError, OverflowError):
-        if isinstance(value, str) and _SECONDS.fullmatch(value):
-            value = float(value)
-        if isinstance(value, str):
+        if isinstance(value, str) and not _SECONDS.fullmatch(value):
             return iso_time(parse_timestamp(value))
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
-            return iso_time(int(value * 1000))
+        if type(value) in (int, float, str) and (seconds := float(value)) >= 0:
+            return iso_time(int(seconds * 1000))
     return None
 
 
@@ -3297,42 +3271,25 @@ _MECHANISM = ("type", "handled", "data", "meta")
 
 
 def _surroundings_of(event: Json, error: Json) -> Json:
-    """Return what is kept of an event beside what the API has fields for."""
-    sdk, request = _object(event.get("sdk")), _object(event.get("request"))
+    """Return what is kept of an event that the API has no field for."""
     mechanism = _object(error.get("mechanism"))
-    named = ("environment", "release", "dist", "transaction", "server_name", "logger", "platform")
-    if request.get("headers"):
-        request = request | {"headers": _headers(request["headers"])}
     found = {
-        "level": _level_of(event),
-        **{name: _text(event.get(name)) for name in named},
-        "sdk": f"{_text(sdk.get('name'))} {_text(sdk.get('version'))}".strip(),
+        "level": event["level"],
+        **{name: event[name] for name in _TEXTS},
+        "sdk": " ".join(_text(event["sdk"].get(name)) for name in ("name", "version")).strip(),
         "exception_module": _text(error.get("module")),
         "log_message": _logged(event)[0] if error.get("type") else "",
         "log_params": _object(event.get("logentry")).get("params"),
         "mechanism": {n: mechanism[n] for n in _MECHANISM if mechanism.get(n) is not None},
-        "tags": {name: _text(value) for name, value in _pairs(event.get("tags")).items()},
-        "user": _object(event.get("user")),
-        "request": request,
+        "tags": event["tags"],
+        "user": event["user"],
+        "request": event["request"],
         "breadcrumbs": _breadcrumbs_of(event),
-        "contexts": {k: v for k, v in _object(event.get("contexts")).items() if v},
-        "extra": _object(event.get("extra")),
-        "modules": _object(event.get("modules")),
+        "contexts": {name: value for name, value in event["contexts"].items() if value},
+        "extra": event["extra"],
+        "modules": event["modules"],
     }
     return {name: value for name, value in found.items() if value}
-
-
-_OLD_NAMES = {"sentry.interfaces.Message": "logentry", "sentry.interfaces.Http": "request"}
-
-
-def _with_present_names(event: Json) -> Json:
-    """Return an event with the names of before 2016, sentry.interfaces.Exception, replaced."""
-    if not any(name.startswith("sentry.") for name in event):
-        return event
-    return {
-        _OLD_NAMES.get(name) or name.removeprefix("sentry.interfaces.").lower(): value
-        for name, value in event.items()
-    }
 
 
 def report_of_event(event: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
@@ -3350,12 +3307,10 @@ def report_of_event(event: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json
     | timestamp, event_id | timestamp, in seconds or ISO 8601; event_id |
     | the rest | _surroundings_of |
     """
-    event = _with_present_names(event)
-    chain = _sentry_chain(event)
-    name, message, template = _heading_of(event, chain[0][0])
-    user = _object(event.get("user"))
-    user = {part: value for part, value in user.items() if not scrubber.names_secret(part)}
-    exceptions = _exceptions_of(chain, name, message, _text(event.get("platform")))
+    event = _normalized(event)
+    error = event["exception"][0]
+    name, message, template = _heading_of(event, error)
+    exceptions = _exceptions_of(event, name, message)
     frame = location_frame_of_json(exceptions) or Frame("")
     function = frame.function or ""
     # A raw address differs in every run.
@@ -3366,17 +3321,18 @@ def report_of_event(event: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json
         "message": message,
         "backtrace": [],
         "fingerprint": _fingerprint_of_event(event, default, name, message, frame),
-        "request_id": _request_id_of(event) or None,
-        "user_id": _user_id_of(user) or None,
+        "request_id": _request_id_of(event),
+        "user_id": _user_id_of(event, scrubber),
         "timestamp": _time_of(event.get("timestamp")),
         "event_id": read_event_id(event.get("event_id")),
         "exceptions": exceptions or None,
     }
     found = {name: value for name, value in report.items() if value is not None}
-    return found | _surroundings_of(event, chain[0][0])
+    return found | _surroundings_of(event, error)
 
 
-_COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+# JSON text holds no cycle, and looking for one takes a fifth of the time.
+_COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 
 
 def occurrence_from_sentry(
@@ -3386,14 +3342,9 @@ def occurrence_from_sentry(
     known = plain_texts or PlainTexts()
     report = report_of_event(event, known.scrubber)
     text = _COMPACT_JSON.encode(report)
-    plain = text if known.includes(text) else None
+    plain, scrubber = text if known.includes(text) else None, known.scrubber
     return parse_occurrence(
-        report,
-        received_ms,
-        plain=plain,
-        length=len(text),
-        trust=True,
-        scrubber=known.scrubber,
+        report, received_ms, plain=plain, length=len(text), trust=True, scrubber=scrubber
     )
 
 
