@@ -42,6 +42,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import socket
 import statistics
@@ -480,10 +481,15 @@ def compare_pages(bench: Bench) -> None:
     """Compare pages and ingest at ten thousand and at a million stored reports."""
 
     def make(version: Version) -> None:
+        if version.name == "control":
+            return  # gets a copy
         for database, count in (("small.db", 10_000), ("large.db", bench.stored)):
             fill(version, database, old_reports(count))
 
     bench.side_by_side(make)
+    for control in bench.versions[2:]:
+        for database in ("small.db", "large.db"):
+            shutil.copy(bench.folder / "before" / database, control.folder)
     with contextlib.ExitStack() as stack:
         servers = {
             (version.name, size): stack.enter_context(serving(version, f"{size}.db", *MANY))
@@ -497,6 +503,7 @@ def compare_pages(bench: Bench) -> None:
                 cpu_ms = {}
                 for size in ("small", "large"):
                     server = servers[version.name, size]
+                    page_ms(server, path)
                     began_s = server.cpu_s()
                     times_ms = [page_ms(server, path) for _ in range(20)]
                     cpu_ms[size] = (server.cpu_s() - began_s) * 1_000 / 20
@@ -571,18 +578,29 @@ def compare_start(bench: Bench) -> None:
     bench.alternate(measure)
 
 
-def seconds(work: Callable[[], Any], times: int) -> float:
-    """Return the seconds of one call, from as many calls as given."""
-    began = time.perf_counter()
-    for _ in range(times):
-        work()
-    return (time.perf_counter() - began) / times
+def cpu_s() -> float:
+    """Return the processor time that this process and those that it has waited for have used."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
-def ratio(one: Callable[[], Any], other: Callable[[], Any], times: int) -> float:
-    """Return what one work takes against another, both warm."""
-    one(), other()
-    return seconds(one, times) / seconds(other, times)
+def ratio(
+    one: Callable[[], Any],
+    other: Callable[[], Any],
+    times: int,
+    timer: Callable[[], float] = cpu_s,
+) -> float:
+    """Return what calls of one work cost against another's, each the least of five tries."""
+    least = []
+    for work in (one, other):
+        tries = []
+        for _ in range(5):
+            began = timer()
+            for _ in range(times):
+                work()
+            tries.append(timer() - began)
+        least.append(min(tries))
+    return least[0] / least[1]
 
 
 def import_of(module: str, folder: Path) -> Callable[[], Any]:
@@ -611,9 +629,8 @@ def call(app: Callable[..., Any]) -> Callable[[], Any]:
     return once
 
 
-@contextlib.contextmanager
-def served(app: Callable[..., Any]) -> Iterator[Callable[[], Any]]:
-    """Serve an application; yield what sends it 400 requests from four clients at once."""
+def serve(app: Callable[..., Any]) -> Callable[[], Any]:
+    """Serve an application; return what sends it 400 requests from four clients at once."""
     import waitress
 
     server = waitress.create_server(app, listen="127.0.0.1:0", threads=4)
@@ -634,15 +651,13 @@ def served(app: Callable[..., Any]) -> Iterator[Callable[[], Any]]:
         for each in clients:
             each.join()
 
-    yield load
-    server.task_dispatcher.shutdown()
-    server.close()
+    return load
 
 
 def recording_ratios(tracker: Any, folder: Path) -> dict[str, float]:
     """Compare what recording costs the calling thread with logging to a file.
 
-    A hundred at a time; the queue is emptied between the measured times, because the background
+    The queue is emptied between the measured times, because the background
     thread shares the interpreter. The client is not installed, or it would see the log as well.
     """
     logger = logging.getLogger("bench")
@@ -654,9 +669,8 @@ def recording_ratios(tracker: Any, folder: Path) -> dict[str, float]:
         work = failing(folder, frames, variables)
         record = work(client.record)
         log = work(lambda error: logger.error("it failed", exc_info=error))
-        record(), client.flush(30)
         sides = f"{frames} frames of {variables} variables, record_error / logging.exception"
-        found[sides] = seconds(record, 100) / seconds(log, 100)
+        found[sides] = ratio(record, log, 20, time.thread_time)
         client.flush(30)
     client.close()
     return found
@@ -665,17 +679,19 @@ def recording_ratios(tracker: Any, folder: Path) -> dict[str, float]:
 def compare_capture(bench: Bench) -> None:
     """Compare what capture costs its host."""
     modules = {version.name: version.load() for version in bench.versions}
+    servers = {name: serve(module.wrap(plain_app)) for name, module in modules.items()}
+    plain = serve(plain_app)
 
     def measure(version: Version) -> dict[str, float]:
         tracker, folder = modules[version.name], version.folder
         imports = import_of("miniapm", folder), import_of("bottle", folder)
-        found = {"import miniapm / import bottle": ratio(*imports, 3)}
+        found = {"import miniapm / import bottle": ratio(*imports, 1)}
         found |= recording_ratios(tracker, folder)
         undo = tracker.init(str(folder / "bench.db"))
-        wrapped = tracker.wrap(plain_app)
-        found["request in process, wrapped / plain"] = ratio(call(wrapped), call(plain_app), 3_000)
-        with served(wrapped) as one, served(plain_app) as other:
-            found["request served by waitress, wrapped / plain"] = ratio(one, other, 2)
+        in_process = call(tracker.wrap(plain_app)), call(plain_app)
+        found["request in process, wrapped / plain"] = ratio(*in_process, 600)
+        served = ratio(servers[version.name], plain, 1)
+        found["request served by waitress, wrapped / plain"] = served
         undo()
         return found
 
@@ -755,7 +771,7 @@ def compare_hosts(bench: Bench) -> None:
 
     def run(version: Version, url: str, pause_s: float, port: int = 0) -> Any:
         command = [sys.executable, str(script), url, str(lasts_s), str(pause_s)]
-        environ = os.environ | {"PYTHONPATH": str(version.folder), "MINI_APM_QUIET": "1"}
+        environ = os.environ | {"PYTHONPATH": str(version.folder)}
         with subprocess.Popen(
             command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as program:
@@ -813,6 +829,7 @@ def main() -> None:
     if {"ingest", "pages"}.intersection(parts) and not shutil.which("wrk"):
         parser.error("wrk is not installed (its package is called wrk): --only start, for instance")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    os.environ["MINI_APM_QUIET"] = "1"
     began = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), given.against, given)
