@@ -7,13 +7,14 @@ Needs bottle, waitress and sentry-sdk, and wrk for ingest and pages. "now" is th
 is FILE, "control" is FILE once more. Their servers run at the same time on loopback, each with a
 database of its own; one at a time is loaded, for a block, and a round is a block for each. The
 columns of the table:
+- better: which direction is better;
 - now, before: the median of the rounds;
 - ratio: now / before in each round, the median of these;
-- control: the same of control / before, with the least and the most: a ratio within is noise;
-- better: which direction is better.
+- control: the same of control / before, with the least and the most: a ratio within is noise.
 
 CPU is what the server's process used, user and system, also after the block until it rests. It
-changes little when other programs load the machine; rates and times do.
+changes little when other programs load the machine; rates and times change with it. With
+TMPDIR=/dev/shm the disk has no part in it.
 
 - ingest: reports a second and their 99th percentile by wrk, CPU, memory and bytes on disk;
 - pages: a million stored reports, and these against ten thousand;
@@ -159,16 +160,20 @@ class Bench:
             yield row
 
     def print(self) -> None:
-        """Print the table."""
-        print(f"{'now':>9} {'before':>9} {'ratio':>7}  {'control (from - to)':<20} better  measure")
+        """Print the table, as Markdown."""
+        table = [("measure", "better", "now", "before", "ratio", "control"), ("---",) * 6]
         for row in self.rows():
-            now, before = (f"{row[name]:.4g}" if name in row else "" for name in ("now", "before"))
-            ratio = control = ""
+            line = [row["measure"], row["better"]]
+            figures = (f"{row[name]:.4g}" if name in row else "" for name in ("now", "before"))
+            line += [f"{float(figure):,g}" if figure else "" for figure in figures]
             if "ratio" in row:
-                ratio = f"{row['ratio']:.3f}"
-                control = "{control:.3f} ({control_from:.2f} - {control_to:.2f})".format(**row)
-            end = f"{row['better']:<7} {row['measure']}"
-            print(f"{now:>9} {before:>9} {ratio:>7}  {control:<20} {end}")
+                line.append(f"{row['ratio']:.3f}")
+                line.append("{control:.3f} ({control_from:.2f} to {control_to:.2f})".format(**row))
+            table.append((*line, "", "")[:6])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for cells in table:
+            padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            print(f"| {' | '.join(padded)} |")
 
 
 def report(number: int, errors: int = 20) -> dict[str, Any]:
