@@ -136,10 +136,10 @@ class Bench:
                     values.setdefault(version.name, []).append(value)
 
     def side_by_side(self, work: Callable[[Version], Any]) -> dict[str, Any]:
-        """Do what is not timed for all versions at once; return the results by version."""
+        """Do what is not timed for now and before at once; return the results by version."""
+        versions = self.versions[:2]
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            done = pool.map(work, self.versions)
-            return {version.name: found for version, found in zip(self.versions, done, strict=True)}
+            return dict(zip((one.name for one in versions), pool.map(work, versions), strict=True))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield what was found, as the table has it."""
@@ -149,14 +149,12 @@ class Bench:
             for version in ("now", "before"):
                 if version in found:
                     row[version] = statistics.median(found[version])
-            if "before" in found and all(found["before"]):
-                ratios, control = (
-                    [one / other for one, other in zip(found[name], found["before"], strict=True)]
-                    for name in ("now", "control")
-                )
-                row["ratio"] = statistics.median(ratios)
-                row["control"] = statistics.median(control)
-                row["control_from"], row["control_to"] = min(control), max(control)
+            for version, key in (("now", "ratio"), ("control", "control")):
+                if version in found and all(found.get("before", [0])):
+                    pairs = zip(found[version], found["before"], strict=True)
+                    ratios = [one / other for one, other in pairs]
+                    row[key] = statistics.median(ratios)
+                    row[f"{key}_from"], row[f"{key}_to"] = min(ratios), max(ratios)
             yield row
 
     def print(self) -> None:
@@ -166,10 +164,10 @@ class Bench:
             line = [row["measure"], row["better"]]
             figures = (f"{row[name]:.4g}" if name in row else "" for name in ("now", "before"))
             line += [f"{float(figure):,g}" if figure else "" for figure in figures]
-            if "ratio" in row:
-                line.append(f"{row['ratio']:.3f}")
-                line.append("{control:.3f} ({control_from:.2f} to {control_to:.2f})".format(**row))
-            table.append((*line, "", "")[:6])
+            line.append(f"{row['ratio']:.3f}" if "ratio" in row else "")
+            control = "{control:.3f} ({control_from:.2f} to {control_to:.2f})"
+            line.append(control.format(**row) if "control" in row else "")
+            table.append(tuple(line))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for cells in table:
             padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
@@ -415,8 +413,8 @@ def fill(version: Version, database: str, bodies: Iterator[str]) -> None:
 
 def stored_bytes(version: Version) -> dict[str, float]:
     """Return the bytes in the database of one report, with all tables and indexes."""
-    found, count = {}, 20_000
-    for load, make in LOADS.items():
+    found = {}
+    for (load, make), count in zip(LOADS.items(), (10_000, 20_000), strict=True):
         fill(version, f"{load}.db", (json.dumps(make(number)) for number in range(count)))
         size = sum(each.stat().st_size for each in version.folder.glob(f"{load}.db*"))
         found[f"{load}: bytes a report in the database"] = size / count
@@ -426,7 +424,7 @@ def stored_bytes(version: Version) -> dict[str, float]:
 def compare_ingest(bench: Bench) -> None:
     """Compare what taking reports costs."""
     sizes = bench.side_by_side(stored_bytes)
-    bench.alternate(lambda version: sizes[version.name], 1)
+    bench.alternate(lambda version: sizes.get(version.name, {}), 1)
     with contextlib.ExitStack() as stack:
         servers = {
             (version.name, flags): stack.enter_context(serving(version, f"{flags[1]}.db", *flags))
@@ -444,9 +442,8 @@ def compare_ingest(bench: Bench) -> None:
             server = servers[version.name, MANY]
             return {said: server.memory_mib(field) for field, said in names.items()}
 
-        bench.side_by_side(
-            lambda version: send(bench, servers[version.name, MANY], "2,000 errors varied", 32)
-        )
+        for version in bench.versions:
+            send(bench, servers[version.name, MANY], "2,000 errors varied", 32)  # warms up
         for name, load, connections, each, flags in CASES:
             if bench.case in name:
                 bench.alternate(measure)
@@ -486,8 +483,6 @@ def compare_pages(bench: Bench) -> None:
     """Compare pages and ingest at ten thousand and at a million stored reports."""
 
     def make(version: Version) -> None:
-        if version.name == "control":
-            return  # gets a copy
         for database, count in (("small.db", 10_000), ("large.db", bench.stored)):
             fill(version, database, old_reports(count))
 
