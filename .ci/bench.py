@@ -1,168 +1,235 @@
-"""Measures speed as ratios within one run, each the median of alternations.
+"""Compares this version of the tracker with another one, in alternating blocks of load.
 
-    python .ci/bench.py [--rounds N] [--seconds S] [--json FILE]
-        [--only ingest|pages|start|capture|host]
-    python .ci/bench.py --against FILE [--rounds N] [--seconds S] [--json FILE]
+    python .ci/bench.py [--against FILE] [--only ingest|pages|start|capture|host] [--case TEXT]
+        [--rounds N] [--block-s S] [--json FILE]
 
-Needs bottle, waitress, sentry-sdk and, for ingest and pages, wrk. Everything that is compared runs
-in turn on loopback:
-- reports a second, over 1, 8 and 32 connections, one a request, in batches of 100 and as the
-  envelopes of Sentry's SDK, with a waitress that reads the body and stores nothing ("no-op", always
-  at 8 connections) and with SQLite alone; what they cost in memory and on disk;
-- pages at a million occurrences with pages at ten thousand, and under full load with idle;
-- a start until the first 202 with a Python that imports bottle and waitress;
-- importing miniapm with importing bottle; one record_error on the calling thread with one
-  logging.exception to a file, at 10 and 100 frames with 3 and 50 variables each; a request to a
-  plain WSGI application with the same application wrapped, called in process and served by waitress
-  to four clients;
-- what a program with 20 threads gets done that fails 500 times a second, while the tracker is away,
-  hangs and takes the reports, with the same program without capture; its threads either wait after
-  each piece of work or never.
+Needs bottle, waitress and sentry-sdk, and wrk for ingest and pages. "now" is this version, "before"
+is FILE, "control" is FILE once more. Their servers run at the same time on loopback, each with a
+database of its own; one at a time is loaded, for a block, and a round is a block for each. The
+columns of the table:
+- better: which direction is better;
+- now, before: the median of the rounds;
+- ratio: now / before in each round, the median of these;
+- control: the same of control / before, with the least and the most: a ratio within is noise.
 
-With --against it compares ingest with another version of the tracker and nothing else, and that
-version with itself: what it finds there is noise.
+CPU is what the server's process used, user and system, also after the block until it rests. It
+changes little when other programs load the machine; rates and times change with it. With
+TMPDIR=/dev/shm the disk has no part in it.
+
+- ingest: reports a second and their 99th percentile by wrk, CPU, memory and bytes on disk;
+- pages: a million stored reports, and these against ten thousand;
+- start: until the first 202;
+- capture: importing miniapm against bottle; one record_error on the calling thread against one
+  logging.exception to a file; a request to a WSGI application wrapped against plain;
+- host: what a program with 20 threads gets done that fails 500 times a second, while the tracker is
+  away, hangs and takes the reports, against the same program without capture.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
+import dataclasses
+import datetime
 import http.client
 import http.server
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import multiprocessing
 import os
 import random
 import re
+import resource
+import shutil
 import socket
-import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 import wsgiref.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+KEY, BATCH = "bench-key", "/ingest/errors/batch"
+HIGHER_IS_BETTER = ("a second", "done / without capture", "counted as dropped")
 
-import miniapm
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """A version of the tracker: miniapm.py in a folder of its own."""
+
+    name: str
+    folder: Path
+
+    def load(self) -> Any:
+        """Return it as a module."""
+        spec = importlib.util.spec_from_file_location(
+            f"{self.name}_{time.monotonic_ns()}", self.folder / "miniapm.py"
+        )
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
 
 
-class Results:
-    """What was measured, by name, each figure of each round."""
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A running tracker."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, list[float]] = {}
-        self.targets: dict[str, str] = {}
+    port: int
+    pid: int
 
-    def keep(self, name: str, value: float, target: str = "") -> None:
-        """Keep a figure; `target` is what the project aims at, such as ">= 2.0"."""
-        self.found.setdefault(name, []).append(value)
-        self.targets[name] = target
+    def cpu_s(self) -> float:
+        """Return the processor time, user and system, that it has used."""
+        return time.clock_gettime((~self.pid << 3) | 2)  # Linux's CPU clock of another process
 
-    def divide(self, name: str, by: str, target: str = "") -> None:
-        """Add what each round's figure is of the best that another one reached in any round."""
-        best = (min if name.endswith("ms") else max)(self.found[by])
-        for value in self.found[name]:
-            self.keep(f"{name} / {by.partition(':')[0]}", value / best, target)
+    def rest(self) -> None:
+        """Wait until it does nothing more, so that work put off is counted as well."""
+        used_s, deadline_s = -1.0, time.monotonic() + 2
+        while self.cpu_s() - used_s > 0.001 and time.monotonic() < deadline_s:
+            used_s = self.cpu_s()
+            time.sleep(0.04)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the medians."""
-        return [
-            {
-                "name": name,
-                "median": float(f"{statistics.median(values):.4g}"),
-                "least": float(f"{min(values):.4g}"),
-                "most": float(f"{max(values):.4g}"),
-                "rounds": len(values),
-                "target": self.targets[name],
-            }
-            for name, values in self.found.items()
-        ]
+    def memory_mib(self, field: str) -> float:
+        """Return a field of its status, such as VmRSS."""
+        found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
+        assert found
+        return int(found[1]) / 1024
+
+
+class Bench:
+    """Alternates the versions and keeps what is found, by measure and version, round by round."""
+
+    def __init__(self, folder: Path, against: Path | None, given: argparse.Namespace) -> None:
+        self.folder, self.rounds, self.block_s = folder, given.rounds, given.block_s
+        self.case, self.stored, self.round = given.case, given.stored, 0
+        self.found: dict[str, dict[str, list[float]]] = {}
+        files = {"now": ROOT / "miniapm.py"}
+        if against:
+            files |= {"before": against, "control": against}
+        self.versions = []
+        for name, file in files.items():
+            (folder / name).mkdir()
+            shutil.copy(file, folder / name / "miniapm.py")
+            self.versions.append(Version(name, folder / name))
+
+    def alternate(
+        self, measure: Callable[[Version], dict[str, float]], rounds: int | None = None
+    ) -> None:
+        """Measure the versions in turn; another one is the first in each round."""
+        for number in range(rounds or self.rounds):
+            self.round, first = number, number % len(self.versions)
+            for version in self.versions[first:] + self.versions[:first]:
+                for name, value in measure(version).items():
+                    values = self.found.setdefault(name, {})
+                    values.setdefault(version.name, []).append(value)
+
+    def side_by_side(self, work: Callable[[Version], Any]) -> dict[str, Any]:
+        """Do what is not timed for now and before at once; return the results by version."""
+        versions = self.versions[:2]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return dict(zip((one.name for one in versions), pool.map(work, versions), strict=True))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield what was found, as the table has it."""
+        for name, found in self.found.items():
+            row: dict[str, Any] = {"measure": name, "rounds": len(found["now"])}
+            row["better"] = "higher" if name.endswith(HIGHER_IS_BETTER) else "lower"
+            for version in ("now", "before"):
+                if version in found:
+                    row[version] = statistics.median(found[version])
+            for version, key in (("now", "ratio"), ("control", "control")):
+                if version in found and all(found.get("before", [0])):
+                    pairs = zip(found[version], found["before"], strict=True)
+                    ratios = [one / other for one, other in pairs]
+                    row[key] = statistics.median(ratios)
+                    row[f"{key}_from"], row[f"{key}_to"] = min(ratios), max(ratios)
+            yield row
 
     def print(self) -> None:
-        """Print the medians as a table, with what is aimed at and whether it is reached."""
-        print(f"{'median':>10}  {'from':>9} {'to':>9}  {'aim':<8}      what")
+        """Print the table, as Markdown."""
+        table = [("measure", "better", "now", "before", "ratio", "control"), ("---",) * 6]
         for row in self.rows():
-            sign, _, aim = row["target"].partition(" ")
-            reached = not aim or (
-                row["median"] >= float(aim) if sign == ">=" else row["median"] <= float(aim)
-            )
-            mark = "" if reached else "MISSED"
-            print(
-                f"{row['median']:>10g}  {row['least']:>9g} {row['most']:>9g}"
-                f"  {row['target']:<8} {mark:<6}{row['name']}"
-            )
+            line = [row["measure"], row["better"]]
+            figures = (f"{row[name]:.4g}" if name in row else "" for name in ("now", "before"))
+            line += [f"{float(figure):,g}" if figure else "" for figure in figures]
+            line.append(f"{row['ratio']:.3f}" if "ratio" in row else "")
+            control = "{control:.3f} ({control_from:.2f} to {control_to:.2f})"
+            line.append(control.format(**row) if "control" in row else "")
+            table.append(tuple(line))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for cells in table:
+            padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            print(f"| {' | '.join(padded)} |")
 
 
-def seconds(work: Callable[[], Any], times: int) -> float:
-    """Return the seconds of one call, from as many calls as given."""
-    began = time.perf_counter()
-    for _ in range(times):
-        work()
-    return (time.perf_counter() - began) / times
+def report(number: int, errors: int = 20) -> dict[str, Any]:
+    """Return a report of 1.8 KB, of one of some errors, that differs as real ones do."""
+    error = number % errors
+    return {
+        "exception_class": f"Shop::Order{error}Error",
+        "message": f"Could not charge order {number * 7919} of user {number % 500}",
+        "backtrace": [
+            *(f"app/services/order_{error}_{n}.rb:{10 + n}:in `charge_{n}`" for n in range(12)),
+            *(
+                f"/usr/lib/ruby/gems/3.2.0/gems/rack-3.0/lib/rack/{n}.rb:{n}:in `call`"
+                for n in range(8)
+            ),
+        ],
+        "fingerprint": f"order_{error}",
+        "request_id": f"{number * 2654435761 % 2**32:08x}-{number:08x}",
+        "user_id": str(number % 500),
+        "params": {
+            "id": number,
+            "page": number % 10,
+            "filter": {"name": f"n{number}", "on": True},
+            "cart": [{"sku": f"sku-{number * k % 9973}", "count": k} for k in range(1, 6)],
+        },
+        "timestamp": f"2026-11-23T12:{number % 60:02}:{number // 60 % 60:02}Z",
+        "source_context": {
+            "file": f"app/services/order_{error}_0.rb",
+            "lineno": 10,
+            "pre_context": ["  def charge", "    total = cart.sum"],
+            "context_line": "    raise OrderError unless paid?(total)",
+            "post_context": ["  end", ""],
+        },
+    }
 
 
-def import_of(module: str) -> Callable[[], Any]:
-    """Return what starts a Python that imports a module, with its byte code cached."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": tempfile.gettempdir()}
-    environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    command = [sys.executable, "-c", f"import {module}"]
-    return lambda: subprocess.run(command, env=environ, check=True)
-
-
-def plain_app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-    """Answer like a small application that does a little work."""
-    body = json.dumps({"path": environ["PATH_INFO"], "items": list(range(50))}).encode()
-    start_response("200 OK", [("Content-Type", "application/json")])
-    return [body]
-
-
-def call(app: Callable[..., Any]) -> Callable[[], Any]:
-    """Return a call of an application in process."""
-    environ: dict[str, Any] = {"PATH_INFO": "/cart", "REMOTE_ADDR": "127.0.0.1"}
-    wsgiref.util.setup_testing_defaults(environ)
-
-    def once() -> None:
-        list(app(environ | {"wsgi.input": io.BytesIO()}, lambda *_: None))
-
-    return once
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 @contextlib.contextmanager
-def served(app: Callable[..., Any]) -> Iterator[Callable[[], Any]]:
-    """Serve an application; yield what sends it 400 requests from four clients at once."""
-    import waitress
-
-    server = waitress.create_server(app, listen="127.0.0.1:0", threads=4)
-    threading.Thread(target=server.run, daemon=True).start()
-    port = int(server.effective_port)
-
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        for _ in range(100):
-            connection.request("GET", "/cart")
-            connection.getresponse().read()
-        connection.close()
-
-    def load() -> None:
-        clients = [threading.Thread(target=client) for _ in range(4)]
-        for each in clients:
-            each.start()
-        for each in clients:
-            each.join()
-
-    yield load
-    server.task_dispatcher.shutdown()
-    server.close()
+def serving(version: Version, database: str = "bench.db", *more: str) -> Iterator[Server]:
+    """Run a version's server until the block ends."""
+    port = free_port()
+    command = [sys.executable, "miniapm.py", "--api-key", KEY, "--port", str(port)]
+    command += ["--db", database, *more]
+    process = subprocess.Popen(command, cwd=version.folder, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(1_000):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.01)
+        yield Server(port, process.pid)
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 VALUES = ("17", "'some text'", "None", "(17, 'text')", "{'a': 17}")  # of variables, in turn
@@ -193,44 +260,442 @@ def failing(folder: Path, frames: int, variables: int) -> Callable[[Callable[...
     return lambda report: lambda: namespace["attempt"](report)
 
 
-def compare(
-    results: Results,
-    name: str,
+# Sends the requests of a file in turn, from a place on that the caller names.
+WRK_SCRIPT = """\
+function init(arguments)
+  local text = io.open(arguments[1], "rb"):read("*a")
+  fresh, at, sent, requests = text:find("\\1", 1, true), tonumber(arguments[2]), 0, {}
+  for request in text:gmatch("%Z+") do requests[#requests + 1] = request end
+  math.randomseed(os.time())
+end
+function request()
+  at, sent = at % #requests + 1, sent + 1
+  if not fresh then return requests[at] end
+  -- An event id that comes again would be passed over.
+  local id = string.format("%08x%08x%016x", math.random(0, 2^31), math.random(0, 2^31), sent)
+  return (requests[at]:gsub("\\1", id))
+end
+function done(summary, latency)
+  local e = summary.errors
+  io.write(string.format('\\n{"requests": %d, "seconds": %f, "p99_ms": %f, "failed": %d}\\n',
+    summary.requests, summary.duration / 1e6, latency:percentile(99) / 1e3,
+    e.connect + e.read + e.write + e.status + e.timeout))
+end
+"""
+
+
+def varied(number: int) -> dict[str, Any]:
+    """Return a report of one of 2,000 errors, full of ids, addresses and hex never seen before."""
+    chance = random.Random(number)
+
+    def digits(count: int) -> str:
+        return f"{chance.getrandbits(4 * count):0{count}x}"
+
+    some_id, address = uuid.UUID(digits(32)), f"10.{number % 250}.{chance.getrandbits(7)}.9"
+    made = report(number, 2_000)
+    for at in range(0, 20, 4):
+        made["backtrace"][at] += f" for #<Order:0x0000{digits(12)} id: {chance.getrandbits(30)}>"
+    return made | {
+        "message": f"order {some_id} from {address} is held by #<Worker:0x0000{digits(12)}>",
+        "request_id": str(uuid.UUID(digits(32))),
+        "user_id": str(chance.getrandbits(20)),
+        "params": {
+            "id": str(some_id),
+            "remote": f"{address}:{chance.getrandbits(15)}",
+            "etag": digits(40),
+            "items": [{"ref": digits(16), "count": chance.getrandbits(10)} for _ in range(5)],
+        },
+    }
+
+
+def write_requests(path: Path, target: str, bodies: Iterable[str]) -> None:
+    """Write whole requests for wrk: a NUL between two, a 1 for each event id to fill in."""
+    head = (
+        f"POST {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {KEY}\r\n"
+        "Content-Type: application/json\r\nContent-Length: "
+    )
+    requests = (f"{head}{len(body.encode())}\r\n\r\n{body}" for body in bodies)
+    path.write_text("\0".join(requests).replace("E" * 32, "\1"))
+
+
+def write_envelopes(path: Path, count: int) -> None:
+    """Write envelopes as sentry-sdk sends them for exceptions, their event id left to fill in.
+
+    In a process of its own: an SDK that was started slows down the logging of its process.
+    """
+    import sentry_sdk
+
+    sent: list[str] = []
+
+    class Transport(sentry_sdk.Transport):
+        def capture_envelope(self, envelope: Any) -> None:
+            text = envelope.serialize().decode()
+            event_id = json.loads(text.partition("\n")[0])["event_id"]
+            sent.append(text.replace(event_id, "E" * 32))
+
+    options: dict[str, Any] = {"default_integrations": False, "release": "shop@1.2"}
+    sentry_sdk.init(f"http://{KEY}@127.0.0.1:1/1", transport=Transport, **options)
+    for number in range(count):
+        with sentry_sdk.new_scope() as scope:
+            scope.set_user({"id": str(number % 500)})
+            scope.set_tag("region", "eu")
+            for step in ("opened", "paid", "sent"):
+                scope.add_breadcrumb(category="cart", message=f"order {number} was {step}")
+            failing(path.parent, 6, 1)(sentry_sdk.capture_exception)()
+    write_requests(path, f"/api/1/envelope/?sentry_key={KEY}", sent)
+
+
+def write_loads(folder: Path) -> None:
+    """Write the requests that wrk sends, and its script."""
+    (folder / "send.lua").write_text(WRK_SCRIPT)
+    made = {load: [json.dumps(make(n)) for n in range(10_000)] for load, make in LOADS.items()}
+    for load, bodies in made.items():
+        write_requests(folder / load, "/ingest/errors", bodies)
+    batches = (made["20 errors alike"][at : at + 100] for at in range(0, 10_000, 100))
+    write_requests(folder / "batches", BATCH, map(batch, batches))
+    spawn = multiprocessing.get_context("spawn")
+    writing = spawn.Process(target=write_envelopes, args=(folder / "envelopes", 500))
+    writing.start()
+    writing.join()
+
+
+def batch(bodies: Iterable[str]) -> str:
+    """Return the body of a batch."""
+    return f'{{"errors": [{", ".join(bodies)}]}}'
+
+
+def send(bench: Bench, server: Server, load: str, connections: int, each: int = 1) -> Any:
+    """Send a block of requests as fast as they are answered; return what wrk and CPU say."""
+    began_s = server.cpu_s()
+    url, at = f"http://127.0.0.1:{server.port}/", str(bench.round * 1_117)
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{bench.block_s}", "-s"]
+    done = subprocess.run(
+        [*command, str(bench.folder / "send.lua"), url, "--", str(bench.folder / load), at],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["failed"]:
+        print(f"{load}: {found['failed']} of {found['requests']} requests failed", file=sys.stderr)
+    server.rest()
+    reports = (found["requests"] - found["failed"]) * each
+    found["CPU µs a report"] = (server.cpu_s() - began_s) * 1e6 / reports
+    found["reports a second"] = reports / found["seconds"]
+    return found
+
+
+MANY = ("--max-occurrences", "1000000")  # nothing is removed
+LOADS = {"20 errors alike": report, "2,000 errors varied": varied}
+CASES = (  # name, file of requests, connections, reports in each, flags of the server
+    *(
+        (f"{load}, {count} connection{'s'[: count - 1]}", load, count, 1, MANY)
+        for load in LOADS
+        for count in (1, 8, 32)
+    ),
+    ("batches of 100, 4 connections", "batches", 4, 100, MANY),
+    ("Sentry envelopes, 8 connections", "envelopes", 8, 1, MANY),
+    ("as many removed, 32 connections", "20 errors alike", 32, 1, ("--max-occurrences", "100")),
+)
+
+
+def fill(version: Version, database: str, bodies: Iterator[str]) -> None:
+    """Send reports in batches to a database of its own."""
+    with serving(version, database, *MANY) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        while some := list(itertools.islice(bodies, 100)):
+            connection.request("POST", BATCH, batch(some), headers)
+            answer = connection.getresponse()
+            assert (answer.status, answer.read()) == (202, b""), answer.status
+        connection.close()
+
+
+def stored_bytes(version: Version) -> dict[str, float]:
+    """Return the bytes in the database of one report, with all tables and indexes."""
+    found = {}
+    for (load, make), count in zip(LOADS.items(), (10_000, 20_000), strict=True):
+        fill(version, f"{load}.db", (json.dumps(make(number)) for number in range(count)))
+        size = sum(each.stat().st_size for each in version.folder.glob(f"{load}.db*"))
+        found[f"{load}: bytes a report in the database"] = size / count
+    return found
+
+
+def compare_ingest(bench: Bench) -> None:
+    """Compare what taking reports costs."""
+    sizes = bench.side_by_side(stored_bytes)
+    bench.alternate(lambda version: sizes.get(version.name, {}), 1)
+    with contextlib.ExitStack() as stack:
+        servers = {
+            (version.name, flags): stack.enter_context(serving(version, f"{flags[1]}.db", *flags))
+            for version in bench.versions
+            for flags in {case[-1]: None for case in CASES}
+        }
+
+        def measure(version: Version) -> dict[str, float]:
+            found = send(bench, servers[version.name, flags], load, connections, each)
+            names = ("CPU µs a report", "reports a second", "p99_ms")
+            return {f"{name}: {what.replace('_', ' ')}": found[what] for what in names}
+
+        def memory(version: Version) -> dict[str, float]:
+            names = {"VmRSS": "memory at rest, MiB", "VmHWM": "memory at most, MiB"}
+            server = servers[version.name, MANY]
+            return {said: server.memory_mib(field) for field, said in names.items()}
+
+        for version in bench.versions:
+            send(bench, servers[version.name, MANY], "2,000 errors varied", 32)  # warms up
+        for name, load, connections, each, flags in CASES:
+            if bench.case in name:
+                bench.alternate(measure)
+        bench.alternate(memory, 1)
+
+
+def old_reports(count: int) -> Iterator[str]:
+    """Yield reports of 2,000 errors that happened within the last 30 days."""
+    chance, now = random.Random(1), datetime.datetime.now(datetime.UTC)
+    for number in range(count):
+        then = now - datetime.timedelta(days=30 * chance.random())
+        yield json.dumps(report(number, 2_000) | {"timestamp": then.isoformat()})
+
+
+PAGES = {
+    "list page": "/errors",
+    "error page": "/errors/1007",
+    "search": "/errors?q=order+1007",
+    "list as JSON": "/errors.json",
+    "error as JSON": "/errors/1007.json",
+}
+
+
+def page_ms(server: Server, path: str) -> float:
+    """Return the milliseconds that a page takes."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    began = time.perf_counter()
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    assert answer.status == 200, answer.status
+    return (time.perf_counter() - began) * 1_000
+
+
+def compare_pages(bench: Bench) -> None:
+    """Compare pages and ingest at ten thousand and at a million stored reports."""
+
+    def make(version: Version) -> None:
+        for database, count in (("small.db", 10_000), ("large.db", bench.stored)):
+            fill(version, database, old_reports(count))
+
+    bench.side_by_side(make)
+    for control in bench.versions[2:]:
+        for database in ("small.db", "large.db"):
+            shutil.copy(bench.folder / "before" / database, control.folder)
+    with contextlib.ExitStack() as stack:
+        servers = {
+            (version.name, size): stack.enter_context(serving(version, f"{size}.db", *MANY))
+            for version in bench.versions
+            for size in ("small", "large")
+        }
+
+        def pages(version: Version) -> dict[str, float]:
+            found = {}
+            for name, path in PAGES.items():
+                cpu_ms = {}
+                for size in ("small", "large"):
+                    server = servers[version.name, size]
+                    page_ms(server, path)
+                    began_s = server.cpu_s()
+                    times_ms = [page_ms(server, path) for _ in range(20)]
+                    cpu_ms[size] = (server.cpu_s() - began_s) * 1_000 / 20
+                found[f"{name}, a million stored: CPU ms"] = cpu_ms["large"]
+                found[f"{name}, a million stored: ms"] = statistics.median(times_ms)
+                many = f"{name}, a million stored / ten thousand: CPU"
+                found[many] = cpu_ms["large"] / cpu_ms["small"]
+            return found
+
+        def ingest(version: Version) -> dict[str, float]:
+            small, large = (servers[version.name, size] for size in ("small", "large"))
+            few, many = (
+                send(bench, server, "20 errors alike", 8)["CPU µs a report"]
+                for server in (small, large)
+            )
+            sending = threading.Thread(target=send, args=(bench, large, "20 errors alike", 32))
+            sending.start()
+            times_ms = []
+            while sending.is_alive():
+                times_ms.append(page_ms(large, "/errors"))
+            return {
+                "ingest, a million stored / ten thousand: CPU": many / few,
+                "list page under full load: p95 ms": statistics.quantiles(times_ms, n=20)[18],
+                "list page under full load: slowest ms": max(times_ms),
+            }
+
+        bench.alternate(pages)
+        bench.alternate(ingest)
+
+
+def first_answer(version: Version, *command: str) -> tuple[float, float]:
+    """Return the milliseconds, and those of CPU, from starting the tracker to its first 202."""
+    port = free_port()
+    flags = ["--api-key", KEY, "--port", str(port), "--db", f"start-{time.monotonic_ns()}.db"]
+    environ = {name: os.environ[name] for name in os.environ if name != "PYTHONDONTWRITEBYTECODE"}
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *command, *flags],
+        cwd=version.folder,
+        env=environ,
+        stdout=subprocess.DEVNULL,
+    )
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    body = json.dumps(report(1))
+    try:
+        while time.perf_counter() - began < 30:
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            with contextlib.suppress(OSError):
+                connection.request("POST", "/ingest/errors", body, headers)
+                assert connection.getresponse().status == 202
+                took_ms = (time.perf_counter() - began) * 1_000
+                return took_ms, Server(port, process.pid).cpu_s() * 1_000
+            time.sleep(0.002)
+    finally:
+        process.terminate()
+        process.wait(20)
+    raise TimeoutError("the tracker does not answer")
+
+
+def compare_start(bench: Bench) -> None:
+    """Compare starts, with and without cached byte code."""
+
+    def measure(version: Version) -> dict[str, float]:
+        found = {}
+        for command in (("miniapm.py",), ("-m", "miniapm")):
+            label = f"python {' '.join(command)} until the first 202"
+            found[f"{label}: ms"], found[f"{label}: CPU ms"] = first_answer(version, *command)
+        return found
+
+    for version in bench.versions:
+        first_answer(version, "-m", "miniapm")  # caches the byte code
+    bench.alternate(measure)
+
+
+def cpu_s() -> float:
+    """Return the processor time that this process and those that it has waited for have used."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
+
+
+def ratio(
     one: Callable[[], Any],
     other: Callable[[], Any],
     times: int,
-    rounds: int,
-    target: str = "",
-) -> None:
-    """Alternate two works."""
-    one(), other()
-    for _ in range(rounds):
-        results.keep(name, seconds(one, times) / seconds(other, times), target)
+    timer: Callable[[], float] = cpu_s,
+) -> float:
+    """Return what calls of one work cost against another's, each the least of five tries."""
+    least = []
+    for work in (one, other):
+        tries = []
+        for _ in range(5):
+            began = timer()
+            for _ in range(times):
+                work()
+            tries.append(timer() - began)
+        least.append(min(tries))
+    return least[0] / least[1]
 
 
-def compare_recording(results: Results, folder: Path, rounds: int) -> None:
+def import_of(module: str, folder: Path) -> Callable[[], Any]:
+    """Return what starts a Python that imports a module, with its byte code cached."""
+    environ = os.environ | {"PYTHONPATH": str(folder), "PYTHONPYCACHEPREFIX": str(folder)}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    command = [sys.executable, "-c", f"import {module}"]
+    return lambda: subprocess.run(command, env=environ, check=True)
+
+
+def plain_app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    """Answer like a small application that does a little work."""
+    body = json.dumps({"path": environ["PATH_INFO"], "items": list(range(50))}).encode()
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [body]
+
+
+def call(app: Callable[..., Any]) -> Callable[[], Any]:
+    """Return a call of an application in process."""
+    environ: dict[str, Any] = {"PATH_INFO": "/cart", "REMOTE_ADDR": "127.0.0.1"}
+    wsgiref.util.setup_testing_defaults(environ)
+
+    def once() -> None:
+        list(app(environ | {"wsgi.input": io.BytesIO()}, lambda *_: None))
+
+    return once
+
+
+def serve(app: Callable[..., Any]) -> Callable[[], Any]:
+    """Serve an application; return what sends it 400 requests from four clients at once."""
+    import waitress
+
+    server = waitress.create_server(app, listen="127.0.0.1:0", threads=4)
+    threading.Thread(target=server.run, daemon=True).start()
+    port = int(server.effective_port)
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        for _ in range(100):
+            connection.request("GET", "/cart")
+            connection.getresponse().read()
+        connection.close()
+
+    def load() -> None:
+        clients = [threading.Thread(target=client) for _ in range(4)]
+        for each in clients:
+            each.start()
+        for each in clients:
+            each.join()
+
+    return load
+
+
+def recording_ratios(tracker: Any, folder: Path) -> dict[str, float]:
     """Compare what recording costs the calling thread with logging to a file.
 
-    A hundred at a time; the queue is emptied between the measured times, for the background
+    The queue is emptied between the measured times, because the background
     thread shares the interpreter. The client is not installed, or it would see the log as well.
     """
     logger = logging.getLogger("bench")
     logger.propagate = False
-    logger.addHandler(logging.FileHandler(folder / "bench.log"))
-    client = miniapm.Client(str(folder / "record.db"), project_root=str(folder))
+    logger.handlers = [logging.FileHandler(folder / "bench.log")]
+    client = tracker.Client(str(folder / "record.db"), project_root=str(folder))
+    found = {}
     for frames, variables in ((10, 3), (10, 50), (100, 3), (100, 50)):
         work = failing(folder, frames, variables)
         record = work(client.record)
         log = work(lambda error: logger.error("it failed", exc_info=error))
-        name = (
-            f"record_error / logging.exception to a file, {frames} frames of {variables} variables"
-        )
-        for round_number in range(rounds + 1):
-            ratio = seconds(record, 100) / seconds(log, 100)
-            if round_number:  # the first one warms up
-                results.keep(name, ratio, "<= 1.5")
-            client.flush(30)
+        sides = f"{frames} frames of {variables} variables, record_error / logging.exception"
+        found[sides] = ratio(record, log, 20, time.thread_time)
+        client.flush(30)
     client.close()
+    return found
+
+
+def compare_capture(bench: Bench) -> None:
+    """Compare what capture costs its host."""
+    modules = {version.name: version.load() for version in bench.versions}
+    servers = {name: serve(module.wrap(plain_app)) for name, module in modules.items()}
+    plain = serve(plain_app)
+
+    def measure(version: Version) -> dict[str, float]:
+        tracker, folder = modules[version.name], version.folder
+        imports = import_of("miniapm", folder), import_of("bottle", folder)
+        found = {"import miniapm / import bottle": ratio(*imports, 1)}
+        found |= recording_ratios(tracker, folder)
+        undo = tracker.init(str(folder / "bench.db"))
+        in_process = call(tracker.wrap(plain_app)), call(plain_app)
+        found["request in process, wrapped / plain"] = ratio(*in_process, 600)
+        served = ratio(servers[version.name], plain, 1)
+        found["request served by waitress, wrapped / plain"] = served
+        undo()
+        return found
+
+    bench.alternate(measure)
 
 
 HOST = """\
@@ -295,561 +760,90 @@ class HostTracker(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def compare_hosts(results: Results, folder: Path, rounds: int, lasts_s: int) -> None:
+def compare_hosts(bench: Bench) -> None:
     """Compare a program that fails 500 times a second with the same one without capture.
 
     The tracker is away, hangs and takes the reports, each for a third of the time.
     """
-    script = folder / "host.py"
+    lasts_s = 30
+    script = bench.folder / "host.py"
     script.write_text(HOST)
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "MINI_APM_QUIET": "1"}
 
-    def run(url: str, pause_s: float, meanwhile: Callable[[], None] = lambda: None) -> Any:
+    def run(version: Version, url: str, pause_s: float, port: int = 0) -> Any:
         command = [sys.executable, str(script), url, str(lasts_s), str(pause_s)]
+        environ = os.environ | {"PYTHONPATH": str(version.folder)}
         with subprocess.Popen(
             command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        ) as host:
-            meanwhile()
-            return json.loads(host.communicate()[0])
+        ) as program:
+            if port:
+                time.sleep(lasts_s / 3)
+                server = http.server.ThreadingHTTPServer(("127.0.0.1", port), HostTracker)
+                HostTracker.hangs = True
+                threading.Thread(target=server.serve_forever, daemon=True).start()
+                time.sleep(lasts_s / 3)
+                HostTracker.hangs = False
+            return json.loads(program.communicate()[0])
 
-    def tracker_comes_and_hangs(port: int) -> Callable[[], None]:
-        def meanwhile() -> None:
-            time.sleep(lasts_s / 3)
-            server = http.server.ThreadingHTTPServer(("127.0.0.1", port), HostTracker)
-            HostTracker.hangs = True
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            time.sleep(lasts_s / 3)
-            HostTracker.hangs = False
-
-        return meanwhile
-
-    for name, pause_s in (("that wait between", 0.02), ("that never wait", 0.0)):
-        for _ in range(rounds):
-            plain = run("", pause_s)
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            HostTracker.taken = HostTracker.dropped = 0
-            url = f"http://127.0.0.1:{port}"
-            captured = run(url, pause_s, tracker_comes_and_hangs(port))
+    def measure(version: Version) -> dict[str, float]:
+        found = {}
+        for name, pause_s in (("that wait between", 0.02), ("that never wait", 0.0)):
             label = f"host of 20 threads {name}"
-            ratio = captured["units"] / plain["units"]
-            results.keep(f"{label}: done / without capture", ratio, ">= 0.9")
+            port = free_port()
+            HostTracker.taken = HostTracker.dropped = 0
+            plain = run(version, "", pause_s)
+            captured = run(version, f"http://127.0.0.1:{port}", pause_s, port)
             more = captured["mebibytes"] - plain["mebibytes"]
-            results.keep(f"{label}: MiB more than without", more)
-            accounted = HostTracker.taken + HostTracker.dropped
-            results.keep(f"{label}: reports taken or counted as dropped", accounted)
-            results.keep(f"{label}: of these dropped", HostTracker.dropped)
-
-
-NO_OP = """\
-import sys, waitress
-
-def app(environ, start_response):
-    environ["wsgi.input"].read()
-    start_response("202 Accepted", [("Content-Length", "0")])
-    return [b""]
-
-waitress.serve(app, listen=f"127.0.0.1:{sys.argv[1]}", threads=4)
-"""
-# Sends the bodies of a file in turn, each thread from another place on. They are made ready before,
-# so that the load takes little of what the server is to have.
-WRK_SCRIPT = """\
-local count = 0
-function setup(thread) thread:set("number", count); count = count + 1 end
-function init(arguments)
-  requests, at, sent = {}, number * 37, 0
-  local headers = {["Content-Type"] = "application/json", ["Authorization"] = arguments[2]}
-  for line in io.lines(arguments[1]) do
-    local whole = wrk.format("POST", nil, headers, (line:gsub("\\1", "\\n")))
-    local parts = {}
-    for part in (whole .. string.rep("E", 32)):gmatch("(.-)" .. string.rep("E", 32)) do
-      parts[#parts + 1] = part
-    end
-    requests[#requests + 1] = parts
-  end
-end
-function request()
-  at = at % #requests + 1
-  local parts = requests[at]
-  if #parts == 1 then return parts[1] end
-  -- An event id that comes again would be passed over.
-  sent = sent + 1
-  local id = string.format("%08x%08x%08x%08x", number, os.time(), sent, math.random(0, 2^31))
-  return table.concat(parts, id)
-end
-"""
-
-
-def report(number: int, errors: int = 20) -> dict[str, Any]:
-    """Return a report of 1.8 KB, of one of some errors, that differs as real ones do."""
-    error = number % errors
-    return {
-        "exception_class": f"Shop::Order{error}Error",
-        "message": f"Could not charge order {number * 7919} of user {number % 500}",
-        "backtrace": [
-            *(f"app/services/order_{error}_{n}.rb:{10 + n}:in `charge_{n}`" for n in range(12)),
-            *(
-                f"/usr/lib/ruby/gems/3.2.0/gems/rack-3.0/lib/rack/{n}.rb:{n}:in `call`"
-                for n in range(8)
-            ),
-        ],
-        "fingerprint": f"order_{error}",
-        "request_id": f"{number * 2654435761 % 2**32:08x}-{number:08x}",
-        "user_id": str(number % 500),
-        "params": {
-            "id": number,
-            "page": number % 10,
-            "filter": {"name": f"n{number}", "on": True},
-            "cart": [{"sku": f"sku-{number * k % 9973}", "count": k} for k in range(1, 6)],
-        },
-        "timestamp": f"2026-11-23T12:{number % 60:02}:{number // 60 % 60:02}Z",
-        "source_context": {
-            "file": f"app/services/order_{error}_0.rb",
-            "lineno": 10,
-            "pre_context": ["  def charge", "    total = cart.sum"],
-            "context_line": "    raise OrderError unless paid?(total)",
-            "post_context": ["  end", ""],
-        },
-    }
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running(command: list[str], port: int) -> Iterator[int]:
-    """Run a server until the block ends; yield its process id."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(1_000):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.01)
-        yield process.pid
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def write_envelopes(path: Path, count: int) -> None:
-    """Write envelopes as sentry-sdk sends them for exceptions, their event id left to fill in.
-
-    In a process of its own: an SDK that was started slows down the logging of its process.
-    """
-    import sentry_sdk
-
-    sent: list[bytes] = []
-
-    class Transport(sentry_sdk.Transport):
-        def capture_envelope(self, envelope: Any) -> None:
-            sent.append(envelope.serialize())
-
-    options: dict[str, Any] = {"default_integrations": False, "release": "shop@1.2"}
-    sentry_sdk.init(f"http://{KEY}@127.0.0.1:1/1", transport=Transport, **options)
-    for number in range(count):
-        with sentry_sdk.new_scope() as scope:
-            scope.set_user({"id": str(number % 500)})
-            scope.set_tag("region", "eu")
-            for step in ("opened", "paid", "sent"):
-                scope.add_breadcrumb(category="cart", message=f"order {number} was {step}")
-            failing(path.parent, 6, 1)(sentry_sdk.capture_exception)()
-        event_id = json.loads(sent[-1].partition(b"\n")[0])["event_id"]
-        text = sent.pop().decode().replace(event_id, "E" * 32).replace("\n", "\1")
-        with path.open("a") as file:
-            file.write(text + "\n")
-
-
-def load(url: str, connections: int, script: Path, bodies: Path, seconds: int) -> dict[str, float]:
-    """Send requests as fast as they are answered; return rate, p99 in ms, and failures."""
-    threads = min(2, connections)
-    command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds}", "--latency", "-s"]
-    done = subprocess.run(
-        [*command, str(script), url, "--", str(bodies), f"Bearer {KEY}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    p99, unit = re.search(r"99%\s+([\d.]+)(us|ms|s)", done.stdout).groups()
-    failed = re.search(r"Non-2xx or 3xx responses: (\d+)", done.stdout)
-    return {
-        "rate": float(re.search(r"Requests/sec:\s+([\d.]+)", done.stdout)[1]),
-        "p99_ms": float(p99) * {"us": 0.001, "ms": 1, "s": 1000}[unit],
-        "failed": int(failed[1]) if failed else 0,
-    }
-
-
-def resident_mb(pid: int) -> float:
-    """Return the memory that a process has now."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) / 1024
-
-
-def raw_sqlite(folder: Path, each: int, seconds: int) -> float:
-    """Return the reports a second of SQLite alone, synchronous=FULL, `each` a transaction."""
-    path = folder / f"raw-{time.monotonic_ns()}.db"
-    text = json.dumps(report(1))
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("CREATE TABLE reports (id INTEGER PRIMARY KEY, error_id INTEGER, body TEXT)")
-        db.execute("CREATE INDEX by_error ON reports (error_id)")
-        count, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            db.execute("BEGIN IMMEDIATE")
-            rows = [(number % 20, text) for number in range(count, count + each)]
-            db.executemany("INSERT INTO reports (error_id, body) VALUES (?, ?)", rows)
-            db.execute("COMMIT")
-            count += each
-        rate = count / (time.perf_counter() - began)
-    path.unlink()
-    return rate
-
-
-KEY = "bench-key"
-SERVE = [sys.executable, str(ROOT / "miniapm.py"), "--api-key", KEY]
-LOADS = (  # name, connections, path, file of bodies
-    ("single reports, 8 connections", 8, "/ingest/errors", "one.txt"),
-    ("single reports, 32 connections", 32, "/ingest/errors", "one.txt"),
-    ("batches of 100, 4 connections", 4, "/ingest/errors/batch", "hundred.txt"),
-    ("Sentry envelopes, 8 connections", 8, f"/api/1/envelope/?sentry_key={KEY}", "sentry.txt"),
-)
-MANY = ["--max-occurrences", "1000000"]  # nothing is removed, as by those it is compared with
-
-
-NO_OP_RATE, NO_OP_P99 = "no-op: requests/s", "no-op: p99 ms"
-SQLITE = "SQLite alone, one a transaction: reports/s"
-SQLITE_HUNDREDS = "SQLite alone, 100 a transaction: reports/s"
-RATIOS = (
-    ("single reports, 1 connections: reports/s", NO_OP_RATE, ""),
-    ("single reports, 8 connections: reports/s", NO_OP_RATE, ">= 1.4"),
-    ("single reports, 32 connections: reports/s", NO_OP_RATE, ">= 2.0"),
-    ("single reports, 8 connections: p99 ms", NO_OP_P99, "<= 0.8"),
-    ("single reports, 1 connections: reports/s", SQLITE, ">= 0.5"),
-    ("single reports, 8 connections: reports/s", SQLITE, ">= 1.4"),
-    ("single reports, 32 connections: reports/s", SQLITE, ""),
-    ("batches of 100, 4 connections: reports/s", SQLITE_HUNDREDS, ">= 0.65"),
-    ("Sentry envelopes, 8 connections: reports/s", NO_OP_RATE, ">= 0.8"),
-    ("single reports, 32 connections, as many removed: reports/s", NO_OP_RATE, ""),
-)
-
-
-class Ingest:
-    """Alternates ways to send reports with the server that stores nothing and with SQLite."""
-
-    def __init__(self, results: Results, folder: Path, seconds: int) -> None:
-        self.results, self.folder, self.seconds = results, folder, seconds
-        self.script, self.one, self.hundred, self.sentry = (
-            folder / name for name in ("send.lua", "one.txt", "hundred.txt", "sentry.txt")
-        )
-        self.script.write_text(WRK_SCRIPT)
-        self.one.write_text("".join(json.dumps(report(n)) + "\n" for n in range(1_000)))
-        hundreds = [[report(n) for n in range(at, at + 100)] for at in range(0, 1_000, 100)]
-        self.hundred.write_text("".join(json.dumps({"errors": some}) + "\n" for some in hundreds))
-        writing = multiprocessing.get_context("spawn").Process(
-            target=write_envelopes, args=(self.sentry, 500)
-        )
-        writing.start()
-        writing.join()
-        (folder / "no_op.py").write_text(NO_OP)
-
-    def send(self, port: int, path: str, connections: int, bodies: Path) -> dict[str, float]:
-        """Send for some seconds."""
-        url = f"http://127.0.0.1:{port}{path}"
-        found = load(url, connections, self.script, bodies, self.seconds)
-        self.results.keep("requests that failed", found["failed"], "<= 0")
+            found |= {
+                f"{label}: done / without capture": captured["units"] / plain["units"],
+                f"{label}: MiB more than without": more,
+                f"{label}: reports taken or counted as dropped": HostTracker.taken
+                + HostTracker.dropped,
+                f"{label}: of these dropped": HostTracker.dropped,
+            }
         return found
 
-    def compare(self, rounds: int) -> None:
-        """Start the servers and alternate.
-
-        The no-op is started anew each round and counts with its best one: its threads get into
-        each other's way in some runs, down to a tenth, and that must not flatter.
-        """
-        ours, full = free_port(), free_port()
-        command = [*SERVE, "--port", str(ours), "--db", str(self.folder / "ingest.db"), *MANY]
-        crowded = [*SERVE, "--port", str(full), "--db", str(self.folder / "crowded.db")]
-        with running(command, ours) as our_pid, running(crowded, full):
-            self.results.keep("memory idle, MB", resident_mb(our_pid))
-            for _ in range(rounds):
-                none_mb = self.round_of_others()
-                self.round(ours, full)
-                self.results.keep("memory under load, MB", resident_mb(our_pid))
-                self.results.keep(
-                    "memory under load / no-op", resident_mb(our_pid) / none_mb, "<= 2.5"
-                )
-        for name, by, target in RATIOS:
-            self.results.divide(name, by, target)
-
-    def round_of_others(self) -> float:
-        """Measure what the tracker is compared with; return the memory that the no-op takes."""
-        keep = self.results.keep
-        port = free_port()
-        with running([sys.executable, str(self.folder / "no_op.py"), str(port)], port) as pid:
-            no_op = self.send(port, "/", 8, self.one)
-            memory_mb = resident_mb(pid)
-        keep(NO_OP_RATE, no_op["rate"])
-        keep(NO_OP_P99, no_op["p99_ms"])
-        keep(SQLITE, raw_sqlite(self.folder, 1, self.seconds))
-        keep(SQLITE_HUNDREDS, raw_sqlite(self.folder, 100, self.seconds))
-        return memory_mb
-
-    def round(self, ours: int, full: int) -> None:
-        """Measure the tracker once."""
-        keep, path = self.results.keep, "/ingest/errors"
-        for count in (1, 8, 32):
-            found = self.send(ours, path, count, self.one)
-            keep(f"single reports, {count} connections: reports/s", found["rate"])
-            keep(f"single reports, {count} connections: p99 ms", found["p99_ms"])
-        batches = self.send(ours, path + "/batch", 4, self.hundred)["rate"]
-        keep("batches of 100, 4 connections: reports/s", 100 * batches)
-        sentry = self.send(ours, f"/api/1/envelope/?sentry_key={KEY}", 8, self.sentry)["rate"]
-        keep("Sentry envelopes, 8 connections: reports/s", sentry)
-        crowded = self.send(full, path, 32, self.one)["rate"]
-        keep("single reports, 32 connections, as many removed: reports/s", crowded)
+    bench.alternate(measure, 1)
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def compare_versions(results: Results, ingest: Ingest, other: Path, rounds: int) -> None:
-    """Alternate this version with another one, and the other one with itself."""
-    files = {"now": ROOT / "miniapm.py", "before": other, "before, again": other}
-    with contextlib.ExitStack() as stack:
-        servers = {}
-        for name, file in files.items():
-            port, path = free_port(), ingest.folder / f"{name}.db"
-            more = ["--port", str(port), "--db", str(path), *MANY]
-            command = [sys.executable, str(file), "--api-key", KEY, *more]
-            servers[name] = (port, stack.enter_context(running(command, port)))
-        for load_name, connections, path, bodies in LOADS:
-            for number in range(rounds + 1):
-                found = {}
-                for name, (port, pid) in servers.items():
-                    began = cpu_seconds(pid)
-                    sent = ingest.send(port, path, connections, ingest.folder / bodies)
-                    cpu = (cpu_seconds(pid) - began) / (sent["rate"] * ingest.seconds)
-                    found[name] = {"reports/s": sent["rate"], "CPU a report": cpu} | sent
-                if not number:  # the first one warms up
-                    continue
-                for name in ("now", "before, again"):
-                    for figure in ("reports/s", "CPU a report", "p99_ms"):
-                        ratio = found[name][figure] / found["before"][figure]
-                        aim = ">= 0.9" if "Sentry" in load_name else ">= 0.95"
-                        aim = aim if name == "now" and figure == "reports/s" else ""
-                        results.keep(f"{load_name}: {figure}, {name} / before", ratio, aim)
-    for source in ("reports", "events"):
-        sizes = [database_bytes(ingest.folder, file, source) for file in (files["now"], other)]
-        results.keep(f"{source}: bytes on disk", sizes[0])
-        results.keep(f"{source}: bytes on disk, now / before", sizes[0] / sizes[1], "<= 1.3")
-
-
-def version_in(file: Path) -> Any:
-    """Return a version of the tracker as a module."""
-    spec = importlib.util.spec_from_file_location(f"version_{time.monotonic_ns()}", file)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def database_bytes(folder: Path, file: Path, source: str = "reports") -> float:
-    """Return the bytes on disk of one report, of a thousand an error, or of a Sentry event."""
-    path = folder / f"size-{time.monotonic_ns()}.db"
-    tracker = version_in(file)
-    if source == "reports":
-        fill(path, 20_000, errors=20, tracker=tracker)
-        return path.stat().st_size / 20_000
-    events = [line.split("\1")[2] for line in (folder / "sentry.txt").open()]
-    with contextlib.closing(tracker.Store(str(path))) as store:
-        project = store.ensure_default_project(KEY)
-        for number in range(4_000):
-            event = json.loads(events[number % len(events)]) | {"event_id": f"{number:032x}"}
-            store.record(project.id, [tracker.occurrence_from_sentry(event, store.now_ms())])
-    return path.stat().st_size / 4_000
-
-
-def fill(path: Path, occurrences: int, errors: int = 2_000, tracker: Any = miniapm) -> None:
-    """Make a database: its occurrences happened within the last 30 days."""
-    chance = random.Random(1)
-    # An older version has another way to take a report's text as it is.
-    read = getattr(tracker, "read_report", None) or (
-        lambda text, now_ms: tracker.parse_occurrence(json.loads(text), now_ms, plain=text)
-    )
-    with contextlib.closing(tracker.Store(str(path))) as store:
-        project = store.ensure_default_project(KEY)
-        now_ms = store.now_ms()
-        for at in range(0, occurrences, 1_000):
-            made = []
-            for number in range(at, at + 1_000):
-                time_ms = now_ms - int(chance.random() * 30 * 24 * tracker.HOUR_MS)
-                said = report(number, errors) | {"timestamp": tracker.iso_time(time_ms)}
-                made.append(read(json.dumps(said), now_ms))
-            store.record_here([(project.id, one) for one in made])
-
-
-class Pages:
-    """Compares pages of two databases, and of a server that is idle and one that is not."""
-
-    paths: ClassVar = {
-        "list page": "/errors",
-        "error page": "/errors/1007",
-        "search": "/errors?q=order+1007",
-        "list as JSON": "/errors.json",
-        "error as JSON": "/errors/1007.json",
-    }
-
-    def __init__(self, results: Results, ingest: Ingest, small: Path, large: Path) -> None:
-        self.results, self.ingest, self.small, self.large = results, ingest, small, large
-
-    def latencies_ms(self, port: int, path: str, times: int) -> list[float]:
-        """Return what requests over one connection took."""
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        found = []
-        for _ in range(times):
-            began = time.perf_counter()
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status == 200, answer.status
-            found.append((time.perf_counter() - began) * 1_000)
-        connection.close()
-        return sorted(found)
-
-    def compare(self, rounds: int) -> None:
-        """Start the servers and alternate."""
-        ports = [free_port() for _ in range(3)]
-        paths = (self.small, self.large, self.ingest.folder / "empty.db")
-        with contextlib.ExitStack() as stack:
-            for port, path in zip(ports, paths, strict=True):
-                command = [*SERVE, "--port", str(port), "--db", str(path), *MANY]
-                stack.enter_context(running(command, port))
-            for _ in range(rounds):
-                self.round(*ports)
-
-    def round(self, small: int, large: int, empty: int) -> None:
-        """Measure everything once."""
-        keep = self.results.keep
-        for name, path in self.paths.items():
-            few, many = (
-                statistics.median(self.latencies_ms(port, path, 50)) for port in (small, large)
-            )
-            keep(f"{name}, a million occurrences: ms", many)
-            aim = "<= 2" if name == "search" else "<= 1.3"
-            keep(f"{name}, a million / ten thousand occurrences", many / few, aim)
-        into_few, into_many = (
-            self.ingest.send(port, "/ingest/errors", 8, self.ingest.one)["rate"]
-            for port in (empty, large)
-        )
-        keep("ingest, into a million occurrences / none", into_many / into_few, ">= 0.9")
-        idle = self.latencies_ms(large, "/errors", 100)[94]
-        sending = threading.Thread(
-            target=self.ingest.send, args=(large, "/ingest/errors", 32, self.ingest.one)
-        )
-        sending.start()
-        busy = self.latencies_ms(large, "/errors", 40)
-        sending.join()
-        keep("list page, p95 under full ingest / idle", busy[37] / idle, "<= 6")
-        keep("list page, slowest under full ingest: ms", busy[-1], "<= 500")
-
-
-def first_answer_s(folder: Path) -> float:
-    """Return the seconds from starting the tracker to its first 202."""
-    port = free_port()
-    path = folder / f"start-{time.monotonic_ns()}.db"
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        [*SERVE, "--port", str(port), "--db", str(path)], stdout=subprocess.DEVNULL
-    )
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    body = json.dumps(report(1))
-    try:
-        while time.perf_counter() - began < 30:
-            connection = http.client.HTTPConnection("127.0.0.1", port)
-            with contextlib.suppress(OSError):
-                connection.request("POST", "/ingest/errors", body, headers)
-                assert connection.getresponse().status == 202
-                return time.perf_counter() - began
-            time.sleep(0.002)
-    finally:
-        process.terminate()
-        process.wait(20)
-    raise TimeoutError("the tracker does not answer")
-
-
-def compare_start(results: Results, folder: Path, rounds: int) -> None:
-    """Alternate starts of the tracker with starts of what it imports."""
-    imported = import_of("bottle, waitress")
-    imported()
-    for _ in range(rounds):
-        alone = seconds(imported, 1)
-        ours = first_answer_s(folder)
-        results.keep("start to first 202: ms", ours * 1_000)
-        results.keep("start to first 202 / import bottle, waitress", ours / alone, "<= 3")
-
-
-def compare_capture(results: Results, folder: Path, rounds: int) -> None:
-    """Compare what capture costs its host."""
-
-    def measure(name: str, one: Any, other: Any, times: int, target: str) -> None:
-        compare(results, name, one, other, times, rounds, target)
-
-    name = "import miniapm / import bottle"
-    measure(name, import_of("miniapm"), import_of("bottle"), 3, "<= 1.6")
-    compare_recording(results, folder, rounds)
-    undo = miniapm.init(str(folder / "bench.db"))
-    measure("wrap, in process", call(miniapm.wrap(plain_app)), call(plain_app), 3_000, "<= 1.5")
-    with served(miniapm.wrap(plain_app)) as wrapped, served(plain_app) as plain:
-        measure("wrap, 400 requests served by waitress", wrapped, plain, 2, "<= 1.5")
-    undo()
+PARTS = {
+    "ingest": compare_ingest,
+    "pages": compare_pages,
+    "start": compare_start,
+    "capture": compare_capture,
+    "host": compare_hosts,
+}
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=3, help="of each load")
-    parser.add_argument("--only", choices=("ingest", "pages", "start", "capture", "host"))
-    parser.add_argument("--against", type=Path, help="another version of miniapm.py")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--against", type=Path, metavar="FILE", help="another miniapm.py")
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--case", default="", metavar="TEXT", help="ingest whose name has this")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--block-s", type=int, default=1, help="seconds of a block of load")
+    parser.add_argument("--stored", type=int, default=1_000_000, help="reports behind the pages")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
-    results = Results()
+    parts = [given.only] if given.only else list(PARTS)
+    if {"ingest", "pages"}.intersection(parts) and not shutil.which("wrk"):
+        parser.error("wrk is not installed (its package is called wrk): --only start, for instance")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+    os.environ["MINI_APM_QUIET"] = "1"
+    began = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if given.against:
-            ingest = Ingest(results, folder, given.seconds)
-            compare_versions(results, ingest, given.against.resolve(), given.rounds)
-            given.only = "nothing else"
-        if given.only in (None, "ingest"):
-            Ingest(results, folder, given.seconds).compare(given.rounds)
-            size = database_bytes(folder, ROOT / "miniapm.py")
-            results.keep("database: bytes a report", size, "<= 400")
-        if given.only in (None, "pages"):
-            small, large = folder / "small.db", folder / "large.db"
-            fill(small, 10_000)
-            fill(large, 1_000_000)
-            Pages(results, Ingest(results, folder, given.seconds), small, large).compare(
-                given.rounds
-            )
-        if given.only in (None, "start"):
-            compare_start(results, folder, 2 * given.rounds)
-        if given.only in (None, "capture"):
-            compare_capture(results, folder, given.rounds)
-        if given.only in (None, "host"):
-            compare_hosts(results, folder, 1, 20 * given.seconds)
-    results.print()
+        bench = Bench(Path(name), given.against, given)
+        if {"ingest", "pages"}.intersection(parts):
+            write_loads(bench.folder)
+        for part in parts:
+            PARTS[part](bench)
+    bench.print()
+    loads = f"{began:.1f} before, {os.getloadavg()[0]:.1f} now"
+    print(
+        f"load average on {os.cpu_count()} cores: {loads}; rates and times suffer from others' load"
+    )
     if given.json:
-        given.json.write_text(json.dumps(results.rows(), indent=2) + "\n")
+        given.json.write_text(json.dumps(list(bench.rows()), indent=2) + "\n")
 
 
 if __name__ == "__main__":
