@@ -10388,23 +10388,21 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BadSetting(message)
 
-
-def served_by(path: str) -> str:
-    """Return what a database remembers of the process that serves it."""
-    if not os.path.exists(path + "-wal"):  # the -wal is next to another name of the same file
-        return "another process"
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
-        if row := db.execute(SELECT_SETTING, {"name": "served_by"}).fetchone():
-            return str(row["value"])
-    return "another process"
+    def read(
+        self, arguments: Sequence[str], environ: Mapping[str, str], names: Sequence[str] = ()
+    ) -> tuple[argparse.Namespace, Config]:
+        """Return the parsed arguments, and the settings called `names` (all when empty)."""
+        add_flags(self, names)
+        given = self.parse_args(arguments)
+        return given, load_config(vars(given), environ, names)
 
 
 class ServingLock:
-    """Makes one process at a time the server of a database; ends with the process.
+    """Lets one process at a time serve a database; ends with the process.
 
     It takes SQLite's own lock on a file next to the database, which is portable. On Linux, where
     flock is independent of SQLite's locks, it also locks the database, which may have two names.
-    Raises MiniAPMError when another process has one of the locks.
+    Raises MiniAPMError when another process holds one of the locks.
     """
 
     _handle: int | None = None  # stays open: closing it would drop SQLite's locks
@@ -10416,7 +10414,7 @@ class ServingLock:
         try:
             self._db = _connect(lock_path)
             self._db.execute("PRAGMA busy_timeout = 0")
-            self._db.execute("PRAGMA journal_mode = MEMORY")  # else a journal lies beside it
+            self._db.execute("PRAGMA journal_mode = MEMORY")  # leaves no journal next to it
             self._db.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             if _is_busy(error):
@@ -10438,7 +10436,12 @@ class ServingLock:
             pass
 
     def _refusal(self, path: str) -> MiniAPMError:
-        return MiniAPMError(f"{path} is served already, by {served_by(path)}")
+        server = "another process"
+        if os.path.exists(path + "-wal"):  # it may be next to another name of the same file
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
+                if row := db.execute(SELECT_SETTING, {"name": "served_by"}).fetchone():
+                    server = row["value"]
+        return MiniAPMError(f"{path} is served already, by {server}")
 
     def release(self) -> None:
         """Let another process serve."""
@@ -11053,11 +11056,9 @@ def allow_many_files() -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < 2 * MAX_CONNECTIONS:
-            most = 2 * MAX_CONNECTIONS
-            resource.setrlimit(
-                resource.RLIMIT_NOFILE, (most if hard < 0 else min(most, hard), hard)
-            )
+        most = 2 * MAX_CONNECTIONS if hard < 0 else min(2 * MAX_CONNECTIONS, hard)
+        if 0 <= soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def welcome(url: str, path: str, project: Project, config: Config) -> str:
@@ -11123,8 +11124,7 @@ def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
         " the default.",
     )
     parser.add_argument("--version", action="version", version=f"MiniAPM {__version__}")
-    add_flags(parser)
-    return serve(load_config(vars(parser.parse_args(arguments)), environ))
+    return serve(parser.read(arguments, environ)[1])
 
 
 def refuse_missing(path: str) -> None:
@@ -11154,10 +11154,9 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
     create.add_argument("name", metavar="NAME", help="the project's name")
     revoke = commands.add_parser("revoke", help="refuse a project's keys from now on")
     revoke.add_argument("name", metavar="NAME", help="the project's name, or one key")
-    for each in (parser, listing, create, revoke):
+    for each in (listing, create, revoke):
         add_flags(each, ("db", "public_url"))
-    given = parser.parse_args(arguments)
-    config = load_config(vars(given), environ, ("db", "public_url"))
+    given, config = parser.read(arguments, environ, ("db", "public_url"))
     if given.action != "create":
         refuse_missing(config.db)
     with contextlib.closing(Store(config.db)) as store:
@@ -11206,9 +11205,7 @@ def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     """Copy the database into a new file, also while it is served."""
     parser = _Parser(prog=name, description="Copy the database into a new file, verified.")
     parser.add_argument("file", metavar="FILE", help="the copy; it must not exist yet")
-    add_flags(parser, ("db",))
-    given = parser.parse_args(arguments)
-    config = load_config(vars(given), environ, ("db",))
+    given, config = parser.read(arguments, environ, ("db",))
     with existing_database(config.db) as db:
         back_up(db, given.file)
     say(f"{given.file}: {os.path.getsize(given.file):,} bytes, verified")
@@ -11218,8 +11215,7 @@ def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
 def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """Say whether the database is whole: exit status 0 if it is, else 1."""
     parser = _Parser(prog=name, description="Say whether the database is whole; changes nothing.")
-    add_flags(parser, ("db",))
-    config = load_config(vars(parser.parse_args(arguments)), environ, ("db",))
+    _, config = parser.read(arguments, environ, ("db",))
     with existing_database(config.db) as db:
         version = _pragma(db, "user_version")
         say(f"{config.db}: schema version {version}, this program's is {len(MIGRATIONS)}")
@@ -11235,37 +11231,23 @@ def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
     return 1 if found else 0
 
 
-def _fresh_main(**values: Any) -> types.ModuleType:
-    """Give the program a __main__ of its own; ours stays what our functions look into."""
+def _run_main(program: list[str], *, is_module: bool) -> None:
+    """Do what `python program…` does, `python -m program…` for a module, in a fresh __main__."""
+    path = os.path.abspath(program[0])
+    is_script = not is_module and not (os.path.isdir(path) or zipfile.is_zipfile(path))
     module = types.ModuleType("__main__")
-    module.__dict__.update(__builtins__=__builtins__, __annotations__={}, **values)
-    sys.modules["__main__"] = module
-    return module
-
-
-def _run_script(path: str, arguments: Sequence[str]) -> None:
-    """Do what `python path arguments…` does, in a fresh __main__."""
-    full_path = os.path.abspath(path)
-    with open(full_path, "rb") as file:
-        code = compile(file.read(), full_path, "exec", dont_inherit=True)
-    loader = importlib.machinery.SourceFileLoader("__main__", full_path)
-    main_module = _fresh_main(__file__=full_path, __cached__=None, __loader__=loader)
-    sys.argv, sys.path[0] = [path, *arguments], os.path.dirname(full_path)
-    exec(code, main_module.__dict__)  # noqa: S102 - to run a program is what is asked for
-
-
-def _run_folder(path: str, arguments: Sequence[str]) -> None:
-    """Do what `python path arguments…` does for a folder or an archive with a __main__.py."""
-    _fresh_main()
-    sys.argv, sys.path[0] = [path, *arguments], os.path.abspath(path)
-    runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
-
-
-def _run_module(name: str, arguments: Sequence[str]) -> None:
-    """Do what `python -m name arguments…` does, in a fresh __main__."""
-    _fresh_main()
-    sys.argv, sys.path[0] = [name, *arguments], os.getcwd()
-    runpy._run_module_as_main(name)  # type: ignore[attr-defined]
+    module.__dict__.update(__builtins__=__builtins__, __annotations__={})
+    sys.modules["__main__"] = module  # ours stays what our functions look into
+    sys.argv = program
+    sys.path[0] = os.getcwd() if is_module else os.path.dirname(path) if is_script else path
+    if not is_script:
+        runpy._run_module_as_main(program[0] if is_module else "__main__", is_module)  # type: ignore[attr-defined]
+        return
+    with open(path, "rb") as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    loader = importlib.machinery.SourceFileLoader("__main__", path)
+    module.__dict__.update(__file__=path, __cached__=None, __loader__=loader)
+    exec(code, module.__dict__)  # noqa: S102 - to run a program is what is asked for
 
 
 def _end_as_python(error: BaseException) -> int:
@@ -11289,26 +11271,21 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
         description="Run a Python program unchanged and record what goes wrong in it.",
     )
     parser.add_argument("--url", help=f"the tracker to report to [{URL_VARIABLE}]")
-    add_flags(parser, ("db", "api_key"))
-    given = parser.parse_args(arguments[:split])
+    given, config = parser.read(arguments[:split], environ, ("db", "api_key"))
     program = list(arguments[split:])
-    if not program or program == ["-m"]:
+    is_module = program[:1] == ["-m"]
+    if is_module:
+        program.pop(0)
+    if not program:
         raise BadSetting("which program? Give a script, or -m and a module")
-    if program[0] != "-m" and not os.path.exists(program[0]):
+    if not is_module and not os.path.exists(program[0]):
         raise MiniAPMError(f"there is no script {program[0]}")
-    config = load_config(vars(given), environ, ("db", "api_key"))
     sys.modules.setdefault("miniapm", sys.modules[__name__])
-    is_module = program[0] == "-m"
     root = None if is_module else os.path.dirname(os.path.abspath(program[0]))
     url = given.url or environ.get(URL_VARIABLE)
     init(url or config.db, api_key=config.api_key, project_root=root)
     try:
-        if is_module:
-            _run_module(program[1], program[2:])
-        elif os.path.isdir(program[0]) or zipfile.is_zipfile(program[0]):
-            _run_folder(program[0], program[1:])
-        else:
-            _run_script(program[0], program[1:])
+        _run_main(program, is_module=is_module)
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001 - the program's own end
