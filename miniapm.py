@@ -7287,45 +7287,18 @@ def connect_signals(app: Any) -> None:
 SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24)}  # a trend's bars, hours in a bar
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """A time as pages show it: relative, exact on hover, machine-readable in the tag."""
-
-    ago: str
-    exact: str
-    iso: str
-
-
-@dataclass(frozen=True, slots=True)
-class Crumb:
-    """One thing that happened before an error: when, what kind, how severe, what."""
-
-    time: str
-    kind: str
-    level: str
-    text: str
-    details: str
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """One bar of a trend, in the units of the chart's view box."""
-
-    x: int
-    y: float
-    height: float
-    label: str
-
-
-def moment(time_ms: int, now_ms: int) -> Moment:
-    """Return a time for display."""
+def time_ago(time_ms: int, now_ms: int) -> str:
+    """Return how long ago a time was: `3 h ago`."""
     seconds = (now_ms - time_ms) // 1000
-    ago = "just now" if seconds < 45 else ""
-    for size, unit in ((60, "min"), (3600, "h"), (86_400, "d"), (31_557_600, "y")):
-        if seconds >= 45 and (unit == "min" or seconds >= size):
-            ago = f"{max(1, seconds // size):,} {unit} ago"
-    iso = iso_time(time_ms)
-    return Moment(ago, f"{iso[:10]} {iso[11:19]} UTC", iso)
+    for size, unit in ((31_557_600, "y"), (86_400, "d"), (3600, "h")):
+        if seconds >= size:
+            return f"{seconds // size:,} {unit} ago"
+    return f"{max(1, seconds // 60)} min ago" if seconds >= 45 else "just now"
+
+
+def exact_time(time_ms: int, chars: int = 19) -> str:
+    """Return a time as `2026-11-20 08:00:00 UTC`; 16 `chars` leave out the seconds."""
+    return f"{iso_time(time_ms)[:chars].replace('T', ' ')} UTC"
 
 
 def trend(buckets: Mapping[int, int], span: str, now_ms: int) -> list[tuple[int, int]]:
@@ -7339,19 +7312,12 @@ def trend(buckets: Mapping[int, int], span: str, now_ms: int) -> list[tuple[int,
     ]
 
 
-def trend_bars(series: Sequence[tuple[int, int]]) -> list[Bar]:
-    """Return the bars of a chart 10 units wide a bar and 100 high."""
+def trend_bars(series: Sequence[tuple[int, int]]) -> list[tuple[str, float]]:
+    """Return (label, height) of each bar in a chart 100 units high."""
     most = max(count for _, count in series) or 1
     heights = [round(max(4.0, 100 * count / most), 1) if count else 0.0 for _, count in series]
-    return [
-        Bar(
-            x=position * 10,
-            y=round(100 - height, 1),
-            height=height,
-            label=f"{iso_time(start_ms)[:16].replace('T', ' ')} UTC: {count:,}",
-        )
-        for position, ((start_ms, count), height) in enumerate(zip(series, heights, strict=True))
-    ]
+    labels = [f"{exact_time(start_ms, 16)}: {count:,}" for start_ms, count in series]
+    return list(zip(labels, heights, strict=True))
 
 
 def sparkline(series: Sequence[tuple[int, int]]) -> str:
@@ -7363,10 +7329,6 @@ def sparkline(series: Sequence[tuple[int, int]]) -> str:
     )
 
 
-def _cursor_text(cursor: tuple[int, int] | None) -> str | None:
-    return f"{cursor[0]}.{cursor[1]}" if cursor else None
-
-
 def _parse_cursor(name: str, text: str) -> tuple[int, int] | None:
     if not text:
         return None
@@ -7376,8 +7338,9 @@ def _parse_cursor(name: str, text: str) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _one_of(query: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
-    value = query.get(name) or choices[0]
+def one_of(query: Mapping[str, str], name: str, choices: Collection[str]) -> str:
+    """Return a parameter of a query string, by default its first choice; or raise BadRequest."""
+    value = query.get(name) or next(iter(choices))
     if value not in choices:
         raise BadRequest(f"{name} must be one of {', '.join(choices)}", field=name)
     return value
@@ -7393,18 +7356,18 @@ def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
     if project and not re.fullmatch(r"[0-9]{1,16}", project):
         raise BadRequest("project must be the id of a project", field="project")
     return ErrorFilter(
-        status=_one_of(query, "status", (*STATUSES, "all")),
+        status=one_of(query, "status", (*STATUSES, "all")),
         search=query.get("q", "").strip()[:MAX_SEARCH_CHARS].translate(_DISPLAY),
         project_id=int(project) if project else None,
         **{name: query.get(name, "").translate(_DISPLAY) for name in FACETS},
-        sort=_one_of(query, "sort", tuple(SORTS)),
+        sort=one_of(query, "sort", SORTS),
         after=_parse_cursor("after", query.get("after", "")),
         before=_parse_cursor("before", query.get("before", "")),
     )
 
 
 def filter_query(wanted: ErrorFilter, **changes: Any) -> str:
-    """Return the query string of a filter with changes, on its first page unless they say else."""
+    """Return the query string of a changed filter, for page one unless the changes name a page."""
     wanted = dataclasses.replace(wanted, **{"after": None, "before": None} | changes)
     pairs = {
         "status": "" if wanted.status == "open" else wanted.status,
@@ -7412,16 +7375,36 @@ def filter_query(wanted: ErrorFilter, **changes: Any) -> str:
         "project": wanted.project_id,
         **{name: getattr(wanted, name) for name in FACETS},
         "sort": "" if wanted.sort == "last_seen" else wanted.sort,
-        "after": _cursor_text(wanted.after),
-        "before": _cursor_text(wanted.before),
+        "after": ".".join(map(str, wanted.after or ())),
+        "before": ".".join(map(str, wanted.before or ())),
     }
     query = urllib.parse.urlencode({name: value for name, value in pairs.items() if value})
     return f"?{query}" if query else ""
 
 
-def parse_span(query: Mapping[str, str]) -> str:
-    """Return the span of the trend a query string asks for; BadRequest if there is no such."""
-    return _one_of(query, "trend", tuple(SPANS))
+def tag_query(name: str, value: str) -> str:
+    """Return the query string of a search for a tag."""
+    text = f"{name}:{value}"[: MAX_SEARCH_CHARS - 2].partition('"')[0]
+    return filter_query(ErrorFilter("all", f'"{text}"'))
+
+
+def list_choices(
+    wanted: ErrorFilter, projects: Sequence[Project], facets: Mapping[str, Sequence[str]]
+) -> dict[str, dict[Any, str]]:
+    """Return the values that each menu of the list offers, and their labels.
+
+    A menu needs something to choose from: a second project, a level other than error.
+    """
+    menus: dict[str, dict[Any, str]] = {}
+    if len(projects) > 1:
+        menus["project"] = {None: "All projects"} | {one.id: one.name for one in projects}
+    for name, values in facets.items():
+        chosen = getattr(wanted, name)
+        if chosen or values not in ((), ("error",)):
+            shown = {value: value for value in (*values, chosen) if value}
+            menus[name] = {"": f"Any {name}"} | shown
+    menus["sort"] = {name: name.replace("_", " ").capitalize() for name in SORTS}
+    return menus
 
 
 def is_new(error: ErrorGroup, now_ms: int) -> bool:
@@ -7439,40 +7422,30 @@ def user_count_text(error: ErrorGroup) -> str:
     return f"{error.user_count:,}{'+' if error.has_more_users else ''}"
 
 
-@dataclass(frozen=True, slots=True)
-class FrameGroup:
-    """Frames that a page shows as one item: an own call, a text, or folded library calls."""
-
-    kind: str  # "own", "library" or "text"
-    frames: tuple[Frame, ...]
-    has_location: bool
-    is_open: bool
-
-
 def line_and_column_of(frame: Frame) -> str:
     """Return a call's line and column, as far as they are known: `:7:13`."""
     column = f":{frame.column}" if frame.column else ""
     return f":{frame.lineno}{column}" if frame.lineno and frame.place else ""
 
 
-def group_frames(frames: Sequence[Frame], location: Frame | None) -> list[FrameGroup]:
-    """Group frames for display: runs of library frames together, every other frame alone.
+def group_frames(
+    frames: Sequence[Frame], location: Frame | None
+) -> list[tuple[str, tuple[Frame, ...], bool]]:
+    """Group frames into items (kind, frames, is open): a run of library calls is one item.
 
-    Open are the location and, so that a cause shows its own failing line, the innermost own
-    frame of each exception.
+    The location is open, and so is the innermost own frame: a cause shows its own failing line.
     """
 
     def kind_of(frame: Frame) -> str:
         return "text" if not frame.is_call else "own" if frame.is_own else "library"
 
     innermost = next((frame for frame in frames if frame.is_call and frame.is_own), None)
-    groups: list[FrameGroup] = []
-    for kind, some in itertools.groupby(frames, kind_of):
-        members = tuple(some)
+    groups = []
+    for kind, run in itertools.groupby(frames, kind_of):
+        members = tuple(run)
         for part in [members] if kind == "library" else [(frame,) for frame in members]:
-            has_location = any(frame is location for frame in part)
-            is_open = has_location or part[0] is innermost
-            groups.append(FrameGroup(kind, part, has_location, is_open))
+            is_open = any(frame is location or frame is innermost for frame in part)
+            groups.append((kind, part, is_open))
     return groups
 
 
@@ -7502,21 +7475,16 @@ def readable(value: Any) -> str:
     return line if len(line) <= 72 else indented(value)
 
 
-def crumb_of(breadcrumb: Json) -> Crumb:
-    """Return a breadcrumb for a timeline; what has no place of its own goes into the details."""
+def crumb_of(breadcrumb: Json) -> tuple[str, str, str, str, str]:
+    """Return a breadcrumb's time, kind, level, text, and everything else as details."""
     rest = {name: value for name, value in breadcrumb.items() if value not in (None, "", {}, [])}
     time, category, kind, level, text, data = (
         rest.pop(name, "") for name in ("timestamp", "category", "type", "level", "message", "data")
     )
     details = rest | (data if isinstance(data, dict) else {"data": data} if data else {})
     said = (f"{name}: {' '.join(readable(value).split())}" for name, value in details.items())
-    return Crumb(
-        time=readable(time).partition("T")[2].removesuffix("Z")[:12] or readable(time),
-        kind=readable(category or kind),
-        level=readable(level),
-        text=readable(text),
-        details="; ".join(said),
-    )
+    clock = readable(time).partition("T")[2].removesuffix("Z")[:12] or readable(time)
+    return clock, readable(category or kind), readable(level), readable(text), "; ".join(said)
 
 
 def logged_as(occurrence: Occurrence) -> str:
@@ -7631,11 +7599,6 @@ def error_json(error: ErrorGroup, root: str) -> Json:
     }
 
 
-def trend_json(series: Sequence[tuple[int, int]]) -> list[Json]:
-    """Return a trend as JSON: the start of each bar and its count."""
-    return [{"start": iso_time(start_ms), "count": count} for start_ms, count in series]
-
-
 def frame_json(frame: Frame) -> Json | str:
     """Return a frame as the field `exceptions` takes it."""
     if not frame.is_call:
@@ -7700,11 +7663,7 @@ def list_json(
     root: str,
 ) -> Json:
     """Return one page of the list as JSON; `trend` holds 24 hourly counts, the newest last."""
-
-    def neighbour(**cursor: tuple[int, int] | None) -> str | None:
-        has_one = any(cursor.values())
-        return f"{root}/errors.json{filter_query(wanted, **cursor)}" if has_one else None
-
+    url = f"{root}/errors.json"
     return {
         "errors": [
             error_json(error, root)
@@ -7712,8 +7671,8 @@ def list_json(
             for error in page.errors
         ],
         "counts": dict(page.counts),
-        "previous_url": neighbour(before=page.previous),
-        "next_url": neighbour(after=page.next),
+        "previous_url": page.previous and url + filter_query(wanted, before=page.previous),
+        "next_url": page.next and url + filter_query(wanted, after=page.next),
     }
 
 
@@ -7727,7 +7686,13 @@ def detail_json(
     """Return an error, its trend in every span and an occurrence as JSON."""
     return {
         "error": error_json(error, root),
-        "trend": {span: trend_json(trend(buckets, span, now_ms)) for span in SPANS},
+        "trend": {
+            span: [
+                {"start": iso_time(start_ms), "count": count}
+                for start_ms, count in trend(buckets, span, now_ms)
+            ]
+            for span in SPANS
+        },
         "occurrence": occurrence_json(stored, root),
     }
 
@@ -7745,9 +7710,6 @@ def _code(text: str) -> str:
     ticks = "`" * (max(map(len, re.findall(r"`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"
-
-
-_WORDS = re.compile(r"[A-Za-z0-9 :-]+")  # nothing that Markdown could take for its own
 
 
 def _frame_text(frame: Frame) -> Iterator[str]:
@@ -7784,11 +7746,12 @@ def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
         yield f"## Logged as\n\n{_fenced(logged)}"
     yield from _chain_markdown(chain_of(occurrence))
     if crumbs := [crumb_of(crumb) for crumb in breadcrumbs_of(occurrence)]:
-        text = "\n".join(" ".join(filter(None, dataclasses.astuple(crumb))) for crumb in crumbs)
+        text = "\n".join(" ".join(filter(None, crumb)) for crumb in crumbs)
         yield f"## Breadcrumbs\n\n{_fenced(text)}"
     for title, values in [("Tags", tags_of(occurrence)), *sections_of(occurrence)]:
         if values:
-            heading = title if _WORDS.fullmatch(title) else _code(title)
+            # Punctuation may be Markdown's own.
+            heading = title if re.fullmatch(r"[A-Za-z0-9 :-]+", title) else _code(title)
             yield f"## {heading}\n\n{_fenced(indented(values), 'json')}"
 
 
@@ -7857,9 +7820,10 @@ _TEMPLATE_SOURCES = {
 % rebase("layout", title="Errors")
 <div class="head"><h1>Errors</h1>
 <nav class="tabs" aria-label="Status">
-% for tab in tabs:
-<a href="{{root}}/errors{{tab['query']}}"
- {{'aria-current=page' if tab['is_current'] else ''}}>{{tab['name']}} <b>{{tab['count']}}</b></a>
+% for status, count in page.counts.items():
+<a href="{{root}}/errors{{filter_query(wanted, status=status)}}"
+ {{'aria-current=page' if status == wanted.status else ''}}>{{status.capitalize()}}
+<b>{{f"{count:,}"}}</b></a>
 % end
 </nav></div>
 <form class="filters" method="get" action="{{root}}/errors" role="search">
@@ -7868,39 +7832,28 @@ _TEMPLATE_SOURCES = {
 % end
 <input type="search" name="q" value="{{wanted.search}}" maxlength="200" aria-label="Search"
  placeholder='words, "a phrase", -not, user:7, since:2d'>
-% if len(projects) > 1:
-<select name="project" aria-label="Project"><option value="">All projects</option>
-% for project in projects:
-<option value="{{project.id}}" {{'selected' if project.id == wanted.project_id else ''}}>
-{{project.name}}</option>
+% for name, choices in list_choices(wanted, projects, facets).items():
+% chosen = wanted.project_id if name == "project" else getattr(wanted, name)
+<select name="{{name}}" aria-label="{{'Sort by' if name == 'sort' else name.capitalize()}}">
+% for value, label in choices.items():
+<option value="{{value}}" {{'selected' if value == chosen else ''}}>
+{{label}}</option>
 % end
 </select>
 % end
-% for name, values in facets.items():
-<select name="{{name}}" aria-label="{{name.capitalize()}}"><option value="">Any {{name}}</option>
-% for value in values:
-<option value="{{value}}" {{'selected' if value == getattr(wanted, name) else ''}}>
-{{value}}</option>
-% end
-</select>
-% end
-<select name="sort" aria-label="Sort by">
-% for value, name in (("last_seen", "Last seen"), ("first_seen", "First seen"), ("count", "Count")):
-<option value="{{value}}" {{'selected' if value == wanted.sort else ''}}>{{name}}</option>
-% end
-</select>
 <button>Apply</button>
 </form>
 % if problem:
 <p class="notice" role="alert">{{problem}}</p>
 % end
 <div id="live" data-view="list">
-% if not rows:
+% if not page.errors:
 <p class="empty">
 % if problem:
 The search is invalid. <a href="{{root}}/errors">Start over</a>.
-% elif is_narrowed:
-Nothing matches. <a href="{{root}}/errors{{all_query}}">Look in every status</a>
+% elif filter_query(wanted, status="open", sort="last_seen"):
+Nothing matches.
+<a href="{{root}}/errors{{filter_query(wanted, status='all')}}">Look in every status</a>
  or <a href="{{root}}/errors">start over</a>.
 % elif wanted.status == "open":
 No open errors. Everything reported so far is resolved or ignored.
@@ -7910,7 +7863,8 @@ Nothing here.
 </p>
 % else:
 <form method="post" action="{{root}}/errors">
-<input type="hidden" name="return" value="{{here}}">
+<input type="hidden" name="return"
+ value="{{filter_query(wanted, after=wanted.after, before=wanted.before)}}">
 <div class="tools">
 <label class="pick-all" hidden><input type="checkbox" id="pick-all"> Select all</label>
 <span class="hint">With selected:</span>
@@ -7925,15 +7879,16 @@ Nothing here.
 <th class="number">Count</th><th class="number">Users</th><th class="number">Last seen</th></tr>
 </thead>
 <tbody>
-% for row in rows:
-% error = row['error']
+% for error in page.errors:
+% count, users = error.occurrence_count, error.user_count
+% series = trend(buckets[error.id], "24h", now_ms)
 <tr>
 <td class="pick"><input type="checkbox" name="id" value="{{error.id}}"
  aria-label="Select error {{error.id}}"></td>
 <td class="what"><a class="class" href="{{root}}/errors/{{error.id}}">{{error.exception_class}}</a>
-% if row['is_regressed']:
+% if is_regressed(error):
 <span class="badge regressed">regressed</span>
-% elif row['is_new']:
+% elif is_new(error, now_ms):
 <span class="badge new">new</span>
 % end
 % if error.level not in ("", "error"):
@@ -7942,7 +7897,7 @@ Nothing here.
 % if error.status != wanted.status and error.status != "open":
 <span class="badge {{error.status}}">{{error.status}}</span>
 % end
-<span class="message">{{row['message']}}</span>
+<span class="message">{{clip(" ".join(error.message.split()), 300)}}</span>
 <span class="where">
 % if error.location:
 <code>{{error.location}}</code>
@@ -7952,33 +7907,41 @@ Nothing here.
 % end
 </span></td>
 <td class="trend"><svg viewBox="0 0 92 24" role="img" preserveAspectRatio="none"><title>
-{{row['day_count']}} in the last 24 hours</title><polyline points="{{row['points']}}"/></svg></td>
-<td class="number count"
- data-label="{{'time' if error.occurrence_count == 1 else 'times'}}">{{row['count']}}</td>
+{{sum(count for _, count in series)}} in the last 24 hours</title>
+<polyline points="{{sparkline(series)}}"/></svg></td>
+<td class="number count" data-label="{{'time' if count == 1 else 'times'}}">{{f"{count:,}"}}</td>
 <td class="number users"
- data-label="{{'user' if error.user_count == 1 else 'users'}}">{{row['users']}}</td>
-<td class="number seen">
-<time datetime="{{row['seen'].iso}}" title="{{row['seen'].exact}}">{{row['seen'].ago}}</time>
-</td>
+ data-label="{{'user' if users == 1 else 'users'}}">{{user_count_text(error)}}</td>
+<td class="number seen"><time datetime="{{iso_time(error.last_seen_ms)}}"
+ title="{{exact_time(error.last_seen_ms)}}">{{time_ago(error.last_seen_ms, now_ms)}}</time></td>
 </tr>
 % end
 </tbody>
 </table>
 </form>
 % end
-% if previous_query or next_query:
+% if page.previous or page.next:
 <nav class="pager" aria-label="Pages">
-% if previous_query:
-<a rel="prev" href="{{root}}/errors{{previous_query}}">← Previous</a>
+% if page.previous:
+<a rel="prev" href="{{root}}/errors{{filter_query(wanted, before=page.previous)}}">← Previous</a>
 % end
-% if next_query:
-<a rel="next" href="{{root}}/errors{{next_query}}">Next →</a>
+% if page.next:
+<a rel="next" href="{{root}}/errors{{filter_query(wanted, after=page.next)}}">Next →</a>
 % end
 </nav>
 % end
 </div>
 """,
-    "frame": """\
+    "error": """\
+% rebase("layout", title=error.exception_class)
+% def show_values(values, kind=""):
+<table class="values {{kind}}">
+% for name, value in values.items():
+<tr><th>{{name}}</th><td><pre>{{readable(value)}}</pre></td></tr>
+% end
+</table>
+% end
+% def show_frame(frame, kind, is_open):
 % if frame.source or frame.locals:
 <details class="frame {{kind}}" {{'open' if is_open else ''}}><summary>
 % else:
@@ -8002,57 +7965,20 @@ Nothing here.
 </table></div>
 % end
 % if frame.locals:
-<table class="values locals">
-% for name, value in frame.locals.items():
-<tr><th>{{name}}</th><td><pre>{{readable(value)}}</pre></td></tr>
-% end
-</table>
+% show_values(frame.locals, "locals")
 % end
 </details>
 % else:
 </div>
 % end
-""",
-    "trace": """\
-% for one, relation, groups in chain:
-% if relation:
-<h4><span>{{relation}}</span> {{one.exception_class}}</h4>
-% if one.message:
-<pre class="message">{{one.message}}</pre>
 % end
-% end
-% if groups:
-<ol class="frames">
-% for group in groups:
-<li>
-% if group.kind == "text":
-<div class="frame text"><pre>{{group.frames[0].text.strip()}}</pre></div>
-% elif group.kind == "own":
-% kind = "own failing" if group.has_location else "own"
-% include("frame", frame=group.frames[0], kind=kind, is_open=group.is_open)
-% else:
-<details {{'open' if group.is_open else ''}}>
-<summary>{{len(group.frames)}} library frame{{'' if len(group.frames) == 1 else 's'}}
-<code>{{group.frames[0].place or group.frames[0].function}}</code></summary>
-% for frame in group.frames:
-% include("frame", frame=frame, kind="library", is_open=False)
-% end
-</details>
-% end
-</li>
-% end
-</ol>
-% end
-% end
-""",
-    "error": """\
-% rebase("layout", title=error.exception_class)
 <p class="crumbs"><a href="{{root}}/errors">Errors</a> / {{error.id}}</p>
 <section class="card summary">
 <div class="badges"><span class="badge {{error.status}}">{{error.status}}</span>
-% if is_regressed:
-<span class="badge regressed" title="{{regressed.exact}}">regressed {{regressed.ago}}</span>
-% elif is_new:
+% if is_regressed(error):
+<span class="badge regressed" title="{{exact_time(error.regressed_ms)}}">regressed
+{{time_ago(error.regressed_ms, now_ms)}}</span>
+% elif is_new(error, now_ms):
 <span class="badge new">new</span>
 % end
 % if error.level not in ("", "error"):
@@ -8084,37 +8010,74 @@ Nothing here.
 <section class="card"><p class="empty">No occurrence of this error is kept any more;
  its counts are.</p></section>
 % else:
-% one = stored.occurrence
+% occurrence = stored.occurrence
+% chain = chain_of(occurrence)
 <section class="card" id="occurrence">
-<div class="head"><h2>{{occurrence_title}}</h2>
+<div class="head"><h2>{{"Occurrence" if stored.newer_id else "Newest occurrence"}}</h2>
 <nav class="steps" aria-label="Occurrences">
-% for name, target in steps:
-% if target is None:
-<span>{{name}}</span>
-% else:
+% first = stored.older_id and stored.first_id
+% last = stored.newer_id and stored.newest_id
+% steps = {"First": first, "Older": stored.older_id, "Newer": stored.newer_id, "Last": last}
+% for name, target in steps.items():
+% if target:
 <a href="{{root}}/errors/{{error.id}}/occurrences/{{target}}#occurrence">{{name}}</a>
+% else:
+<span>{{name}}</span>
 % end
 % end
 </nav></div>
 <p class="when">
-Occurred <time datetime="{{occurred.iso}}" title="{{occurred.ago}}">{{occurred.exact}}</time>,
-received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.exact}}</time> ·
+% times = (("Occurred", occurrence.occurred_ms, ","), ("received", stored.received_ms, " ·"))
+% for label, at_ms, end in times:
+{{label}} <time datetime="{{iso_time(at_ms)}}" title="{{time_ago(at_ms, now_ms)}}">
+{{exact_time(at_ms)}}</time>{{end}}
+% end
 <a href="{{root}}/errors/{{error.id}}/occurrences/{{stored.id}}">link to this occurrence</a></p>
-% if one.disbelieved_timestamp is not None:
-<p class="notice">The report gave the time {{one.disbelieved_timestamp}}, over an hour ahead of
- this server's clock. The time of receipt is used instead.</p>
+% if occurrence.disbelieved_timestamp is not None:
+<p class="notice">The report gave the time {{occurrence.disbelieved_timestamp}}, over an hour ahead
+ of this server's clock. The time of receipt is used instead.</p>
 % end
-% if one.message != error.message or one.exception_class != error.exception_class:
-<p class="other"><b>{{one.exception_class}}</b></p><pre class="message">{{one.message}}</pre>
+% if occurrence.message != error.message or occurrence.exception_class != error.exception_class:
+<p class="other"><b>{{occurrence.exception_class}}</b></p>
+<pre class="message">{{occurrence.message}}</pre>
 % end
-% if logged:
-<p class="other">Logged as</p><pre class="message">{{logged}}</pre>
+% if logged_as(occurrence):
+<p class="other">Logged as</p><pre class="message">{{logged_as(occurrence)}}</pre>
 % end
-% if has_calls:
+% if any(frame.is_call for part in chain for frame in part.frames):
 <p class="order">Most recent call first</p>
 % end
-% if any(groups for _, _, groups in chain):
-% include("trace")
+% if any(part.frames for part in chain):
+% failing = location_frame_of_chain(chain)
+% for one in chain:
+% if one.relation in RELATIONS:
+<h4><span>{{RELATIONS[one.relation]}}</span> {{one.exception_class}}</h4>
+% if one.message:
+<pre class="message">{{one.message}}</pre>
+% end
+% end
+% if one.frames:
+<ol class="frames">
+% for kind, frames, is_open in group_frames(one.frames, failing):
+<li>
+% if kind == "text":
+<div class="frame text"><pre>{{frames[0].text.strip()}}</pre></div>
+% elif kind == "own":
+% show_frame(frames[0], "own failing" if frames[0] is failing else "own", is_open)
+% else:
+<details {{'open' if is_open else ''}}>
+<summary>{{len(frames)}} library frame{{'' if len(frames) == 1 else 's'}}
+<code>{{frames[0].place or frames[0].function}}</code></summary>
+% for frame in frames:
+% show_frame(frame, "library", is_open=False)
+% end
+</details>
+% end
+</li>
+% end
+</ol>
+% end
+% end
 % else:
 <p class="empty">The report has no stack trace.</p>
 % end
@@ -8122,80 +8085,85 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 % end
 <section class="card" id="trend">
 <dl class="facts">
-% for name, value, title in facts:
-<div><dt>{{name}}</dt><dd title="{{title}}">{{value}}</dd></div>
-% end
+<div><dt>First seen</dt><dd title="{{exact_time(error.first_seen_ms)}}">
+{{time_ago(error.first_seen_ms, now_ms)}}</dd></div>
+<div><dt>Last seen</dt><dd title="{{exact_time(error.last_seen_ms)}}">
+{{time_ago(error.last_seen_ms, now_ms)}}</dd></div>
+<div><dt>Occurrences</dt><dd title="all that were ever reported">
+{{f"{error.occurrence_count:,}"}}</dd></div>
+<div><dt>Kept</dt><dd title="occurrences that can be looked at">
+{{f"{error.stored_count:,}"}}</dd></div>
+<div><dt>Users</dt><dd title="distinct user ids">{{user_count_text(error)}}</dd></div>
+<div><dt>Project</dt><dd title="">{{error.project}}</dd></div>
+<div><dt>{{error.status.capitalize()}} since</dt><dd title="{{exact_time(error.status_ms)}}">
+{{time_ago(error.status_ms, now_ms)}}</dd></div>
 </dl>
 <p class="fingerprint"><span>Fingerprint</span> <code>{{error.fingerprint}}</code></p>
 <div class="head"><h2>Trend</h2><nav class="tabs" aria-label="Span">
-% for name in spans:
+% for name in SPANS:
 <a href="{{here}}?trend={{name}}#trend" {{'aria-current=page' if name == span else ''}}>{{name}}</a>
 % end
 </nav></div>
-<svg class="chart" viewBox="0 0 {{len(bars) * 10}} 100" preserveAspectRatio="none" role="img"
- aria-label="{{span_total}} occurrences in {{span}}">
-% for bar in bars:
-<g><title>{{bar.label}}</title><rect class="hit" x="{{bar.x}}" y="0" width="10" height="100"/>
-<rect x="{{bar.x + 1}}" y="{{bar.y}}" width="8" height="{{bar.height}}"/></g>
+% counts = [count for _, count in series]
+<svg class="chart" viewBox="0 0 {{len(series) * 10}} 100" preserveAspectRatio="none" role="img"
+ aria-label="{{f'{sum(counts):,}'}} occurrences in {{span}}">
+% for position, (label, height) in enumerate(trend_bars(series)):
+<g><title>{{label}}</title><rect class="hit" x="{{10 * position}}" y="0" width="10" height="100"/>
+<rect x="{{10 * position + 1}}" y="{{round(100 - height, 1)}}" width="8" height="{{height}}"/></g>
 % end
 </svg>
-<p class="axis"><span>{{span_start}}</span>
-<span>{{span_total}} in {{span}}, at most {{span_peak}} per bar</span><span>now</span></p>
+<p class="axis"><span>{{exact_time(series[0][0], 16)}}</span>
+<span>{{f"{sum(counts):,}"}} in {{span}}, at most {{f"{max(counts):,}"}} per bar</span>
+<span>now</span></p>
 </section>
 % if stored is not None:
 <section class="card" id="details">
+% tags = tags_of(occurrence)
 % if tags:
 <ul class="chips" aria-label="Tags">
-% for name, value, query in tags:
-<li><a href="{{root}}/errors{{query}}"><span>{{name}}</span> {{value}}</a></li>
-% end
-% for name, value in more_tags:
+% for position, (name, value) in enumerate(tags.items()):
+% if position < MAX_TAGS:
+<li><a href="{{root}}/errors{{tag_query(name, value)}}"><span>{{name}}</span> {{value}}</a></li>
+% else:
 <li><b><span>{{name}}</span> {{value}}</b></li>
+% end
 % end
 </ul>
 % end
+% crumbs = breadcrumbs_of(occurrence)
 % if crumbs:
 <h3>Breadcrumbs</h3>
 <ol class="timeline">
-% for crumb in crumbs:
-<li class="{{'bad' if crumb.level in ('error', 'fatal', 'warning') else ''}}">
-<span class="time">{{crumb.time}}</span>
-<b>{{crumb.kind}}</b>
-% if crumb.level not in ("", "info"):
-<i>{{crumb.level}}</i>
+% for time, kind, level, text, details in map(crumb_of, crumbs):
+<li class="{{'bad' if level in ('error', 'fatal', 'warning') else ''}}">
+<span class="time">{{time}}</span>
+<b>{{kind}}</b>
+% if level not in ("", "info"):
+<i>{{level}}</i>
 % end
-<span>{{crumb.text}}</span>
-% if crumb.details:
-<code>{{crumb.details}}</code>
+<span>{{text}}</span>
+% if details:
+<code>{{details}}</code>
 % end
 </li>
 % end
 </ol>
 % end
-% for title, rows in sections:
-% is_long = len(rows) > 25
+% for title, values in sections_of(occurrence):
+% is_long = len(values) > 25
 % if is_long:
-<details class="long"><summary>{{title}} ({{len(rows)}})</summary>
+<details class="long"><summary>{{title}} ({{len(values)}})</summary>
 % else:
 <h3>{{title}}</h3>
 % end
-<table class="values">
-% for name, value in rows:
-<tr><th>{{name}}</th><td><pre>{{value}}</pre></td></tr>
-% end
-</table>
+% show_values(values)
 % if is_long:
 </details>
 % end
 % end
-<details class="raw"><summary>Raw JSON</summary><pre>{{raw}}</pre></details>
+<details class="raw"><summary>Raw JSON</summary>
+<pre>{{indented(to_payload(occurrence))}}</pre></details>
 </section>
-% end
-""",
-    "snippets": """\
-% for name, text in snippets:
-<details class="snippet" {{'open' if name == 'curl' else ''}}><summary>{{name}}</summary>
-<div><button class="copy" type="button" hidden>Copy</button><pre>{{text}}</pre></div></details>
 % end
 """,
     "setup": """\
@@ -8215,9 +8183,10 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 <table class="rejections">
 <thead><tr><th>Count</th><th>Status</th><th>Reason</th><th>Last</th></tr></thead>
 <tbody>
-% for one, last in rejections:
+% for one in rejections:
 <tr><td>{{f"{one.count:,}"}}</td><td>{{one.status}}</td><td>{{one.reason}}</td>
-<td><time datetime="{{last.iso}}" title="{{last.exact}}">{{last.ago}}</time></td></tr>
+<td><time datetime="{{iso_time(one.last_ms)}}" title="{{exact_time(one.last_ms)}}">
+{{time_ago(one.last_ms, now_ms)}}</time></td></tr>
 % end
 </tbody></table></section>
 % end
@@ -8232,10 +8201,13 @@ received <time datetime="{{received.iso}}" title="{{received.ago}}">{{received.e
 <p class="key"><span>{{label}}</span> <code>{{text}}</code></p>
 % end
 % if ways:
-% include("snippets", snippets=ways)
+% for name, text in ways:
+<details class="snippet" {{'open' if name == 'curl' else ''}}><summary>{{name}}</summary>
+<div><button class="copy" type="button" hidden>Copy</button><pre>{{text}}</pre></div></details>
+% end
 % else:
 <p>This project has no key, so its reports are refused. To make one:</p>
-<pre>python miniapm.py keys create {{quote(project.name)}}</pre>
+<pre>python miniapm.py keys create {{shlex.quote(project.name)}}</pre>
 % end
 </section>
 % end
@@ -8270,6 +8242,7 @@ def _compile_templates() -> dict[str, bottle.SimpleTemplate]:
     templates = {name: bottle.SimpleTemplate(text) for name, text in _TEMPLATE_SOURCES.items()}
     for template in templates.values():
         template.cache = templates  # where include() and rebase() look for a name first
+        template.defaults = globals()  # a template may call any function of this file
     return templates
 
 
@@ -8542,138 +8515,6 @@ def render(template: str, root: str, **values: Any) -> str:
     shared = {"root": root, "assets": ASSET_NAMES, "version": __version__}
     defaults = {"show_nav": True, "show_logout": False, "trouble": ""}
     return str(_TEMPLATES[template].render(defaults | shared | values))
-
-
-def shown_facets(facets: Mapping[str, Sequence[str]], wanted: ErrorFilter) -> dict[str, list[str]]:
-    """Return the choices of each facet that is worth a choice: more than errors, or one chosen."""
-    shown = {}
-    for name, values in facets.items():
-        chosen = getattr(wanted, name)
-        if chosen or values not in ((), ("error",)):
-            shown[name] = [*values, *([chosen] if chosen and chosen not in values else [])]
-    return shown
-
-
-def _row_values(error: ErrorGroup, buckets: Mapping[int, int], now_ms: int) -> Json:
-    series = trend(buckets, "24h", now_ms)
-    return {
-        "error": error,
-        "message": clip(" ".join(error.message.split()), 300),
-        "is_new": is_new(error, now_ms),
-        "is_regressed": is_regressed(error),
-        "count": f"{error.occurrence_count:,}",
-        "users": user_count_text(error),
-        "seen": moment(error.last_seen_ms, now_ms),
-        "points": sparkline(series),
-        "day_count": sum(count for _, count in series),
-    }
-
-
-def list_values(
-    page: ErrorPage,
-    wanted: ErrorFilter,
-    buckets: Mapping[int, Mapping[int, int]],
-    now_ms: int,
-) -> Json:
-    """Return what the template "errors" shows, but for the projects."""
-    tabs = [
-        {
-            "name": status.capitalize(),
-            "count": f"{page.counts[status]:,}",
-            "query": filter_query(wanted, status=status),
-            "is_current": status == wanted.status,
-        }
-        for status in (*STATUSES, "all")
-    ]
-    return {
-        "rows": [_row_values(error, buckets[error.id], now_ms) for error in page.errors],
-        "tabs": tabs,
-        "wanted": wanted,
-        "is_narrowed": dataclasses.replace(wanted, status="", sort="") != ErrorFilter("", sort=""),
-        "here": filter_query(wanted, after=wanted.after, before=wanted.before),
-        "all_query": filter_query(wanted, status="all"),
-        "previous_query": filter_query(wanted, before=page.previous) if page.previous else "",
-        "next_query": filter_query(wanted, after=page.next) if page.next else "",
-    }
-
-
-def search_for_tag(name: str, value: str) -> str:
-    """Return the search that finds a tag."""
-    text = f"{name}:{value}"[: MAX_SEARCH_CHARS - 2].partition('"')[0]
-    return f'"{text}"'
-
-
-def _occurrence_values(stored: StoredOccurrence, now_ms: int) -> Json:
-    one = stored.occurrence
-    chain = chain_of(one)
-    failing = location_frame_of_chain(chain)
-    return {
-        "steps": [
-            ("First", stored.first_id if stored.older_id else None),
-            ("Older", stored.older_id),
-            ("Newer", stored.newer_id),
-            ("Last", stored.newest_id if stored.newer_id else None),
-        ],
-        "occurrence_title": "Occurrence" if stored.newer_id else "Newest occurrence",
-        "occurred": moment(one.occurred_ms, now_ms),
-        "received": moment(stored.received_ms, now_ms),
-        "numbered_source": numbered_source,
-        "line_and_column_of": line_and_column_of,
-        "readable": readable,
-        "chain": [
-            (part, RELATIONS.get(part.relation, ""), group_frames(part.frames, failing))
-            for part in chain
-        ],
-        "logged": logged_as(one),
-        "has_calls": any(frame.is_call for part in chain for frame in part.frames),
-        "tags": [
-            (name, value, filter_query(ErrorFilter("all", search_for_tag(name, value))))
-            for name, value in list(tags_of(one).items())[:MAX_TAGS]
-        ],
-        "more_tags": list(tags_of(one).items())[MAX_TAGS:],  # not searched for: no links
-        "sections": [
-            (title, [(name, readable(value)) for name, value in values.items()])
-            for title, values in sections_of(one)
-        ],
-        "crumbs": [crumb_of(crumb) for crumb in breadcrumbs_of(one)],
-        "raw": indented(to_payload(one)),
-    }
-
-
-def error_values(
-    error: ErrorGroup,
-    stored: StoredOccurrence | None,
-    buckets: Mapping[int, int],
-    span: str,
-    now_ms: int,
-) -> Json:
-    """Return what the template "error" shows, but for its own address."""
-    series = trend(buckets, span, now_ms)
-    first, last = moment(error.first_seen_ms, now_ms), moment(error.last_seen_ms, now_ms)
-    since = moment(error.status_ms, now_ms)
-    values = {
-        "error": error,
-        "stored": stored,
-        "is_new": is_new(error, now_ms),
-        "is_regressed": is_regressed(error),
-        "regressed": moment(error.regressed_ms or 0, now_ms),
-        "facts": [
-            ("First seen", first.ago, first.exact),
-            ("Last seen", last.ago, last.exact),
-            ("Occurrences", f"{error.occurrence_count:,}", "all that were ever reported"),
-            ("Kept", f"{error.stored_count:,}", "occurrences that can be looked at"),
-            ("Users", user_count_text(error), "distinct user ids"),
-            ("Project", error.project, ""),
-            (f"{error.status.capitalize()} since", since.ago, since.exact),
-        ],
-        "spans": tuple(SPANS),
-        "span": span,
-        "bars": trend_bars(series),
-        "span_start": f"{iso_time(series[0][0])[:16].replace('T', ' ')} UTC",
-        "span_total": f"{sum(count for _, count in series):,}",
-        "span_peak": f"{max(count for _, count in series):,}",
-    }
-    return values if stored is None else values | _occurrence_values(stored, now_ms)
 
 
 # --- 11. HTTP -------------------------------------------------------------------------------------
@@ -9767,8 +9608,8 @@ class Dashboard:
         show_nav = self.has_session(bottle.request.environ)
         shown = {"show_nav": show_nav, "show_logout": show_nav and self._gate is not None}
         trouble = self._store.trouble if show_nav else ""
-        root = root_of(bottle.request.environ)
-        text = render(template, root, trouble=trouble, **shown, **values)
+        root, now_ms = root_of(bottle.request.environ), self._store.now_ms()
+        text = render(template, root, trouble=trouble, now_ms=now_ms, **shown, **values)
         more = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
         return bottle.HTTPResponse(text, status, more | dict(headers or {}))
 
@@ -9805,13 +9646,15 @@ class Dashboard:
         buckets: Mapping[int, Mapping[int, int]],
         problem: str = "",
     ) -> bottle.HTTPResponse:
-        shown: Json = {
-            "projects": self._store.projects(),
-            "facets": shown_facets(self._store.facets(), wanted),
-            "problem": problem,
-        }
-        values = list_values(page, wanted, buckets, self._store.now_ms())
-        return self.html("errors", **values, **shown)
+        return self.html(
+            "errors",
+            wanted=wanted,
+            page=page,
+            buckets=buckets,
+            projects=self._store.projects(),
+            facets=self._store.facets(),
+            problem=problem,
+        )
 
     def errors_json(self) -> bottle.HTTPResponse:
         """Give one page of the list as JSON."""
@@ -9829,13 +9672,13 @@ class Dashboard:
     def error(self, error_id: int, occurrence_id: int | None = None) -> bottle.HTTPResponse:
         """Show an error with its newest occurrence, or the one asked for."""
         environ = bottle.request.environ
-        span = parse_span(read_query(environ))
+        span = one_of(read_query(environ), "trend", SPANS)
         error, buckets, now_ms = self._found(error_id)
         stored = self._store.occurrence(error_id, occurrence_id)
         if stored is None and occurrence_id is not None:
             raise NotFound(f"error {error_id} has no occurrence {occurrence_id} (any more)")
-        values = error_values(error, stored, buckets, span, now_ms)
-        return self.html("error", here=root_of(environ) + environ["PATH_INFO"], **values)
+        here, series = root_of(environ) + environ["PATH_INFO"], trend(buckets, span, now_ms)
+        return self.html("error", here=here, error=error, stored=stored, span=span, series=series)
 
     def error_json(self, error_id: int) -> bottle.HTTPResponse:
         """Give an error, its trends and its newest occurrence as JSON."""
@@ -9875,7 +9718,6 @@ class Dashboard:
     def _setup(self, heading: str, *, is_welcome: bool) -> bottle.HTTPResponse:
         environ = bottle.request.environ
         url = url_of_request(environ)
-        now_ms = self._store.now_ms()
         projects = []
         for project in self._store.projects():
             keys: list[tuple[str, str]] = []
@@ -9891,9 +9733,8 @@ class Dashboard:
             is_welcome=is_welcome,
             url=url,
             projects=projects,
-            rejections=[(one, moment(one.last_ms, now_ms)) for one in self._rejections.listed()],
+            rejections=self._rejections.listed(),
             dropped=self._rejections.dropped(),
-            quote=shlex.quote,
         )
 
     def login(self) -> bottle.HTTPResponse:
@@ -10372,23 +10213,21 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise BadSetting(message)
 
-
-def served_by(path: str) -> str:
-    """Return what a database remembers of the process that serves it."""
-    if not os.path.exists(path + "-wal"):  # the -wal is next to another name of the same file
-        return "another process"
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
-        if row := db.execute(SELECT_SETTING, {"name": "served_by"}).fetchone():
-            return str(row["value"])
-    return "another process"
+    def read(
+        self, arguments: Sequence[str], environ: Mapping[str, str], names: Sequence[str] = ()
+    ) -> tuple[argparse.Namespace, Config]:
+        """Return the parsed arguments, and the settings called `names` (all when empty)."""
+        add_flags(self, names)
+        given = self.parse_args(arguments)
+        return given, load_config(vars(given), environ, names)
 
 
 class ServingLock:
-    """Makes one process at a time the server of a database; ends with the process.
+    """Lets one process at a time serve a database; ends with the process.
 
     It takes SQLite's own lock on a file next to the database, which is portable. On Linux, where
     flock is independent of SQLite's locks, it also locks the database, which may have two names.
-    Raises MiniAPMError when another process has one of the locks.
+    Raises MiniAPMError when another process holds one of the locks.
     """
 
     _handle: int | None = None  # stays open: closing it would drop SQLite's locks
@@ -10400,7 +10239,7 @@ class ServingLock:
         try:
             self._db = _connect(lock_path)
             self._db.execute("PRAGMA busy_timeout = 0")
-            self._db.execute("PRAGMA journal_mode = MEMORY")  # else a journal lies beside it
+            self._db.execute("PRAGMA journal_mode = MEMORY")  # leaves no journal next to it
             self._db.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             if _is_busy(error):
@@ -10422,7 +10261,12 @@ class ServingLock:
             pass
 
     def _refusal(self, path: str) -> MiniAPMError:
-        return MiniAPMError(f"{path} is served already, by {served_by(path)}")
+        server = "another process"
+        if os.path.exists(path + "-wal"):  # it may be next to another name of the same file
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
+                if row := db.execute(SELECT_SETTING, {"name": "served_by"}).fetchone():
+                    server = row["value"]
+        return MiniAPMError(f"{path} is served already, by {server}")
 
     def release(self) -> None:
         """Let another process serve."""
@@ -11064,11 +10908,9 @@ def allow_many_files() -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < 2 * MAX_CONNECTIONS:
-            most = 2 * MAX_CONNECTIONS
-            resource.setrlimit(
-                resource.RLIMIT_NOFILE, (most if hard < 0 else min(most, hard), hard)
-            )
+        most = 2 * MAX_CONNECTIONS if hard < 0 else min(2 * MAX_CONNECTIONS, hard)
+        if 0 <= soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def welcome(url: str, path: str, project: Project, config: Config) -> str:
@@ -11134,8 +10976,7 @@ def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
         " the default.",
     )
     parser.add_argument("--version", action="version", version=f"MiniAPM {__version__}")
-    add_flags(parser)
-    return serve(load_config(vars(parser.parse_args(arguments)), environ))
+    return serve(parser.read(arguments, environ)[1])
 
 
 def refuse_missing(path: str) -> None:
@@ -11165,10 +11006,9 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
     create.add_argument("name", metavar="NAME", help="the project's name")
     revoke = commands.add_parser("revoke", help="refuse a project's keys from now on")
     revoke.add_argument("name", metavar="NAME", help="the project's name, or one key")
-    for each in (parser, listing, create, revoke):
+    for each in (listing, create, revoke):
         add_flags(each, ("db", "public_url"))
-    given = parser.parse_args(arguments)
-    config = load_config(vars(given), environ, ("db", "public_url"))
+    given, config = parser.read(arguments, environ, ("db", "public_url"))
     if given.action != "create":
         refuse_missing(config.db)
     with contextlib.closing(Store(config.db)) as store:
@@ -11217,9 +11057,7 @@ def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     """Copy the database into a new file, also while it is served."""
     parser = _Parser(prog=name, description="Copy the database into a new file, verified.")
     parser.add_argument("file", metavar="FILE", help="the copy; it must not exist yet")
-    add_flags(parser, ("db",))
-    given = parser.parse_args(arguments)
-    config = load_config(vars(given), environ, ("db",))
+    given, config = parser.read(arguments, environ, ("db",))
     with existing_database(config.db) as db:
         back_up(db, given.file)
     say(f"{given.file}: {os.path.getsize(given.file):,} bytes, verified")
@@ -11229,8 +11067,7 @@ def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
 def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """Say whether the database is whole: exit status 0 if it is, else 1."""
     parser = _Parser(prog=name, description="Say whether the database is whole; changes nothing.")
-    add_flags(parser, ("db",))
-    config = load_config(vars(parser.parse_args(arguments)), environ, ("db",))
+    _, config = parser.read(arguments, environ, ("db",))
     with existing_database(config.db) as db:
         version = _pragma(db, "user_version")
         say(f"{config.db}: schema version {version}, this program's is {len(MIGRATIONS)}")
@@ -11246,37 +11083,23 @@ def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
     return 1 if found else 0
 
 
-def _fresh_main(**values: Any) -> types.ModuleType:
-    """Give the program a __main__ of its own; ours stays what our functions look into."""
+def _run_main(program: list[str], *, is_module: bool) -> None:
+    """Do what `python program…` does, `python -m program…` for a module, in a fresh __main__."""
+    path = os.path.abspath(program[0])
+    is_script = not is_module and not (os.path.isdir(path) or zipfile.is_zipfile(path))
     module = types.ModuleType("__main__")
-    module.__dict__.update(__builtins__=__builtins__, __annotations__={}, **values)
-    sys.modules["__main__"] = module
-    return module
-
-
-def _run_script(path: str, arguments: Sequence[str]) -> None:
-    """Do what `python path arguments…` does, in a fresh __main__."""
-    full_path = os.path.abspath(path)
-    with open(full_path, "rb") as file:
-        code = compile(file.read(), full_path, "exec", dont_inherit=True)
-    loader = importlib.machinery.SourceFileLoader("__main__", full_path)
-    main_module = _fresh_main(__file__=full_path, __cached__=None, __loader__=loader)
-    sys.argv, sys.path[0] = [path, *arguments], os.path.dirname(full_path)
-    exec(code, main_module.__dict__)  # noqa: S102 - to run a program is what is asked for
-
-
-def _run_folder(path: str, arguments: Sequence[str]) -> None:
-    """Do what `python path arguments…` does for a folder or an archive with a __main__.py."""
-    _fresh_main()
-    sys.argv, sys.path[0] = [path, *arguments], os.path.abspath(path)
-    runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
-
-
-def _run_module(name: str, arguments: Sequence[str]) -> None:
-    """Do what `python -m name arguments…` does, in a fresh __main__."""
-    _fresh_main()
-    sys.argv, sys.path[0] = [name, *arguments], os.getcwd()
-    runpy._run_module_as_main(name)  # type: ignore[attr-defined]
+    module.__dict__.update(__builtins__=__builtins__, __annotations__={})
+    sys.modules["__main__"] = module  # ours stays what our functions look into
+    sys.argv = program
+    sys.path[0] = os.getcwd() if is_module else os.path.dirname(path) if is_script else path
+    if not is_script:
+        runpy._run_module_as_main(program[0] if is_module else "__main__", is_module)  # type: ignore[attr-defined]
+        return
+    with open(path, "rb") as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    loader = importlib.machinery.SourceFileLoader("__main__", path)
+    module.__dict__.update(__file__=path, __cached__=None, __loader__=loader)
+    exec(code, module.__dict__)  # noqa: S102 - to run a program is what is asked for
 
 
 def _end_as_python(error: BaseException) -> int:
@@ -11300,26 +11123,21 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
         description="Run a Python program unchanged and record what goes wrong in it.",
     )
     parser.add_argument("--url", help=f"the tracker to report to [{URL_VARIABLE}]")
-    add_flags(parser, ("db", "api_key"))
-    given = parser.parse_args(arguments[:split])
+    given, config = parser.read(arguments[:split], environ, ("db", "api_key"))
     program = list(arguments[split:])
-    if not program or program == ["-m"]:
+    is_module = program[:1] == ["-m"]
+    if is_module:
+        program.pop(0)
+    if not program:
         raise BadSetting("which program? Give a script, or -m and a module")
-    if program[0] != "-m" and not os.path.exists(program[0]):
+    if not is_module and not os.path.exists(program[0]):
         raise MiniAPMError(f"there is no script {program[0]}")
-    config = load_config(vars(given), environ, ("db", "api_key"))
     sys.modules.setdefault("miniapm", sys.modules[__name__])
-    is_module = program[0] == "-m"
     root = None if is_module else os.path.dirname(os.path.abspath(program[0]))
     url = given.url or environ.get(URL_VARIABLE)
     init(url or config.db, api_key=config.api_key, project_root=root)
     try:
-        if is_module:
-            _run_module(program[1], program[2:])
-        elif os.path.isdir(program[0]) or zipfile.is_zipfile(program[0]):
-            _run_folder(program[0], program[1:])
-        else:
-            _run_script(program[0], program[1:])
+        _run_main(program, is_module=is_module)
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001 - the program's own end
