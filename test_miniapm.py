@@ -6410,7 +6410,7 @@ def test_before_send_changes_and_drops(recorder: Recorder, capsys: Any) -> None:
 def test_complaints_come_once_a_minute(clock: Clock, capsys: Any) -> None:
     complain = miniapm.Complaints(clock)
     for _ in range(5):
-        complain.say("a kind", "password=hunter2 \x1b[31m")
+        complain.print_line("a kind", "password=hunter2 \x1b[31m")
         clock.seconds += 20
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["miniapm: a kind: password=[FILTERED] ␛[31m"] * 2
