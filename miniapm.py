@@ -6031,9 +6031,8 @@ class Form:
 class Request:
     """The HTTP request that is being served; what it says is looked at only for a report."""
 
-    # The part of the body that was read, and the exception printed to wsgi.errors.
-    _body: bytearray | None = None
-    printed_error: BaseException | None = None
+    _body: bytearray | None = None  # the part of it that was read
+    handled_error: BaseException | None = None  # by the framework, or printed to wsgi.errors
     has_ended = False
 
     def __init__(self, source: Mapping[str, Any]) -> None:
@@ -6050,7 +6049,7 @@ class Request:
 
     def end(self) -> None:
         """Mark the request as ended; later reports in its context say so."""
-        self.has_ended, self.printed_error, self.error_before = True, None, None
+        self.has_ended, self.handled_error, self.error_before = True, None, None
 
     def headers(self) -> dict[str, str]:
         """Return the headers by their names, as in X-Request-Id."""
@@ -6719,6 +6718,13 @@ def _hook(owner: Any, name: str, record: Callable[..., None]) -> Callable[[], No
     return _replace(owner, name, make)
 
 
+def _hook_once(owner: Any, name: str, record: Callable[..., None]) -> None:
+    """Hook for the rest of the process, unless that was done before."""
+    if not hasattr(getattr(owner, name), "is_hooked"):
+        _hook(owner, name, record)
+        getattr(owner, name).is_hooked = True
+
+
 Record = Callable[[BaseException], None]
 RecordLog = Callable[[logging.LogRecord], None]
 
@@ -6744,8 +6750,18 @@ def _hook_loguru(_: Record, record_log: RecordLog) -> Callable[[], None]:
 
     # A format that is a function, or loguru would call the repr of every variable.
     options = {"format": lambda _: "{message}", "diagnose": False, "backtrace": False}
-    number = logger.add(sink, level="ERROR", **options)
-    return lambda: call_safely(logger.remove, number)  # the host may have removed it
+    numbers = [logger.add(sink, level="ERROR", **options)]
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def remove(self: Any, handler_id: int | None = None) -> None:
+            original(self, handler_id)
+            if handler_id is None:  # of all handlers, with which most set-ups begin
+                numbers.append(logger.add(sink, level="ERROR", **options))
+
+        return remove
+
+    undo = _replace(type(logger), "remove", make)
+    return lambda: (undo(), call_safely(logger.remove, numbers[-1]))[0]
 
 
 def _hook_ipython(record: Record, _: RecordLog) -> Callable[[], None]:
@@ -6931,7 +6947,8 @@ class Client:
         current = sys.exc_info()[1]
         if given is True or (TRACEBACK_TITLE in message and class_name(type(current)) in message):
             return current
-        return None
+        request = _current_request.get() if record.name == "django.request" else None
+        return request.handled_error if request else None  # which a middleware answered
 
     def _complete(self, report: Json, context: Any) -> Json:
         if self._surroundings[0] != os.getpid():
@@ -7166,7 +7183,7 @@ class _WatchedErrors(_WatchedStream):
 
     def write(self, text: str) -> Any:
         if TRACEBACK_TITLE in text:
-            self._request.printed_error = sys.exc_info()[1]
+            self._request.handled_error = sys.exc_info()[1]
         return self._stream.write(text)
 
 
@@ -7221,11 +7238,17 @@ class _SizedAnswer(_Answer):
 
 def _record_failure(request: Request, error: BaseException | None = None) -> None:
     """Record why an application answers that it failed: `error`, or what it handles now."""
-    for one in (error, request.printed_error, sys.exc_info()[1]):
+    for one in (error, request.handled_error, sys.exc_info()[1]):
         if one is not None:
             if one is not request.error_before:
                 record_error(one)
             return
+
+
+def _note_handled(*_: object, **__: object) -> None:
+    """Remember the exception at hand until it is known how it is answered."""
+    if (request := _current_request.get()) is not None:
+        request.handled_error = sys.exc_info()[1]
 
 
 def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
@@ -7313,9 +7336,14 @@ def capture_aiohttp(app: Any) -> Any:
         scope = ObjectRequest(facts | {"remote_address": request.remote})
         token = _current_request.set(scope)
         try:
-            return await handler(request)
+            answer = await handler(request)
+            if answer.status >= 500:
+                scope.keep(request._read_bytes or b"")
+                _record_failure(scope)
+            return answer
         except Exception as error:
             if getattr(error, "status", 500) >= 500 or not isinstance(error, web.HTTPException):
+                scope.keep(request._read_bytes or b"")
                 record_error(error)
             raise
         finally:
@@ -7323,7 +7351,15 @@ def capture_aiohttp(app: Any) -> Any:
                 _current_request.reset(token)
             scope.end()
 
-    app.middlewares.insert(0, captured)
+    @web.middleware  # type: ignore[untyped-decorator]
+    async def noted(request: Any, handler: Callable[..., Any]) -> Any:
+        try:
+            return await handler(request)
+        except Exception:
+            _note_handled()
+            raise
+
+    app.middlewares[:] = [captured, *app.middlewares, noted]
     return app
 
 
@@ -7334,13 +7370,13 @@ def capture_tornado(app: Any) -> Any:
     def record(handler: Any, kind: object, error: Any, tb: object) -> None:
         request = handler.request
         facts = {"method": request.method, "url": request.full_url(), "headers": request.headers}
-        with RequestScope(ObjectRequest(facts | {"remote_address": request.remote_ip})):
+        scope = ObjectRequest(facts | {"remote_address": request.remote_ip})
+        scope.keep(request.body)
+        with RequestScope(scope):
             if not isinstance(error, web.HTTPError) or error.status_code >= 500:
                 record_error(error)
 
-    if not hasattr(web.RequestHandler.log_exception, "miniapm"):
-        _hook(web.RequestHandler, "log_exception", lambda *said: call_safely(record, *said))
-        web.RequestHandler.log_exception.miniapm = True
+    _hook_once(web.RequestHandler, "log_exception", record)
     return app
 
 
@@ -7349,16 +7385,6 @@ def _record_signalled(
 ) -> None:
     with _within_django(request):
         record_error(exception, {"user_id": call_safely(_user_of_django, request)})
-
-
-async def _record_signalled_async(*said: object, **more: Any) -> None:
-    _record_signalled(*said, **more)
-
-
-def _record_pyramid(event: Any) -> None:
-    """Record what a view for exceptions has answered."""
-    if event.response.status_code >= 500 and event.request.exception is not None:
-        record_error(event.request.exception)
 
 
 def _names_of_class(value: object) -> set[str]:
@@ -7373,17 +7399,27 @@ def adapter_for(app: object) -> Callable[[Any], Any] | None:
     return capture_tornado if "tornado.web.Application" in names else None
 
 
-def connect_signals(app: Any) -> None:
-    """Record what Flask, Quart, Django and Pyramid signal, whatever is set up for logging."""
-    if "pyramid.router.Router" in _names_of_class(app):
-        wanted = [sys.modules["pyramid.interfaces"].INewResponse]
-        call_safely(
-            app.registry.registerHandler, lambda event: call_safely(_record_pyramid, event), wanted
-        )
-    for name in ("flask", "django.core.signals", "quart"):
-        if signal_ := getattr(sys.modules.get(name), "got_request_exception", None):
-            receiver = _record_signalled_async if name == "quart" else _record_signalled
-            call_safely(functools.partial(signal_.connect, receiver, weak=False))
+# Where frameworks take an exception which they, or the application's handlers, then answer.
+_ERROR_HANDLERS = {
+    "cherrypy._cprequest": "Request.handle_error",
+    "django.core.handlers.base": "BaseHandler.process_exception_by_middleware",
+    "falcon.app": "App._handle_exception",
+    "falcon.asgi.app": "App._handle_exception",
+    "flask.app": "Flask.handle_user_exception",
+    "pyramid.tweens": "_error_handler",
+    "quart.app": "Quart.handle_user_exception",
+    "starlette._exception_handler": "_lookup_exception_handler",
+}
+
+
+def watch_error_handlers() -> None:
+    """Note what frameworks answer themselves, whatever is set up for logging."""
+    for module, path in _ERROR_HANDLERS.items():
+        *owner, name = path.split(".")
+        found = getattr(sys.modules.get(module), *owner, None) if owner else sys.modules.get(module)
+        call_safely(_hook_once, found, name, _note_handled)
+    if signal_ := getattr(sys.modules.get("django.core.signals"), "got_request_exception", None):
+        signal_.connect(_record_signalled, weak=False)
 
 
 # --- 10. Pages ------------------------------------------------------------------------------------
@@ -10518,7 +10554,7 @@ def wrap(
     >>> def application(environ, start_response): ...
     >>> application = wrap(application)
     """
-    connect_signals(app)
+    watch_error_handlers()
     if (adapt := adapter_for(app)) is not None:
         if at is not None:
             raise BadSetting(f"at={at!r} needs a WSGI or ASGI application")
