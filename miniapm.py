@@ -7400,24 +7400,22 @@ def adapter_for(app: object) -> Callable[[Any], Any] | None:
 
 
 # Where frameworks take an exception which they, or the application's handlers, then answer.
-_ERROR_HANDLERS = {
-    "cherrypy._cprequest": "Request.handle_error",
-    "django.core.handlers.base": "BaseHandler.process_exception_by_middleware",
-    "falcon.app": "App._handle_exception",
-    "falcon.asgi.app": "App._handle_exception",
-    "flask.app": "Flask.handle_user_exception",
-    "pyramid.tweens": "_error_handler",
-    "quart.app": "Quart.handle_user_exception",
-    "starlette._exception_handler": "_lookup_exception_handler",
-}
+_ERROR_HANDLERS = (
+    ("cherrypy._cprequest", "Request", "handle_error"),
+    ("django.core.handlers.base", "BaseHandler", "process_exception_by_middleware"),
+    ("falcon.app", "App", "_handle_exception"),
+    ("falcon.asgi.app", "App", "_handle_exception"),
+    ("flask.app", "Flask", "handle_user_exception"),
+    ("pyramid", "tweens", "_error_handler"),
+    ("quart.app", "Quart", "handle_user_exception"),
+    ("starlette", "_exception_handler", "_lookup_exception_handler"),
+)
 
 
 def watch_error_handlers() -> None:
     """Note what frameworks answer themselves, whatever is set up for logging."""
-    for module, path in _ERROR_HANDLERS.items():
-        *owner, name = path.split(".")
-        found = getattr(sys.modules.get(module), *owner, None) if owner else sys.modules.get(module)
-        call_safely(_hook_once, found, name, _note_handled)
+    for module, owner, name in _ERROR_HANDLERS:
+        call_safely(_hook_once, getattr(sys.modules.get(module), owner, None), name, _note_handled)
     if signal_ := getattr(sys.modules.get("django.core.signals"), "got_request_exception", None):
         signal_.connect(_record_signalled, weak=False)
 
