@@ -3914,7 +3914,7 @@ def _pragma(db: sqlite3.Connection, name: str) -> int:
     return int(db.execute(f"PRAGMA {name}").fetchone()[0])
 
 
-def say(text: str, out: TextIO | None = None) -> None:
+def print_line(text: str, out: TextIO | None = None) -> None:
     """Print at once, on stdout if not told where, and whether or not anybody can read it."""
     out = out or sys.stdout
     with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or none at all
@@ -3958,7 +3958,7 @@ def _keep_old_version(db: sqlite3.Connection, path: str) -> None:
     )
     back_up(db, target)
     said = f"{path} is brought from version {version} to {len(MIGRATIONS)}; as it was: {target}"
-    say(f"miniapm: {said}", sys.stderr)
+    print_line(f"miniapm: {said}", sys.stderr)
 
 
 def refuse_foreign(db: sqlite3.Connection, path: str) -> None:
@@ -5051,7 +5051,7 @@ class Retention:
             try:
                 self.sweep()
             except MiniAPMError as error:
-                say(f"miniapm: retention will try again: {error}", sys.stderr)
+                print_line(f"miniapm: retention will try again: {error}", sys.stderr)
             self._store.has_surplus.wait(SWEEP_INTERVAL_S)
             self._store.has_surplus.clear()
 
@@ -5163,7 +5163,7 @@ class Complaints:
         self._now = now
         self._said_s: dict[str, float] = {}
 
-    def say(self, kind: str, detail: object) -> None:
+    def print_line(self, kind: str, detail: object) -> None:
         """Say it, unless the same kind was said within the last minute."""
         now_s = self._now()
         if (
@@ -5172,10 +5172,10 @@ class Complaints:
         ):
             self._said_s[kind] = now_s
             with contextlib.suppress(Exception):  # the host may have put anything there
-                say(clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS), sys.stderr)
+                print_line(clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS), sys.stderr)
 
 
-def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+def call_safely(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function that touches host objects; return its result, or None if it raises."""
     try:
         return function(*arguments)
@@ -5478,7 +5478,7 @@ _WRITERS |= {
 
 def absolute(file: str) -> str:
     """Return a file's path from the root, also when the current folder is gone."""
-    return str(attempt(os.path.abspath, file) or file)
+    return str(call_safely(os.path.abspath, file) or file)
 
 
 def is_application_file(file: str) -> bool:
@@ -5550,7 +5550,7 @@ def add_sources(exceptions: Iterable[Json]) -> None:
     """Add the source to the frames whose `context_line` is None: a read of files, off the host."""
     for frame in itertools.chain.from_iterable(one["frames"] for one in exceptions):
         if isinstance(frame, dict) and frame.get("context_line", "") is None:
-            frame |= attempt(source_around, frame["file"], frame["lineno"]) or {}
+            frame |= call_safely(source_around, frame["file"], frame["lineno"]) or {}
 
 
 class _Room:
@@ -5595,7 +5595,7 @@ def described_variables(frame: types.FrameType, room: _Room) -> Json:
             room.values -= 1
             continue
         writer.texts_left = MAX_REPR_VALUES
-        texts[name] = attempt(writer.text, value, 3 if room.has_values() else 0) or "…"
+        texts[name] = call_safely(writer.text, value, 3 if room.has_values() else 0) or "…"
         room.values -= MAX_REPR_VALUES - writer.texts_left + len(texts[name]) // 64
     return texts
 
@@ -5804,7 +5804,7 @@ class Describer:
         frames: list[Any] = [made for made, _ in entries]
         if left_out:
             frames.insert(len(inner), f"… [{left_out:,} more frames cut]")
-        if place := attempt(frame_of_syntax_error, error):
+        if place := call_safely(frame_of_syntax_error, error):
             frames.insert(0, place | {"own": self.is_own(place["file"])})
         return frames
 
@@ -5824,16 +5824,16 @@ class Describer:
         if room.detailed == MAX_DETAILED_FRAMES:
             room.writer.start_clock()
         room.detailed -= 1
-        attempt(linecache.lazycache, made["file"], frame.f_globals)
+        call_safely(linecache.lazycache, made["file"], frame.f_globals)
         made["context_line"] = None  # for add_sources
         if self.with_locals and room.has_values():
-            made["locals"] = attempt(described_variables, frame, room) or {}
+            made["locals"] = call_safely(described_variables, frame, room) or {}
 
     def log_message(self, record: logging.LogRecord) -> str:
         """Return the text of a log record, whatever its arguments are."""
         if type(record.msg) is dict and type(record.msg.get("event")) is str:  # structlog's
             return str(record.msg["event"])[: 2 * MAX_MESSAGE_CHARS]
-        message = attempt(record.getMessage)
+        message = call_safely(record.getMessage)
         if type(message) is not str:  # its arguments don't fit its text
             message = f"{safe_text(record.msg)} {ValueWriter().text(record.args)}"
         return message[: 2 * MAX_MESSAGE_CHARS]
@@ -5929,9 +5929,8 @@ class Form:
 class Request:
     """The HTTP request that is being served; what it says is looked at only for a report."""
 
-    # The part of the body that was read, and the exception printed to wsgi.errors.
-    _body: bytearray | None = None
-    printed_error: BaseException | None = None
+    _body: bytearray | None = None  # the part of it that was read
+    handled_error: BaseException | None = None  # by the framework, or printed to wsgi.errors
     has_ended = False
 
     def __init__(self, source: Mapping[str, Any]) -> None:
@@ -5948,7 +5947,7 @@ class Request:
 
     def end(self) -> None:
         """Mark the request as ended; later reports in its context say so."""
-        self.has_ended, self.printed_error, self.error_before = True, None, None
+        self.has_ended, self.handled_error, self.error_before = True, None, None
 
     def headers(self) -> dict[str, str]:
         """Return the headers by their names, as in X-Request-Id."""
@@ -5964,8 +5963,8 @@ class Request:
 
     def describe(self) -> Json:
         """Return the report's fields that come from the request, as far as they can be had."""
-        headers, user = attempt(self.headers) or {}, attempt(self.user)
-        said = (attempt(self.facts) or {}) | {"headers": headers}
+        headers, user = call_safely(self.headers) or {}, call_safely(self.user)
+        said = (call_safely(self.facts) or {}) | {"headers": headers}
         if self._body:
             said["form"] = Form(headers.get("Content-Type", ""), bytes(self._body))
         if self.has_ended:
@@ -6162,7 +6161,7 @@ class StoreDestination:
         project = store.ensure_default_project(self._api_key)
         for refusal in store.record(project.id, list(waiting)):
             if refusal is not None:
-                complain.say("a report was refused", refusal)
+                complain.print_line("a report was refused", refusal)
         waiting.clear()
 
     def sweep(self) -> None:
@@ -6249,7 +6248,7 @@ class HttpDestination:
             raise Retry(f"HTTP {answer.status}", seconds)
         if answer.status >= 300 or '"rejected"' in said:
             reason = answer.headers.get("Location") or said
-            complain.say(f"reports were refused with HTTP {answer.status}", reason)
+            complain.print_line(f"reports were refused with HTTP {answer.status}", reason)
 
     def before_fork(self, end_s: float) -> None:
         """Keep nothing open: each delivery has a connection of its own."""
@@ -6443,7 +6442,7 @@ class Outbox:
             occurrences = collections.deque(self._prepared(reports))
             self._destination.deliver_at_end(occurrences, self._complain, timeout_s)
         except Retry as retry:
-            self._complain.say("reports were lost at the program's end", retry)
+            self._complain.print_line("reports were lost at the program's end", retry)
             self._retry_s = began_s + RETRY_LONGEST_S  # the next ones would wait in vain too
             return False
         finally:
@@ -6505,7 +6504,7 @@ class Outbox:
                 try:
                     self._destination.sweep()
                 except Exception as error:  # noqa: BLE001 - the thread must go on
-                    self._complain.say("retention will try again", error)
+                    self._complain.print_line("retention will try again", error)
 
     @property
     def _must_stop(self) -> bool:
@@ -6542,7 +6541,7 @@ class Outbox:
                 if (occurrence := self._prepare(report, mark)) is not None:
                     yield occurrence
             except Exception as error:  # noqa: BLE001 - before_send is the host's
-                self._complain.say("a report was lost", f"{type(error).__name__}: {error}")
+                self._complain.print_line("a report was lost", f"{type(error).__name__}: {error}")
 
     def _deliver(self) -> None:
         pause_s = RETRY_FIRST_S
@@ -6552,13 +6551,13 @@ class Outbox:
                 self._announce()
             except Retry as retry:
                 if not self._forks:
-                    self._complain.say("reports wait, will try again", retry)
+                    self._complain.print_line("reports wait, will try again", retry)
                 self._pause(min(max(pause_s, retry.after_s), RETRY_LONGEST_S))
                 pause_s *= 2
                 if self._is_orphaned:  # nothing else keeps the process alive
                     self._unsent.clear()
             except Exception as error:  # noqa: BLE001 - whatever it is, the host goes on
-                self._complain.say("reports were lost", f"{type(error).__name__}: {error}")
+                self._complain.print_line("reports were lost", f"{type(error).__name__}: {error}")
                 self._unsent.clear()
         if not self._unsent:
             with self._changed:
@@ -6617,6 +6616,13 @@ def _hook(owner: Any, name: str, record: Callable[..., None]) -> Callable[[], No
     return _replace(owner, name, make)
 
 
+def _hook_once(owner: Any, name: str, record: Callable[..., None]) -> None:
+    """Hook for the rest of the process, unless that was done before."""
+    if not hasattr(getattr(owner, name), "is_hooked"):
+        _hook(owner, name, record)
+        getattr(owner, name).is_hooked = True
+
+
 Record = Callable[[BaseException], None]
 RecordLog = Callable[[logging.LogRecord], None]
 
@@ -6642,8 +6648,18 @@ def _hook_loguru(_: Record, record_log: RecordLog) -> Callable[[], None]:
 
     # A format that is a function, or loguru would call the repr of every variable.
     options = {"format": lambda _: "{message}", "diagnose": False, "backtrace": False}
-    number = logger.add(sink, level="ERROR", **options)
-    return lambda: attempt(logger.remove, number)  # the host may have removed it
+    numbers = [logger.add(sink, level="ERROR", **options)]
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def remove(self: Any, handler_id: int | None = None) -> None:
+            original(self, handler_id)
+            if handler_id is None:  # of all handlers, with which most set-ups begin
+                numbers.append(logger.add(sink, level="ERROR", **options))
+
+        return remove
+
+    undo = _replace(type(logger), "remove", make)
+    return lambda: (undo(), call_safely(logger.remove, numbers[-1]))[0]
 
 
 def _hook_ipython(record: Record, _: RecordLog) -> Callable[[], None]:
@@ -6762,7 +6778,7 @@ class Client:
                     work(*arguments)
         except Exception as error:  # noqa: BLE001 - the host must not notice
             with contextlib.suppress(Exception):
-                self._complain.say("an error could not be recorded", type(error).__name__)
+                self._complain.print_line("an error could not be recorded", type(error).__name__)
 
     def _record_exception(
         self, error: BaseException, context: Any, more: Json | None = None
@@ -6804,7 +6820,7 @@ class Client:
             del given["request"]
         if type(record.msg) is dict:
             given |= {name: value for name, value in record.msg.items() if name != "event"}
-        context: Json = {"user_id": attempt(_user_of_django, request)}
+        context: Json = {"user_id": call_safely(_user_of_django, request)}
         context |= {name: value for name, value in given.items() if name[:1] != "_"}
         context["logger"] = record.name
         with _within_django(request):
@@ -6829,7 +6845,8 @@ class Client:
         current = sys.exc_info()[1]
         if given is True or (TRACEBACK_TITLE in message and class_name(type(current)) in message):
             return current
-        return None
+        request = _current_request.get() if record.name == "django.request" else None
+        return request.handled_error if request else None  # which a middleware answered
 
     def _complete(self, report: Json, context: Any) -> Json:
         if self._surroundings[0] != os.getpid():
@@ -6840,7 +6857,7 @@ class Client:
         parts: list[Json] = [
             self._surroundings[1],
             {"timestamp": now, "event_id": secrets.token_hex(16)},
-            (attempt(request.describe) or {}) if request else {},
+            (call_safely(request.describe) or {}) if request else {},
             report,
         ]
         return merged([*parts, *map(fields_of_context, (_given_context.get({}), context))])
@@ -6852,7 +6869,7 @@ class Client:
         add_sources(report.get("exceptions", ()))
         request = report.get("request", {})
         if isinstance(form := request.get("form"), Form):
-            request["form"] = attempt(form.fields) or None
+            request["form"] = call_safely(form.fields) or None
         occurrence = parse_occurrence(report, int(time.time() * 1000), scrubber=self._scrubber)
         sent = occurrence if self._before_send is None else self._before_send(occurrence)
         if mark is not None and sent is not None:
@@ -6864,7 +6881,7 @@ class Client:
         if not self._announced[0] and sys.stderr is not None:
             self._announced[0] = True
             here = f", or open {self.mounted_at}/ of this program" if self.mounted_at else ""
-            attempt(say, f"miniapm: {self.destination.how_to_read()}{here}", sys.stderr)
+            call_safely(print_line, f"miniapm: {self.destination.how_to_read()}{here}", sys.stderr)
 
     def close(self) -> None:
         """Flush, and record nothing more."""
@@ -6895,9 +6912,9 @@ class Client:
         ]
         for name, hook in _FRAMEWORK_HOOKS.items():
             if name in sys.modules:
-                undo.append(attempt(hook, self.record, self.record_log) or (lambda: None))
+                undo.append(call_safely(hook, self.record, self.record_log) or (lambda: None))
         atexit.register(self._outbox.end)
-        if attempt(self.destination.has_reports):
+        if call_safely(self.destination.has_reports):
             self.keep_running()
 
         def uninstall() -> None:
@@ -7064,7 +7081,7 @@ class _WatchedErrors(_WatchedStream):
 
     def write(self, text: str) -> Any:
         if TRACEBACK_TITLE in text:
-            self._request.printed_error = sys.exc_info()[1]
+            self._request.handled_error = sys.exc_info()[1]
         return self._stream.write(text)
 
 
@@ -7119,11 +7136,17 @@ class _SizedAnswer(_Answer):
 
 def _record_failure(request: Request, error: BaseException | None = None) -> None:
     """Record why an application answers that it failed: `error`, or what it handles now."""
-    for one in (error, request.printed_error, sys.exc_info()[1]):
+    for one in (error, request.handled_error, sys.exc_info()[1]):
         if one is not None:
             if one is not request.error_before:
                 record_error(one)
             return
+
+
+def _note_handled(*_: object, **__: object) -> None:
+    """Remember the exception at hand until it is known how it is answered."""
+    if (request := _current_request.get()) is not None:
+        request.handled_error = sys.exc_info()[1]
 
 
 def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
@@ -7188,7 +7211,7 @@ def capture_asgi(app: Callable[..., Any]) -> Callable[..., Any]:
             return message
 
         async def watched_send(message: Any) -> None:
-            if attempt(_is_failure, message):
+            if call_safely(_is_failure, message):
                 _record_failure(request)
             await send(message)
 
@@ -7211,9 +7234,14 @@ def capture_aiohttp(app: Any) -> Any:
         scope = ObjectRequest(facts | {"remote_address": request.remote})
         token = _current_request.set(scope)
         try:
-            return await handler(request)
+            answer = await handler(request)
+            if answer.status >= 500:
+                scope.keep(request._read_bytes or b"")
+                _record_failure(scope)
+            return answer
         except Exception as error:
             if getattr(error, "status", 500) >= 500 or not isinstance(error, web.HTTPException):
+                scope.keep(request._read_bytes or b"")
                 record_error(error)
             raise
         finally:
@@ -7221,7 +7249,15 @@ def capture_aiohttp(app: Any) -> Any:
                 _current_request.reset(token)
             scope.end()
 
-    app.middlewares.insert(0, captured)
+    @web.middleware  # type: ignore[untyped-decorator]
+    async def noted(request: Any, handler: Callable[..., Any]) -> Any:
+        try:
+            return await handler(request)
+        except Exception:
+            _note_handled()
+            raise
+
+    app.middlewares[:] = [captured, *app.middlewares, noted]
     return app
 
 
@@ -7232,13 +7268,13 @@ def capture_tornado(app: Any) -> Any:
     def record(handler: Any, kind: object, error: Any, tb: object) -> None:
         request = handler.request
         facts = {"method": request.method, "url": request.full_url(), "headers": request.headers}
-        with RequestScope(ObjectRequest(facts | {"remote_address": request.remote_ip})):
+        scope = ObjectRequest(facts | {"remote_address": request.remote_ip})
+        scope.keep(request.body)
+        with RequestScope(scope):
             if not isinstance(error, web.HTTPError) or error.status_code >= 500:
                 record_error(error)
 
-    if not hasattr(web.RequestHandler.log_exception, "miniapm"):
-        _hook(web.RequestHandler, "log_exception", lambda *said: attempt(record, *said))
-        web.RequestHandler.log_exception.miniapm = True
+    _hook_once(web.RequestHandler, "log_exception", record)
     return app
 
 
@@ -7246,17 +7282,7 @@ def _record_signalled(
     *_: object, exception: BaseException | None = None, request: object = None, **__: object
 ) -> None:
     with _within_django(request):
-        record_error(exception, {"user_id": attempt(_user_of_django, request)})
-
-
-async def _record_signalled_async(*said: object, **more: Any) -> None:
-    _record_signalled(*said, **more)
-
-
-def _record_pyramid(event: Any) -> None:
-    """Record what a view for exceptions has answered."""
-    if event.response.status_code >= 500 and event.request.exception is not None:
-        record_error(event.request.exception)
+        record_error(exception, {"user_id": call_safely(_user_of_django, request)})
 
 
 def _names_of_class(value: object) -> set[str]:
@@ -7271,15 +7297,25 @@ def adapter_for(app: object) -> Callable[[Any], Any] | None:
     return capture_tornado if "tornado.web.Application" in names else None
 
 
-def connect_signals(app: Any) -> None:
-    """Record what Flask, Quart, Django and Pyramid signal, whatever is set up for logging."""
-    if "pyramid.router.Router" in _names_of_class(app):
-        wanted = [sys.modules["pyramid.interfaces"].INewResponse]
-        attempt(app.registry.registerHandler, lambda event: attempt(_record_pyramid, event), wanted)
-    for name in ("flask", "django.core.signals", "quart"):
-        if signal_ := getattr(sys.modules.get(name), "got_request_exception", None):
-            receiver = _record_signalled_async if name == "quart" else _record_signalled
-            attempt(functools.partial(signal_.connect, receiver, weak=False))
+# Where frameworks take an exception which they, or the application's handlers, then answer.
+_ERROR_HANDLERS = (
+    ("cherrypy._cprequest", "Request", "handle_error"),
+    ("django.core.handlers.base", "BaseHandler", "process_exception_by_middleware"),
+    ("falcon.app", "App", "_handle_exception"),
+    ("falcon.asgi.app", "App", "_handle_exception"),
+    ("flask.app", "Flask", "handle_user_exception"),
+    ("pyramid", "tweens", "_error_handler"),
+    ("quart.app", "Quart", "handle_user_exception"),
+    ("starlette", "_exception_handler", "_lookup_exception_handler"),
+)
+
+
+def watch_error_handlers() -> None:
+    """Note what frameworks answer themselves, whatever is set up for logging."""
+    for module, owner, name in _ERROR_HANDLERS:
+        call_safely(_hook_once, getattr(sys.modules.get(module), owner, None), name, _note_handled)
+    if signal_ := getattr(sys.modules.get("django.core.signals"), "got_request_exception", None):
+        signal_.connect(_record_signalled, weak=False)
 
 
 # --- 10. Pages ------------------------------------------------------------------------------------
@@ -9902,7 +9938,7 @@ class App:
         self, handler: Callable[..., bottle.HTTPResponse], **arguments: str
     ) -> bottle.HTTPResponse:
         if is_sentry(bottle.request.environ["PATH_INFO"]):
-            attempt(leave_untraced)
+            call_safely(leave_untraced)
         environ = bottle.request.environ
         try:
             self._admit(environ)
@@ -10182,7 +10218,7 @@ def wrap(
     >>> def application(environ, start_response): ...
     >>> application = wrap(application)
     """
-    connect_signals(app)
+    watch_error_handlers()
     if (adapt := adapter_for(app)) is not None:
         if at is not None:
             raise BadSetting(f"at={at!r} needs a WSGI or ASGI application")
@@ -10698,7 +10734,7 @@ class FastIngest:
             if sent < len(answer):
                 channel.write_soon(answer[sent:])
         except Exception as error:  # noqa: BLE001 - the report is stored, the loop must go on
-            say(f"miniapm: an answer could not be sent: {type(error).__name__}", sys.stderr)
+            print_line(f"miniapm: an answer could not be sent: {type(error).__name__}", sys.stderr)
             channel.will_close = True
 
 
@@ -10717,7 +10753,7 @@ def missing_for_fast_ingest(server: Any) -> str:
 def log_line(text: str) -> None:
     """Write a line to the log, which is stderr: with the time, without control characters."""
     shown = clean(text, MAX_LINE_CHARS).replace("\n", "\u240a")
-    say(f"{iso_time(time.time_ns() // 1_000_000)} {shown}", sys.stderr)
+    print_line(f"{iso_time(time.time_ns() // 1_000_000)} {shown}", sys.stderr)
 
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -10823,7 +10859,7 @@ class Server:
 
     def _fast_ingest(self, app: App, store: Store, log: Log | None) -> FastIngest | None:
         if missing := missing_for_fast_ingest(self._server):
-            say(
+            print_line(
                 f"miniapm: this waitress has no {missing}; reports take the slower path", sys.stderr
             )
             return None
@@ -10959,9 +10995,9 @@ def serve(config: Config) -> int:
         cleanup.callback(retention.stop)
         server = Server(App(store, config, log_line), store, listener, config, shutdown)
         retention.start()
-        say(welcome(url, store.path, project, config))
+        print_line(welcome(url, store.path, project, config))
         server.run()
-    say("Stopped.")
+    print_line("Stopped.")
     return 0
 
 
@@ -11013,13 +11049,13 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
         refuse_missing(config.db)
     with contextlib.closing(Store(config.db)) as store:
         if given.action == "create":
-            say(store.create_key(given.name))
+            print_line(store.create_key(given.name))
         elif given.action == "revoke":
             count = store.revoke(given.name)
-            say(f"{count} key{'' if count == 1 else 's'} revoked")
+            print_line(f"{count} key{'' if count == 1 else 's'} revoked")
         else:
             url = config.public_url or store.setting("url")
-            say(keys_table(store.projects(), url or f"http://127.0.0.1:{Config().port}"))
+            print_line(keys_table(store.projects(), url or f"http://127.0.0.1:{Config().port}"))
     return 0
 
 
@@ -11060,7 +11096,7 @@ def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     given, config = parser.read(arguments, environ, ("db",))
     with existing_database(config.db) as db:
         back_up(db, given.file)
-    say(f"{given.file}: {os.path.getsize(given.file):,} bytes, verified")
+    print_line(f"{given.file}: {os.path.getsize(given.file):,} bytes, verified")
     return 0
 
 
@@ -11070,16 +11106,16 @@ def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
     _, config = parser.read(arguments, environ, ("db",))
     with existing_database(config.db) as db:
         version = _pragma(db, "user_version")
-        say(f"{config.db}: schema version {version}, this program's is {len(MIGRATIONS)}")
+        print_line(f"{config.db}: schema version {version}, this program's is {len(MIGRATIONS)}")
         if version != len(MIGRATIONS):
             raise MiniAPMError("nothing else was checked; a start brings an older one up to date")
         totals = db.execute(CHECK_TOTALS).fetchone()
         counted = (f"{name}: {totals[name]:,}" for name in ("projects", "errors", "occurrences"))
-        say(", ".join(counted))
+        print_line(", ".join(counted))
         found = 0
         for found, fault in enumerate(faults_of(db), 1):
-            say(clean(fault, MAX_CLASS_CHARS))
-    say(f"faults: {found}" if found else "whole: structure, numbers and reports")
+            print_line(clean(fault, MAX_CLASS_CHARS))
+    print_line(f"faults: {found}" if found else "whole: structure, numbers and reports")
     return 1 if found else 0
 
 
@@ -11167,10 +11203,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[command](arguments, os.environ, name)
     except BadSetting as error:
-        say(f"{name}: {error}", sys.stderr)
+        print_line(f"{name}: {error}", sys.stderr)
         return 2
     except MiniAPMError as error:
-        say(f"{name}: {error}", sys.stderr)
+        print_line(f"{name}: {error}", sys.stderr)
         return 1
 
 

@@ -5840,7 +5840,20 @@ def test_flask_log_has_its_request(recorder: Recorder) -> None:
     assert (report["message"], report["request"]["method"]) == ("logged in flask", "GET")
 
 
-def django_app() -> Any:
+class Answering:
+    """A middleware of Django that answers each exception."""
+
+    def __init__(self, get_response: Callable[[Any], Any]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: Any) -> Any:
+        return self.get_response(request)
+
+    def process_exception(self, request: Any, error: BaseException) -> Any:
+        return need_module("django.http").HttpResponse("sorry", status=500)
+
+
+def django_app(*middleware: str) -> Any:
     import django
     from django.conf import settings as django_settings
     from django.http import HttpRequest, HttpResponse
@@ -5861,8 +5874,10 @@ def django_app() -> Any:
         )
         django.setup()
     from django.core.wsgi import get_wsgi_application
+    from django.test import override_settings
 
-    return get_wsgi_application()
+    with override_settings(MIDDLEWARE=middleware):
+        return get_wsgi_application()
 
 
 def test_django_error_arrives_once_with_its_request(recorder: Recorder) -> None:
@@ -6473,7 +6488,7 @@ def test_before_send_changes_and_drops(recorder: Recorder, capsys: Any) -> None:
 def test_complaints_come_once_a_minute(clock: Clock, capsys: Any) -> None:
     complain = miniapm.Complaints(clock)
     for _ in range(5):
-        complain.say("a kind", "password=hunter2 \x1b[31m")
+        complain.print_line("a kind", "password=hunter2 \x1b[31m")
         clock.seconds += 20
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["miniapm: a kind: password=[FILTERED] ␛[31m"] * 2
@@ -7609,6 +7624,31 @@ def plain_flask_app() -> Any:
     return app
 
 
+def sorry(*_: Any) -> tuple[str, int]:
+    return "sorry", 500
+
+
+def handling(app: Any) -> Any:
+    """Give a Flask or Quart application a handler of its own for each exception."""
+    app.register_error_handler(LookupError, sorry)
+    return app
+
+
+def behind_a_middleware(app: Any) -> Any:
+    """Run a Starlette application in a task of a middleware, as middleware("http") does."""
+
+    async def dispatch(request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+    base = need_module("starlette.middleware.base").BaseHTTPMiddleware
+    app.add_middleware(base, dispatch=dispatch)
+    return app
+
+
+def in_a_function(app: Any) -> Any:
+    return lambda environ, start_response: app(environ, start_response)
+
+
 def silenced(app: Any) -> Any:
     """Disable an application's logger, as dictConfig does by default."""
     assert app.logger
@@ -7616,7 +7656,7 @@ def silenced(app: Any) -> Any:
     return app
 
 
-def falcon_app(module: str = "falcon") -> Any:
+def falcon_app(module: str = "falcon", *, has_handler: bool = False) -> Any:
     falcon = need_module(module)
 
     class Cart:
@@ -7641,6 +7681,15 @@ def falcon_app(module: str = "falcon") -> Any:
     is_async = module == "falcon.asgi"
     app.add_route("/cart", AsyncCart() if is_async else Cart())
     app.add_route("/refused", AsyncRefused() if is_async else Refused())
+
+    def handle(request: Any, response: Any, error: Any, parameters: Any) -> None:
+        response.status = "503 Sorry"
+
+    async def handle_async(*arguments: Any) -> None:
+        handle(*arguments)
+
+    if has_handler:
+        app.add_error_handler(LookupError, handle_async if is_async else handle)
     return app
 
 
@@ -7666,7 +7715,7 @@ def pyramid_app(*, has_view: bool = False) -> Any:
     return config.make_wsgi_app()
 
 
-def cherrypy_app() -> Any:
+def cherrypy_app(*, is_silenced: bool = False) -> Any:
     cherrypy = need_module("cherrypy")
 
     class Root:
@@ -7679,7 +7728,9 @@ def cherrypy_app() -> Any:
         def refused(self) -> None:
             raise cherrypy.HTTPError(403)
 
-    return cherrypy.Application(Root(), "")
+    app = cherrypy.Application(Root(), "")
+    app.log.error_log.disabled = is_silenced
+    return app
 
 
 def starlette_app(*, has_handler: bool = False, framework: str = "starlette") -> Any:
@@ -7748,7 +7799,20 @@ FRAMEWORKS: dict[str, Callable[[], Any]] = {
     "falcon.asgi": lambda: falcon_app("falcon.asgi"),
     "pyramid": pyramid_app,
     "pyramid, with a view": lambda: pyramid_app(has_view=True),
+    "pyramid, with a view, in a function": lambda: in_a_function(pyramid_app(has_view=True)),
     "cherrypy": cherrypy_app,
+    "cherrypy, silenced": lambda: cherrypy_app(is_silenced=True),
+    "flask, with a handler": lambda: handling(plain_flask_app()),
+    "quart, with a handler": lambda: handling(quart_app()),
+    "falcon, with a handler": lambda: falcon_app(has_handler=True),
+    "falcon.asgi, with a handler": lambda: falcon_app("falcon.asgi", has_handler=True),
+    "starlette, with a handler, behind a middleware": lambda: behind_a_middleware(
+        starlette_app(has_handler=True)
+    ),
+    "fastapi, with a handler, behind a middleware": lambda: behind_a_middleware(
+        starlette_app(has_handler=True, framework="fastapi")
+    ),
+    "django, with a middleware": lambda: django_app("test_miniapm.Answering"),
     "starlette": starlette_app,
     "starlette, with a handler": lambda: starlette_app(has_handler=True),
     "fastapi": lambda: starlette_app(framework="fastapi"),
@@ -7785,21 +7849,31 @@ def test_error_that_a_framework_answers_is_recorded_once_with_its_request(
     assert_has_request(report)
 
 
-@pytest.mark.parametrize("framework", ["aiohttp", "tornado"])
+@pytest.mark.parametrize(
+    ("framework", "has_handler"), [("aiohttp", False), ("aiohttp", True), ("tornado", False)]
+)
 def test_own_server_of_a_framework_records_once_with_the_request(
-    recorder: Recorder, framework: str
+    recorder: Recorder, framework: str, has_handler: bool
 ) -> None:
     web = need_module(f"{framework}.web")
 
     async def serve_aiohttp() -> tuple[int, Callable[[], Any]]:
         async def cart(request: Any) -> None:
+            await request.post()
             fail("in aiohttp")
 
         async def refused(request: Any) -> None:
             raise web.HTTPForbidden
 
-        app = web.Application()
-        app.router.add_get("/cart", cart)
+        @web.middleware
+        async def answering(request: Any, handler: Any) -> Any:
+            try:
+                return await handler(request)
+            except LookupError:
+                return web.Response(status=500)
+
+        app = web.Application(middlewares=[answering] if has_handler else [])
+        app.router.add_post("/cart", cart)
         app.router.add_get("/refused", refused)
         runner = web.AppRunner(miniapm.wrap(app))
         await runner.setup()
@@ -7809,7 +7883,7 @@ def test_own_server_of_a_framework_records_once_with_the_request(
 
     async def serve_tornado() -> tuple[int, Callable[[], Any]]:
         class Cart(web.RequestHandler):  # type: ignore[misc]
-            def get(self) -> None:
+            def post(self) -> None:
                 fail("in tornado")
 
         class Refused(web.RequestHandler):  # type: ignore[misc]
@@ -7828,9 +7902,11 @@ def test_own_server_of_a_framework_records_once_with_the_request(
     async def main() -> None:
         port, stop = await (serve_aiohttp() if framework == "aiohttp" else serve_tornado())
         headers = {"X-Request-ID": "req-9", "Connection": "close"}
+        headers["Content-Type"] = FORM_TYPE["CONTENT_TYPE"]
         for path, status in (("refused", 403), ("missing", 404), ("cart", 500)):
             url = f"http://127.0.0.1:{port}/{path}?page=2&token=hunter2"
-            answer = await asyncio.to_thread(requests.get, url, headers=headers, timeout=10)
+            call = functools.partial(requests.post, data=FORM) if status == 500 else requests.get
+            answer = await asyncio.to_thread(call, url, headers=headers, timeout=10)
             assert answer.status_code == status
         await stop()
 
@@ -7840,6 +7916,7 @@ def test_own_server_of_a_framework_records_once_with_the_request(
     assert report["request_id"] == "req-9"
     assert report["request"]["url"].endswith("/cart?page=2&token=[FILTERED]")
     assert report["request"]["remote_address"] == "127.0.0.1"
+    assert report["request"]["form"]["name"] == "ann"
     with pytest.raises(miniapm.BadSetting, match="WSGI or ASGI"):
         miniapm.wrap(web.Application(), at="/errors")
 
@@ -7924,8 +8001,8 @@ HOOKED = {
     "loguru": """
 from loguru import logger
 import miniapm
-logger.remove()
 miniapm.init("errors.db")
+logger.remove()
 class Nosy:
     def __repr__(self): raise SystemExit("asked")
 nosy = Nosy()
