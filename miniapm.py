@@ -8880,11 +8880,6 @@ _BATCH_START = re.compile(r'[ \t\n\r]*\{[ \t\n\r]*"errors"[ \t\n\r]*:[ \t\n\r]*\
 _BATCH_NEXT = re.compile(r"[ \t\n\r]*(?:(,)|\][ \t\n\r]*\}[ \t\n\r]*\Z)[ \t\n\r]*")
 
 
-def _refuse_length(entries: Sequence[Any]) -> None:
-    if len(entries) > MAX_BATCH_ERRORS:
-        raise TooLarge(f"errors has more than {MAX_BATCH_ERRORS:,} entries", field="errors")
-
-
 def _windows(raw: bytes | bytearray) -> Iterator[str]:
     decode = codecs.getincrementaldecoder("utf-8")().decode
     for start in range(0, len(raw), WINDOW_BYTES):
@@ -8923,36 +8918,28 @@ def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
             text, position = text.lstrip(" \t\n\r"), 0
 
 
-def batch_entries(text: str) -> list[tuple[Any, str | None]]:
-    """Return a batch's entries and, where known, their texts; BadRequest if it is no batch."""
-    entries: list[tuple[Any, str | None]] = []
+def batch_entries(raw: bytes | bytearray) -> list[tuple[Any, bytes | None]]:
+    """Return the value and the text of each entry of a batch; BadRequest if it is no batch.
+
+    Of a large batch the values are left out: they may take 25 times as much memory as the text.
+    Of one that holds anything else the texts are missing.
+    """
+    entries: list[tuple[Any, bytes | None]] = []
+    is_large = len(raw) > MAX_FAST_BYTES
     try:
-        for entry in _split_batch(iter([text])):
-            entries.append(entry)
-            _refuse_length(entries)
+        for value, text in _split_batch(_windows(raw)):
+            entries.append((None if is_large else value, text.encode()))
+            if len(entries) > MAX_BATCH_ERRORS:
+                break
     except ValueError:
-        data = parse_json(text)
+        data = parse_json(read_text(raw))
         errors = data.get("errors") if isinstance(data, dict) else None
         if not isinstance(errors, list):
             raise BadRequest('the body must be {"errors": [...]}', field="errors") from None
-        _refuse_length(errors)
         entries = [(entry, None) for entry in errors]
+    if len(entries) > MAX_BATCH_ERRORS:
+        raise TooLarge(f"errors has more than {MAX_BATCH_ERRORS:,} entries", field="errors")
     return entries
-
-
-def texts_of_large_batch(raw: bytes | bytearray) -> list[bytes] | None:
-    """Return the texts of a batch's entries, None if the body has anything else.
-
-    The values are not kept: those of a whole batch may take 25 times as much memory as its text.
-    """
-    texts: list[bytes] = []
-    try:
-        for _, text in _split_batch(_windows(raw)):
-            texts.append(text.encode())
-            _refuse_length(texts)
-    except ValueError:
-        return None
-    return texts
 
 
 def refusal_json(refusal: MiniAPMError) -> Json:
@@ -9509,41 +9496,33 @@ class Intake:
 
     def _read_batch(self, body: bytes | bytearray) -> Iterator[Part]:
         """Check that a body is a batch, then read its entries in parts that are quick to store."""
-        entries = self._entries(body)
+        entries, length = batch_entries(body), len(body)
         del body
+        average = length // max(1, len(entries))
         part: Part = []
-        size = 0
-        for index, (entry, scrubber, length) in enumerate(entries):
-            try:
-                now_ms, at = self._store.now_ms(), f"errors[{index}]"
-                part.append(parse_occurrence(entry, now_ms, at, scrubber=scrubber))
-            except BadRequest as refusal:
-                part.append(refusal.without_frames())
-            size += length
-            if len(part) == BATCH_PART_REPORTS or size > MAX_FAST_BYTES:
+        size = index = 0
+        entries.reverse()
+        while entries:
+            value, raw = entries.pop()  # which lets it go once it is read
+            part.append(self._read_entry(value, raw, average, f"errors[{index}]"))
+            size, index = size + (average if raw is None else len(raw)), index + 1
+            if len(part) == BATCH_PART_REPORTS or size > MAX_FAST_BYTES or not entries:
                 yield part
                 part, size = [], 0
-        yield part
 
-    def _entries(self, body: bytes | bytearray) -> Iterator[tuple[Any, Scrubber, int]]:
-        """Yield a batch's entries, each with its scrubber and about the length of its text."""
-        scrubber = self._scrubber
-        if len(body) > MAX_FAST_BYTES and (texts := texts_of_large_batch(body)) is not None:
-            del body
-            for text in map(bytes.decode, texts):
-                yield parse_json(text), scrubber_for(text, scrubber), len(text)
-            return
-        average, entries = len(body), batch_entries(read_text(body))
-        del body
-        average //= max(1, len(entries))
-        entries.reverse()
-        while entries:  # each is let go once it is read
-            entry, one = entries.pop()
-            yield (
-                entry,
-                scrubber_for(one, scrubber) if one else scrubber.for_length(average),
-                average,
-            )
+    def _read_entry(
+        self, value: Any, raw: bytes | None, average: int, at: str
+    ) -> Occurrence | BadRequest:
+        if raw is None:
+            scrubber = self._scrubber.for_length(average)
+        else:
+            text = raw.decode()
+            scrubber = scrubber_for(text, self._scrubber)
+            value = parse_json(text) if value is None else value
+        try:
+            return parse_occurrence(value, self._store.now_ms(), at, scrubber=scrubber)
+        except BadRequest as refusal:
+            return refusal.without_frames()
 
     def _read_events(
         self, sender: Sender, envelope: Envelope, spare_id: str | None

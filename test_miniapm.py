@@ -8370,15 +8370,13 @@ def test_large_batch_is_split_as_a_small_one(entries: list[str], space: str, win
     text = f'{space}{{"errors":{space}[{f",{space}".join(entries)}]}}{space}'
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(miniapm, "WINDOW_BYTES", window)
-        found = miniapm.texts_of_large_batch(text.encode())
-        other = b'{"v": "' + b"p" * len(entries) + b'", ' + text.strip()[1:].encode()
-        assert miniapm.texts_of_large_batch(other) is None
-    if entries:
-        assert found is not None
-        assert [one.decode() for one in found] == entries
-        assert [one for one, _ in miniapm.batch_entries(text)] == list(map(json.loads, entries))
-    else:
-        assert found is None  # then it is read as a whole
+        patch.setattr(miniapm, "MAX_FAST_BYTES", 0)
+        found = miniapm.batch_entries(text.encode())
+        other = text.strip()[:-1] + ', "v": "' + "p" * len(entries) + '"}'
+        assert [one for _, one in miniapm.batch_entries(other.encode())] == [None] * len(entries)
+    assert found == [(None, one.encode()) for one in entries]
+    small = miniapm.batch_entries(text.encode())
+    assert small == [(json.loads(one), one.encode()) for one in entries]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 20])
