@@ -633,62 +633,47 @@ _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud
 
 # The scrubber's tables of names and forms; the README explains both.
 # In a name, "_" stands for nothing, a space or one of _ . -
-SECRET_NAMES = (  # secret anywhere in a name: user_password, csrf-token, DB_PASSWORD
-    *("passw", "pass_phrase", "pass_code", "pwd", "secret", "token", "cookie", "session", "csrf"),
-    *("xsrf", "credential", "authorization", "sess_id", "card_number", "credit_card", "card_no"),
-)
-SECRET_KEYS = (  # secret before "key": api_key, AccountKey
-    *("api", "private", "access", "account", "encryption", "encrypt", "decryption", "signing"),
-    *("sign", "master", "shared", "auth", "storage", "ssh", "crypto", "cipher", "hmac", "aes"),
-    *("rsa", "license", "deploy", "subscription", "service", "app", "client", "webhook", "admin"),
-)
-SECRET_ENDINGS = (  # secret as the last word of a name: db_pass, userPw, x-auth, connect.sid
-    *("pass", "pw", "auth", "sid", "jwt", "otp", "totp", "cvv", "cvc", "csc", "ssn", "psk", "pin"),
-    *("sig", "signature", "creds"),
-)
+# Secret anywhere in a name: user_password, csrf-token, DB_PASSWORD.
+SECRET_NAMES = """
+    passw pass_phrase pass_code pwd secret token cookie session csrf xsrf credential authorization
+    sess_id card_number credit_card card_no
+"""
+# Secret before "key": api_key, AccountKey.
+SECRET_KEYS = """
+    api private access account encryption encrypt decryption signing sign master shared auth storage
+    ssh crypto cipher hmac aes rsa license deploy subscription service app client webhook admin
+"""
+# Secret as the last word of a name: db_pass, userPw, x-auth, connect.sid.
+SECRET_ENDINGS = "pass pw auth sid jwt otp totp cvv cvc csc ssn psk pin sig signature creds"
 # Tokens recognised by their form; each has MIN_TOKEN_CHARS of [\w-] in a row.
 MIN_TOKEN_CHARS = 19
-SECRET_FORMS = (
-    r"eyJ[\w-]{16,}+\.[\w-]{4,}+(?:\.[\w-]*+){0,3}",  # a JWT
-    *(r"A(?:KIA|SIA|BIA|CCA)[A-Z0-9]{16}(?![\w-])", r"AIza[\w-]{30,}+", r"ya29\.[\w.-]{20,}+"),
-    *(r"GOCSPX-[\w-]{20,}+", r"gh[pousr]_[A-Za-z0-9]{16,}+", r"github_pat_\w{16,}+"),
-    *(r"gl(?:pat|dt|rt|ptt|cbt|soat)-[\w.-]{16,}+", r"xox[a-z]-[\w-]{14,}+", r"xapp-[\w-]{14,}+"),
-    *(
-        r"sk_(?:live|test)_\w{11,}+",
-        r"rk_(?:live|test)_\w{11,}+",
-        r"whsec_[\w-]{13,}+[\w+/=-]*+",
-        r"npm_[A-Za-z0-9]{20,}+",
-    ),
-    *(r"sk-(?=[A-Za-z_-]{0,99}\d)[\w-]{20,}+", r"pypi-[\w-]{20,}+", r"hf_[A-Za-z0-9]{20,}+"),
-    *(r"do[opr]_v1_\w{16,}+", r"SG\.[\w-]{19,}+\.[\w-]{16,}+", r"shp(?:at|ca|pa|ss)_\w{16,}+"),
-    *(r"sntry[su]_[\w-]{16,}+[\w+/=-]*+", r"proj_[0-9a-f]{16,}+", r"dckr_pat_[\w-]{16,}+"),
-    *(r"SK[0-9a-f]{32}(?![\w-])", r"key-[0-9a-f]{32}(?![\w-])", r"EAA[A-Za-z0-9]{60,}+"),
-    *(r"sq0(?:atp|csp)-[\w-]{20,}+", r"hv[sb]\.[\w-]{20,}+", r"lin_api_\w{20,}+"),
-    *(r"gsk_[A-Za-z0-9]{20,}+", r"rubygems_[0-9a-f]{20,}+", r"dapi[0-9a-f]{32}(?![\w-])"),
-    *(r"ATATT3[\w=-]{20,}+", r"PMAK-[\w-]{20,}+", r"AGE-SECRET-KEY-[A-Z0-9]{20,}+"),
-)
+SECRET_FORMS = r"""
+    eyJ[\w-]{16,}+\.[\w-]{4,}+(?:\.[\w-]*+){0,3} A(?:KIA|SIA|BIA|CCA)[A-Z0-9]{16}(?![\w-])
+    AIza[\w-]{30,}+ ya29\.[\w.-]{20,}+ GOCSPX-[\w-]{20,}+ gh[pousr]_[A-Za-z0-9]{16,}+
+    github_pat_\w{16,}+ gl(?:pat|dt|rt|ptt|cbt|soat)-[\w.-]{16,}+ xox[a-z]-[\w-]{14,}+
+    xapp-[\w-]{14,}+ sk_(?:live|test)_\w{11,}+ rk_(?:live|test)_\w{11,}+ whsec_[\w-]{13,}+[\w+/=-]*+
+    npm_[A-Za-z0-9]{20,}+ sk-(?=[A-Za-z_-]{0,99}\d)[\w-]{20,}+ pypi-[\w-]{20,}+ hf_[A-Za-z0-9]{20,}+
+    do[opr]_v1_\w{16,}+ SG\.[\w-]{19,}+\.[\w-]{16,}+ shp(?:at|ca|pa|ss)_\w{16,}+
+    sntry[su]_[\w-]{16,}+[\w+/=-]*+ proj_[0-9a-f]{16,}+ dckr_pat_[\w-]{16,}+ SK[0-9a-f]{32}(?![\w-])
+    key-[0-9a-f]{32}(?![\w-]) EAA[A-Za-z0-9]{60,}+ sq0(?:atp|csp)-[\w-]{20,}+ hv[sb]\.[\w-]{20,}+
+    lin_api_\w{20,}+ gsk_[A-Za-z0-9]{20,}+ rubygems_[0-9a-f]{20,}+ dapi[0-9a-f]{32}(?![\w-])
+    ATATT3[\w=-]{20,}+ PMAK-[\w-]{20,}+ AGE-SECRET-KEY-[A-Z0-9]{20,}+
+"""
 # Names that contain such a word but no secret: max_tokens, tokenType, PublicKeyToken, session.rb.
 _HARMLESS_NAME = re.compile(
     r"public_?key_?token|(?:secret|token|cookie|session)(?:ar[iy]|i[sz]|maker|cutter)"
     r"|(?:method|function|type|call)_signature|tokens_?(?:used|left|per)"
     r"|(?:max|min|total|prompt|completion|input|output|num|cached|used)_?tokens?\b"
 )
-_HARMLESS_ENDINGS = frozenset(
-    (
-        *("type", "types", "count", "counts", "limit", "limits", "length", "lengths", "size"),
-        *("name", "names", "url", "urls", "uri", "path", "file", "dir", "expires", "expiry"),
-        *("expiration", "expire", "ttl", "timeout", "age", "usage", "status", "state", "field"),
-        *("label", "error", "errors", "policy", "algorithm", "class", "enabled", "required"),
-        *("strength", "store", "driver", "engine", "domain", "lifetime", "at", "in", "on"),
-        *("manager", "service", "provider", "handler", "filter", "factory", "controller"),
-        *("helper", "middleware"),
-        # file name extensions: session.rb:12
-        *("py", "pyx", "rb", "js", "mjs", "cjs", "ts", "jsx", "tsx", "vue", "go", "rs", "java"),
-        *("kt", "scala", "php", "cs", "c", "h", "cc", "cpp", "m", "swift", "ex", "exs", "erl"),
-        *("dart", "pl", "pm", "lua", "html", "erb", "css", "json", "yaml", "yml", "toml", "xml"),
-        *("sql", "txt", "log", "sh", "conf", "ini", "so", "dll", "jar", "lock", "md"),
-    )
-)
+_HARMLESS_WORDS = """
+    type types count counts limit limits length lengths size name names url urls uri path file dir
+    expires expiry expiration expire ttl timeout age usage status state field label error errors
+    policy algorithm class enabled required strength store driver engine domain lifetime at in on
+    manager service provider handler filter factory controller helper middleware
+    py pyx rb js mjs cjs ts jsx tsx vue go rs java kt scala php cs c h cc cpp m swift ex exs erl
+    dart pl pm lua html erb css json yaml yml toml xml sql txt log sh conf ini so dll jar lock md
+"""  # as the last word of a name; the last two lines are file name extensions: session.rb:12
+_HARMLESS_ENDINGS = frozenset(_HARMLESS_WORDS.split())
 _ENDING_SUFFIX = r"(?:[_.\- ]?(?:code|value|hash|key|number|string|digest))?"
 _PASS_PREFIX = "(?:db|user|pg|root|admin|smtp|ftp|mail|my|mysql|redis)?"
 _SEPARATORS = str.maketrans(" .-", "___")
@@ -701,7 +686,7 @@ def _lowered(text: str) -> str:
     return lowered if len(lowered) == len(text) else text.replace("\u0130", "i").lower()
 
 
-_TOKEN = re.compile("|".join(SECRET_FORMS), re.ASCII)
+_TOKEN = re.compile("|".join(SECRET_FORMS.split()), re.ASCII)
 _WORD_BYTES = re.sub(rb"[^a]", b" ", re.sub(rb"[\w-]", b"a", bytes(range(256))))
 _DIGIT_BYTES = bytes(range(256)).translate(
     bytes.maketrans(b"123456789BCDEFGHIJKLMNOPQRSTUVWXYZ-", b"0" * 9 + b"A" * 25 + b" ")
@@ -923,17 +908,6 @@ def _displayable(text: str) -> str:
     return text.translate(_DISPLAY) if _UNSAFE.search(text) else text
 
 
-def _has_odd_escape(text: str) -> bool:
-    """Tell whether a JSON text has an escape other than \\n, \\t, \\" and \\\\.
-
-    It may stand for what _displayable replaces or, as \\/, hide a hint. Counting takes a tenth of
-    the time that a pattern takes.
-    """
-    rest = text.replace("\\\\", "")
-    known = rest.count('\\"') + rest.count("\\n") + rest.count("\\t")
-    return rest.count("\\") != known
-
-
 def is_shallow(text: str) -> bool:
     """Tell whether a JSON text has too few brackets to be nested too deep."""
     return text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
@@ -1072,16 +1046,18 @@ class Scrubber:
     checks_left: float = math.inf
     is_long = False  # true when the report is too long to look for what need not be scrubbed
     sent: str | None = None  # the report's JSON text, if that is plain
+    longest: float = math.inf  # no string of the report is longer
 
     def __init__(self, also: Iterable[str] = ()) -> None:
         added = [re.sub("[. -]", "_", name.lower()) for name in also]
-        keys = [f"{word}_key" for word in SECRET_KEYS]
-        endings = [f"{word}$" for word in SECRET_ENDINGS]
-        self._always = re.compile(_pattern_of([*SECRET_NAMES, *keys]))
-        ending = rf"(?<![a-z]){_PASS_PREFIX}{_pattern_of(SECRET_ENDINGS)}{_ENDING_SUFFIX}\d*\W*\Z"
+        always = [*SECRET_NAMES.split(), *(f"{word}_key" for word in SECRET_KEYS.split())]
+        endings = [f"{word}$" for word in SECRET_ENDINGS.split()]
+        self._always = re.compile(_pattern_of(always))
+        last = _pattern_of(SECRET_ENDINGS.split())
+        ending = rf"(?<![a-z]){_PASS_PREFIX}{last}{_ENDING_SUFFIX}\d*\W*\Z"
         whole = rf"|(?<![a-z]){_pattern_of(added)}(?![a-z])" if added else ""
         self._ending = re.compile(ending + whole)
-        words = [*SECRET_NAMES, *keys, *endings, *added]
+        words = [*always, *endings, *added]
         self._hit = re.compile(rf"{_pattern_of(words)}[\w.-]*+")
         self._hints = _hints_of([*words, "bearer", "basic"])
 
@@ -1287,26 +1263,27 @@ class Scrubber:
             text = self.scrub_text(text)
         return _displayable(text)
 
-    def is_harmless(self, text: str) -> bool:
-        """Tell whether nothing in a JSON text needs to be scrubbed or replaced."""
-        # In ASCII, JSON has none of the others; isprintable() takes ten times as long.
-        is_clean = not ("\n" in text or "\x7f" in text) if text.isascii() else text.isprintable()
-        is_odd = not is_clean or ("\\" in text and _has_odd_escape(text))
-        return not (is_odd or self.may_hold_secret(text, _URL_SECRET_IN_JSON))
-
     def is_plain(self, text: str) -> bool:
         """Tell whether nothing in a report's JSON text needs to be cleaned, scrubbed or cut.
 
         Strings with own limits may need cutting. One check takes a tenth of the time of many.
         """
-        return len(text) <= MAX_PLAIN_CHARS and self.is_harmless(text)
+        # In ASCII, JSON has no others to replace; isprintable() takes ten times as long.
+        is_clean = not ("\n" in text or "\x7f" in text) if text.isascii() else text.isprintable()
+        if len(text) > MAX_PLAIN_CHARS or not is_clean:
+            return False
+        if "\\" in text:  # an odd escape stands for what is replaced or, as \/, hides a hint
+            rest = text.replace("\\\\", "")
+            if rest.count("\\") != rest.count('\\"') + rest.count("\\n") + rest.count("\\t"):
+                return False
+        return not self.may_hold_secret(text, _URL_SECRET_IN_JSON)
 
 
 class PlainReport(Scrubber):
     """The scrubber for a report in which there is nothing to scrub: it only cuts."""
 
     def __init__(self, text: str) -> None:
-        self.sent = text
+        self.sent, self.longest = text, len(text)
 
     def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
         """Return False."""
@@ -1323,7 +1300,6 @@ class PlainReport(Scrubber):
 
 _DEFAULT_SCRUBBER = Scrubber()
 scrub_text, clean = _DEFAULT_SCRUBBER.scrub_text, _DEFAULT_SCRUBBER.clean
-is_harmless, is_plain = _DEFAULT_SCRUBBER.is_harmless, _DEFAULT_SCRUBBER.is_plain
 
 
 def scrubber_for(text: str, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Scrubber:
@@ -1405,19 +1381,19 @@ class _Copier:
         return result
 
 
-def _plain_size(value: Json, most: int, scrubber: Scrubber) -> int | None:
-    """Return the length of an object's JSON text if plain and at most `most`, else None."""
-    if scrubber.is_long or any(isinstance(v, str) and len(v) > most for v in value.values()):
-        return None  # don't make another large copy
-    text = json.dumps(value, ensure_ascii=False)
-    return len(text) if len(text) <= most and scrubber.is_plain(text) else None
+def _scrubbed(value: Json, limit: int, scrubber: Scrubber) -> tuple[Json, int]:
+    """Return a JSON object without secrets and how many of `limit` characters it takes."""
+    if not (scrubber.is_long or any(isinstance(v, str) and len(v) > limit for v in value.values())):
+        text = json.dumps(value, ensure_ascii=False)
+        if len(text) <= limit and scrubber.is_plain(text):
+            return value, len(text)
+    copier = _Copier(limit, scrubber)
+    return copier.copy(value), limit - copier.budget
 
 
 def scrub(value: Json, limit: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
     """Return a JSON object without secrets and of about `limit` characters at most."""
-    is_plain = _plain_size(value, limit, scrubber) is not None
-    copied: Json = value if is_plain else _Copier(limit, scrubber).copy(value)
-    return copied
+    return _scrubbed(value, limit, scrubber)[0]
 
 
 def scrub_fields(values: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
@@ -1428,15 +1404,9 @@ def scrub_fields(values: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
         if left <= 0:
             result["…"] = f"[{len(values) - position:,} more cut]"
             break
-        room = min(left, MAX_FIELD_CHARS)
-        one = {name: value}
-        if (size := _plain_size(one, room, scrubber)) is not None:
-            result |= one
-            left -= size
-        else:
-            copier = _Copier(room, scrubber)
-            result |= copier.copy(one)
-            left -= room - copier.budget
+        made, size = _scrubbed({name: value}, min(left, MAX_FIELD_CHARS), scrubber)
+        result |= made
+        left -= size
     return result
 
 
@@ -1522,9 +1492,6 @@ def refuse_depth(value: Any, at: str) -> None:
         raise BadRequest(f"{where} is nested over {MAX_JSON_DEPTH_LEVELS} deep", field=at or None)
 
 
-_FILLED = "a string that is not empty"
-
-
 class _Fields:
     """The fields of one JSON object, read by type; a refusal names the field's whole path."""
 
@@ -1558,11 +1525,11 @@ class _Fields:
             return []
         if not isinstance(value, list):
             raise self.refuse(name, "an array of strings")
-        if set(map(type, value)) <= {str}:  # a tenth of the time that it takes to look at each
-            return value
-        for position, line in enumerate(value):
-            if not isinstance(line, str):
-                raise self.refuse(f"{name}[{position}]", "a string")
+        try:
+            "".join(value)  # a tenth of the time that it takes to look at each
+        except TypeError:
+            found = (at for at, line in enumerate(value) if not isinstance(line, str))
+            raise self.refuse(f"{name}[{next(found)}]", "a string") from None
         return value
 
     def mapping(self, name: str) -> Json | None:
@@ -1591,9 +1558,8 @@ def cut_middle(lines: list[Any], most: int, what: str = "lines") -> list[Any]:
 
 
 def _bounded_lines(lines: list[str], scrubber: Scrubber) -> tuple[str, ...]:
-    is_short = len(lines) <= MAX_BACKTRACE_LINES
-    if scrubber.sent and is_short and max(map(len, lines), default=0) <= MAX_LINE_CHARS:
-        return tuple(lines)
+    if scrubber.longest <= MAX_LINE_CHARS and len(lines) <= MAX_BACKTRACE_LINES:
+        return tuple(lines)  # as sent
     lines = cut_middle(lines, MAX_BACKTRACE_LINES)
     limit = MAX_LINE_CHARS
     if sum(map(len, lines)) > MAX_BACKTRACE_CHARS:
@@ -1606,7 +1572,7 @@ def _bounded_lines(lines: list[str], scrubber: Scrubber) -> tuple[str, ...]:
     )
 
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 
 
 _TIMESTAMP = re.compile(r"[0-9]{4}-?(?:[0-9]{2}-?[0-9]{2}|W[0-9]{2}-?[0-9])(?:[T ]\S+)?")
@@ -1626,7 +1592,7 @@ def parse_timestamp(text: str) -> int:
         parsed = parsed.replace(tzinfo=UTC)
     if parsed.year == 1:  # an offset could lead to before the first year, which has no text
         raise ValueError(text)
-    return (parsed - _EPOCH) // timedelta(milliseconds=1)
+    return (parsed - _EPOCH) // _MILLISECOND
 
 
 def _occurred(fields: _Fields, received_ms: int) -> dict[str, Any]:
@@ -1667,14 +1633,14 @@ def _parse_source_context(report: _Fields, scrubber: Scrubber) -> SourceContext 
     fields = _Fields(data, f"{report.at}.source_context" if report.at else "source_context")
     file = fields.text("file", "a string, the file's path", empty=True)
     lineno = data.get("lineno")
-    if not isinstance(lineno, int) or isinstance(lineno, bool) or not 0 <= lineno < 2**31:
+    if type(lineno) is not int or not 0 <= lineno < 2**31:
         raise fields.refuse("lineno", "a whole number, the line's number")
     line = fields.text("context_line", "a string, the line that failed", empty=True)
     before = fields.lines("pre_context", required=False)[-MAX_CONTEXT_LINES:]
     after = fields.lines("post_context", required=False)[:MAX_CONTEXT_LINES]
-    lines = [_one_line(text) for text in (*before, line, *after)]
+    lines = [*before, line, *after]
     limit = min(MAX_LINE_CHARS, MAX_CONTEXT_CHARS // len(lines))
-    if not scrubber.sent or max(map(len, lines)) > limit:
+    if scrubber.longest > limit or "\n" in "".join(lines):
         lines = _clean_lines(lines, limit, scrubber)
     return SourceContext(
         file=scrubber.clean(file, MAX_LINE_CHARS),
@@ -1784,9 +1750,8 @@ class _ChainCleaner:
         return cut_middle(frames, room, "frames")
 
     def _text(self, text: str, limit: int) -> str:
-        text = self._scrubber.clean(
-            text, limit if self._chars_left > 0 else min(limit, MAX_ID_CHARS)
-        )
+        limit = limit if self._chars_left > 0 else min(limit, MAX_ID_CHARS)
+        text = self._scrubber.clean(text, limit)
         self._chars_left -= len(text)
         return text
 
@@ -1821,10 +1786,8 @@ class _ChainCleaner:
         if line is not None:
             before = (frame.get("pre_context") or [])[-MAX_CONTEXT_LINES:]
             after = (frame.get("post_context") or [])[:MAX_CONTEXT_LINES]
-            lines, at = (
-                _clean_lines([*before, line, *after], MAX_LINE_CHARS, self._scrubber),
-                len(before),
-            )
+            lines = _clean_lines([*before, line, *after], MAX_LINE_CHARS, self._scrubber)
+            at = len(before)
             first, end = max(0, at - MAX_SOURCE_LINES), at + 1 + MAX_SOURCE_LINES
             limit = max(MAX_ID_CHARS, self._chars_left // (end - first))
             lines = [clip(one, limit) for one in lines]
@@ -1902,7 +1865,7 @@ def parse_occurrence(
     if not trust and (sent is None or not is_shallow(sent)):
         refuse_depth(data, at)
     lines = fields.lines("backtrace", required=True)
-    fingerprint = fields.text("fingerprint", _FILLED)
+    fingerprint = fields.text("fingerprint", "a string that is not empty")
     params, extra = _free_fields(fields, scrubber)
     return Occurrence(
         exception_class=tidy(fields.text("exception_class", _CLASS_NAME), MAX_CLASS_CHARS),
