@@ -218,6 +218,7 @@ MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # of what is kept in memory about the errors re
 KNOWN_OVERHEAD_BYTES = 200  # of each thing in it
 MIN_FREE_BYTES = 16 * _MEBIBYTE  # of the disk, or a tenth of a small one: kept for deleting
 FULL_RETRY_S = 30
+PROGRESS_INTERVAL_S = 3.0  # between lines about work that takes long
 MAX_WAL_BYTES = 8 * _MEBIBYTE  # with more in the write-ahead log a commit empties it itself
 CHECKPOINT_COMMITS = 50  # after as many it is copied into the database, beside the commits
 REQUEST_BLOCK_IDS = 1_024  # occurrence ids whose request keys share one block of the index
@@ -3559,10 +3560,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     # `last_id`, and from there to the next one, ids are in order of receipt.
     (
         "CREATE TABLE clock_steps (last_id INTEGER PRIMARY KEY)",
-        """INSERT INTO clock_steps (last_id) SELECT last_id FROM
-            (SELECT received_ms, LAG(id) OVER (ORDER BY id) AS last_id,
-                LAG(received_ms) OVER (ORDER BY id) AS last_ms FROM occurrences)
-            WHERE received_ms < last_ms - 60000""",
+        """INSERT INTO clock_steps (last_id)
+            SELECT (SELECT MAX(id) FROM occurrences WHERE id < late.id) FROM occurrences AS late
+            WHERE received_ms < (SELECT received_ms FROM occurrences WHERE id < late.id
+                ORDER BY id DESC LIMIT 1) - 60000""",
         "DROP INDEX occurrences_by_receipt",
     ),
 )
@@ -4038,29 +4039,52 @@ def _pragma(db: sqlite3.Connection, name: str) -> int:
     return int(db.execute(f"PRAGMA {name}").fetchone()[0])
 
 
-def say(text: str, out: TextIO | None = None) -> None:
+def say(text: str, out: TextIO | None = None, end: str = "\n") -> None:
     """Print at once, on stdout if not told where, and whether or not anybody can read it."""
     out = out or sys.stdout
     with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or none at all
         encoding = out.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        print(text, end=end, file=out, flush=True)
+
+
+def progress_teller() -> Callable[[str], None]:
+    """Return what says on stderr, now and then, how far long work is; a terminal shows one line."""
+    is_terminal, said_s = os.isatty(2), time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s >= (0.2 if is_terminal else PROGRESS_INTERVAL_S):
+            said_s = time.monotonic()
+            text = f"miniapm: {text}"
+            say(text.ljust(79) if is_terminal else text, sys.stderr, "\r" if is_terminal else "\n")
+
+    return tell
 
 
 def back_up(source: sqlite3.Connection, target: str) -> None:
     """Copy a database, as it is at one moment, into a new file of mode 0600; verified, or no file.
 
-    Safe while others write. Raises MiniAPMError when there is such a file or none can be made.
+    Safe while others write; `source` has begun a transaction. Raises MiniAPMError when there is
+    such a file or none can be made.
     """
     folder, name = os.path.split(os.path.abspath(target))
     if os.path.lexists(target):
         raise MiniAPMError(f"{target} exists; it was not overwritten")
+    mib = _pragma(source, "page_count") * 4096 // _MEBIBYTE  # the first read: of this moment
+    tell = progress_teller()
+
+    def copied(_: int, left: int, total: int) -> None:
+        tell(f"{100 * (total - left) // total} % of {mib:,} MiB are copied")
+
     try:
         handle, part = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # of mode 0600
         try:
             os.close(handle)
             with contextlib.closing(_connect(part)) as copy:
-                source.backup(copy)
+                source.backup(copy, pages=1_000, progress=copied)
                 copy.execute("PRAGMA journal_mode = DELETE")  # one file and no other
+                copy.set_progress_handler(lambda: tell("the copy is being checked"), 100_000)
                 found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise MiniAPMError(f"the copy is damaged: {found}")
@@ -4073,14 +4097,27 @@ def back_up(source: sqlite3.Connection, target: str) -> None:
         raise MiniAPMError(f"can't write {target}: {error}") from None
 
 
+def _refuse_without_room(db: sqlite3.Connection, path: str) -> None:
+    """Raise MiniAPMError unless a copy, and the log of a migration, fit on the disk."""
+    needed = _pragma(db, "page_count") * _pragma(db, "page_size") * 5 // 4  # the log took 5 %
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    if free < needed:
+        need, there = -(-needed // _MEBIBYTE), free // _MEBIBYTE
+        said = f"bringing {path} up to date needs {need:,} MiB on its disk; {there:,} MiB are there"
+        raise MiniAPMError(f"{said}; it was not changed")
+
+
 def _keep_old_version(db: sqlite3.Connection, path: str) -> None:
     """Copy a database beside itself before its schema changes."""
+    db.execute("BEGIN")
     version = _pragma(db, "user_version")
+    _refuse_without_room(db, path)
     names = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
     target = next(
         name for more in names if not os.path.lexists(name := f"{path}.version{version}{more}")
     )
     back_up(db, target)
+    db.execute("ROLLBACK")
     said = f"{path} is brought from version {version} to {len(MIGRATIONS)}; as it was: {target}"
     say(f"miniapm: {said}", sys.stderr)
 
@@ -4100,20 +4137,26 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # has no effect once there are tables
     else:
         refuse_foreign(db, path)
+        if _pragma(db, "user_version") < len(MIGRATIONS):
+            _keep_old_version(db, path)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute(f"PRAGMA journal_size_limit = {MAX_WAL_BYTES}")
     db.execute("PRAGMA synchronous = FULL")
     if _pragma(db, "user_version") == len(MIGRATIONS):
         return
-    if not is_new:
-        _keep_old_version(db, path)
+    tell = progress_teller()
+    db.set_progress_handler(lambda: tell("the schema is being changed"), 100_000)
     db.execute("BEGIN IMMEDIATE")
+    totals = None if is_new else db.execute(CHECK_TOTALS).fetchone()
     for statements in MIGRATIONS[_pragma(db, "user_version") :]:  # another process may be ahead
         for statement in statements:
             db.execute(statement)
+    if totals is not None and totals != db.execute(CHECK_TOTALS).fetchone():
+        raise MiniAPMError(f"{path}: the new schema would lose reports; it was not changed")
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
     db.execute("COMMIT")
+    db.set_progress_handler(None, 0)
 
 
 def refuse_unwritable(path: str) -> None:
