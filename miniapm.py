@@ -4240,66 +4240,10 @@ class _Job:
     future: Future[Any] = field(default_factory=Future)
 
 
-class Checkpointer:
-    """Copies the write-ahead log into the database, in a thread beside the one that commits.
-
-    Where this thread can't keep up, the one that commits waits for it and copies the rest: only
-    a log that is copied to its end begins anew.
-    """
-
-    def __init__(self, path: str, *, threads: bool) -> None:
-        self._path = path
-        self._has_thread = threads
-        self._commits = 0
-        self._is_due = threading.Event()
-        self._is_closed = False
-        self._starting = threading.Lock()
-        self._copying = threading.Lock()
-        self._thread: threading.Thread | None = None  # from when there is something to copy
-
-    def count_commit(self, db: sqlite3.Connection) -> None:
-        """Copy when there may be something worth it; called after each commit of `db`."""
-        self._commits += 1
-        if self._commits % CHECKPOINT_COMMITS:
-            return
-        if not self._has_thread:
-            self.copy(db)
-            return
-        self.copy_soon()
-        with contextlib.suppress(OSError):
-            if os.path.getsize(self._path + "-wal") > MAX_WAL_BYTES:
-                self.copy(db)
-
-    def copy_soon(self) -> None:
-        """Copy, which also shortens the file when there is less in it."""
-        with self._starting:
-            if self._thread is None and not self._is_closed and self._has_thread:
-                thread = threading.Thread(target=self._run, name="miniapm-checkpoint", daemon=True)
-                with contextlib.suppress(RuntimeError):  # there may be no more threads to have
-                    thread.start()
-                    self._thread = thread
-        self._is_due.set()
-
-    def close(self) -> None:
-        """Finish what is being copied."""
-        with self._starting:
-            self._is_closed = True
-        self._is_due.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        _is_busy_here.set(True)
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self._path)) as db:
-            while not self._is_closed:
-                self._is_due.wait()
-                self._is_due.clear()
-                self.copy(db)
-
-    def copy(self, db: sqlite3.Connection) -> None:
-        """Copy what can be copied now, in the calling thread."""
-        with self._copying, contextlib.suppress(sqlite3.Error):  # the next one will say why not
-            db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+def _copy_log(db: sqlite3.Connection) -> None:
+    """Copy what can be copied now of the write-ahead log into the database."""
+    with contextlib.suppress(sqlite3.Error):  # the next copy will say why not
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
 
 class Writer:
@@ -4320,7 +4264,8 @@ class Writer:
         self._locked_since_s = math.inf  # by another process
         self._wait_s = wait_s
         self.is_refusing = False  # what run_alone() is asked
-        self.checkpointer = Checkpointer(path, threads=threads)
+        self._commits = 0
+        self._is_copy_due = False
         self.trouble = ""  # why the last transaction was not written
         self.after_undo: Callable[[], None] = lambda: None  # called when what was written is not
         self._is_closed = False
@@ -4401,11 +4346,19 @@ class Writer:
         elif self._turn.acquire(timeout=timeout_s):
             self._db.close()
             self._turn.release()
-        self.checkpointer.close()
+
+    def copy_log(self) -> None:
+        """Copy the log by a connection of its own: commits go on meanwhile."""
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self._path)) as db:
+            _copy_log(db)
 
     def _run(self) -> None:
         _is_busy_here.set(True)
         while self._wait_for_jobs():
+            if self._is_copy_due:
+                self._is_copy_due = False
+                self.copy_log()
+                continue
             with self._turn:
                 try:
                     self._begin()
@@ -4433,8 +4386,8 @@ class Writer:
             while True:
                 while self._jobs and self._jobs[0].future.cancelled():
                     self._jobs.popleft()
-                if self._jobs or self._is_closed:
-                    return bool(self._jobs)
+                if self._jobs or self._is_closed or self._is_copy_due:
+                    return bool(self._jobs) or not self._is_closed
                 self._changed.wait()
 
     def _take(self) -> list[_Job]:
@@ -4468,10 +4421,20 @@ class Writer:
                     self._db.execute("ROLLBACK")
             self.after_undo()
             if self._has_lost_files:  # a deleted -wal is lost when the process ends
-                self.checkpointer.copy(self._db)
+                _copy_log(self._db)
             raise
         self.trouble = ""
-        self.checkpointer.count_commit(self._db)
+        self._commits += 1
+        if self._commits % CHECKPOINT_COMMITS == 0:
+            self._copy_soon()
+
+    def _copy_soon(self) -> None:
+        """Let the thread copy the log; what it can't keep up with, SQLite copies in a commit."""
+        if self._thread is None:
+            _copy_log(self._db)
+        with self._changed:
+            self._is_copy_due = self._thread is not None
+            self._changed.notify()
 
     def has_lost_files(self) -> bool:
         """Tell whether a file of the database was deleted or replaced; SQLite doesn't notice."""
@@ -4485,7 +4448,7 @@ class Writer:
         """Do what a write would do about files that were deleted or replaced, without waiting."""
         if self.has_lost_files() and not self.trouble and self._turn.acquire(blocking=False):
             self.trouble = str(self._files_refusal())
-            self.checkpointer.copy(self._db)
+            _copy_log(self._db)
             self._turn.release()
 
     def _files_refusal(self) -> MiniAPMError:
@@ -4913,7 +4876,7 @@ class Store:
         db = open_database(self.path)
         self._writer = Writer(db, self.path, threads=threads, wait_s=wait_s)
         self.write = self._writer.run if threads else self._writer.run_alone
-        self.copy_log = self._writer.checkpointer.copy_soon
+        self.copy_log = self._writer.copy_log
         self.has_surplus = threading.Event()  # there may be something for Retention to remove
         self._reports_since_surplus = 0
         self._recorder = _Recorder(self.now_ms)
