@@ -215,6 +215,7 @@ MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # of what is kept in memory about the errors re
 KNOWN_OVERHEAD_BYTES = 200  # of each thing in it
 MIN_FREE_BYTES = 16 * _MEBIBYTE  # of the disk, or a tenth of a small one: kept for deleting
 FULL_RETRY_S = 30
+PROGRESS_INTERVAL_S = 3.0  # between lines about work that takes long
 MAX_WAL_BYTES = 8 * _MEBIBYTE  # with more in the write-ahead log a commit empties it itself
 MAX_KEYS_AGE_S = 0.05  # reading them for each request took 4 % of the time of storing a report
 CHECKPOINT_COMMITS = 50  # after as many it is copied into the database, beside the commits
@@ -3398,10 +3399,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     # `last_id`, and from there to the next one, ids are in order of receipt.
     (
         "CREATE TABLE clock_steps (last_id INTEGER PRIMARY KEY)",
-        """INSERT INTO clock_steps (last_id) SELECT last_id FROM
-            (SELECT received_ms, LAG(id) OVER (ORDER BY id) AS last_id,
-                LAG(received_ms) OVER (ORDER BY id) AS last_ms FROM occurrences)
-            WHERE received_ms < last_ms - 60000""",
+        """INSERT INTO clock_steps (last_id)
+            SELECT (SELECT MAX(id) FROM occurrences WHERE id < late.id) FROM occurrences AS late
+            WHERE received_ms < (SELECT received_ms FROM occurrences WHERE id < late.id
+                ORDER BY id DESC LIMIT 1) - 60000""",
         "DROP INDEX occurrences_by_receipt",
     ),
 )
@@ -3877,29 +3878,52 @@ def _pragma(db: sqlite3.Connection, name: str) -> int:
     return int(db.execute(f"PRAGMA {name}").fetchone()[0])
 
 
-def print_line(text: str, out: TextIO | None = None) -> None:
+def print_line(text: str, out: TextIO | None = None, end: str = "\n") -> None:
     """Print at once, on stdout if not told where, and whether or not anybody can read it."""
     out = out or sys.stdout
     with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or none at all
         encoding = out.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        print(text, end=end, file=out, flush=True)
+
+
+def progress_teller() -> Callable[[str], None]:
+    """Return what says on stderr, now and then, how far long work is; a terminal shows one line."""
+    is_terminal, said_s = os.isatty(2), time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s >= (0.2 if is_terminal else PROGRESS_INTERVAL_S):
+            said_s = time.monotonic()
+            text = f"miniapm: {text}"
+            print_line(text.ljust(79) if is_terminal else text, sys.stderr, "\r" if is_terminal else "\n")
+
+    return tell
 
 
 def back_up(source: sqlite3.Connection, target: str) -> None:
     """Copy a database, as it is at one moment, into a new file of mode 0600; verified, or no file.
 
-    Safe while others write. Raises MiniAPMError when there is such a file or none can be made.
+    Safe while others write; `source` has begun a transaction. Raises MiniAPMError when there is
+    such a file or none can be made.
     """
     folder, name = os.path.split(os.path.abspath(target))
     if os.path.lexists(target):
         raise MiniAPMError(f"{target} exists; it was not overwritten")
+    mib = _pragma(source, "page_count") * 4096 // _MEBIBYTE  # the first read: of this moment
+    tell = progress_teller()
+
+    def copied(_: int, left: int, total: int) -> None:
+        tell(f"{100 * (total - left) // total} % of {mib:,} MiB are copied")
+
     try:
         handle, part = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # of mode 0600
         try:
             os.close(handle)
             with contextlib.closing(_connect(part)) as copy:
-                source.backup(copy)
+                source.backup(copy, pages=1_000, progress=copied)
                 copy.execute("PRAGMA journal_mode = DELETE")  # one file and no other
+                copy.set_progress_handler(lambda: tell("the copy is being checked"), 100_000)
                 found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise MiniAPMError(f"the copy is damaged: {found}")
@@ -3912,14 +3936,27 @@ def back_up(source: sqlite3.Connection, target: str) -> None:
         raise MiniAPMError(f"can't write {target}: {error}") from None
 
 
+def _refuse_without_room(db: sqlite3.Connection, path: str) -> None:
+    """Raise MiniAPMError unless a copy, and the log of a migration, fit on the disk."""
+    needed = _pragma(db, "page_count") * _pragma(db, "page_size") * 5 // 4  # the log took 5 %
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    if free < needed:
+        need, there = -(-needed // _MEBIBYTE), free // _MEBIBYTE
+        said = f"bringing {path} up to date needs {need:,} MiB on its disk; {there:,} MiB are there"
+        raise MiniAPMError(f"{said}; it was not changed")
+
+
 def _keep_old_version(db: sqlite3.Connection, path: str) -> None:
     """Copy a database beside itself before its schema changes."""
+    db.execute("BEGIN")
     version = _pragma(db, "user_version")
+    _refuse_without_room(db, path)
     names = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
     target = next(
         name for more in names if not os.path.lexists(name := f"{path}.version{version}{more}")
     )
     back_up(db, target)
+    db.execute("ROLLBACK")
     said = f"{path} is brought from version {version} to {len(MIGRATIONS)}; as it was: {target}"
     print_line(f"miniapm: {said}", sys.stderr)
 
@@ -3939,20 +3976,26 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # has no effect once there are tables
     else:
         refuse_foreign(db, path)
+        if _pragma(db, "user_version") < len(MIGRATIONS):
+            _keep_old_version(db, path)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute(f"PRAGMA journal_size_limit = {MAX_WAL_BYTES}")
     db.execute("PRAGMA synchronous = FULL")
     if _pragma(db, "user_version") == len(MIGRATIONS):
         return
-    if not is_new:
-        _keep_old_version(db, path)
+    tell = progress_teller()
+    db.set_progress_handler(lambda: tell("the schema is being changed"), 100_000)
     db.execute("BEGIN IMMEDIATE")
+    totals = None if is_new else db.execute(CHECK_TOTALS).fetchone()
     for statements in MIGRATIONS[_pragma(db, "user_version") :]:  # another process may be ahead
         for statement in statements:
             db.execute(statement)
+    if totals is not None and totals != db.execute(CHECK_TOTALS).fetchone():
+        raise MiniAPMError(f"{path}: the new schema would lose reports; it was not changed")
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
     db.execute("COMMIT")
+    db.set_progress_handler(None, 0)
 
 
 def refuse_unwritable(path: str) -> None:
@@ -4036,66 +4079,10 @@ class _Job:
     future: Future[Any] = field(default_factory=Future)
 
 
-class Checkpointer:
-    """Copies the write-ahead log into the database, in a thread beside the one that commits.
-
-    Where this thread can't keep up, the one that commits waits for it and copies the rest: only
-    a log that is copied to its end begins anew.
-    """
-
-    def __init__(self, path: str, *, threads: bool) -> None:
-        self._path = path
-        self._has_thread = threads
-        self._commits = 0
-        self._is_due = threading.Event()
-        self._is_closed = False
-        self._starting = threading.Lock()
-        self._copying = threading.Lock()
-        self._thread: threading.Thread | None = None  # from when there is something to copy
-
-    def count_commit(self, db: sqlite3.Connection) -> None:
-        """Copy when there may be something worth it; called after each commit of `db`."""
-        self._commits += 1
-        if self._commits % CHECKPOINT_COMMITS:
-            return
-        if not self._has_thread:
-            self.copy(db)
-            return
-        self.copy_soon()
-        with contextlib.suppress(OSError):
-            if os.path.getsize(self._path + "-wal") > MAX_WAL_BYTES:
-                self.copy(db)
-
-    def copy_soon(self) -> None:
-        """Copy, which also shortens the file when there is less in it."""
-        with self._starting:
-            if self._thread is None and not self._is_closed and self._has_thread:
-                thread = threading.Thread(target=self._run, name="miniapm-checkpoint", daemon=True)
-                with contextlib.suppress(RuntimeError):  # there may be no more threads to have
-                    thread.start()
-                    self._thread = thread
-        self._is_due.set()
-
-    def close(self) -> None:
-        """Finish what is being copied."""
-        with self._starting:
-            self._is_closed = True
-        self._is_due.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        _is_busy_here.set(True)
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self._path)) as db:
-            while not self._is_closed:
-                self._is_due.wait()
-                self._is_due.clear()
-                self.copy(db)
-
-    def copy(self, db: sqlite3.Connection) -> None:
-        """Copy what can be copied now, in the calling thread."""
-        with self._copying, contextlib.suppress(sqlite3.Error):  # the next one will say why not
-            db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+def _copy_log(db: sqlite3.Connection) -> None:
+    """Copy what can be copied now of the write-ahead log into the database."""
+    with contextlib.suppress(sqlite3.Error):  # the next copy will say why not
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
 
 class Writer:
@@ -4116,7 +4103,8 @@ class Writer:
         self._locked_since_s = math.inf  # by another process
         self._wait_s = wait_s
         self.is_refusing = False  # what run_alone() is asked
-        self.checkpointer = Checkpointer(path, threads=threads)
+        self._commits = 0
+        self._is_copy_due = False
         self.trouble = ""  # why the last transaction was not written
         self.after_undo: Callable[[], None] = lambda: None  # called when what was written is not
         self._is_closed = False
@@ -4197,11 +4185,19 @@ class Writer:
         elif self._turn.acquire(timeout=timeout_s):
             self._db.close()
             self._turn.release()
-        self.checkpointer.close()
+
+    def copy_log(self) -> None:
+        """Copy the log by a connection of its own: commits go on meanwhile."""
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self._path)) as db:
+            _copy_log(db)
 
     def _run(self) -> None:
         _is_busy_here.set(True)
         while self._wait_for_jobs():
+            if self._is_copy_due:
+                self._is_copy_due = False
+                self.copy_log()
+                continue
             with self._turn:
                 try:
                     self._begin()
@@ -4229,8 +4225,8 @@ class Writer:
             while True:
                 while self._jobs and self._jobs[0].future.cancelled():
                     self._jobs.popleft()
-                if self._jobs or self._is_closed:
-                    return bool(self._jobs)
+                if self._jobs or self._is_closed or self._is_copy_due:
+                    return bool(self._jobs) or not self._is_closed
                 self._changed.wait()
 
     def _take(self) -> list[_Job]:
@@ -4264,10 +4260,20 @@ class Writer:
                     self._db.execute("ROLLBACK")
             self.after_undo()
             if self._has_lost_files:  # a deleted -wal is lost when the process ends
-                self.checkpointer.copy(self._db)
+                _copy_log(self._db)
             raise
         self.trouble = ""
-        self.checkpointer.count_commit(self._db)
+        self._commits += 1
+        if self._commits % CHECKPOINT_COMMITS == 0:
+            self._copy_soon()
+
+    def _copy_soon(self) -> None:
+        """Let the thread copy the log; what it can't keep up with, SQLite copies in a commit."""
+        if self._thread is None:
+            _copy_log(self._db)
+        with self._changed:
+            self._is_copy_due = self._thread is not None
+            self._changed.notify()
 
     def has_lost_files(self) -> bool:
         """Tell whether a file of the database was deleted or replaced; SQLite doesn't notice."""
@@ -4281,7 +4287,7 @@ class Writer:
         """Do what a write would do about files that were deleted or replaced, without waiting."""
         if self.has_lost_files() and not self.trouble and self._turn.acquire(blocking=False):
             self.trouble = str(self._files_refusal())
-            self.checkpointer.copy(self._db)
+            _copy_log(self._db)
             self._turn.release()
 
     def _files_refusal(self) -> MiniAPMError:
@@ -4712,7 +4718,7 @@ class Store:
         db = open_database(self.path)
         self._writer = Writer(db, self.path, threads=threads, wait_s=wait_s)
         self.write = self._writer.run if threads else self._writer.run_alone
-        self.copy_log = self._writer.checkpointer.copy_soon
+        self.copy_log = self._writer.copy_log
         self.has_surplus = threading.Event()  # there may be something for Retention to remove
         self._reports_since_surplus = 0
         self._keys: Keys = ()

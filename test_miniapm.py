@@ -3300,6 +3300,104 @@ def test_expiry_of_version_5_is_brought_up_to_date(tmp_path: Path, clock: Clock)
                 assert list(miniapm.faults_of(db)) == []
 
 
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A database of version 5 with 50 MB of reports that can't be read."""
+    path = tmp_path / "large.db"
+    shutil.copy(HERE / ".ci" / "version5.sqlite", path)
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute(
+            """WITH RECURSIVE made (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM made LIMIT 12500)
+            INSERT INTO occurrences (error_id, received_ms, body)
+            SELECT 3, 1793456000000, randomblob(3900) FROM made"""
+        )
+    return path
+
+
+def test_migration_says_how_far_it_is(
+    large: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(miniapm, "PROGRESS_INTERVAL_S", 0.0)
+    Store(str(large)).close()
+    said = capsys.readouterr().err.splitlines()
+    percents = [int(found[1]) for line in said if (found := re.search(r"(\d+) % of \d+ MiB", line))]
+    assert percents == sorted(percents)
+    assert percents[-1] == 100
+    assert len(set(percents)) > 10
+    for text in ("the copy is being checked", "from version 5 to", "the schema is being changed"):
+        assert any(text in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "said"),
+    [(True, ["miniapm: 5 %", "miniapm: 9 %"]), (False, ["miniapm: 9 %"])],
+)
+def test_progress_is_one_line_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, is_terminal: bool, said: list[str]
+) -> None:
+    monkeypatch.setattr(miniapm.os, "isatty", lambda _: is_terminal)
+    clock = Clock()
+    monkeypatch.setattr(miniapm.time, "monotonic", clock)
+    tell = miniapm.progress_teller()
+    for seconds, text in ((0.1, "1 %"), (1, "5 %"), (1.1, "7 %"), (3.1, "9 %")):
+        clock.seconds = NOW_S + seconds
+        tell(text)
+    printed = capsys.readouterr().err
+    assert [line.strip() for line in re.split(r"[\r\n]", printed) if line] == said
+    assert printed.count("\r" if is_terminal else "\n") == len(said)
+
+
+def test_copy_is_of_one_moment_while_others_write(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store(str(large)).close()
+    with contextlib.closing(Store(str(large))) as store:
+        texts = iter(map(str, range(20)))
+
+        def write(_: str) -> None:
+            for text in itertools.islice(texts, 1):
+                record(store, fingerprint=text)
+
+        monkeypatch.setattr(miniapm, "progress_teller", lambda: write)
+        before = len(store.errors(ErrorFilter("all")).errors)
+        with miniapm.existing_database(str(large)) as db:
+            miniapm.back_up(db, str(tmp_path / "copy.db"))
+        assert len(store.errors(ErrorFilter("all")).errors) > before
+    with contextlib.closing(Store(str(tmp_path / "copy.db"))) as copy:
+        assert len(copy.errors(ErrorFilter("all")).errors) == before
+
+
+def test_migration_for_which_there_is_no_room_changes_nothing(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, size = shutil.disk_usage(large.parent), large.stat().st_size
+    before = large.read_bytes()
+    for free in (0, size, size * 5 // 4 - 1):
+        monkeypatch.setattr(miniapm.shutil, "disk_usage", lambda _, n=free: disk._replace(free=n))
+        need, there = -(-size * 5 // 4 // 2**20), free // 2**20
+        with pytest.raises(miniapm.MiniAPMError, match=f"needs {need} MiB .*; {there} MiB are"):
+            Store(str(large))
+        assert large.read_bytes() == before
+        assert [path for path in large.parent.iterdir() if not path.name.endswith("-shm")] == [
+            large
+        ]
+    monkeypatch.setattr(miniapm.shutil, "disk_usage", lambda _: disk._replace(free=size * 5 // 4))
+    Store(str(large)).close()
+
+
+def test_migration_that_would_lose_reports_is_undone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(store)
+    for statement in ("DELETE FROM occurrences", "UPDATE errors SET status = 'deleted'"):
+        monkeypatch.setattr(miniapm, "MIGRATIONS", (*miniapm.MIGRATIONS[:6], (statement,)))
+        with pytest.raises(miniapm.MiniAPMError, match="would lose reports"):
+            Store(store.path)
+    assert only_error(store).stored_count == 1
+    assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(1,)]
+    assert rows(store, "PRAGMA user_version") == [(6,)]
+
+
 # --- 8. Store -------------------------------------------------------------------------------------
 
 
@@ -4459,27 +4557,16 @@ def test_log_is_copied_into_the_database_beside_the_commits(store: Store) -> Non
 
 
 def test_log_is_bounded_when_the_thread_beside_can_not_keep_up(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(miniapm, "CHECKPOINT_COMMITS", 5)
     monkeypatch.setattr(miniapm, "MAX_WAL_BYTES", 300_000)
-    monkeypatch.setattr(store._writer.checkpointer, "copy_soon", lambda: None)
-    store.write(lambda db: db.execute("PRAGMA wal_autocheckpoint = 0").fetchone())
-    for number in range(200):
-        record(store, message=os.urandom(1_000).hex(), fingerprint=str(number))
-    assert os.path.getsize(store.path + "-wal") < 2 * miniapm.MAX_WAL_BYTES
-
-
-def test_report_is_stored_once_where_no_thread_can_be_started(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    for _ in range(miniapm.CHECKPOINT_COMMITS + 5):
-        record(store)
-    assert only_error(store).occurrence_count == miniapm.CHECKPOINT_COMMITS + 5
+    with contextlib.closing(Store(str(tmp_path / "a.db"))) as store:
+        monkeypatch.setattr(store._writer, "copy_log", lambda: None)
+        store.ensure_default_project()
+        for number in range(200):
+            record(store, message=os.urandom(1_000).hex(), fingerprint=str(number))
+        assert os.path.getsize(store.path + "-wal") < 2 * miniapm.MAX_WAL_BYTES
 
 
 def test_retention_takes_less_at_a_time_when_that_takes_long(
@@ -4502,7 +4589,7 @@ def test_store_that_is_closed_leaves_no_thread(store: Store) -> None:
         record(store)
     store.close()
     names = {thread.name for thread in threading.enumerate()}
-    assert not names & {"miniapm-writer", "miniapm-checkpoint"}
+    assert "miniapm-writer" not in names
 
 
 def test_retention_lets_the_log_shrink(store: Store) -> None:
