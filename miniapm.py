@@ -2600,10 +2600,11 @@ def location_frame(frames: Iterable[Frame]) -> Frame | None:
         if frame.language == "go" and frame.function == "panic":
             own = telling = innermost = None  # what is above was called because of the panic
         innermost = innermost or frame
-        telling = telling or (frame if _may_be_location(frame) else None)
         own = own or (frame if frame.is_own else None)
         if own and own.language != "go":
             break
+        if not (own or telling) and _may_be_location(frame):
+            telling = frame
     return own or telling or innermost
 
 
@@ -2772,6 +2773,11 @@ def _stable_path(file: str) -> str:
     return _stable(file[:MAX_CLASS_CHARS].replace("\\", "/"), _VARIABLE_PATHS)
 
 
+@_remember_short
+def _stable_message(message: str) -> str:
+    return _stable(message[:2_000], _GENERATED, _VARIABLE_PARTS)
+
+
 def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | None = None) -> str:
     """Return the fingerprint of an error whose source brings none.
 
@@ -2783,7 +2789,7 @@ def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | 
     number, so an edit above makes no new error.
     """
     # Version 2 of the recipe. A new version makes known errors appear once more as new ones.
-    message = _stable(message[:2_000], _GENERATED, _VARIABLE_PARTS)
+    message = _stable_message(message)
     name = _stable_name(exception_class) + exception_class[MAX_CLASS_CHARS:]
     if place is not None:
         message = _pattern(_QUOTED).sub("<text>", message)
@@ -2957,25 +2963,23 @@ def _normalized(event: Json) -> Json:
             _OLD_NAMES.get(name) or name.removeprefix("sentry.interfaces.").lower(): value
             for name, value in event.items()
         }
-    error, level = event.get("exception"), _text(event.get("level")).lower() or "error"
+    found = event | {name: _text(event.get(name)) for name in ("level", *_TEXTS)}
+    for name in _OBJECTS:
+        found[name] = _object(event.get(name))
+    level = found["level"].lower() or "error"
+    found["level"] = _LEVELS.get(level, level)
+    found["tags"] = {name: _text(value) for name, value in _pairs(event.get("tags")).items()}
+    error = event.get("exception")
     if isinstance(error, dict) and "values" not in error:
         error = [error]
-    found: Json = {name: _text(event.get(name)) for name in _TEXTS}
-    found |= {name: _object(event.get(name)) for name in _OBJECTS}
+    found["exception"] = _objects(error, MAX_EXCEPTIONS)[::-1] or [{}]
     if headers := found["request"].get("headers"):
-        found["request"] = found["request"] | {
-            "headers": {
-                name: ", ".join(map(_text, said)) if isinstance(said, list) else said
-                for name, said in _pairs(headers).items()
-            }
+        texts = {
+            name: ", ".join(map(_text, said)) if isinstance(said, list) else said
+            for name, said in _pairs(headers).items()
         }
-    return {
-        **event,
-        **found,
-        "level": _LEVELS.get(level, level),
-        "tags": {name: _text(value) for name, value in _pairs(event.get("tags")).items()},
-        "exception": _objects(error, MAX_EXCEPTIONS)[::-1] or [{}],
-    }
+        found["request"] = found["request"] | {"headers": texts}
+    return found
 
 
 def _frames_sent(part: Json) -> list[Json]:
@@ -3015,9 +3019,8 @@ def _function_of(frame: Json, platform: str) -> str:
     return function
 
 
-def _details_of(frame: Json) -> Json:
-    """Return a frame's source and variables, without dunder names such as __name__."""
-    found: Json = {}
+def _add_details(found: Json, frame: Json) -> None:
+    """Add a Sentry frame's source and variables, without dunder names such as __name__."""
     if isinstance(line := frame.get("context_line"), str):
         found["context_line"] = line
         for name in ("pre_context", "post_context"):
@@ -3029,7 +3032,6 @@ def _details_of(frame: Json) -> Json:
             for name, value in variables.items()
             if not (name.startswith("__") and re.fullmatch("__[a-z]+__", name))
         }
-    return found
 
 
 def _frame_of_sdk(frame: Json, platform: str) -> Json | str:
@@ -3040,7 +3042,7 @@ def _frame_of_sdk(frame: Json, platform: str) -> Json | str:
     path = _text(frame.get("abs_path"))
     if path.startswith("<asynchronous"):
         return path[:MAX_LINE_CHARS]
-    platform = _text(frame.get("platform")) or platform
+    platform = frame.get("platform") or platform
     file = _text(frame.get("filename")) or path
     found: Json = {}
     if file := file or _text(frame.get("package")).partition(", Version=")[0]:
@@ -3053,8 +3055,11 @@ def _frame_of_sdk(frame: Json, platform: str) -> Json | str:
         found["function"] = _one_line(function[:MAX_LINE_CHARS])
     if (module := frame.get("module")) and not (function and platform in ("java", "csharp")):
         found["module"] = _text(module)
-    is_own = frame.get("in_app") is True and not is_library_despite_in_app(path or file, function)
-    return found | _details_of(frame) | {"own": is_own}
+    _add_details(found, frame)
+    found["own"] = frame.get("in_app") is True and not is_library_despite_in_app(
+        path or file, function
+    )
+    return found
 
 
 def _frames_of_threads(event: Json, error: Json) -> list[Json]:
@@ -3200,29 +3205,35 @@ def _time_of(value: Any) -> str | None:
     """Return a time, in seconds since 1970 or ISO 8601, as the latter; None if it is neither."""
     with contextlib.suppress(ValueError, OverflowError):
         if isinstance(value, str) and not _SECONDS.fullmatch(value):
-            return iso_time(parse_timestamp(value))
+            time_ms = parse_timestamp(value)
+            return value if value.endswith("Z") else iso_time(time_ms)
         if type(value) in (int, float, str) and (seconds := float(value)) >= 0:
             return iso_time(int(seconds * 1000))
     return None
 
 
-def _breadcrumbs_of(event: Json) -> list[Json]:
+def _breadcrumb_of(crumb: Json) -> Json:
+    """Return a breadcrumb with its time in ISO 8601."""
+    said = crumb.get("timestamp")
+    is_iso = isinstance(said, str) and said.endswith("Z")
+    time_text = None if is_iso else _time_of(said)
+    return crumb | {"timestamp": time_text} if time_text else crumb
+
+
+_MAX_BREADCRUMBS_CHARS = MAX_FIELD_CHARS * 3 // 4  # together, as far as they are limited
+
+
+def _newest_breadcrumbs(crumbs: list[Json]) -> list[Json]:
     """Return the newest breadcrumbs that fit into a field, and how many more there were."""
-    crumbs = _objects(event.get("breadcrumbs"), MAX_BREADCRUMBS)
     kept: list[Json] = []
-    room = MAX_FIELD_CHARS * 3 // 4
-    are_small = len(json.dumps(crumbs)) <= min(room, MAX_BREADCRUMB_CHARS)
+    room = _MAX_BREADCRUMBS_CHARS
     for crumb in reversed(crumbs):
-        size = 0 if are_small else len(json.dumps(crumb))
+        size = len(json.dumps(crumb))
         room -= min(size, MAX_BREADCRUMB_CHARS)
         if room < 0:
             kept.append({"message": f"… [{len(crumbs) - len(kept):,} older ones left out]"})
             break
-        cut = crumb if size <= MAX_BREADCRUMB_CHARS else scrub(crumb, MAX_BREADCRUMB_CHARS)
-        said = crumb.get("timestamp")
-        if not (isinstance(said, str) and said.endswith("Z")) and (time_text := _time_of(said)):
-            cut = cut | {"timestamp": time_text}
-        kept.append(cut)
+        kept.append(crumb if size <= MAX_BREADCRUMB_CHARS else scrub(crumb, MAX_BREADCRUMB_CHARS))
     return kept[::-1]
 
 
@@ -3243,7 +3254,7 @@ def _surroundings_of(event: Json, error: Json) -> Json:
         "tags": event["tags"],
         "user": event["user"],
         "request": event["request"],
-        "breadcrumbs": _breadcrumbs_of(event),
+        "breadcrumbs": [*map(_breadcrumb_of, _objects(event.get("breadcrumbs"), MAX_BREADCRUMBS))],
         "contexts": {name: value for name, value in event["contexts"].items() if value},
         "extra": event["extra"],
         "modules": event["modules"],
@@ -3299,7 +3310,11 @@ def occurrence_from_sentry(
 ) -> Occurrence:
     """Turn an event of a Sentry SDK, as read_event gives it, into an Occurrence."""
     report = report_of_event(event, scrubber)
-    one = scrubber_for(_COMPACT_JSON.encode(report), scrubber)
+    text = _COMPACT_JSON.encode(report)
+    if len(text) > _MAX_BREADCRUMBS_CHARS and "breadcrumbs" in report:
+        report["breadcrumbs"] = _newest_breadcrumbs(report["breadcrumbs"])
+        text = _COMPACT_JSON.encode(report)
+    one = scrubber_for(text, scrubber)
     return parse_occurrence(report, received_ms, scrubber=one, trust=True)
 
 

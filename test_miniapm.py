@@ -3139,7 +3139,7 @@ def test_sentry_section_is_used_by_http_and_commands_only() -> None:
     names = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
     names |= {target.id for target in targets if isinstance(target, ast.Name)}
-    assert names > {"occurrence_from_sentry", "_NEWLINES"}
+    assert names > {"occurrence_from_sentry", "_CONTENT"}
     others = SOURCE.replace(part, "").partition("# --- 11. HTTP")[0]
     used = {node.id for node in ast.walk(ast.parse(others)) if isinstance(node, ast.Name)}
     assert used & names == set()
