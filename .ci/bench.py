@@ -17,7 +17,7 @@ changes little when other programs load the machine; rates and times change with
 TMPDIR=/dev/shm the disk has no part in it.
 
 - ingest: reports a second and their 99th percentile by wrk, CPU, memory and bytes on disk;
-- pages: a million stored reports, and these against ten thousand;
+- pages: with a million reports stored, also against ten thousand;
 - start: until the first 202;
 - capture: importing miniapm against bottle; one record_error on the calling thread against one
   logging.exception to a file; a request to a WSGI application wrapped against plain;
@@ -479,12 +479,45 @@ def page_ms(server: Server, path: str) -> float:
     return (time.perf_counter() - began) * 1_000
 
 
+def page_costs(bench: Bench, small: Server, large: Server) -> dict[str, float]:
+    """Return what pages cost, each the median of 30 requests to each server in turn."""
+    found = {}
+    for name, path in PAGES.items():
+        costs: dict[Server, list[float]] = {small: [], large: []}
+        times_ms = []
+        for server in (small, large) * 30:
+            began_s = server.cpu_s()
+            times_ms.append(page_ms(server, path))
+            costs[server].append((server.cpu_s() - began_s) * 1_000)
+        few, many = (statistics.median(costs[server]) for server in (small, large))
+        found[f"{name}, {bench.stored:,} stored: CPU ms"] = many
+        found[f"{name}, {bench.stored:,} stored: ms"] = statistics.median(times_ms[1::2])
+        found[f"{name}, {bench.stored:,} stored / 10,000: CPU"] = many / few
+    return found
+
+
+def busy_costs(bench: Bench, small: Server, large: Server) -> dict[str, float]:
+    """Return what reports cost beside stored ones, and how long pages take meanwhile."""
+    load = "20 errors alike"
+    few, many = (send(bench, server, load, 8)["CPU µs a report"] for server in (small, large))
+    sending = threading.Thread(target=send, args=(bench, large, load, 32))
+    sending.start()
+    times_ms = []
+    while sending.is_alive():
+        times_ms.append(page_ms(large, "/errors"))
+    return {
+        f"ingest, {bench.stored:,} stored / 10,000: CPU": many / few,
+        "list page under full load: p95 ms": statistics.quantiles(times_ms, n=20)[18],
+        "list page under full load: slowest ms": max(times_ms),
+    }
+
+
 def compare_pages(bench: Bench) -> None:
     """Compare pages and ingest at ten thousand and at a million stored reports."""
 
     def make(version: Version) -> None:
-        for database, count in (("small.db", 10_000), ("large.db", bench.stored)):
-            fill(version, database, old_reports(count))
+        fill(version, "small.db", old_reports(10_000))
+        fill(version, "large.db", old_reports(bench.stored))
 
     bench.side_by_side(make)
     for control in bench.versions[2:]:
@@ -492,46 +525,14 @@ def compare_pages(bench: Bench) -> None:
             shutil.copy(bench.folder / "before" / database, control.folder)
     with contextlib.ExitStack() as stack:
         servers = {
-            (version.name, size): stack.enter_context(serving(version, f"{size}.db", *MANY))
+            version: [
+                stack.enter_context(serving(version, database, *MANY))
+                for database in ("small.db", "large.db")
+            ]
             for version in bench.versions
-            for size in ("small", "large")
         }
-
-        def pages(version: Version) -> dict[str, float]:
-            found = {}
-            for name, path in PAGES.items():
-                cpu_ms = {}
-                for size in ("small", "large"):
-                    server = servers[version.name, size]
-                    page_ms(server, path)
-                    began_s = server.cpu_s()
-                    times_ms = [page_ms(server, path) for _ in range(20)]
-                    cpu_ms[size] = (server.cpu_s() - began_s) * 1_000 / 20
-                found[f"{name}, a million stored: CPU ms"] = cpu_ms["large"]
-                found[f"{name}, a million stored: ms"] = statistics.median(times_ms)
-                many = f"{name}, a million stored / ten thousand: CPU"
-                found[many] = cpu_ms["large"] / cpu_ms["small"]
-            return found
-
-        def ingest(version: Version) -> dict[str, float]:
-            small, large = (servers[version.name, size] for size in ("small", "large"))
-            few, many = (
-                send(bench, server, "20 errors alike", 8)["CPU µs a report"]
-                for server in (small, large)
-            )
-            sending = threading.Thread(target=send, args=(bench, large, "20 errors alike", 32))
-            sending.start()
-            times_ms = []
-            while sending.is_alive():
-                times_ms.append(page_ms(large, "/errors"))
-            return {
-                "ingest, a million stored / ten thousand: CPU": many / few,
-                "list page under full load: p95 ms": statistics.quantiles(times_ms, n=20)[18],
-                "list page under full load: slowest ms": max(times_ms),
-            }
-
-        bench.alternate(pages)
-        bench.alternate(ingest)
+        bench.alternate(lambda version: page_costs(bench, *servers[version]))
+        bench.alternate(lambda version: busy_costs(bench, *servers[version]))
 
 
 def first_answer(version: Version, *command: str) -> tuple[float, float]:
