@@ -5169,13 +5169,16 @@ def call_safely(function: Callable[..., Any], *arguments: Any) -> Any:
 
 # A metaclass can run code when its class is inspected; these bypass it.
 # For the same reason types are compared with `is` and found by id(): they may define __eq__.
-class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
+_class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 class_module: Callable[[type], Any] = type.__dict__["__module__"].__get__
 class_bases: Callable[[type], tuple[type, ...]] = type.__dict__["__mro__"].__get__
 class_members: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
-
-
 _arguments_of = BaseException.__dict__["args"].__get__
+
+
+def class_name(kind: type) -> str:
+    """Return a class's name as plain text, although it may be of a subclass of str."""
+    return str.__str__(_class_name(kind))
 
 
 def class_attribute(kind: type, name: str) -> Any:
@@ -5232,6 +5235,15 @@ def _hidden_names(kind: type) -> set[str]:
     return hidden
 
 
+def names_of_fields(value: Any) -> tuple[str, ...]:
+    """Return the names of a named tuple's fields, nothing for any other object."""
+    names = class_attribute(type(value), "_fields")
+    if type(names) is not tuple or not issubclass(type(value), tuple):
+        return ()
+    is_fit = len(names) == tuple.__len__(value) and all(type(name) is str for name in names)
+    return names if is_fit else ()
+
+
 # Values of the standard library whose repr is short and calls nothing else.
 _VALUE_CLASSES = {
     "decimal": ("Decimal",),
@@ -5261,8 +5273,8 @@ def _short(text: str) -> str:
 
 def qualified_name(kind: type) -> str:
     """Return a class's name with its module, without it for built-in classes."""
-    name, module = type.__dict__["__qualname__"].__get__(kind), class_module(kind)
-    return f"{module}.{name}" if type(module) is str and module != "builtins" else str(name)
+    name, module = str.__str__(type.__dict__["__qualname__"].__get__(kind)), class_module(kind)
+    return f"{module}.{name}" if type(module) is str and module != "builtins" else name
 
 
 _DAY_PARTS, _TIME_PARTS = ("year", "month", "day"), ("hour", "minute", "second", "microsecond")
@@ -5361,10 +5373,9 @@ class ValueWriter:
             return f"<{class_name(type(value))} of {count:,}>"
         found = base.items(value) if base is dict else base.__iter__(value)
         some = list(itertools.islice(found, MAX_REPR_ITEMS))
-        names = class_attribute(type(value), "_fields") if base is tuple else None
         if base is dict:
             parts = [": ".join(self._pair(name, one, levels - 1)) for name, one in some]
-        elif type(names) is tuple and len(names) >= len(some):  # a named tuple
+        elif names := names_of_fields(value):
             ends = "  "
             named = zip(names, some, strict=False)
             parts = [f"{name}={self._pair(name, one, levels - 1)[1]}" for name, one in named]
@@ -5413,8 +5424,7 @@ class ValueWriter:
         if levels and issubclass(kind, dict):
             some = itertools.islice(dict.items(value), self._values_left)
             return {self._key(name): self.json(item, levels - 1) for name, item in list(some)}
-        names = class_attribute(kind, "_fields") if issubclass(kind, tuple) else None
-        if levels and type(names) is tuple and len(names) == tuple.__len__(value):
+        if levels and (names := names_of_fields(value)):
             named = zip(names, tuple.__iter__(value), strict=True)
             return {self._key(name): self.json(item, levels - 1) for name, item in named}
         for base in (list, tuple, set, frozenset) if levels else ():
@@ -5452,7 +5462,9 @@ _WRITERS |= {
     id(BaseException): ValueWriter.error,
     id(type): lambda _, value, levels: f"<class {qualified_name(value)}>",
     id(types.ModuleType): lambda _, value, levels: f"<module {plain_attribute(value, '__name__')}>",
-    id(types.FunctionType): lambda _, value, levels: f"<function {value.__qualname__}>",
+    id(types.FunctionType): lambda _, value, levels: (
+        f"<function {str.__str__(value.__qualname__)}>"
+    ),
     id(types.MethodType): lambda writer, value, levels: (
         f"<method of {writer.text(value.__func__)}>"
     ),
@@ -5555,7 +5567,7 @@ def variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
     if type(variables) is not dict and class_name(type(variables)) != "FrameLocalsProxy":
         return []  # a namespace of the host's making
     found = list(variables.items())
-    if frame.f_code.co_name == "<module>":
+    if variables is frame.f_globals:
         dull = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
         found = [
             (name, value)
@@ -5774,11 +5786,9 @@ class Describer:
     def _frames(self, error: BaseException, room: _Room) -> list[Any]:
         """Return frames, innermost first; of a deep stack, only its two ends."""
         outer, left_out, inner = ends_of_traceback(_traceback_of(error), room.frames)
-        entries = [
-            (self._bare(one), one.tb_frame)
-            for one in reversed(outer + inner)
-            if one.tb_frame.f_code.co_filename != __file__  # capture() has no part in the program
-        ]
+        found = ((self._bare(one), one.tb_frame) for one in reversed(outer + inner))
+        # capture() has no part in the program.
+        entries = [(made, frame) for made, frame in found if made["file"] != __file__]
         if not any(made["own"] for made, _ in entries):
             for made, _ in entries:  # code that the application generated, or that was typed in
                 made["own"] = made["file"].startswith("<") and is_own_path(made["file"])
@@ -5794,12 +5804,12 @@ class Describer:
 
     def _bare(self, entry: types.TracebackType) -> Json:
         code = entry.tb_frame.f_code
-        file = code.co_filename
+        file = str.__str__(code.co_filename)  # of generated code these may be other texts
         return {
             "file": file,
             "lineno": entry.tb_lineno or 0,
             "own": self.is_own(file),
-            "function": code.co_qualname,
+            "function": str.__str__(code.co_qualname),
         }
 
     def _add_details(self, made: Json, frame: types.FrameType, room: _Room) -> None:

@@ -5057,6 +5057,11 @@ def nosy(base: type, *arguments: Any, **attributes: Any) -> Any:
     return made
 
 
+def named_nosily(named: Any) -> Any:
+    named.__name__ = named.__qualname__ = nosy(str, "Nosy")
+    return named
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
@@ -5073,6 +5078,10 @@ def nosy(base: type, *arguments: Any, **attributes: Any) -> Any:
         ([nosy(object, a=nosy(object, b=1))], "[<Nosy a=<Nosy b=1>>]"),
         ({"key": nosy(str, "abc")}, "{'key': Nosy('abc')}"),
         (type(nosy(object)), "<class test_miniapm.Nosy>"),
+        (named_nosily(type("X", (), {})), "<class test_miniapm.Nosy>"),
+        (named_nosily(type("X", (), {}))(), "<Nosy>"),
+        (named_nosily(lambda: None), "<function Nosy>"),
+        (type("X", (tuple,), {"_fields": (nosy(str, "a"),)})((1,)), "X((1))"),
     ],
     ids=lambda value: value if type(value) is str else "",
 )
@@ -7244,6 +7253,21 @@ def test_pseudo_files_are_told_by_their_text(recorder: Recorder) -> None:
     assert {one["file"]: one["own"] for one in second}["<frozen os>"] is False
     assert [one["function"] for one in second if one["own"]] == ["caught"]
     assert {one["file"]: one["own"] for one in third}["<string>"] is False
+
+
+def test_code_whose_file_and_name_are_of_a_class_of_the_host_is_recorded(
+    recorder: Recorder,
+) -> None:
+    class Text(str):
+        __str__ = __format__ = startswith = asks("text")
+
+    space: dict[str, Any] = {}
+    code = compile("def f(): raise LookupError('x')", Text("<page>"), "exec")
+    exec(code, space)  # noqa: S102
+    space["f"].__code__ = space["f"].__code__.replace(co_qualname=Text("Page.f"))
+    miniapm.record_error(caught(space["f"]))
+    frame = recorder.report()["exceptions"][0]["frames"][0]
+    assert (frame["file"], frame["function"]) == ("<page>", "Page.f")
 
 
 def test_generated_code_is_own_where_nothing_better_is_below(
