@@ -3911,7 +3911,9 @@ def progress_teller() -> Callable[[str], None]:
         if time.monotonic() - said_s >= (0.2 if is_terminal else PROGRESS_INTERVAL_S):
             said_s = time.monotonic()
             text = f"miniapm: {text}"
-            print_line(text.ljust(79) if is_terminal else text, sys.stderr, "\r" if is_terminal else "\n")
+            print_line(
+                text.ljust(79) if is_terminal else text, sys.stderr, "\r" if is_terminal else "\n"
+            )
 
     return tell
 
