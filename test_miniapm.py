@@ -1830,6 +1830,7 @@ def test_every_name_and_form_of_the_tables_has_a_hint(separator: str, pad: str) 
         for text in (said, said.upper(), f"x{said}s", f"{said} a"):
             last_word = text.startswith("x") and text[1:-1] in miniapm.SECRET_ENDINGS.split()
             assert last_word or scrubber.may_hold_secret(f"{pad}{text}{pad}"), text
+    assert scrubber.may_hold_secret(f"{pad}b_a{separator}c-k{pad}")
     for form in miniapm.SECRET_FORMS.split():
         tokens = [one for one in SECRET_TOKENS if re.match(form, one, re.ASCII)]
         assert tokens, form
