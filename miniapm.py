@@ -598,9 +598,9 @@ class Occurrence:
     `fingerprint` is for display; `grouping_key`, the SHA-256 of what the client sent, decides.
     `exceptions` is the exception chain as the API takes it.
     `event_id`, 32 hexadecimal digits, is the same when the same report is sent again.
-    `disbelieved_timestamp` is what the client claimed when that lay in the future. `sent` is the
-    time of receipt and the report's JSON, 1800000000000:{…}, where nothing in it had to be
-    changed, and then what is stored.
+    `disbelieved_timestamp` is what the client claimed when that lay in the future. `sent` is set
+    when nothing in the report had to be changed: the time of receipt and its JSON,
+    1800000000000:{…}, are then stored as they are.
     """
 
     exception_class: str
@@ -949,11 +949,6 @@ def _is_harmless_value(name: str, value: Any) -> bool:
     return is_number and lowered.endswith("tokens")
 
 
-def _is_header(name: str) -> bool:
-    """Tell whether a secret's name is that of an HTTP header rather than a form field."""
-    return "-" in name or _HEADER.search(name.lower()) is not None
-
-
 def _quoted_span(text: str, at: int, opening: re.Match[str]) -> Span | None:
     """Return the span of the text between quotes, None if it is no secret."""
     start, mark = opening.end(), opening[2]
@@ -1005,13 +1000,13 @@ def _may_give_value(text: str, begin: int, end: int) -> bool:
     )
 
 
-# The letters by which names are looked for: a pattern that begins with one letter takes a sixth
-# of the time for each character that one takes which begins with any of several.
+# Each name is looked for by one of its letters: a pattern that begins with a single letter takes
+# a sixth of the time, for each character, of a pattern that may begin with several.
 _RARE_LETTERS = "kpcsubj"
 
 
 def _hints_of(names: Iterable[str]) -> list[tuple[str, re.Pattern[str]]]:
-    """Return, for the names that have a letter in common, that letter and a pattern of them."""
+    """Group names by a letter they share; return each with a pattern that begins with it."""
     groups: dict[str, dict[str, list[str]]] = {}
     for name in dict.fromkeys(names):
         usable = (one for one in _RARE_LETTERS if name.partition(one)[0].count("_") < 2)
@@ -1181,7 +1176,8 @@ class Scrubber:
             is_pair = (
                 is_open and text[span[1] + 1 : span[1] + 2] in (")", "]", "}") if span else False
             )
-            if name.startswith("-") or _is_header(plain_name) or (is_pair and not is_wordy):
+            is_header = "-" in plain_name or _HEADER.search(plain_name.lower())  # or a form field
+            if name[0] == "-" or is_header or (is_pair and not is_wordy):
                 return span
             return None
         if form["more"] is not None:
@@ -1269,7 +1265,7 @@ class Scrubber:
 
         Strings with own limits may need cutting. One check takes a tenth of the time of many.
         """
-        # In ASCII, JSON has no others to replace; isprintable() takes ten times as long.
+        # ASCII in JSON needs no more than this; isprintable() takes ten times as long.
         is_clean = not ("\n" in text or "\x7f" in text) if text.isascii() else text.isprintable()
         if len(text) > MAX_PLAIN_CHARS or not is_clean:
             return False
@@ -1550,7 +1546,7 @@ def read_event_id(value: Any) -> str | None:
 
 
 def cut_middle(lines: list[Any], most: int, what: str = "lines") -> list[Any]:
-    """Keep both ends of a list of lines, for either may be the newest, and mark the cut."""
+    """Keep both ends of a list of lines and mark the cut; either end may be the newest."""
     if len(lines) <= most:
         return lines
     half = most // 2
@@ -1934,7 +1930,7 @@ _AS_SENT = "="  # what a stored text begins with when the time and a report's ow
 
 
 def dump_occurrence(occurrence: Occurrence) -> str:
-    """Return an occurrence as the text that is stored, but for what has its own column."""
+    """Return the text that is stored for an occurrence, without what has its own column."""
     if occurrence.sent is not None:
         return _AS_SENT + occurrence.sent
     values = {

@@ -1321,14 +1321,22 @@ def test_name_is_secret_by_every_way_or_by_none(name: str) -> None:
     assert parse(params={name: "x"}).params == copied
 
 
-@given(st.lists(secretive, max_size=8).map("".join))
+def assert_hints_miss_nothing(text: str) -> None:
+    """Fail if the scrubber would change a text in which it sees no hint of a secret."""
+    scrubber = miniapm.Scrubber(["email"])
+    sees = {said: scrubber.may_hold_secret(said) for said in (text, " " * 400 + text)}
+    plain = scrubber.is_plain(json.dumps({"a": text}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniapm.Scrubber, "may_hold_secret", lambda *_: True)
+        for said, seen in sees.items():
+            assert seen or scrubber.scrub_text(said) == said
+        assert not plain or scrubber.clean(text, miniapm.MAX_MESSAGE_CHARS) == text
+
+
+@given(st.lists(secretive | st.text(max_size=9), max_size=8).map("".join))
 @settings(max_examples=500)
 def test_text_without_a_hint_has_nothing_to_scrub(text: str) -> None:
-    scrubber = miniapm.Scrubber()
-    if not scrubber.may_hold_secret(text):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(miniapm.Scrubber, "may_hold_secret", lambda *_: True)
-            assert scrubber.scrub_text(text) == text
+    assert_hints_miss_nothing(text)
 
 
 plain_texts = st.text(alphabet='ab \\/"<é\n\t', max_size=12)
@@ -1703,6 +1711,10 @@ Authorization: Bearer ${TOKEN}
 AB12 CDEF 3456 7890
 """
 SECRET_TOKENS = [  # in two halves, or this file would be taken for a leak
+    *(start + "0123456789abcdef" * 2 for start in ("proj_", "SK", "key-", "rubygems_", "dapi")),
+    *(start + "abcdefghij0123456789" for start in ("dckr_pat_", "sq0atp-", "hvs.", "lin_api_")),
+    *(start + "ABCDEFGHIJ0123456789" for start in ("gsk_", "ATATT3", "PMAK-", "AGE-SECRET-KEY-")),
+    "EAA" + "aB3" * 20,
     "eyJhbG"
     + "ciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
     "AKIAIO" + "SFODNN7EXAMPLE",
@@ -1790,6 +1802,39 @@ def test_token_is_known_by_its_form(token: str) -> None:
     assert parse(params={"a": {"b": token}}).params == {"a": {"b": "[FILTERED]"}}
     body = json.dumps(report(message=f"\n{token}"))
     assert not miniapm.Scrubber().is_plain(body)
+
+
+def real_texts() -> Iterator[str]:
+    """Yield what programs have written: the strings of events, traces and of the tables above."""
+    yield from (f"{line} {token}" for line in lines_of(HARMLESS_TEXTS) for token in ("", "S-9"))
+    yield from (line.replace("S", "hunter2") for line in lines_of(NAMED_SECRETS))
+    yield from SECRET_TOKENS
+    for value in (data_file("traces.json"), data_file("events.json")):
+        for whole in ("\n".join(strings_of(value)), json.dumps(value)):
+            yield from (whole[at : at + 2_000] for at in range(0, len(whole), 2_000))
+
+
+def test_real_text_without_a_hint_has_nothing_to_scrub() -> None:
+    for text in set(real_texts()):
+        assert_hints_miss_nothing(text)
+
+
+@pytest.mark.parametrize("pad", ["", "é. " * 200])
+@pytest.mark.parametrize("separator", ["", " ", "_", "-", "."])
+def test_every_name_and_form_of_the_tables_has_a_hint(separator: str, pad: str) -> None:
+    scrubber = miniapm.Scrubber(["date-of-birth", "e_mail", "zyx", "b_a_c_k"])
+    names = [*miniapm.SECRET_NAMES.split(), *miniapm.SECRET_ENDINGS.split()]
+    names += [f"{word}_key" for word in miniapm.SECRET_KEYS.split()]
+    for name in [*names, "date_of_birth", "e_mail", "zyx", "b_a_c_k", "bearer", "basic"]:
+        said = name.replace("_", separator)
+        for text in (said, said.upper(), f"x{said}s", f"{said} a"):
+            last_word = text.startswith("x") and text[1:-1] in miniapm.SECRET_ENDINGS.split()
+            assert last_word or scrubber.may_hold_secret(f"{pad}{text}{pad}"), text
+    assert scrubber.may_hold_secret(f"{pad}b_a{separator}c-k{pad}")
+    for form in miniapm.SECRET_FORMS.split():
+        tokens = [one for one in SECRET_TOKENS if re.match(form, one, re.ASCII)]
+        assert tokens, form
+        assert all(scrubber.may_hold_secret(f"{pad}{one}{pad}") for one in tokens)
 
 
 @pytest.mark.parametrize("text", lines_of(HARMLESS_TEXTS))
