@@ -7893,13 +7893,13 @@ _TEMPLATE_SOURCES = {
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{{title}} · MiniAPM</title>
-<link rel="icon" href="{{root}}/assets/{{assets['icon']}}">
-<link rel="stylesheet" href="{{root}}/assets/{{assets['style']}}">
-<script src="{{root}}/assets/{{assets['script']}}" defer></script>
+<link rel="icon" href="{{root}}/assets/{{ASSET_NAME}}.svg">
+<link rel="stylesheet" href="{{root}}/assets/{{ASSET_NAME}}.css">
+<script src="{{root}}/assets/{{ASSET_NAME}}.js" defer></script>
 </head>
 <body>
 <header class="bar">
-<a class="brand" href="{{root}}/errors"><img src="{{root}}/assets/{{assets['icon']}}" alt=""
+<a class="brand" href="{{root}}/errors"><img src="{{root}}/assets/{{ASSET_NAME}}.svg" alt=""
  width="22" height="22">MiniAPM</a>
 % if show_nav:
 <nav aria-label="Main"><a href="{{root}}/errors">Errors</a><a href="{{root}}/setup">Setup</a></nav>
@@ -7914,7 +7914,7 @@ _TEMPLATE_SOURCES = {
 % end
 {{!base}}
 </main>
-<footer>MiniAPM {{version}}</footer>
+<footer>MiniAPM {{__version__}}</footer>
 </body>
 </html>
 """,
@@ -7968,7 +7968,7 @@ Nothing here.
 <input type="hidden" name="return"
  value="{{filter_query(wanted, after=wanted.after, before=wanted.before)}}">
 <div class="tools">
-<label class="pick-all" hidden><input type="checkbox" id="pick-all"> Select all</label>
+<label class="pick-all"><input type="checkbox" id="pick-all"> Select all</label>
 <span class="hint">With selected:</span>
 <button name="action" value="resolve">Resolve</button>
 <button name="action" value="ignore">Ignore</button>
@@ -8348,22 +8348,22 @@ def _compile_templates() -> dict[str, bottle.SimpleTemplate]:
     return templates
 
 
-_TEMPLATES = _compile_templates()
+TEMPLATES = _compile_templates()
 
 STYLE = """\
 :root { color-scheme: light dark; --bg: #f6f6f4; --card: #fff; --text: #1d2126; --muted: #5c6570;
   --line: #dfe0dc; --soft: #efefec; --accent: #a83a1c; --on-accent: #fff; --mark: #fbe3da;
-  --open: #a83a1c; --resolved: #1d6f42; --ignored: #5c6570; --new: #2456a6; --back: #8a5300; }
+  --resolved: #1d6f42; --new: #2456a6; --back: #8a5300; }
 @media (prefers-color-scheme: dark) { :root { --bg: #131518; --card: #1b1e23; --text: #e6e8eb;
   --muted: #9aa4af; --line: #30353c; --soft: #24282e; --accent: #ff9472; --on-accent: #1b1009;
-  --mark: #4a2418; --open: #ff9472; --resolved: #6fcf97; --ignored: #9aa4af; --new: #86b4ff;
-  --back: #f0b45a; } }
+  --mark: #4a2418; --resolved: #6fcf97; --new: #86b4ff; --back: #f0b45a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-code { overflow-wrap: anywhere; }
+table { width: 100%; border-collapse: collapse; }
+code, pre, .locals th, .source td, .source th {
+  font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { margin: 0; white-space: pre-wrap; } code, pre { overflow-wrap: anywhere; }
 a { color: var(--accent); text-underline-offset: 2px; }
 h1 { font-size: 22px; line-height: 1.3; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 17px; margin: 0; overflow-wrap: anywhere; }
@@ -8401,21 +8401,21 @@ button { padding: 6px 12px; color: inherit; background: var(--card); cursor: poi
   border: 1px solid var(--line); border-radius: 7px; }
 button:hover { background: var(--soft); }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-button.danger { color: var(--open); border-color: var(--open); }
+button.danger { color: var(--accent); border-color: var(--accent); }
 button.plain { border: 0; background: none; color: var(--muted); padding: 4px; }
 .tools { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 0 0 12px; }
 .tools .hint, .pick-all { color: var(--muted); font-size: 14px; }
-.pick-all { margin-right: 8px; }
+.pick-all { margin-right: 8px; } @media (scripting: none) { .pick-all { display: none; } }
 .confirm summary { list-style: none; cursor: pointer; padding: 6px 12px; color: var(--muted); }
 .confirm summary::-webkit-details-marker { display: none; }
 .confirm[open] { display: flex; flex-wrap: wrap; align-items: center; }
 .links { display: flex; gap: 14px; margin-left: auto; font-size: 14px; }
 .badge { display: inline-block; padding: 0 8px; border: 1px solid; border-radius: 99px;
   font-size: 12px; line-height: 19px; vertical-align: 2px; white-space: nowrap; }
-.badge.open { color: var(--open); } .badge.resolved { color: var(--resolved); }
-.badge.ignored { color: var(--ignored); } .badge.new { color: var(--new); }
-.badge.regressed { color: var(--back); } .badge.level { color: var(--muted); }
-.errors { width: 100%; border-collapse: separate; border-spacing: 0; background: var(--card);
+.badge.open { color: var(--accent); } .badge.resolved { color: var(--resolved); }
+.badge.ignored, .badge.level { color: var(--muted); } .badge.new { color: var(--new); }
+.badge.regressed { color: var(--back); }
+.errors { border-collapse: separate; border-spacing: 0; background: var(--card);
   border: 1px solid var(--line); border-radius: 10px; table-layout: fixed; }
 .errors th { text-align: left; font-weight: 500; font-size: 13px; color: var(--muted);
   padding: 8px 10px; }
@@ -8463,11 +8463,9 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
 .notice { border-left: 3px solid var(--back); background: var(--soft); padding: 8px 12px;
   margin: 12px 0; }
 .source { border: 1px solid var(--line); border-radius: 8px; overflow-x: auto; }
-.source table { border-collapse: collapse; width: 100%; }
-.source td, .source th { font: 13px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
-  white-space: pre; padding: 0 12px; }
+.source td, .source th { line-height: 1.6; white-space: pre; padding: 0 12px; }
 .source th { width: 1px; text-align: right; color: var(--muted); user-select: none; }
-.source .failing { background: var(--mark); } .source .failing th { color: var(--open); }
+.source .failing { background: var(--mark); } .source .failing th { color: var(--accent); }
 .frames { list-style: none; margin: 0; padding: 0; border: 1px solid var(--line);
   border-radius: 8px; overflow: hidden; }
 .frames li { border-top: 1px solid var(--line); } .frames li:first-child { border-top: 0; }
@@ -8484,7 +8482,6 @@ h4 { font-size: 15px; margin: 20px 0 0; overflow-wrap: anywhere; }
 h4 span { color: var(--muted); font-weight: 400; }
 details.frame > summary { margin: -7px -12px; padding: 7px 12px; color: inherit; font-size: 15px; }
 details.frame > .source { margin: 14px 0 4px; } .locals { margin-top: 10px; }
-.locals th { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 details > .frame { border-top: 1px solid var(--line); }
 .frames summary, .raw summary, .snippet summary { cursor: pointer; padding: 6px 12px;
   color: var(--muted); font-size: 14px; }
@@ -8504,13 +8501,12 @@ details > .frame { border-top: 1px solid var(--line); }
 .timeline .time { color: var(--muted); font-size: 13px; margin-right: 6px;
   font-variant-numeric: tabular-nums; }
 .timeline code { display: block; color: var(--muted); }
-.rejections { width: 100%; border-collapse: collapse; }
 .rejections th, .rejections td { text-align: left; vertical-align: top; padding: 6px 16px 6px 0; }
 .rejections td { border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 .rejections th { color: var(--muted); font-size: 13px; font-weight: 500; }
 .rejections time { white-space: nowrap; }
 .long { margin-top: 24px; } .long summary { font-size: 14px; font-weight: 650; cursor: pointer; }
-.values { width: 100%; border-collapse: collapse; table-layout: fixed; }
+.values { table-layout: fixed; }
 .values th, .values td { text-align: left; vertical-align: top; padding: 6px 12px 6px 0;
   border-top: 1px solid var(--line); }
 .values th { width: 200px; font-weight: 500; color: var(--muted); overflow-wrap: anywhere; }
@@ -8558,13 +8554,9 @@ for (const button of document.querySelectorAll(".copy")) {
 
 const boxes = () => [...document.querySelectorAll("input[name=id]")];
 const live = document.getElementById("live");
-const offerPickAll = () => {
-  const all = document.getElementById("pick-all");
-  if (!all) return;
-  all.parentElement.hidden = false;
-  all.addEventListener("change", () => boxes().forEach((box) => { box.checked = all.checked; }));
-};
-offerPickAll();
+document.addEventListener("change", ({target}) => {
+  if (target.id === "pick-all") boxes().forEach((box) => { box.checked = target.checked; });
+});
 
 // The list stays current while nobody is selecting or choosing in it.
 if (live) {
@@ -8583,7 +8575,6 @@ if (live) {
       for (const part of ["#live", ".head"]) {
         document.querySelector(part).replaceChildren(...page.querySelector(part).childNodes);
       }
-      offerPickAll();
     } catch { /* the server is away: the next round tries again */ }
   }, 5000);
 }
@@ -8596,28 +8587,12 @@ ICON = """\
 """
 
 
-def _asset(text: str, suffix: str) -> str:
-    return f"miniapm-{hashlib.sha256(text.encode()).hexdigest()[:12]}.{suffix}"
-
-
-ASSET_NAMES = {
-    "style": _asset(STYLE, "css"),
-    "script": _asset(SCRIPT, "js"),
-    "icon": _asset(ICON, "svg"),
-}
+ASSET_NAME = f"miniapm-{hashlib.sha256((STYLE + SCRIPT + ICON).encode()).hexdigest()[:12]}"
 ASSETS = {
-    ASSET_NAMES["style"]: ("text/css; charset=utf-8", STYLE),
-    ASSET_NAMES["script"]: ("text/javascript; charset=utf-8", SCRIPT),
-    ASSET_NAMES["icon"]: ("image/svg+xml", ICON),
+    f"{ASSET_NAME}.css": ("text/css; charset=utf-8", STYLE),
+    f"{ASSET_NAME}.js": ("text/javascript; charset=utf-8", SCRIPT),
+    f"{ASSET_NAME}.svg": ("image/svg+xml", ICON),
 }
-
-
-def render(template: str, root: str, **values: Any) -> str:
-    """Return a page as HTML; `root` is the prefix under which the App is mounted."""
-    shared = {"root": root, "assets": ASSET_NAMES, "version": __version__}
-    defaults = {"show_nav": True, "show_logout": False, "trouble": ""}
-    return str(_TEMPLATES[template].render(defaults | shared | values))
-
 
 # --- 11. HTTP -------------------------------------------------------------------------------------
 
@@ -9777,10 +9752,14 @@ class Dashboard:
     ) -> bottle.HTTPResponse:
         """Answer with a page."""
         show_nav = self.has_session(bottle.request.environ)
-        shown = {"show_nav": show_nav, "show_logout": show_nav and self._gate is not None}
-        trouble = self._store.trouble if show_nav else ""
-        root, now_ms = root_of(bottle.request.environ), self._store.now_ms()
-        text = render(template, root, trouble=trouble, now_ms=now_ms, **shown, **values)
+        text = TEMPLATES[template].render(
+            root=root_of(bottle.request.environ),
+            now_ms=self._store.now_ms(),
+            show_nav=show_nav,
+            show_logout=show_nav and self._gate is not None,
+            trouble=self._store.trouble if show_nav else "",
+            **values,
+        )
         more = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
         return bottle.HTTPResponse(text, status, more | dict(headers or {}))
 
