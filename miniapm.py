@@ -3047,20 +3047,6 @@ def dsn_of(url: str, key: str, project_id: int) -> str:
     return f"{scheme}://{urllib.parse.quote(key, safe='')}@{rest}/{project_id}"
 
 
-def sdk_snippet(dsn: str) -> tuple[str, str]:
-    """Return (name, text) of a way to send a first report by an SDK, as snippets() does."""
-    return (
-        "Sentry SDK",
-        f"""\
-# A program that starts a Sentry SDK reports here with this in its environment:
-export SENTRY_DSN="{dsn}"
-
-# For instance (pip install sentry-sdk):
-python -c 'import sentry_sdk; sentry_sdk.init()
-sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
-    )
-
-
 def key_of_dsn(dsn: Any) -> str:
     """Return the key in a DSN, empty if it has none."""
     found = re.match(r"https?://([^@/:]+)(?::[^@/]*)?@", dsn) if isinstance(dsn, str) else None
@@ -7386,7 +7372,7 @@ def connect_signals(app: Any) -> None:
 
 # --- 10. Pages ------------------------------------------------------------------------------------
 
-SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24)}  # a trend's bars, hours in a bar
+SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24)}  # bars of a trend, hours per bar
 
 
 def time_ago(time_ms: int, now_ms: int) -> str:
@@ -7441,7 +7427,7 @@ def _parse_cursor(name: str, text: str) -> tuple[int, int] | None:
 
 
 def one_of(query: Mapping[str, str], name: str, choices: Collection[str]) -> str:
-    """Return a parameter of a query string, by default its first choice; or raise BadRequest."""
+    """Return a query parameter, by default the first choice; BadRequest for any other value."""
     value = query.get(name) or next(iter(choices))
     if value not in choices:
         raise BadRequest(f"{name} must be one of {', '.join(choices)}", field=name)
@@ -7449,7 +7435,7 @@ def one_of(query: Mapping[str, str], name: str, choices: Collection[str]) -> str
 
 
 def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
-    """Return the filter a query string asks for; BadRequest names the parameter that is wrong.
+    """Return the filter of a query string; BadRequest names the wrong parameter.
 
     status: open, resolved, ignored, all; q: a search, see parse_search; project: an id; level,
     environment, release: as reported; sort: last_seen, first_seen, count; after, before: cursors.
@@ -7525,7 +7511,7 @@ def user_count_text(error: ErrorGroup) -> str:
 
 
 def line_and_column_of(frame: Frame) -> str:
-    """Return a call's line and column, as far as they are known: `:7:13`."""
+    """Return what is known of a call's line and column: `:7:13`, `:7` or nothing."""
     column = f":{frame.column}" if frame.column else ""
     return f":{frame.lineno}{column}" if frame.lineno and frame.place else ""
 
@@ -7557,20 +7543,20 @@ def location_frame_of_chain(chain: Sequence[ChainedException]) -> Frame | None:
 
 
 def numbered_source(context: SourceContext) -> list[tuple[int, str, bool]]:
-    """Return (line number, line, is it the failing one) for each line of a source context."""
+    """Return (number, text, is failing) for each line of a source context."""
     first = context.lineno - len(context.pre_context)
     lines = (*context.pre_context, context.context_line, *context.post_context)
     return [(first + i, line, first + i == context.lineno) for i, line in enumerate(lines)]
 
 
 def indented(value: Any) -> str:
-    """Return a JSON value on several lines; on one where most of them would be indentation."""
+    """Return a JSON value on several lines, or on one if it is nested too deeply to indent."""
     indent = None if _is_deeper(value, MAX_INDENTED_LEVELS) else 2
     return json.dumps(value, indent=indent, ensure_ascii=False)
 
 
 def readable(value: Any) -> str:
-    """Return a JSON value as a person reads it: text as it is, all else as indented JSON."""
+    """Return a JSON value for a person: text as it is, anything else as JSON."""
     if isinstance(value, str):
         return value
     line = json.dumps(value, ensure_ascii=False)
@@ -7590,15 +7576,15 @@ def crumb_of(breadcrumb: Json) -> tuple[str, str, str, str, str]:
 
 
 def logged_as(occurrence: Occurrence) -> str:
-    """Return the message with which the exception was logged, empty if there is none."""
+    """Return the message with which the exception was logged, unless it is the exception's own."""
     said = occurrence.extra.get("log_message")
     return said if isinstance(said, str) and said != occurrence.message else ""
 
 
 def sections_of(occurrence: Occurrence) -> list[tuple[str, Json]]:
-    """Return the (title, values) of what an occurrence carries beside its backtrace.
+    """Return (title, values) for each table of what an occurrence holds besides its backtrace.
 
-    Tags, breadcrumbs and the log message are left out: they have forms of their own.
+    Tags, breadcrumbs and the log message are left out, since pages show them in other ways.
     """
     ids = {"user_id": occurrence.user_id, "request_id": occurrence.request_id}
     overview: Json = {name: value for name, value in ids.items() if value is not None}
@@ -7666,21 +7652,30 @@ async function reportError(error, context = {}) {
 }
 
 reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
+    "Sentry SDK": """\
+# A program that starts a Sentry SDK reports here with this in its environment:
+export SENTRY_DSN="@DSN@"
+
+# For instance (pip install sentry-sdk):
+python -c 'import sentry_sdk; sentry_sdk.init()
+sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
 }
 
 
-def snippets(url: str, key: str) -> list[tuple[str, str]]:
-    """Return (name, text) of ways to send a first report that work when pasted as they are.
+def snippets(url: str, key: str, project_id: int) -> dict[str, str]:
+    """Return programs that send a first report, by name; each works when pasted as it is.
 
-    Neither `url` nor `key` may hold quotes, $ or backslashes, which settings and Host exclude.
+    `url` and `key` hold no quotes, $ or backslashes: the settings and Host can't have any.
     """
-    return [
-        (name, text.replace("@URL@", url).replace("@KEY@", key)) for name, text in _SNIPPETS.items()
-    ]
+    dsn = dsn_of(url, key, project_id)
+    return {
+        name: text.replace("@URL@", url).replace("@DSN@", dsn).replace("@KEY@", key)
+        for name, text in _SNIPPETS.items()
+    }
 
 
 def error_json(error: ErrorGroup, root: str) -> Json:
-    """Return an error as the JSON pages give it; times are ISO 8601, `url` is a path."""
+    """Return an error as JSON: times are ISO 8601, `url` is a path."""
     return {
         "id": error.id,
         "url": f"{root}/errors/{error.id}",
@@ -7702,7 +7697,7 @@ def error_json(error: ErrorGroup, root: str) -> Json:
 
 
 def frame_json(frame: Frame) -> Json | str:
-    """Return a frame as the field `exceptions` takes it."""
+    """Return a frame in the form of the field `exceptions`."""
     if not frame.is_call:
         return frame.text
     found: Json = {
@@ -7725,7 +7720,7 @@ def frame_json(frame: Frame) -> Json | str:
 
 
 def chain_json(chain: Iterable[ChainedException]) -> list[Json]:
-    """Return a chain as the field `exceptions` takes it."""
+    """Return a chain in the form of the field `exceptions`."""
     return [
         {
             "exception_class": one.exception_class,
@@ -7738,9 +7733,9 @@ def chain_json(chain: Iterable[ChainedException]) -> list[Json]:
 
 
 def occurrence_json(stored: StoredOccurrence | None, root: str) -> Json | None:
-    """Return a kept occurrence as JSON: `report` is what the API took, scrubbed.
+    """Return a kept occurrence as JSON: `report` is what the API accepted, scrubbed.
 
-    `exceptions` is its chain, read from the backtrace where the report has no `exceptions`.
+    `exceptions` is its chain, read from the backtrace if the report has no `exceptions`.
     """
     if stored is None:
         return None
@@ -8109,8 +8104,8 @@ Nothing here.
 </form>
 </section>
 % if stored is None:
-<section class="card"><p class="empty">No occurrence of this error is kept any more;
- its counts are.</p></section>
+<section class="card"><p class="empty">No occurrence of this error is kept any more,
+ only its counts.</p></section>
 % else:
 % occurrence = stored.occurrence
 % chain = chain_of(occurrence)
@@ -8191,9 +8186,9 @@ Nothing here.
 {{time_ago(error.first_seen_ms, now_ms)}}</dd></div>
 <div><dt>Last seen</dt><dd title="{{exact_time(error.last_seen_ms)}}">
 {{time_ago(error.last_seen_ms, now_ms)}}</dd></div>
-<div><dt>Occurrences</dt><dd title="all that were ever reported">
+<div><dt>Occurrences</dt><dd title="all ever reported">
 {{f"{error.occurrence_count:,}"}}</dd></div>
-<div><dt>Kept</dt><dd title="occurrences that can be looked at">
+<div><dt>Kept</dt><dd title="occurrences that you can open">
 {{f"{error.stored_count:,}"}}</dd></div>
 <div><dt>Users</dt><dd title="distinct user ids">{{user_count_text(error)}}</dd></div>
 <div><dt>Project</dt><dd title="">{{error.project}}</dd></div>
@@ -8296,14 +8291,15 @@ Nothing here.
 <p id="dropped">Accepted since the start but not kept, because MiniAPM stores only errors:
 {{", ".join(f"{kind} ({count:,})" for kind, count in dropped)}}.</p>
 % end
-% for project, keys, ways in projects:
+% for project in projects:
 <section class="card">
 <h2>{{project.name}}</h2>
-% for label, text in keys:
-<p class="key"><span>{{label}}</span> <code>{{text}}</code></p>
+% for key in project.keys:
+<p class="key"><span>API key</span> <code>{{key}}</code></p>
+<p class="key"><span>Sentry DSN</span> <code>{{dsn_of(url, key, project.id)}}</code></p>
 % end
-% if ways:
-% for name, text in ways:
+% if project.keys:
+% for name, text in snippets(url, project.keys[0], project.id).items():
 <details class="snippet" {{'open' if name == 'curl' else ''}}><summary>{{name}}</summary>
 <div><button class="copy" type="button" hidden>Copy</button><pre>{{text}}</pre></div></details>
 % end
@@ -8541,7 +8537,7 @@ details > .frame { border-top: 1px solid var(--line); }
 
 SCRIPT = """\
 "use strict";
-// Nothing here is needed: it only saves clicks and reloads.
+// The pages work without this script, which saves clicks and reloads.
 for (const button of document.querySelectorAll(".copy")) {
   if (!navigator.clipboard) break;
   button.hidden = false;
@@ -8558,7 +8554,7 @@ document.addEventListener("change", ({target}) => {
   if (target.id === "pick-all") boxes().forEach((box) => { box.checked = target.checked; });
 });
 
-// The list stays current while nobody is selecting or choosing in it.
+// Refresh the list, except while somebody uses it.
 if (live) {
   setInterval(async () => {
     const inUse = boxes().some((box) => box.checked)
@@ -9866,23 +9862,12 @@ class Dashboard:
         return self._setup("Send reports here", is_welcome=False)
 
     def _setup(self, heading: str, *, is_welcome: bool) -> bottle.HTTPResponse:
-        environ = bottle.request.environ
-        url = url_of_request(environ)
-        projects = []
-        for project in self._store.projects():
-            keys: list[tuple[str, str]] = []
-            ways: list[tuple[str, str]] = []
-            for key in project.keys:
-                dsn = dsn_of(url, key, project.id)
-                keys += [("API key", key), ("Sentry DSN", dsn)]
-                ways = ways or [*snippets(url, key), sdk_snippet(dsn)]
-            projects.append((project, keys, ways))
         return self.html(
             "setup",
             heading=heading,
             is_welcome=is_welcome,
-            url=url,
-            projects=projects,
+            url=url_of_request(bottle.request.environ),
+            projects=self._store.projects(),
             rejections=self._rejections.listed(),
             dropped=self._rejections.dropped(),
         )
@@ -10359,7 +10344,7 @@ def wrap(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and takes no abbreviations."""
+    """Reports a mistake in one line, and accepts no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
@@ -10432,7 +10417,7 @@ class ServingLock:
 
 
 def listen(config: Config) -> socket.socket:
-    """Return a socket bound as the settings say; MiniAPMError says why it can't be."""
+    """Return a socket that listens as the settings say; MiniAPMError says why it can't."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -11041,7 +11026,7 @@ def allow_many_files() -> None:
 
 
 def welcome(url: str, path: str, project: Project, config: Config) -> str:
-    """Return what a start prints; `url` is where it listens."""
+    """Return the text that a start prints; `url` is the address of the listening socket."""
     listening, url = url, config.public_url or url
     lines = [f"MiniAPM {__version__}", "", f"  Dashboard  {url}/", f"  Database   {path}"]
     if url != listening:
@@ -11056,7 +11041,7 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
         )
     key = project.keys[0]
     dsn = dsn_of(url, key, project.id)
-    curl = dict(snippets(url, key))["curl"]
+    curl = snippets(url, key, project.id)["curl"]
     first = "Report a first error by pasting this into another terminal:"
     lines += [f"  API key    {key}", f"  Sentry DSN {dsn}", "", first, "", curl, ""]
     return "\n".join(lines)
@@ -11099,15 +11084,14 @@ def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
         description="Serve the tracker: ingest and dashboard.",
         epilog="Commands: serve (the default), keys (list, create and revoke API keys), backup"
         " (copy the database), check (say whether it is whole) and run (run a program and record"
-        " what goes wrong in it); each has a --help. A flag beats its variable, a variable beats"
-        " the default.",
+        " its errors); each has a --help. A flag beats its variable, a variable beats the default.",
     )
     parser.add_argument("--version", action="version", version=f"MiniAPM {__version__}")
     return serve(parser.read(arguments, environ)[1])
 
 
 def refuse_missing(path: str) -> None:
-    """Raise MiniAPMError when there is no such database."""
+    """Raise MiniAPMError if there is no database at a path."""
     if not os.path.exists(path):
         raise MiniAPMError(f"there is no database {path}; name it with {flag_of('db')}")
 
@@ -11125,11 +11109,11 @@ def keys_table(projects: Sequence[Project], url: str) -> str:
 
 
 def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
-    """List, create or revoke keys; takes effect at once in a server that runs."""
+    """List, create or revoke keys; a running server obeys at once."""
     parser = _Parser(prog=name, description="List the projects, their API keys and DSNs.")
     commands = parser.add_subparsers(dest="action", metavar="COMMAND")
-    listing = commands.add_parser("list", help="list them, as without a command")
-    create = commands.add_parser("create", help="make a project, or one more key for it")
+    listing = commands.add_parser("list", help="list them (the default)")
+    create = commands.add_parser("create", help="make a project, or another key for it")
     create.add_argument("name", metavar="NAME", help="the project's name")
     revoke = commands.add_parser("revoke", help="refuse a project's keys from now on")
     revoke.add_argument("name", metavar="NAME", help="the project's name, or one key")
@@ -11151,9 +11135,9 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
 
 
 def read_mode(path: str) -> str:
-    """Return the mode for reading a database that leaves no files next to it.
+    """Return the SQLite mode in which reading a database leaves no files next to it.
 
-    SQLite makes a -wal and a -shm, which a user who can't write the database can't remove.
+    SQLite makes a -wal and a -shm, which only a user who can write the database can remove.
     """
     if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
         return "rw"
@@ -11167,7 +11151,7 @@ def read_mode(path: str) -> str:
 
 @contextlib.contextmanager
 def existing_database(path: str) -> Iterator[sqlite3.Connection]:
-    """Lend a database that is there, at one moment and as it is; MiniAPMError if it is not ours."""
+    """Open an existing database to read it as of one moment; MiniAPMError if it is not ours."""
     refuse_missing(path)
     full_path = os.path.realpath(path)
     try:
@@ -11181,7 +11165,7 @@ def existing_database(path: str) -> Iterator[sqlite3.Connection]:
 
 
 def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
-    """Copy the database into a new file, also while it is served."""
+    """Copy the database into a new file, even while it is served."""
     parser = _Parser(prog=name, description="Copy the database into a new file, verified.")
     parser.add_argument("file", metavar="FILE", help="the copy; it must not exist yet")
     given, config = parser.read(arguments, environ, ("db",))
@@ -11247,7 +11231,7 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
     parser = _Parser(
         prog=name,
         usage=f"{name} [--url URL] [--db PATH] [--api-key KEY] (SCRIPT | -m MODULE) [ARGUMENT …]",
-        description="Run a Python program unchanged and record what goes wrong in it.",
+        description="Run a Python program unchanged and record its errors.",
     )
     parser.add_argument("--url", help=f"the tracker to report to [{URL_VARIABLE}]")
     given, config = parser.read(arguments[:split], environ, ("db", "api_key"))
