@@ -2916,20 +2916,6 @@ def dsn_of(url: str, key: str, project_id: int) -> str:
     return f"{scheme}://{urllib.parse.quote(key, safe='')}@{rest}/{project_id}"
 
 
-def sdk_snippet(dsn: str) -> tuple[str, str]:
-    """Return (name, text) of a way to send a first report by an SDK, as snippets() does."""
-    return (
-        "Sentry SDK",
-        f"""\
-# A program that starts a Sentry SDK reports here with this in its environment:
-export SENTRY_DSN="{dsn}"
-
-# For instance (pip install sentry-sdk):
-python -c 'import sentry_sdk; sentry_sdk.init()
-sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
-    )
-
-
 def key_of_dsn(dsn: Any) -> str:
     """Return the key in a DSN, empty if it has none."""
     found = re.match(r"https?://([^@/:]+)(?::[^@/]*)?@", dsn) if isinstance(dsn, str) else None
@@ -7312,7 +7298,7 @@ def watch_error_handlers() -> None:
 
 # --- 10. Pages ------------------------------------------------------------------------------------
 
-SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24)}  # a trend's bars, hours in a bar
+SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24)}  # bars of a trend, hours per bar
 
 
 def time_ago(time_ms: int, now_ms: int) -> str:
@@ -7367,7 +7353,7 @@ def _parse_cursor(name: str, text: str) -> tuple[int, int] | None:
 
 
 def one_of(query: Mapping[str, str], name: str, choices: Collection[str]) -> str:
-    """Return a parameter of a query string, by default its first choice; or raise BadRequest."""
+    """Return a query parameter, by default the first choice; BadRequest for any other value."""
     value = query.get(name) or next(iter(choices))
     if value not in choices:
         raise BadRequest(f"{name} must be one of {', '.join(choices)}", field=name)
@@ -7375,7 +7361,7 @@ def one_of(query: Mapping[str, str], name: str, choices: Collection[str]) -> str
 
 
 def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
-    """Return the filter a query string asks for; BadRequest names the parameter that is wrong.
+    """Return the filter of a query string; BadRequest names the wrong parameter.
 
     status: open, resolved, ignored, all; q: a search, see parse_search; project: an id; level,
     environment, release: as reported; sort: last_seen, first_seen, count; after, before: cursors.
@@ -7451,7 +7437,7 @@ def user_count_text(error: ErrorGroup) -> str:
 
 
 def line_and_column_of(frame: Frame) -> str:
-    """Return a call's line and column, as far as they are known: `:7:13`."""
+    """Return what is known of a call's line and column: `:7:13`, `:7` or nothing."""
     column = f":{frame.column}" if frame.column else ""
     return f":{frame.lineno}{column}" if frame.lineno and frame.place else ""
 
@@ -7483,20 +7469,20 @@ def location_frame_of_chain(chain: Sequence[ChainedException]) -> Frame | None:
 
 
 def numbered_source(context: SourceContext) -> list[tuple[int, str, bool]]:
-    """Return (line number, line, is it the failing one) for each line of a source context."""
+    """Return (number, text, is failing) for each line of a source context."""
     first = context.lineno - len(context.pre_context)
     lines = (*context.pre_context, context.context_line, *context.post_context)
     return [(first + i, line, first + i == context.lineno) for i, line in enumerate(lines)]
 
 
 def indented(value: Any) -> str:
-    """Return a JSON value on several lines; on one where most of them would be indentation."""
+    """Return a JSON value on several lines, or on one if it is nested too deeply to indent."""
     indent = None if _is_deeper(value, MAX_INDENTED_LEVELS) else 2
     return json.dumps(value, indent=indent, ensure_ascii=False)
 
 
 def readable(value: Any) -> str:
-    """Return a JSON value as a person reads it: text as it is, all else as indented JSON."""
+    """Return a JSON value for a person: text as it is, anything else as JSON."""
     if isinstance(value, str):
         return value
     line = json.dumps(value, ensure_ascii=False)
@@ -7516,15 +7502,15 @@ def crumb_of(breadcrumb: Json) -> tuple[str, str, str, str, str]:
 
 
 def logged_as(occurrence: Occurrence) -> str:
-    """Return the message with which the exception was logged, empty if there is none."""
+    """Return the message with which the exception was logged, unless it is the exception's own."""
     said = occurrence.extra.get("log_message")
     return said if isinstance(said, str) and said != occurrence.message else ""
 
 
 def sections_of(occurrence: Occurrence) -> list[tuple[str, Json]]:
-    """Return the (title, values) of what an occurrence carries beside its backtrace.
+    """Return (title, values) for each table of what an occurrence holds besides its backtrace.
 
-    Tags, breadcrumbs and the log message are left out: they have forms of their own.
+    Tags, breadcrumbs and the log message are left out, since pages show them in other ways.
     """
     ids = {"user_id": occurrence.user_id, "request_id": occurrence.request_id}
     overview: Json = {name: value for name, value in ids.items() if value is not None}
@@ -7592,21 +7578,30 @@ async function reportError(error, context = {}) {
 }
 
 reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
+    "Sentry SDK": """\
+# A program that starts a Sentry SDK reports here with this in its environment:
+export SENTRY_DSN="@DSN@"
+
+# For instance (pip install sentry-sdk):
+python -c 'import sentry_sdk; sentry_sdk.init()
+sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
 }
 
 
-def snippets(url: str, key: str) -> list[tuple[str, str]]:
-    """Return (name, text) of ways to send a first report that work when pasted as they are.
+def snippets(url: str, key: str, project_id: int) -> dict[str, str]:
+    """Return programs that send a first report, by name; each works when pasted as it is.
 
-    Neither `url` nor `key` may hold quotes, $ or backslashes, which settings and Host exclude.
+    `url` and `key` hold no quotes, $ or backslashes: the settings and Host can't have any.
     """
-    return [
-        (name, text.replace("@URL@", url).replace("@KEY@", key)) for name, text in _SNIPPETS.items()
-    ]
+    dsn = dsn_of(url, key, project_id)
+    return {
+        name: text.replace("@URL@", url).replace("@DSN@", dsn).replace("@KEY@", key)
+        for name, text in _SNIPPETS.items()
+    }
 
 
 def error_json(error: ErrorGroup, root: str) -> Json:
-    """Return an error as the JSON pages give it; times are ISO 8601, `url` is a path."""
+    """Return an error as JSON: times are ISO 8601, `url` is a path."""
     return {
         "id": error.id,
         "url": f"{root}/errors/{error.id}",
@@ -7628,7 +7623,7 @@ def error_json(error: ErrorGroup, root: str) -> Json:
 
 
 def frame_json(frame: Frame) -> Json | str:
-    """Return a frame as the field `exceptions` takes it."""
+    """Return a frame in the form of the field `exceptions`."""
     if not frame.is_call:
         return frame.text
     found: Json = {
@@ -7651,7 +7646,7 @@ def frame_json(frame: Frame) -> Json | str:
 
 
 def chain_json(chain: Iterable[ChainedException]) -> list[Json]:
-    """Return a chain as the field `exceptions` takes it."""
+    """Return a chain in the form of the field `exceptions`."""
     return [
         {
             "exception_class": one.exception_class,
@@ -7664,9 +7659,9 @@ def chain_json(chain: Iterable[ChainedException]) -> list[Json]:
 
 
 def occurrence_json(stored: StoredOccurrence | None, root: str) -> Json | None:
-    """Return a kept occurrence as JSON: `report` is what the API took, scrubbed.
+    """Return a kept occurrence as JSON: `report` is what the API accepted, scrubbed.
 
-    `exceptions` is its chain, read from the backtrace where the report has no `exceptions`.
+    `exceptions` is its chain, read from the backtrace if the report has no `exceptions`.
     """
     if stored is None:
         return None
@@ -7819,13 +7814,13 @@ _TEMPLATE_SOURCES = {
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{{title}} · MiniAPM</title>
-<link rel="icon" href="{{root}}/assets/{{assets['icon']}}">
-<link rel="stylesheet" href="{{root}}/assets/{{assets['style']}}">
-<script src="{{root}}/assets/{{assets['script']}}" defer></script>
+<link rel="icon" href="{{root}}/assets/{{ASSET_NAME}}.svg">
+<link rel="stylesheet" href="{{root}}/assets/{{ASSET_NAME}}.css">
+<script src="{{root}}/assets/{{ASSET_NAME}}.js" defer></script>
 </head>
 <body>
 <header class="bar">
-<a class="brand" href="{{root}}/errors"><img src="{{root}}/assets/{{assets['icon']}}" alt=""
+<a class="brand" href="{{root}}/errors"><img src="{{root}}/assets/{{ASSET_NAME}}.svg" alt=""
  width="22" height="22">MiniAPM</a>
 % if show_nav:
 <nav aria-label="Main"><a href="{{root}}/errors">Errors</a><a href="{{root}}/setup">Setup</a></nav>
@@ -7840,7 +7835,7 @@ _TEMPLATE_SOURCES = {
 % end
 {{!base}}
 </main>
-<footer>MiniAPM {{version}}</footer>
+<footer>MiniAPM {{__version__}}</footer>
 </body>
 </html>
 """,
@@ -7894,7 +7889,7 @@ Nothing here.
 <input type="hidden" name="return"
  value="{{filter_query(wanted, after=wanted.after, before=wanted.before)}}">
 <div class="tools">
-<label class="pick-all" hidden><input type="checkbox" id="pick-all"> Select all</label>
+<label class="pick-all"><input type="checkbox" id="pick-all"> Select all</label>
 <span class="hint">With selected:</span>
 <button name="action" value="resolve">Resolve</button>
 <button name="action" value="ignore">Ignore</button>
@@ -8035,8 +8030,8 @@ Nothing here.
 </form>
 </section>
 % if stored is None:
-<section class="card"><p class="empty">No occurrence of this error is kept any more;
- its counts are.</p></section>
+<section class="card"><p class="empty">No occurrence of this error is kept any more,
+ only its counts.</p></section>
 % else:
 % occurrence = stored.occurrence
 % chain = chain_of(occurrence)
@@ -8117,9 +8112,9 @@ Nothing here.
 {{time_ago(error.first_seen_ms, now_ms)}}</dd></div>
 <div><dt>Last seen</dt><dd title="{{exact_time(error.last_seen_ms)}}">
 {{time_ago(error.last_seen_ms, now_ms)}}</dd></div>
-<div><dt>Occurrences</dt><dd title="all that were ever reported">
+<div><dt>Occurrences</dt><dd title="all ever reported">
 {{f"{error.occurrence_count:,}"}}</dd></div>
-<div><dt>Kept</dt><dd title="occurrences that can be looked at">
+<div><dt>Kept</dt><dd title="occurrences that you can open">
 {{f"{error.stored_count:,}"}}</dd></div>
 <div><dt>Users</dt><dd title="distinct user ids">{{user_count_text(error)}}</dd></div>
 <div><dt>Project</dt><dd title="">{{error.project}}</dd></div>
@@ -8222,14 +8217,15 @@ Nothing here.
 <p id="dropped">Accepted since the start but not kept, because MiniAPM stores only errors:
 {{", ".join(f"{kind} ({count:,})" for kind, count in dropped)}}.</p>
 % end
-% for project, keys, ways in projects:
+% for project in projects:
 <section class="card">
 <h2>{{project.name}}</h2>
-% for label, text in keys:
-<p class="key"><span>{{label}}</span> <code>{{text}}</code></p>
+% for key in project.keys:
+<p class="key"><span>API key</span> <code>{{key}}</code></p>
+<p class="key"><span>Sentry DSN</span> <code>{{dsn_of(url, key, project.id)}}</code></p>
 % end
-% if ways:
-% for name, text in ways:
+% if project.keys:
+% for name, text in snippets(url, project.keys[0], project.id).items():
 <details class="snippet" {{'open' if name == 'curl' else ''}}><summary>{{name}}</summary>
 <div><button class="copy" type="button" hidden>Copy</button><pre>{{text}}</pre></div></details>
 % end
@@ -8274,22 +8270,22 @@ def _compile_templates() -> dict[str, bottle.SimpleTemplate]:
     return templates
 
 
-_TEMPLATES = _compile_templates()
+TEMPLATES = _compile_templates()
 
 STYLE = """\
 :root { color-scheme: light dark; --bg: #f6f6f4; --card: #fff; --text: #1d2126; --muted: #5c6570;
   --line: #dfe0dc; --soft: #efefec; --accent: #a83a1c; --on-accent: #fff; --mark: #fbe3da;
-  --open: #a83a1c; --resolved: #1d6f42; --ignored: #5c6570; --new: #2456a6; --back: #8a5300; }
+  --resolved: #1d6f42; --new: #2456a6; --back: #8a5300; }
 @media (prefers-color-scheme: dark) { :root { --bg: #131518; --card: #1b1e23; --text: #e6e8eb;
   --muted: #9aa4af; --line: #30353c; --soft: #24282e; --accent: #ff9472; --on-accent: #1b1009;
-  --mark: #4a2418; --open: #ff9472; --resolved: #6fcf97; --ignored: #9aa4af; --new: #86b4ff;
-  --back: #f0b45a; } }
+  --mark: #4a2418; --resolved: #6fcf97; --new: #86b4ff; --back: #f0b45a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-code, pre { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-code { overflow-wrap: anywhere; }
+table { width: 100%; border-collapse: collapse; }
+code, pre, .locals th, .source td, .source th {
+  font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+pre { margin: 0; white-space: pre-wrap; } code, pre { overflow-wrap: anywhere; }
 a { color: var(--accent); text-underline-offset: 2px; }
 h1 { font-size: 22px; line-height: 1.3; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 17px; margin: 0; overflow-wrap: anywhere; }
@@ -8327,21 +8323,21 @@ button { padding: 6px 12px; color: inherit; background: var(--card); cursor: poi
   border: 1px solid var(--line); border-radius: 7px; }
 button:hover { background: var(--soft); }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-button.danger { color: var(--open); border-color: var(--open); }
+button.danger { color: var(--accent); border-color: var(--accent); }
 button.plain { border: 0; background: none; color: var(--muted); padding: 4px; }
 .tools { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 0 0 12px; }
 .tools .hint, .pick-all { color: var(--muted); font-size: 14px; }
-.pick-all { margin-right: 8px; }
+.pick-all { margin-right: 8px; } @media (scripting: none) { .pick-all { display: none; } }
 .confirm summary { list-style: none; cursor: pointer; padding: 6px 12px; color: var(--muted); }
 .confirm summary::-webkit-details-marker { display: none; }
 .confirm[open] { display: flex; flex-wrap: wrap; align-items: center; }
 .links { display: flex; gap: 14px; margin-left: auto; font-size: 14px; }
 .badge { display: inline-block; padding: 0 8px; border: 1px solid; border-radius: 99px;
   font-size: 12px; line-height: 19px; vertical-align: 2px; white-space: nowrap; }
-.badge.open { color: var(--open); } .badge.resolved { color: var(--resolved); }
-.badge.ignored { color: var(--ignored); } .badge.new { color: var(--new); }
-.badge.regressed { color: var(--back); } .badge.level { color: var(--muted); }
-.errors { width: 100%; border-collapse: separate; border-spacing: 0; background: var(--card);
+.badge.open { color: var(--accent); } .badge.resolved { color: var(--resolved); }
+.badge.ignored, .badge.level { color: var(--muted); } .badge.new { color: var(--new); }
+.badge.regressed { color: var(--back); }
+.errors { border-collapse: separate; border-spacing: 0; background: var(--card);
   border: 1px solid var(--line); border-radius: 10px; table-layout: fixed; }
 .errors th { text-align: left; font-weight: 500; font-size: 13px; color: var(--muted);
   padding: 8px 10px; }
@@ -8389,11 +8385,9 @@ pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; 
 .notice { border-left: 3px solid var(--back); background: var(--soft); padding: 8px 12px;
   margin: 12px 0; }
 .source { border: 1px solid var(--line); border-radius: 8px; overflow-x: auto; }
-.source table { border-collapse: collapse; width: 100%; }
-.source td, .source th { font: 13px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
-  white-space: pre; padding: 0 12px; }
+.source td, .source th { line-height: 1.6; white-space: pre; padding: 0 12px; }
 .source th { width: 1px; text-align: right; color: var(--muted); user-select: none; }
-.source .failing { background: var(--mark); } .source .failing th { color: var(--open); }
+.source .failing { background: var(--mark); } .source .failing th { color: var(--accent); }
 .frames { list-style: none; margin: 0; padding: 0; border: 1px solid var(--line);
   border-radius: 8px; overflow: hidden; }
 .frames li { border-top: 1px solid var(--line); } .frames li:first-child { border-top: 0; }
@@ -8410,7 +8404,6 @@ h4 { font-size: 15px; margin: 20px 0 0; overflow-wrap: anywhere; }
 h4 span { color: var(--muted); font-weight: 400; }
 details.frame > summary { margin: -7px -12px; padding: 7px 12px; color: inherit; font-size: 15px; }
 details.frame > .source { margin: 14px 0 4px; } .locals { margin-top: 10px; }
-.locals th { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 details > .frame { border-top: 1px solid var(--line); }
 .frames summary, .raw summary, .snippet summary { cursor: pointer; padding: 6px 12px;
   color: var(--muted); font-size: 14px; }
@@ -8430,13 +8423,12 @@ details > .frame { border-top: 1px solid var(--line); }
 .timeline .time { color: var(--muted); font-size: 13px; margin-right: 6px;
   font-variant-numeric: tabular-nums; }
 .timeline code { display: block; color: var(--muted); }
-.rejections { width: 100%; border-collapse: collapse; }
 .rejections th, .rejections td { text-align: left; vertical-align: top; padding: 6px 16px 6px 0; }
 .rejections td { border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 .rejections th { color: var(--muted); font-size: 13px; font-weight: 500; }
 .rejections time { white-space: nowrap; }
 .long { margin-top: 24px; } .long summary { font-size: 14px; font-weight: 650; cursor: pointer; }
-.values { width: 100%; border-collapse: collapse; table-layout: fixed; }
+.values { table-layout: fixed; }
 .values th, .values td { text-align: left; vertical-align: top; padding: 6px 12px 6px 0;
   border-top: 1px solid var(--line); }
 .values th { width: 200px; font-weight: 500; color: var(--muted); overflow-wrap: anywhere; }
@@ -8471,7 +8463,7 @@ details > .frame { border-top: 1px solid var(--line); }
 
 SCRIPT = """\
 "use strict";
-// Nothing here is needed: it only saves clicks and reloads.
+// The pages work without this script, which saves clicks and reloads.
 for (const button of document.querySelectorAll(".copy")) {
   if (!navigator.clipboard) break;
   button.hidden = false;
@@ -8484,15 +8476,11 @@ for (const button of document.querySelectorAll(".copy")) {
 
 const boxes = () => [...document.querySelectorAll("input[name=id]")];
 const live = document.getElementById("live");
-const offerPickAll = () => {
-  const all = document.getElementById("pick-all");
-  if (!all) return;
-  all.parentElement.hidden = false;
-  all.addEventListener("change", () => boxes().forEach((box) => { box.checked = all.checked; }));
-};
-offerPickAll();
+document.addEventListener("change", ({target}) => {
+  if (target.id === "pick-all") boxes().forEach((box) => { box.checked = target.checked; });
+});
 
-// The list stays current while nobody is selecting or choosing in it.
+// Refresh the list, except while somebody uses it.
 if (live) {
   setInterval(async () => {
     const inUse = boxes().some((box) => box.checked)
@@ -8509,7 +8497,6 @@ if (live) {
       for (const part of ["#live", ".head"]) {
         document.querySelector(part).replaceChildren(...page.querySelector(part).childNodes);
       }
-      offerPickAll();
     } catch { /* the server is away: the next round tries again */ }
   }, 5000);
 }
@@ -8522,28 +8509,12 @@ ICON = """\
 """
 
 
-def _asset(text: str, suffix: str) -> str:
-    return f"miniapm-{hashlib.sha256(text.encode()).hexdigest()[:12]}.{suffix}"
-
-
-ASSET_NAMES = {
-    "style": _asset(STYLE, "css"),
-    "script": _asset(SCRIPT, "js"),
-    "icon": _asset(ICON, "svg"),
-}
+ASSET_NAME = f"miniapm-{hashlib.sha256((STYLE + SCRIPT + ICON).encode()).hexdigest()[:12]}"
 ASSETS = {
-    ASSET_NAMES["style"]: ("text/css; charset=utf-8", STYLE),
-    ASSET_NAMES["script"]: ("text/javascript; charset=utf-8", SCRIPT),
-    ASSET_NAMES["icon"]: ("image/svg+xml", ICON),
+    f"{ASSET_NAME}.css": ("text/css; charset=utf-8", STYLE),
+    f"{ASSET_NAME}.js": ("text/javascript; charset=utf-8", SCRIPT),
+    f"{ASSET_NAME}.svg": ("image/svg+xml", ICON),
 }
-
-
-def render(template: str, root: str, **values: Any) -> str:
-    """Return a page as HTML; `root` is the prefix under which the App is mounted."""
-    shared = {"root": root, "assets": ASSET_NAMES, "version": __version__}
-    defaults = {"show_nav": True, "show_logout": False, "trouble": ""}
-    return str(_TEMPLATES[template].render(defaults | shared | values))
-
 
 # --- 11. HTTP -------------------------------------------------------------------------------------
 
@@ -9613,10 +9584,14 @@ class Dashboard:
     ) -> bottle.HTTPResponse:
         """Answer with a page."""
         show_nav = self.has_session(bottle.request.environ)
-        shown = {"show_nav": show_nav, "show_logout": show_nav and self._gate is not None}
-        trouble = self._store.trouble if show_nav else ""
-        root, now_ms = root_of(bottle.request.environ), self._store.now_ms()
-        text = render(template, root, trouble=trouble, now_ms=now_ms, **shown, **values)
+        text = TEMPLATES[template].render(
+            root=root_of(bottle.request.environ),
+            now_ms=self._store.now_ms(),
+            show_nav=show_nav,
+            show_logout=show_nav and self._gate is not None,
+            trouble=self._store.trouble if show_nav else "",
+            **values,
+        )
         more = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
         return bottle.HTTPResponse(text, status, more | dict(headers or {}))
 
@@ -9723,23 +9698,12 @@ class Dashboard:
         return self._setup("Send reports here", is_welcome=False)
 
     def _setup(self, heading: str, *, is_welcome: bool) -> bottle.HTTPResponse:
-        environ = bottle.request.environ
-        url = url_of_request(environ)
-        projects = []
-        for project in self._store.projects():
-            keys: list[tuple[str, str]] = []
-            ways: list[tuple[str, str]] = []
-            for key in project.keys:
-                dsn = dsn_of(url, key, project.id)
-                keys += [("API key", key), ("Sentry DSN", dsn)]
-                ways = ways or [*snippets(url, key), sdk_snippet(dsn)]
-            projects.append((project, keys, ways))
         return self.html(
             "setup",
             heading=heading,
             is_welcome=is_welcome,
-            url=url,
-            projects=projects,
+            url=url_of_request(bottle.request.environ),
+            projects=self._store.projects(),
             rejections=self._rejections.listed(),
             dropped=self._rejections.dropped(),
         )
@@ -10212,7 +10176,7 @@ def wrap(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and takes no abbreviations."""
+    """Reports a mistake in one line, and accepts no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
@@ -10285,7 +10249,7 @@ class ServingLock:
 
 
 def listen(config: Config) -> socket.socket:
-    """Return a socket bound as the settings say; MiniAPMError says why it can't be."""
+    """Return a socket that listens as the settings say; MiniAPMError says why it can't."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -10921,7 +10885,7 @@ def allow_many_files() -> None:
 
 
 def welcome(url: str, path: str, project: Project, config: Config) -> str:
-    """Return what a start prints; `url` is where it listens."""
+    """Return the text that a start prints; `url` is the address of the listening socket."""
     listening, url = url, config.public_url or url
     lines = [f"MiniAPM {__version__}", "", f"  Dashboard  {url}/", f"  Database   {path}"]
     if url != listening:
@@ -10936,7 +10900,7 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
         )
     key = project.keys[0]
     dsn = dsn_of(url, key, project.id)
-    curl = dict(snippets(url, key))["curl"]
+    curl = snippets(url, key, project.id)["curl"]
     first = "Report a first error by pasting this into another terminal:"
     lines += [f"  API key    {key}", f"  Sentry DSN {dsn}", "", first, "", curl, ""]
     return "\n".join(lines)
@@ -10979,15 +10943,14 @@ def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
         description="Serve the tracker: ingest and dashboard.",
         epilog="Commands: serve (the default), keys (list, create and revoke API keys), backup"
         " (copy the database), check (say whether it is whole) and run (run a program and record"
-        " what goes wrong in it); each has a --help. A flag beats its variable, a variable beats"
-        " the default.",
+        " its errors); each has a --help. A flag beats its variable, a variable beats the default.",
     )
     parser.add_argument("--version", action="version", version=f"MiniAPM {__version__}")
     return serve(parser.read(arguments, environ)[1])
 
 
 def refuse_missing(path: str) -> None:
-    """Raise MiniAPMError when there is no such database."""
+    """Raise MiniAPMError if there is no database at a path."""
     if not os.path.exists(path):
         raise MiniAPMError(f"there is no database {path}; name it with {flag_of('db')}")
 
@@ -11005,11 +10968,11 @@ def keys_table(projects: Sequence[Project], url: str) -> str:
 
 
 def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
-    """List, create or revoke keys; takes effect at once in a server that runs."""
+    """List, create or revoke keys; a running server obeys at once."""
     parser = _Parser(prog=name, description="List the projects, their API keys and DSNs.")
     commands = parser.add_subparsers(dest="action", metavar="COMMAND")
-    listing = commands.add_parser("list", help="list them, as without a command")
-    create = commands.add_parser("create", help="make a project, or one more key for it")
+    listing = commands.add_parser("list", help="list them (the default)")
+    create = commands.add_parser("create", help="make a project, or another key for it")
     create.add_argument("name", metavar="NAME", help="the project's name")
     revoke = commands.add_parser("revoke", help="refuse a project's keys from now on")
     revoke.add_argument("name", metavar="NAME", help="the project's name, or one key")
@@ -11031,9 +10994,9 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
 
 
 def read_mode(path: str) -> str:
-    """Return the mode for reading a database that leaves no files next to it.
+    """Return the SQLite mode in which reading a database leaves no files next to it.
 
-    SQLite makes a -wal and a -shm, which a user who can't write the database can't remove.
+    SQLite makes a -wal and a -shm, which only a user who can write the database can remove.
     """
     if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
         return "rw"
@@ -11047,7 +11010,7 @@ def read_mode(path: str) -> str:
 
 @contextlib.contextmanager
 def existing_database(path: str) -> Iterator[sqlite3.Connection]:
-    """Lend a database that is there, at one moment and as it is; MiniAPMError if it is not ours."""
+    """Open an existing database to read it as of one moment; MiniAPMError if it is not ours."""
     refuse_missing(path)
     full_path = os.path.realpath(path)
     try:
@@ -11061,7 +11024,7 @@ def existing_database(path: str) -> Iterator[sqlite3.Connection]:
 
 
 def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
-    """Copy the database into a new file, also while it is served."""
+    """Copy the database into a new file, even while it is served."""
     parser = _Parser(prog=name, description="Copy the database into a new file, verified.")
     parser.add_argument("file", metavar="FILE", help="the copy; it must not exist yet")
     given, config = parser.read(arguments, environ, ("db",))
@@ -11127,7 +11090,7 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
     parser = _Parser(
         prog=name,
         usage=f"{name} [--url URL] [--db PATH] [--api-key KEY] (SCRIPT | -m MODULE) [ARGUMENT …]",
-        description="Run a Python program unchanged and record what goes wrong in it.",
+        description="Run a Python program unchanged and record its errors.",
     )
     parser.add_argument("--url", help=f"the tracker to report to [{URL_VARIABLE}]")
     given, config = parser.read(arguments[:split], environ, ("db", "api_key"))

@@ -8348,7 +8348,8 @@ class Texts(html.parser.HTMLParser):
 @given(st.text(), st.text())
 def test_escaped_text_round_trips(heading: str, text: str) -> None:
     page = Texts()
-    page.feed(miniapm.render("message", "", heading=heading, text=text))
+    shown = {"root": "", "trouble": "", "show_nav": True, "show_logout": False}
+    page.feed(miniapm.TEMPLATES["message"].render(shown, heading=heading, text=text))
     page.close()
     assert text in page.found or not text
     expected = {"a", "body", "footer", "h1", "head", "header", "html", "img", "link", "main"}
@@ -14801,6 +14802,7 @@ def test_browser_triages_several(
         server.report(exception_class=f"{name}Error", fingerprint=name)
     page = browse(java_script_enabled=script)
     page.goto(server.url)
+    assert page.locator("#pick-all").is_visible() == script
     for name in "AB":
         page.locator("tr", has_text=f"{name}Error").locator("input").check()
     page.click("button:text('Ignore')")
