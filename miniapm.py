@@ -2123,6 +2123,8 @@ LINE (?P<line>\d{1,9})
 COLUMN (?P<column>\d{1,9})
 FUNCTION (?P<function>
 JAVA_CALL (?:[\w.@-]*/{1,2}){0,2}(?P<function>
+FIREFOX_CALL
+  (?>(?:[\w\x20]++\*)?FUNCTION.*?)@(?=(?:blob:)?[a-z][\w+.-]*:/|/|[A-Za-z]:\\|[\w.-]+\.(?:js|bundle):))
 JAR (?:\x20~?\[[^\]]*\])?
 DOTNET_WORD [\w<>`|+\[\],&*$@-]+
 """
@@ -2137,16 +2139,14 @@ def _words() -> dict[str, str]:
     }
 
 
-def _expand(text: str) -> str:
-    return re.sub(
-        "[A-Z][A-Z_]{2,}", lambda name: _expand(_words().get(name[0], "")) or name[0], text
-    )
-
-
 @functools.cache
 def _pattern(text: str) -> re.Pattern[str]:
     """Compile a pattern when it is first used, for all of this section's take 10 ms."""
-    return re.compile(_expand(text))
+    short, words = "", _words()
+    while text != short:
+        short = text
+        text = re.sub("[A-Z][A-Z_]{2,}", lambda name: words.get(name[0], name[0]), short)
+    return re.compile(text)
 
 
 @functools.cache
@@ -2217,8 +2217,8 @@ def is_library_despite_in_app(file: str, function: str) -> bool:
 _FORMS_TABLE = r"""
 python      File "  File "(?P<file>[^"]*)", line LINE(?:, in FUNCTION.*))?
 csharp      in      at FUNCTION(?>[^(]*\([^()]*\)))(?: \[0x[0-9a-f]+\])? in FILE:(?:line )?LINE ?
-javascript  eval    at (?:async )?FUNCTION(?>[^(]* \())(?:eval at [^(]*+\()++FILE:LINE:COLUMN\).*
-javascript  at      at (?:async )?FUNCTION(?>.*? \())(?:address at )?FILE:LINE(?::COLUMN)?\)
+javascript  eval    at (?:async )?(?>FUNCTION[^(]*) \()(?:eval at [^(]*+\()++FILE:LINE:COLUMN\).*
+javascript  at      at (?:async )?(?>FUNCTION.*?) \()(?:address at )?FILE:LINE(?::COLUMN)?\)
 javascript  <anon   at (?:async )?FUNCTION[^(]+) \(<anonymous>\)
 java        at      at JAVA_CALL[^()/]+)\((?P<file>[^():/\\]+):LINE\)JAR
 java        at      at JAVA_CALL[\w.$]+\.[\w$<>]+)\((?:Native Method|Unknown Source|<generated>
@@ -2228,12 +2228,12 @@ rust        .rs     at (?P<file>.+?\.rs):LINE(?::COLUMN)?
 javascript  at      at (?:async )?(?P<file>[^()].*?):LINE:COLUMN
 php         #       #\d+ FILE\(LINE\): FUNCTION[^(]*).*
 dart        #       #\d+\s++FUNCTION\S.*) \((?P<file>[^()]+?):LINE(?::COLUMN)?\)
-c           #       #\d+\s++(?:0x[0-9a-f]+ in )?FUNCTION(?>.*? ?\())(?>.*\) at )FILE:LINE
+c           #       #\d+\s++(?:0x[0-9a-f]+ in )?(?>FUNCTION.*?) ?\()(?>.*\) at )FILE:LINE
 swift       0x      (?>\d+ .*?\s0x[0-9a-f]+ )FUNCTION.+) \+ \d{1,9} in
                     [ ](?>.* at (?=/))FILE:LINE:COLUMN
 swift       0x      (?>\d+\s++\S.*?\s0x[0-9a-f]+ )FUNCTION.+) \+ \d{1,9} \((?P<file>[^():]+):LINE\)
-javascript  @       FUNCTION(?>.*?@(?=(?:blob:)?[a-z][\w+.-]*:/|/|[A-Za-z]:\\
-                    |[\w.-]+\.(?:js|bundle):)))FILE:LINE:COLUMN
+javascript  @       (?:FIREFOX_CALL)FILE line LINE > .*:\d+:\d+
+javascript  @       (?:FIREFOX_CALL)FILE:LINE:COLUMN
 javascript  ://     (?P<file>[a-z][\w+.-]*://.+?):LINE:COLUMN
 javascript  /       (?P<file>/[^:]*\.(?:[cm]?[jt]sx?|jsbundle)):LINE:COLUMN
 erlang      {file,  (?>.*?\{(?=[\w']+,[\w'/-]+,\d+,\[\{f))(?P<module>[\w']+),FUNCTION[\w'/-]+,\d+),
@@ -2247,8 +2247,9 @@ perl        line    (?:FUNCTION[\w:]+)[ (].*? called |(?>.*?(?=\bat \S[^"]{0,300
                     [ ](?P<file>[^"\n]{0,300}\.(?:p[lm]|t|f?cgi|psgi)|-e|\(eval \d+\)
                     |[^\s"]{0,300}/[^\s"]{1,300}) line LINE(?:[.,].*)?
 ruby        :in     (?:from )?(?:[\w.-]+ \(\d[\w.-]*\) )?FILE:LINE:in
-                    [ ](?:[`']FUNCTION[^'`]*+)['`](?:: .*)?|(?P<bare>.*))
-lua         in      FILE:LINE: in FUNCTION.+)
+                    [ ](?:[`']FUNCTION[^'`]*+)['`](?:: .*)?|[`'"]*+\??(?P<bare>.*[^`'"])?[`'"]*)
+lua         in      FILE:LINE: in (?:(?:function|method|field|upvalue|local|global)(?!\w) ?)?
+                    ['<>]*+FUNCTION.*[^'<>])['<>]*
 go          .go     (?P<file>\S.*?\.go):LINE(?: \+0x[0-9a-f]+)?
 go          .s      (?P<file>\S+\.s):LINE(?: \+0x[0-9a-f]+)?
 ruby        .       (?:from )?(?P<file>\S.*?\.(?:rb|ru|rake|erb|haml|slim|gemspec)):LINE
@@ -2258,20 +2259,6 @@ php         .php    (?>.* in (?=(?:/|[A-Za-z]:\\)))(?P<file>.{1,300}?\.php)(?:\(
 """
 
 
-def _name_of(language: str, name: str) -> str:
-    """Return a function's name without what its language prints around it."""
-    if language == "ruby":
-        return name.strip("`'\"").removeprefix("?")
-    if language == "javascript":
-        name = re.sub(r"^[\w ]+\*", "", name)  # Firefox: `setTimeout handler*`
-    elif language == "lua":
-        name = re.sub(r"^(?:function|method|field|upvalue|local|global) ?", "", name).strip("'<>")
-    elif language == "erlang":
-        name = name.replace(",", "/")
-    return name.rstrip(" (@")
-
-
-_FIREFOX_EVAL = re.compile(r"(?P<file>.*?) line (?P<line>\d{1,9}) > .*")  # `a.js line 3 > eval`
 # How Rails and Elixir print a package: `activerecord (7.1.0) lib/…`, `(ecto 3.10.1) lib/…`.
 _LIBRARY_PREFIX = r"[\w.-]+ \(\d[\w.-]*\) |\(ELIXIR_APP(?: [^)]*)?\) "
 # How a reporter that knows better than the path says whose code a frame is.
@@ -2289,15 +2276,12 @@ def _read_frame(text: str) -> Frame:
     else:
         return Frame(text)
     parts = found.groupdict()
-    file = parts.get("file")
-    function = _name_of(language, parts.get("function") or parts.get("bare") or "")
+    file, module = parts.get("file"), parts.get("module")
+    function = parts.get("function") or parts.get("bare") or ""
     if language == "javascript" and file:
-        if evaluated := _FIREFOX_EVAL.fullmatch(file):
-            file = evaluated["file"]
-            parts |= {"line": evaluated["line"], "column": None}
         file = re.sub(r"(?<=.)[?#].*", "", file)
-    elif parts.get("module"):
-        function = f"{parts['module']}:{function}"
+    elif module:
+        function = f"{module}:{function.replace(',', '/')}"
     package = line.startswith("(") and language == "elixir"  # it says more than the module
     name = "" if package or language in ("python", "ruby", "javascript") else function
     is_own = is_own_code(file, name) and not _pattern(_LIBRARY_PREFIX).match(line)
@@ -2307,7 +2291,7 @@ def _read_frame(text: str) -> Frame:
         int(parts["line"]) if parts.get("line") else None,
         int(parts["column"]) if parts.get("column") else None,
         function or None,
-        parts.get("module"),
+        module,
         mark[1] == "own" if mark else is_own,
         language=language,
     )
@@ -2696,6 +2680,9 @@ _GENERATED = r"""
 -    ::h      ::h[0-9a-f]{16}\b
 \1   __async  (__async-)[0-9a-f]+
 """
+_ADDRESS = r"""
+0x   0x       (?<!\+)0x[0-9a-f]+
+"""
 # In a message, what differs from one occurrence of an error to the next:
 _VARIABLE_PARTS = r"""
 <email>    @    [\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,8}
@@ -2750,28 +2737,14 @@ _VARIABLE_PATHS = r"""
 """
 
 
+@functools.lru_cache(1_000)
 def _stable(text: str, *tables: str) -> str:
-    """Make the replacements of some tables in a text."""
+    """Return a text with the replacements of some tables; errors come again with theirs."""
     for table in tables:
         for kind, hint, form in _rows(table):
             if hint in text:
                 text = form.sub(kind, text)
     return text
-
-
-@functools.lru_cache(1_000)
-def _stable_name(name: str) -> str:
-    return re.sub(r"(?<!\+)0x[0-9a-f]+", "0x", _stable(name[:MAX_CLASS_CHARS], _GENERATED))
-
-
-@functools.lru_cache(1_000)
-def _stable_path(file: str) -> str:
-    return _stable(file[:MAX_CLASS_CHARS].replace("\\", "/"), _VARIABLE_PATHS)
-
-
-@_remember_short
-def _stable_message(message: str) -> str:
-    return _stable(message[:2_000], _GENERATED, _VARIABLE_PARTS)
 
 
 def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | None = None) -> str:
@@ -2785,11 +2758,14 @@ def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | 
     number, so an edit above makes no new error.
     """
     # Version 2 of the recipe. A new version makes known errors appear once more as new ones.
-    message = _stable_message(message)
-    name = _stable_name(exception_class) + exception_class[MAX_CLASS_CHARS:]
+    name = _stable(exception_class[:MAX_CLASS_CHARS], _GENERATED, _ADDRESS)
+    name += exception_class[MAX_CLASS_CHARS:]
+    message = _stable(message[:2_000], _GENERATED, _VARIABLE_PARTS)
     if place is not None:
+        file, function = (text[:MAX_CLASS_CHARS] for text in place)
+        path = _stable(file.replace("\\", "/"), _VARIABLE_PATHS)
+        name += f"|{path}:{_stable(function, _GENERATED, _ADDRESS)}"
         message = _pattern(_QUOTED).sub("<text>", message)
-        name += f"|{_stable_path(place[0])}:{_stable_name(place[1])}"
     return f"{name}|{' '.join(message.split())[:300]}"
 
 
