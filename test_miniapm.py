@@ -44,6 +44,8 @@ import pickle
 import queue
 import random
 import re
+import resource
+import runpy
 import selectors
 import shutil
 import signal
@@ -15587,6 +15589,78 @@ def test_ci_runs_the_readme_s_test_command() -> None:
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     assert any("python miniapm.py" in block for block in blocks)
     assert any("python test_miniapm.py" in block for block in blocks)
+
+
+@pytest.fixture
+def bench() -> dict[str, Any]:
+    return runpy.run_path(str(HERE / ".ci" / "bench.py"))
+
+
+def test_bench_divides_round_by_round_and_loads_another_version_first_each_time(
+    bench: dict[str, Any], tmp_path: Path
+) -> None:
+    given = types.SimpleNamespace(rounds=3, block_s=1, case="", stored=0)
+    compared = bench["Bench"](tmp_path, HERE / "miniapm.py", given)
+    figures = {"now": [2.0, 6.0, 12.0], "before": [1.0, 2.0, 8.0], "control": [1.0, 1.0, 8.0]}
+    order = []
+
+    def measure(version: Any) -> dict[str, float]:
+        order.append(version.name)
+        return {"requests: reports a second": figures[version.name].pop(0), "none": 0}
+
+    compared.alternate(measure)
+    assert order == [
+        *("now", "before", "control"),
+        *("before", "control", "now"),
+        *("control", "now", "before"),
+    ]
+    row, none = compared.rows()
+    assert (row["now"], row["before"], row["better"]) == (6.0, 2.0, "higher")
+    assert (row["ratio"], row["control"]) == (2.0, 1.0)
+    assert (row["control_from"], row["control_to"]) == (0.5, 1.0)
+    assert (none["better"], "ratio" in none) == ("lower", False)
+
+
+def test_bench_counts_the_processor_time_of_another_process(bench: dict[str, Any]) -> None:
+    needs_proc()
+    code = "print(sum(range(10**6)), flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        used_s = bench["Server"](0, process.pid).cpu_s()
+        process.communicate(b"\n")
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert 0.005 < used_s <= children.ru_utime + children.ru_stime + 0.02  # it counts in ticks
+
+
+@pytest.mark.slow
+def test_bench_compares_ingest_of_two_versions() -> None:
+    needs_proc()
+    need("wrk")
+    need_module("sentry_sdk")
+    flags = ["--only", "ingest", "--case", "Sentry", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, str(HERE / ".ci" / "bench.py"), *flags, "--against", "miniapm.py"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+    found = {row[0]: row[1:] for row in rows if row}
+    assert found["measure"] == ["better", "now", "before", "ratio", "control"]
+    assert all(found["Sentry envelopes, 8 connections: CPU µs a report"])
+    assert "load average" in done.stdout
+
+
+def test_readme_says_of_every_speed_which_direction_is_better() -> None:
+    section = README.partition("## Speed")[2].partition("\n## ")[0]
+    head, _, *rows = [line.split("|")[1:-1] for line in re.findall(r"^\|.+", section, re.MULTILINE)]
+    assert [cell.strip() for cell in head[:2]] == ["measure", "better"]
+    assert {row[1].strip() for row in rows} == {"lower", "higher"}
 
 
 if __name__ == "__main__":

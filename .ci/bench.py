@@ -13,8 +13,8 @@ columns of the table:
 - control: the same of control / before, with the least and the most: a ratio within is noise.
 
 CPU is what the server's process used, user and system, also after the block until it rests. It
-changes little when other programs load the machine; rates and times change with it. With
-TMPDIR=/dev/shm the disk has no part in it.
+varies less than rates and times do when other programs load the machine. With TMPDIR=/dev/shm the
+disk has no part in it either.
 
 - ingest: reports a second and their 99th percentile by wrk, CPU, memory and bytes on disk;
 - pages: with a million reports stored, also against ten thousand;
