@@ -11489,18 +11489,21 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
         split += 1 if "=" in arguments[split] or arguments[split] in ("--help", "-h") else 2
     parser = _Parser(
         prog=name,
-        usage=f"{name} [--url URL] [--db PATH] [--api-key KEY] (SCRIPT | -m MODULE) [ARGUMENT …]",
+        usage=f"{name} [--url URL] [--db PATH] [--api-key KEY] [--scrub-also NAMES]"
+        " (SCRIPT | -m MODULE) [ARGUMENT …]",
         description="Run a Python program unchanged and record what goes wrong in it.",
     )
     parser.add_argument("--url", help=f"the tracker to report to [{URL_VARIABLE}]")
-    add_flags(parser, ("db", "api_key"))
+    add_flags(parser, names := ("db", "api_key", "scrub_also"))
     given = parser.parse_args(arguments[:split])
     program = list(arguments[split:])
     if not program or program == ["-m"]:
         raise BadSetting("which program? Give a script, or -m and a module")
     if program[0] != "-m" and not os.path.exists(program[0]):
         raise MiniAPMError(f"there is no script {program[0]}")
-    config = load_config(vars(given), environ, ("db", "api_key"))
+    config = load_config(vars(given), environ, names)
+    if config.scrub_also:  # for children of the program too
+        os.environ[variable_of("scrub_also")] = ",".join(config.scrub_also)
     sys.modules.setdefault("miniapm", sys.modules[__name__])
     is_module = program[0] == "-m"
     # A console script, which has no suffix, lies anywhere.

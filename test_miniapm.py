@@ -10308,6 +10308,24 @@ def test_run_reports_to_a_url(start: Callable[..., Server], program: Path) -> No
     assert list(program.glob("*.db")) == []
 
 
+def test_run_of_a_console_script_finds_the_project(program: Path) -> None:
+    script = program.parent / "bin" / "serve"
+    script.parent.mkdir()
+    script.write_text("import sys; sys.path.insert(0, '.'); import helper; helper.g()\n")
+    assert run("run", "--db", "e.db", str(script), cwd=program).returncode == 1
+    (found,) = reports_in(program / "e.db")
+    assert [one["function"] for one in found["exceptions"][0]["frames"] if one["own"]] == ["g"]
+
+
+def test_run_filters_what_it_is_told_to(program: Path) -> None:
+    (program / "program.py").write_text("def f(email='a@b.example'): 1 / 0\nf()\n")
+    assert (
+        run("run", "--db", "e.db", "--scrub-also=email", "program.py", cwd=program).returncode == 1
+    )
+    (found,) = reports_in(program / "e.db")
+    assert found["exceptions"][0]["frames"][0]["locals"] == {"email": "[FILTERED]"}
+
+
 def test_run_shares_its_client_with_the_program(program: Path) -> None:
     code = (
         "import miniapm\nwith miniapm.capture(user_id=3): miniapm.record_error(ValueError('x'))\n"
