@@ -74,6 +74,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import unicodedata
 import urllib.parse
@@ -5083,6 +5084,7 @@ _REPEATED_LINE = (
     r"(?:django\.server|werkzeug|tornado\.access): "
     r"|uvicorn\.error: Application (?:startup|shutdown) failed\. Exiting"
 )
+MAX_HAND_ON_S = 0.5  # from a record of logging to the one that a handler makes of it, or back
 _NOTEBOOK_CELL = r"/(?:ipykernel|marimo)_\d+/"
 TRACEBACK_TITLE = "Traceback (most recent call last)"
 CONTEXT_LINES = 5  # of source on each side of the failing line
@@ -6597,6 +6599,7 @@ def _hook_loguru(_: Record, record_log: RecordLog) -> Callable[[], None]:
             "funcName": said["function"],
             "created": said["time"].timestamp(),
             "exc_info": said["exception"],
+            "_source": "loguru",
         }
         record_log(logging.makeLogRecord(said["extra"] | fields))
 
@@ -6699,6 +6702,7 @@ class Client:
         self._surroundings: tuple[int, Json] = (0, {})
         self._marks = RecordMarks()
         self._known_logs: set[str] = set()  # the newest records, by their event ids
+        self._last_log = threading.local()
         import mmap  # only a program that captures pays for it
 
         self._announced = mmap.mmap(-1, 1)  # of this process and its children
@@ -6756,7 +6760,9 @@ class Client:
         error = self._exception_of_log(record, message)
         status = record.__dict__.get("status_code")
         is_refusal = str(record.name).startswith("django.") and type(status) is int and status < 500
-        is_repeated = error is None and re.match(_REPEATED_LINE, f"{record.name}: {message}")
+        line = f"{record.name}: {message}"
+        is_repeated = error is None and re.match(_REPEATED_LINE, line) is not None
+        is_repeated = is_repeated or self._is_handed_on(record, message)
         # A record that a QueueHandler hands on comes again, maybe in another process.
         origin = (record.process, record.thread, record.created, record.name, record.lineno)
         origin_text = f"{origin} {message.partition(chr(10))[0]}"
@@ -6786,6 +6792,12 @@ class Client:
                 text = message.partition(TRACEBACK_TITLE)[0].strip()
                 more = {"log_message": text} if text and text != safe_text(error) else {}
                 self._record_exception(error, context, more | {"event_id": event_id})
+
+    def _is_handed_on(self, record: logging.LogRecord, message: str) -> bool:
+        """Tell whether a handler passes a record on between logging and loguru."""
+        now = time.monotonic(), message.partition("\n")[0], record.__dict__.get("_source")
+        last, self._last_log.of_thread = getattr(self._last_log, "of_thread", now), now
+        return last[1] == now[1] and last[2] != now[2] and now[0] - last[0] < MAX_HAND_ON_S
 
     def _exception_of_log(self, record: logging.LogRecord, message: str) -> BaseException | None:
         """Return the exception that a log record is about, None if it is about none."""
@@ -6849,16 +6861,14 @@ class Client:
         gevent. Each calls what it replaced. os._exit, by which forked children end, and os.exec*
         flush first.
         """
-        import multiprocessing.process  # only a program that captures pays for it
-
-        process_class = multiprocessing.process.BaseProcess
         undo = [
             _hook(sys, "excepthook", lambda kind, error, tb: self._record_uncaught(error)),
             _hook(threading, "excepthook", lambda said: self._record_uncaught(said.exc_value)),
             _hook(sys, "unraisablehook", lambda said: self._record_uncaught(said.exc_value)),
             # Not a handler: logging's defaults and Flask's look whether the root logger has one.
             _hook(logging.Logger, "callHandlers", lambda logger, record: self.record_log(record)),
-            _replace(process_class, "_bootstrap", self._recording_process),
+            # By which a child of multiprocessing ends, also one that called init() within run().
+            _hook(traceback, "print_exc", lambda *_, **__: self._record_uncaught_in_child()),
             *(
                 _hook(os, name, lambda *_, **__: self._guard(self._outbox.flush_before_exit))
                 for name in ("_exit", "execv", "execve")
@@ -6883,22 +6893,11 @@ class Client:
         if error is not None:
             self.record(error)
 
-    def _recording_process(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def bootstrap(process: Any, *arguments: Any, **options: Any) -> Any:
-            process.run = self._recording(process.run)
-            return original(process, *arguments, **options)
-
-        return bootstrap
-
-    def _recording(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **options: Any) -> Any:
-            try:
-                return function(*arguments, **options)
-            except Exception as error:
-                self.record(error)
-                raise
-
-        return run
+    def _record_uncaught_in_child(self) -> None:
+        error = sys.exc_info()[1]
+        tb = None if error is None else _traceback_of(error)
+        if tb is not None and tb.tb_frame.f_globals.get("__name__") == "multiprocessing.process":
+            self._record_uncaught(error)
 
 
 class _Default:
@@ -11065,11 +11064,12 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
         split += 1 if "=" in arguments[split] or arguments[split] in ("--help", "-h") else 2
     parser = _Parser(
         prog=name,
-        usage=f"{name} [--url URL] [--db PATH] [--api-key KEY] (SCRIPT | -m MODULE) [ARGUMENT …]",
+        usage=f"{name} [--url URL] [--db PATH] [--api-key KEY] [--scrub-also NAMES]"
+        " (SCRIPT | -m MODULE) [ARGUMENT …]",
         description="Run a Python program unchanged and record its errors.",
     )
     parser.add_argument("--url", help=f"the tracker to report to [{URL_VARIABLE}]")
-    given, config = parser.read(arguments[:split], environ, ("db", "api_key"))
+    given, config = parser.read(arguments[:split], environ, ("db", "api_key", "scrub_also"))
     program = list(arguments[split:])
     is_module = program[:1] == ["-m"]
     if is_module:
@@ -11078,8 +11078,12 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
         raise BadSetting("which program? Give a script, or -m and a module")
     if not is_module and not os.path.exists(program[0]):
         raise MiniAPMError(f"there is no script {program[0]}")
+    if config.scrub_also:  # for children of the program too
+        os.environ[variable_of("scrub_also")] = ",".join(config.scrub_also)
     sys.modules.setdefault("miniapm", sys.modules[__name__])
-    root = None if is_module else os.path.dirname(os.path.abspath(program[0]))
+    # A console script, which has no suffix, lies anywhere.
+    has_suffix = os.path.splitext(program[0])[1] or os.path.isdir(program[0])
+    root = os.path.dirname(os.path.abspath(program[0])) if has_suffix and not is_module else None
     url = given.url or environ.get(URL_VARIABLE)
     init(url or config.db, api_key=config.api_key, project_root=root)
     try:

@@ -38,7 +38,6 @@ import itertools
 import json
 import logging
 import logging.handlers
-import multiprocessing.process
 import os
 import pickle
 import queue
@@ -5484,7 +5483,7 @@ HOOKS = [
     (threading, "excepthook"),
     (sys, "unraisablehook"),
     (logging.Logger, "callHandlers"),
-    (multiprocessing.process.BaseProcess, "_bootstrap"),
+    (traceback, "print_exc"),
 ]
 
 
@@ -5685,23 +5684,30 @@ def test_script_s_end_is_recorded_and_looks_as_without(tmp_path: Path) -> None:
     assert found["fingerprint"] == "ValueError|program.py:f|the end"
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_multiprocessing_children_record(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "place"),
+    [("fork", "the module"), ("spawn", "the module"), ("spawn", "work"), ("forkserver", "work")],
+)
+def test_multiprocessing_children_record(tmp_path: Path, method: str, place: str) -> None:
     code = f"""
 import miniapm, multiprocessing
-miniapm.init("errors.db")
+if {place!r} == "the module" or __name__ == "__main__": miniapm.init("errors.db")
 def work(number):
+    if {place!r} == "work": miniapm.init("errors.db")
+    if number == 3: return
     raise ValueError(f"child {{number}}")
 if __name__ == "__main__":
-    miniapm.record_error(ValueError("parent"))
     context = multiprocessing.get_context({method!r})
-    children = [context.Process(target=work, args=(n,)) for n in range(3)]
-    for child in children: child.start()
+    children = [context.Process(target=work, args=(n,)) for n in range(4)]
+    try: raise ValueError("parent")
+    except ValueError:
+        miniapm.record_error()
+        for child in children: child.start()
     for child in children: child.join()
     print([child.exitcode for child in children])
 """
     done = run_python(tmp_path, code)
-    assert done.stdout == "[1, 1, 1]\n", done.stderr
+    assert done.stdout == "[1, 1, 1, 0]\n", done.stderr
     assert "ValueError: child 0" in done.stderr
     found = reports_in(tmp_path / "errors.db")
     assert sorted(one["message"] for one in found) == ["child 0", "child 1", "child 2", "parent"]
@@ -8172,6 +8178,22 @@ logger.error("plain {}", 3)
 try: 1 / 0
 except ZeroDivisionError: logger.bind(order=7).exception("with its exception")
 """,
+    "loguru, handing on": """
+from loguru import logger
+import logging, miniapm
+miniapm.init("errors.db")
+class Intercept(logging.Handler):
+    def emit(self, record):
+        logger.opt(exception=record.exc_info).log(record.levelname, record.getMessage())
+class Propagate(logging.Handler):
+    def emit(self, record): logging.getLogger("handed.on").handle(record)
+logger.add(Propagate(), format="{message}")
+logging.getLogger("handed.on").propagate = False
+logging.getLogger().addHandler(Intercept())
+logging.error("plain 3")
+try: 1 / 0
+except ZeroDivisionError: logger.exception("with its exception")
+""",
     "structlog": """
 import structlog, miniapm
 miniapm.init("errors.db")
@@ -10480,6 +10502,24 @@ def test_run_reports_to_a_url(start: Callable[..., Server], program: Path) -> No
     (error,) = server.errors()
     assert error["location"] == f"{program / 'helper.py'}:1 in g"
     assert list(program.glob("*.db")) == []
+
+
+def test_run_of_a_console_script_finds_the_project(program: Path) -> None:
+    script = program.parent / "bin" / "serve"
+    script.parent.mkdir()
+    script.write_text("import sys; sys.path.insert(0, '.'); import helper; helper.g()\n")
+    assert run("run", "--db", "e.db", str(script), cwd=program).returncode == 1
+    (found,) = reports_in(program / "e.db")
+    assert [one["function"] for one in found["exceptions"][0]["frames"] if one["own"]] == ["g"]
+
+
+def test_run_filters_what_it_is_told_to(program: Path) -> None:
+    (program / "program.py").write_text("def f(email='a@b.example'): 1 / 0\nf()\n")
+    assert (
+        run("run", "--db", "e.db", "--scrub-also=email", "program.py", cwd=program).returncode == 1
+    )
+    (found,) = reports_in(program / "e.db")
+    assert found["exceptions"][0]["frames"][0]["locals"] == {"email": "[FILTERED]"}
 
 
 def test_run_shares_its_client_with_the_program(program: Path) -> None:
