@@ -4014,18 +4014,6 @@ def _savepoint(db: sqlite3.Connection) -> Iterator[None]:
 Work = Callable[[sqlite3.Connection], Any]
 
 
-def _file_identities(path: str) -> list[tuple[int, int] | None]:
-    """Return device and inode of a database, its -wal and its -shm; None for a missing one."""
-    found: list[tuple[int, int] | None] = []
-    for name in (path, path + "-wal", path + "-shm"):
-        try:
-            status = os.stat(name)
-            found.append((status.st_dev, status.st_ino))
-        except OSError:
-            found.append(None)
-    return found
-
-
 def lack_of_space(path: str) -> str:
     """Say that the disk of a database is nearly full, empty if it is not.
 
@@ -4071,8 +4059,11 @@ class Writer:
     def __init__(self, db: sqlite3.Connection, path: str, *, threads: bool, wait_s: float) -> None:
         self._db = db
         self._path = path
-        self._files = _file_identities(path)
-        self._has_lost_files = False
+        # Device and inode of the files that have been seen; the last two come later.
+        self._files: dict[str, tuple[int, int] | None] = dict.fromkeys(
+            path + end for end in ("", "-wal", "-shm")
+        )
+        self.has_lost_files()
         self._jobs: collections.deque[_Job] = collections.deque()
         self._changed = threading.Condition()
         self._turn = threading.Lock()  # held while the connection is used
@@ -4253,10 +4244,15 @@ class Writer:
 
     def has_lost_files(self) -> bool:
         """Tell whether a file of the database was deleted or replaced; SQLite doesn't notice."""
-        found = _file_identities(self._path)
-        pairs = [*zip(self._files, found, strict=True)]
-        self._has_lost_files = any(known not in (None, now) for known, now in pairs)
-        self._files = [known or now for known, now in pairs]
+        self._has_lost_files = False
+        for path, known in self._files.items():
+            try:
+                status = os.stat(path)
+                found = status.st_dev, status.st_ino
+            except OSError:
+                found = None
+            self._files[path] = known or found
+            self._has_lost_files |= known not in (None, found)
         return self._has_lost_files
 
     def notice_lost_files(self) -> None:
@@ -4377,8 +4373,8 @@ class _Known:
     id: int
     sample: bytes  # by which its reports are compressed
     is_new: bool  # until its first reports are written: there is nothing to look for
-    # Values that are stored, by facet; users by the day they were seen.
-    seen: dict[str | int, set[str]] = field(default_factory=lambda: collections.defaultdict(set))
+    # What is stored: facets as (name, value), users as (the day they were seen, id).
+    seen: set[tuple[str | int, str]] = field(default_factory=set)
     lines: int | None = None  # a hash: the newest report's lines may be long
     location: str = ""  # in them
 
@@ -4414,10 +4410,10 @@ class _Recorder:
         if self._known_bytes > MAX_KNOWN_BYTES:
             self.forget()
 
-    def _add_seen(self, error: _Known, name: str | int, values: Iterable[str]) -> None:
-        new = set(values) - error.seen[name]
-        error.seen[name] |= new
-        self._grow(sum(map(len, new)) + KNOWN_OVERHEAD_BYTES * len(new))
+    def _add_seen(self, error: _Known, pairs: Iterable[tuple[str | int, str]]) -> None:
+        new = set(pairs) - error.seen
+        error.seen |= new
+        self._grow(sum(KNOWN_OVERHEAD_BYTES + len(value) for _, value in new))
 
     def write(self, reports: Sequence[_Report], db: sqlite3.Connection) -> list[Exception | None]:
         """Write all reports together or, when one of them can't be, each by itself."""
@@ -4449,11 +4445,10 @@ class _Recorder:
             db.execute(RECORD_CLOCK_STEP, {"last_id": last_id})
         block = last_id // REQUEST_BLOCK_IDS << 32
         occurrences: list[tuple[int, int, bytes, int, bytes | None, int | None]] = []
-        hours: dict[tuple[int, int], int] = {}
+        hours: dict[tuple[int, int], int] = collections.defaultdict(int)
         for error, group in self._record_errors(groups, received_ms, db):
             for project_id, one, text in group:
-                hour = bucket_hour(one.occurred_ms // HOUR_MS, received_ms // HOUR_MS)
-                hours[error.id, hour] = hours.get((error.id, hour), 0) + 1
+                hours[error.id, one.occurred_ms // HOUR_MS] += 1
                 event_id = bytes.fromhex(one.event_id) if one.event_id else None
                 request_id = one.request_id
                 key = None if request_id is None else block | zlib.crc32(request_id.encode())
@@ -4462,7 +4457,11 @@ class _Recorder:
             self._record_users(error, group, received_ms // DAY_MS, db)
             self._record_facets(error, group, db)
         db.executemany(RECORD_OCCURRENCE, occurrences)
-        db.executemany(RECORD_BUCKET, [(*place, count) for place, count in hours.items()])
+        now_hour = received_ms // HOUR_MS
+        db.executemany(
+            RECORD_BUCKET,
+            [(error_id, bucket_hour(hour, now_hour), n) for (error_id, hour), n in hours.items()],
+        )
 
     def _record_errors(
         self,
@@ -4523,31 +4522,33 @@ class _Recorder:
     def _record_users(
         self, error: _Known, group: Sequence[_Report], day: int, db: sqlite3.Connection
     ) -> None:
-        found = dict.fromkeys(one.user_id for _, one, _ in group)
-        users = [user for user in found if user is not None and user not in error.seen[day]]
-        if not users:
+        found = {(day, one.user_id): None for _, one, _ in group if one.user_id is not None}
+        if found.keys() <= error.seen:
             return
-        new = [{"error_id": error.id, "user_id": user, "day": day} for user in users]
+        users = [pair for pair in found if pair not in error.seen]
+        new = [{"error_id": error.id, "user_id": user, "day": day} for _, user in users]
         if count := db.executemany(RECORD_USER, new).rowcount:
             db.execute(COUNT_USERS, {"error_id": error.id, "count": count})
         if count < len(new):
             db.executemany(RECORD_USER_AGAIN, new)
-        self._add_seen(error, day, users)
+        self._add_seen(error, users)
 
     def _record_facets(
         self, error: _Known, group: Sequence[_Report], db: sqlite3.Connection
     ) -> None:
         found = [pair for _, one, _ in group for pair in facets_of(one)]
-        for name in dict.fromkeys(name for name, value in found if value not in error.seen[name]):
-            values = dict.fromkeys(value for one, value in reversed(found) if one == name)
+        is_new, error.is_new = error.is_new, False
+        if error.seen.issuperset(found):
+            return
+        for name in dict.fromkeys(pair[0] for pair in found if pair not in error.seen):
+            values = dict.fromkeys(pair for pair in reversed(found) if pair[0] == name)
             newest = [*values][: MAX_REMEMBERED[name]][::-1]
             part = {"error_id": error.id, "name": name}
-            db.executemany(RECORD_FACET, [part | {"value": one} for one in newest])
-            part |= {"most": MAX_REMEMBERED[name], "seen": json.dumps(newest)}
-            if not error.is_new and db.execute(FORGET_FACETS, part).rowcount:
-                error.seen[name].clear()
-            self._add_seen(error, name, newest)
-        error.is_new = False
+            db.executemany(RECORD_FACET, [part | {"value": value} for _, value in newest])
+            part |= {"most": MAX_REMEMBERED[name], "seen": json.dumps([one for _, one in newest])}
+            if not is_new and db.execute(FORGET_FACETS, part).rowcount:
+                error.seen.clear()
+            self._add_seen(error, newest)
 
 
 def _stored_occurrence(
