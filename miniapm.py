@@ -3997,21 +3997,22 @@ def open_database(path: str) -> sqlite3.Connection:
     return db
 
 
-@contextlib.contextmanager
-def _savepoint(db: sqlite3.Connection) -> Iterator[None]:
-    """Undo what the block wrote when it fails, and nothing else of the transaction."""
+Work = Callable[[sqlite3.Connection], Any]
+
+
+def _call_safely(work: Work, db: sqlite3.Connection) -> tuple[Any, Exception | None]:
+    """Return what the work returned, or why nothing that it wrote in the transaction is left."""
     db.execute("SAVEPOINT part")
     try:
-        yield
-    except BaseException:
-        if db.in_transaction:  # a full disk has rolled back everything already
-            db.execute("ROLLBACK TO part")
-            db.execute("RELEASE part")
-        raise
+        result = work(db)
+    except Exception as error:  # one's failure must not take its neighbours down
+        if not db.in_transaction:  # a full disk has rolled back everything already
+            raise
+        db.execute("ROLLBACK TO part")
+        db.execute("RELEASE part")
+        return None, _refusal_of(error)
     db.execute("RELEASE part")
-
-
-Work = Callable[[sqlite3.Connection], Any]
+    return result, None
 
 
 def lack_of_space(path: str) -> str:
@@ -4028,12 +4029,6 @@ def lack_of_space(path: str) -> str:
     if disk.free >= min(MIN_FREE_BYTES, disk.total // 10) + log_bytes:
         return ""
     return f"the disk is nearly full, {disk.free // _MEBIBYTE:,} MiB are left"
-
-
-def refuse_when_full(path: str) -> None:
-    """Raise Unavailable when the disk of a file is nearly full."""
-    if problem := lack_of_space(path):
-        raise Unavailable(problem, retry_after_s=FULL_RETRY_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -4073,7 +4068,7 @@ class Writer:
         self._commits = 0
         self._is_copy_due = False
         self.trouble = ""  # why the last transaction was not written
-        self.after_undo: Callable[[], None] = lambda: None  # called when what was written is not
+        self.after_undo: Callable[[], None] = lambda: None  # called when a transaction was undone
         self._is_closed = False
         self._thread: threading.Thread | None = None
         if threads:
@@ -4244,7 +4239,7 @@ class Writer:
 
     def has_lost_files(self) -> bool:
         """Tell whether a file of the database was deleted or replaced; SQLite doesn't notice."""
-        self._has_lost_files = False
+        has_lost = False  # not yet in the attribute, which other threads look at
         for path, known in self._files.items():
             try:
                 status = os.stat(path)
@@ -4252,8 +4247,9 @@ class Writer:
             except OSError:
                 found = None
             self._files[path] = known or found
-            self._has_lost_files |= known not in (None, found)
-        return self._has_lost_files
+            has_lost |= known not in (None, found)
+        self._has_lost_files = has_lost
+        return has_lost
 
     def notice_lost_files(self) -> None:
         """Do what a write would do about files that were deleted or replaced, without waiting."""
@@ -4269,7 +4265,7 @@ class Writer:
     def _commit(self, jobs: list[_Job]) -> None:
         try:
             with self._transaction():
-                outcomes = [self._attempt(job.work) for job in jobs]
+                outcomes = [_call_safely(job.work, self._db) for job in jobs]
         except Exception as error:  # noqa: BLE001 - the thread must outlive what a disk does
             self._fail(jobs, error)
             return
@@ -4282,16 +4278,6 @@ class Writer:
     def _fail(self, jobs: list[_Job], error: Exception) -> None:
         for job in jobs:
             job.future.set_exception(_refusal_of(error))
-
-    def _attempt(self, work: Work) -> tuple[Any, Exception | None]:
-        try:
-            with _savepoint(self._db):
-                return work(self._db), None
-        except Exception as error:  # one job's failure must not take its neighbours down
-            self.after_undo()
-            if not self._db.in_transaction:
-                raise
-            return None, _refusal_of(error)
 
 
 def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
@@ -4417,21 +4403,14 @@ class _Recorder:
 
     def write(self, reports: Sequence[_Report], db: sqlite3.Connection) -> list[Exception | None]:
         """Write all reports together or, when one of them can't be, each by itself."""
-        refusal = self._attempt(reports, db)
-        if refusal is None or len(reports) == 1:
-            return [refusal] * len(reports)
-        return [self._attempt([report], db) for report in reports]
-
-    def _attempt(self, reports: Sequence[_Report], db: sqlite3.Connection) -> Exception | None:
-        try:
-            with _savepoint(db):
-                self.write_together(reports, db)
-        except sqlite3.Error as error:
-            self.forget()
-            if not db.in_transaction:
-                raise
-            return _refusal_of(error)
-        return None
+        _, refusal = _call_safely(functools.partial(self.write_together, reports), db)
+        if refusal is None:
+            return [None] * len(reports)
+        self.forget()
+        if not isinstance(refusal, MiniAPMError):
+            raise refusal
+        alone = reports if len(reports) > 1 else ()
+        return [one for report in alone for one in self.write([report], db)] or [refusal]
 
     def write_together(self, reports: Sequence[_Report], db: sqlite3.Connection) -> None:
         """Write all reports or none, but for those that were sent before."""
@@ -4733,6 +4712,12 @@ class Store:
 
     # Reports
 
+    def _prepared(self, reports: Iterable[tuple[int, Occurrence]]) -> list[_Report]:
+        """Return reports with the texts to be stored; Unavailable when the disk is nearly full."""
+        if problem := lack_of_space(self.path):
+            raise Unavailable(problem, retry_after_s=FULL_RETRY_S)
+        return [(project_id, one, dump_occurrence(one)) for project_id, one in reports]
+
     def record(
         self, project_id: int, occurrences: Sequence[Occurrence]
     ) -> list[MiniAPMError | None]:
@@ -4741,8 +4726,7 @@ class Store:
         One whose event_id the project has already is not stored again, and not refused. Raises
         Unavailable or MiniAPMError when none was stored.
         """
-        refuse_when_full(self.path)
-        given = [(project_id, one, dump_occurrence(one)) for one in occurrences]
+        given = self._prepared((project_id, one) for one in occurrences)
         outcomes: list[MiniAPMError | None] = self.write(
             functools.partial(self._recorder.write, given), len(given)
         )
@@ -4754,8 +4738,7 @@ class Store:
 
         Raises MiniAPMError when one can't be stored, and where record() would wait.
         """
-        refuse_when_full(self.path)
-        given = [(project_id, one, dump_occurrence(one)) for project_id, one in reports]
+        given = self._prepared(reports)
         self._writer.run_here(functools.partial(self._recorder.write_together, given))
         self._count_surplus(len(given))
 
