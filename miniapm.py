@@ -8587,6 +8587,7 @@ class Sender:
     project_id: int
     has_key: bool  # otherwise the first line of the envelope must have one
     keys: Keys  # those that were valid then
+    encoding: str  # of the body, empty if it is not compressed
     environ: Environ
 
 
@@ -8737,13 +8738,12 @@ def decoded_start(raw: bytes, encoding: str) -> bytes:
     return b""
 
 
-def decode_body(raw: bytes, environ: Environ, limit: int) -> bytes | bytearray:
+def decode_body(raw: bytes, encoding: str, limit: int) -> bytes | bytearray:
     """Return a body as it was before it was compressed.
 
     TooLarge when it has more than `limit` bytes then; UnsupportedType and BadRequest for a
     Content-Encoding that can't be undone.
     """
-    encoding = encoding_of(environ)
     if not encoding:
         return raw
     if encoding not in _DECODERS:
@@ -9354,7 +9354,7 @@ class Intake:
             if has_key:
                 self._admit_dsn(key, project_id)
         form = found["form"] or found["batch"] or "errors"
-        return Sender(form, project_id, has_key, keys, environ)
+        return Sender(form, project_id, has_key, keys, encoding_of(environ), environ)
 
     def project_of(self, environ: Environ) -> int:
         """Return the id of the project a request's key belongs to; Unauthorized if to none."""
@@ -9380,7 +9380,7 @@ class Intake:
 
     def _admit_start(self, sender: Sender, start: bytes) -> bool:
         """Admit by the DSN in the envelope's first line, once that has arrived."""
-        line = decoded_start(start, encoding_of(sender.environ))
+        line = decoded_start(start, sender.encoding)
         if b"\n" not in line and len(start) <= MAX_HEADER_BYTES:
             return False
         header, _ = header_line(line, 0, "the envelope")
@@ -9402,7 +9402,7 @@ class Intake:
             sender = self.admit(sender.environ) or sender
         if len(raw) > self._max_body_bytes:
             raise _too_large(self._max_body_bytes)
-        body = decode_body(raw, sender.environ, most_decoded_bytes)
+        body = decode_body(raw, sender.encoding, most_decoded_bytes)
         if sender.form == "errors":
             return Delivery(sender, self._read_error(body))
         if sender.form == "batch":
@@ -9470,11 +9470,12 @@ class Intake:
         Refusals that are not raised are counted here, since SDKs keep silent about them.
         """
         form, refusals = delivery.sender.form, delivery.refusals
-        is_raised = bool(refusals) and not delivery.stored and form != "batch"
-        for one in list(refusals.values())[is_raised:]:
-            self._rejections.count(one)
-        if is_raised:
-            raise refusals[0]
+        if refusals:
+            is_raised = not delivery.stored and form != "batch"
+            for one in list(refusals.values())[is_raised:]:
+                self._rejections.count(one)
+            if is_raised:
+                raise refusals[0]
         if form in ("envelope", "store"):
             said = {"id": delivery.event_id} if delivery.event_id else {}
             return "200 OK", json.dumps(said).encode()
@@ -10583,7 +10584,7 @@ class FastIngest:
             return found
         except MiniAPMError as refusal:
             # One that is compressed may be too large here, but not for the pool.
-            return None if encoding_of(sender.environ) else refusal
+            return None if sender.encoding else refusal
         except Exception:  # noqa: BLE001 - the loop must go on; in the pool the App says why
             return None
 

@@ -10162,9 +10162,9 @@ def test_compressed_body_reaches_a_mounted_dashboard_of_asgi() -> None:
     headers = [(b"content-encoding", b"gzip"), (b"content-type", b"application/json")]
     scope = {"method": "POST", "path": "/ingest/errors", "headers": headers}
     environ = miniapm.environ_of_asgi(scope, squeeze(b"{}", "gzip"))
-    body = miniapm.read_body(environ, 1000)
+    body, encoding = miniapm.read_body(environ, 1000), miniapm.encoding_of(environ)
     assert environ["CONTENT_TYPE"] == "application/json"
-    assert miniapm.decode_body(body, environ, 1000) == b"{}"
+    assert miniapm.decode_body(body, encoding, 1000) == b"{}"
 
 
 # Rejections
@@ -11101,7 +11101,7 @@ def test_known_header_is_no_longer_good_once_its_key_is_revoked(loop: Loop) -> N
 
 
 def test_known_headers_are_bounded_in_number_and_size() -> None:
-    known, sender = miniapm.KnownHeaders(), miniapm.Sender("errors", 1, True, (), {})
+    known, sender = miniapm.KnownHeaders(), miniapm.Sender("errors", 1, True, (), "", {})
     raw = "POST / HTTP/1.1\r\nX: {}\r\nContent-Length: {}\r\n\r\n"
     for number in range(3 * miniapm.MAX_KNOWN_HEADERS):
         known.learn(raw.format(number, 7).encode(), sender)
