@@ -59,7 +59,6 @@ import json
 import linecache
 import logging
 import math
-import operator
 import os
 import queue
 import re
@@ -5597,31 +5596,18 @@ def frame_of_syntax_error(error: BaseException) -> Json | None:
     return {"file": file, "lineno": lineno} | ({"context_line": text} if type(text) is str else {})
 
 
-_HOP_ENTRIES = 64
-_hop = operator.attrgetter(".".join(["tb_next"] * _HOP_ENTRIES))  # 200,000 entries in 5 ms
-
-
 def ends_of_traceback(
     entry: types.TracebackType | None, most: int
 ) -> tuple[list[types.TracebackType], int, list[types.TracebackType]]:
     """Return the outermost entries, the number of those left out, and the innermost entries."""
     outer: list[types.TracebackType] = []
-    while entry is not None and len(outer) < most // 2:
-        outer.append(entry)
-        entry = entry.tb_next
-    hops = collections.deque([entry], maxlen=most // 2 // _HOP_ENTRIES + 2)
-    count = 1
-    with contextlib.suppress(AttributeError):  # fewer entries are left than one hop skips
-        while (entry := _hop(entry)) is not None:
-            hops.append(entry)
-            count += 1
-    inner: list[types.TracebackType] = []
-    entry = hops[0]
+    inner: collections.deque[types.TracebackType] = collections.deque(maxlen=most // 2)
+    count = 0
     while entry is not None:
-        inner.append(entry)
+        (outer if len(outer) < most // 2 else inner).append(entry)
+        count += 1
         entry = entry.tb_next
-    left_out = (count - len(hops)) * _HOP_ENTRIES + max(0, len(inner) - most // 2)
-    return outer, left_out, inner[-(most // 2) :]
+    return outer, count - len(outer) - len(inner), list(inner)
 
 
 class RecordMark:
@@ -5823,14 +5809,13 @@ class Describer:
 
     def surroundings(self) -> Json:
         """Return what is the same for every report of this process."""
-        values = {
+        return {
             "release": self.release,
             "environment": self.environment,
             "python": platform_python(),
             "host_name": socket.gethostname(),
             "process_id": os.getpid(),
         }
-        return {name: value for name, value in values.items() if value is not None}
 
 
 class Form:
@@ -5867,7 +5852,10 @@ class Form:
 
 
 class Request:
-    """The HTTP request that is being served; what it says is looked at only for a report."""
+    """The HTTP request that is being served; what it says is looked at only for a report.
+
+    `source` is a WSGI environ, an ASGI scope or, for aiohttp and Tornado, facts and headers.
+    """
 
     _body: bytearray | None = None  # the part of it that was read
     handled_error: BaseException | None = None  # by the framework, or printed to wsgi.errors
@@ -5891,15 +5879,15 @@ class Request:
 
     def headers(self) -> dict[str, str]:
         """Return the headers by their names, as in X-Request-Id."""
-        raise NotImplementedError
+        return {name.title(): value for name, value in self._source["headers"].items()}
 
     def facts(self) -> Json:
         """Return method, url and remote_address."""
-        raise NotImplementedError
+        return {name: self._source[name] for name in ("method", "url", "remote_address")}
 
     def user(self) -> Any:
         """Return the user's id where server or framework say it, else None."""
-        raise NotImplementedError
+        return None
 
     def describe(self) -> Json:
         """Return the report's fields that come from the request, as far as they can be had."""
@@ -5931,7 +5919,6 @@ class WsgiRequest(Request):
     """A request as a WSGI environ tells it."""
 
     def headers(self) -> dict[str, str]:
-        """Return the headers by their names."""
         named = {
             name.removeprefix("HTTP_"): value
             for name, value in self._source.items()
@@ -5940,7 +5927,6 @@ class WsgiRequest(Request):
         return {name.replace("_", "-").title(): value for name, value in named.items()}
 
     def facts(self) -> Json:
-        """Return method, url and remote_address."""
         source = {"SCRIPT_NAME": "", "SERVER_PORT": "80", "SERVER_NAME": "", "PATH_INFO": ""}
         return {
             "method": self._source.get("REQUEST_METHOD"),
@@ -5949,7 +5935,6 @@ class WsgiRequest(Request):
         }
 
     def user(self) -> Any:
-        """Return the server's or Flask-Login's user."""
         return self._source.get("REMOTE_USER") or _user_of_flask()
 
 
@@ -5957,14 +5942,12 @@ class AsgiRequest(Request):
     """A request as an ASGI scope tells it."""
 
     def headers(self) -> dict[str, str]:
-        """Return the headers by their names."""
         return {
             name.decode("latin-1").title(): value.decode("latin-1")
             for name, value in self._source["headers"]
         }
 
     def facts(self) -> Json:
-        """Return method, url and remote_address."""
         source = self._source
         query = source.get("query_string", b"").decode("latin-1")
         path = urllib.parse.quote(source["path"]) + (f"?{query}" if query else "")
@@ -5974,26 +5957,10 @@ class AsgiRequest(Request):
             "remote_address": (source.get("client") or [None])[0],
         }
 
-    def user(self) -> Any:
-        """Return the user that Starlette's AuthenticationMiddleware found."""
+    def user(self) -> Any:  # that Starlette's AuthenticationMiddleware found
         names = ("identity", "id", "username", "display_name")
         user = self._source.get("user")
         return next(filter(None, (plain_attribute(user, name) for name in names)), None)
-
-
-class ObjectRequest(Request):
-    """A Tornado or aiohttp request: `source` holds its headers and its facts."""
-
-    def headers(self) -> dict[str, str]:
-        """Return the headers by their names."""
-        return {name.title(): value for name, value in self._source["headers"].items()}
-
-    def facts(self) -> Json:
-        """Return method, url and remote_address."""
-        return {name: self._source[name] for name in ("method", "url", "remote_address")}
-
-    def user(self) -> Any:
-        """Return None: neither framework knows the user."""
 
 
 _current_request: contextvars.ContextVar[Request | None] = contextvars.ContextVar(
@@ -6125,11 +6092,6 @@ class StoreDestination:
         return f"errors are in {database}; to read them: python {module} --db {database}"
 
 
-def must_retry(status: int, body: str) -> bool:
-    """Tell an answer that may be another next time from one that will stay."""
-    return status == 429 or (status >= 500 and '"rejected"' not in body)
-
-
 class HttpDestination:
     """Sends occurrences to a tracker's /ingest/errors/batch."""
 
@@ -6182,7 +6144,8 @@ class HttpDestination:
             raise Retry(str(error) or type(error).__name__) from None
         finally:
             connection.close()
-        if must_retry(answer.status, said):
+        is_final = answer.status < 500 or '"rejected"' in said
+        if answer.status == 429 or not is_final:
             wait = answer.headers.get("Retry-After", "")
             seconds = int(wait) if re.fullmatch("[0-9]{1,6}", wait) else 0
             raise Retry(f"HTTP {answer.status}", seconds)
@@ -6190,17 +6153,10 @@ class HttpDestination:
             reason = answer.headers.get("Location") or said
             complain.print_line(f"reports were refused with HTTP {answer.status}", reason)
 
-    def before_fork(self, end_s: float) -> None:
-        """Keep nothing open: each delivery has a connection of its own."""
+    def _nothing(self, *_: object) -> None:
+        """Keep nothing open and remove nothing: the tracker does that itself."""
 
-    def after_fork(self) -> None:
-        """Do nothing, as before_fork()."""
-
-    start_anew = close = sweep = hurry = after_fork
-
-    def has_reports(self) -> bool:
-        """Return False: the tracker itself removes what is to be removed."""
-        return False
+    before_fork = after_fork = start_anew = close = sweep = hurry = has_reports = _nothing
 
     def how_to_read(self) -> str:
         """Say where the reports are."""
@@ -6220,13 +6176,11 @@ def merged(parts: Iterable[Json]) -> Json:
 
 
 def _report_of_dropped(count: int) -> Json:
-    message = f"{count:,} reports were dropped while the tracker could not take them"
-    fingerprint = "miniapm: reports were dropped"
     return {
         "exception_class": "miniapm.ReportsDropped",
-        "message": message,
+        "message": f"{count:,} reports were dropped while the tracker could not take them",
         "backtrace": [],
-        "fingerprint": fingerprint,
+        "fingerprint": "miniapm: reports were dropped",
         "event_id": secrets.token_hex(16),
     }
 
@@ -6692,10 +6646,10 @@ class Client:
         self._announced = mmap.mmap(-1, 1)  # of this process and its children
         self._announced[0] = os.environ.get(QUIET_VARIABLE) == "1"
         self.mounted_at = ""
-        self.flush = self._outbox.flush
+        self.flush, self.close = self._outbox.flush, self._outbox.close
         self.keep_running = self._outbox.keep_running
 
-    def record(self, error: BaseException, context: Json | None = None) -> None:
+    def record(self, error: BaseException | None, context: Json | None = None) -> None:
         """Record an exception once, with the context given here and by `capture` and `wrap`.
 
         `context` may hold user_id, request_id, params, tags, level, release and environment; other
@@ -6833,10 +6787,6 @@ class Client:
             here = f", or open {self.mounted_at}/ of this program" if self.mounted_at else ""
             call_safely(print_line, f"miniapm: {self.destination.how_to_read()}{here}", sys.stderr)
 
-    def close(self) -> None:
-        """Flush, and record nothing more."""
-        self._outbox.close()
-
     def install(self) -> Callable[[], None]:
         """Record everything uncaught and every ERROR that is logged; return what undoes it.
 
@@ -6846,9 +6796,9 @@ class Client:
         flush first.
         """
         undo = [
-            _hook(sys, "excepthook", lambda kind, error, tb: self._record_uncaught(error)),
-            _hook(threading, "excepthook", lambda said: self._record_uncaught(said.exc_value)),
-            _hook(sys, "unraisablehook", lambda said: self._record_uncaught(said.exc_value)),
+            _hook(sys, "excepthook", lambda kind, error, tb: self.record(error)),
+            _hook(threading, "excepthook", lambda said: self.record(said.exc_value)),
+            _hook(sys, "unraisablehook", lambda said: self.record(said.exc_value)),
             # Not a handler: logging's defaults and Flask's look whether the root logger has one.
             _hook(logging.Logger, "callHandlers", lambda logger, record: self.record_log(record)),
             # By which a child of multiprocessing ends, also one that called init() within run().
@@ -6873,15 +6823,11 @@ class Client:
 
         return uninstall
 
-    def _record_uncaught(self, error: BaseException | None) -> None:
-        if error is not None:
-            self.record(error)
-
     def _record_uncaught_in_child(self) -> None:
         error = sys.exc_info()[1]
         tb = None if error is None else _traceback_of(error)
         if tb is not None and tb.tb_frame.f_globals.get("__name__") == "multiprocessing.process":
-            self._record_uncaught(error)
+            self.record(error)
 
 
 class _Default:
@@ -7000,17 +6946,10 @@ class _KeptInput(_WatchedStream):
     def __next__(self) -> bytes:
         return self._request.keep(next(self._stream))
 
-    def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)
-        if name != "readinto":
-            return found
-
-        def readinto(buffer: Any) -> Any:
-            count = found(buffer)
-            self._request.keep(bytes(memoryview(buffer)[: count or 0]))
-            return count
-
-        return readinto
+    def readinto(self, buffer: Any) -> int:
+        part = self.read(len(buffer))
+        buffer[: len(part)] = part
+        return len(part)
 
 
 class _WatchedErrors(_WatchedStream):
@@ -7168,7 +7107,7 @@ def capture_aiohttp(app: Any) -> Any:
     @web.middleware  # type: ignore[untyped-decorator]
     async def captured(request: Any, handler: Callable[..., Any]) -> Any:
         facts = {"method": request.method, "url": str(request.url), "headers": request.headers}
-        scope = ObjectRequest(facts | {"remote_address": request.remote})
+        scope = Request(facts | {"remote_address": request.remote})
         token = _current_request.set(scope)
         try:
             answer = await handler(request)
@@ -7205,7 +7144,7 @@ def capture_tornado(app: Any) -> Any:
     def record(handler: Any, kind: object, error: Any, tb: object) -> None:
         request = handler.request
         facts = {"method": request.method, "url": request.full_url(), "headers": request.headers}
-        scope = ObjectRequest(facts | {"remote_address": request.remote_ip})
+        scope = Request(facts | {"remote_address": request.remote_ip})
         scope.keep(request.body)
         with RequestScope(scope):
             if not isinstance(error, web.HTTPError) or error.status_code >= 500:
@@ -7222,16 +7161,11 @@ def _record_signalled(
         record_error(exception, {"user_id": call_safely(_user_of_django, request)})
 
 
-def _names_of_class(value: object) -> set[str]:
-    return {f"{class_module(one)}.{class_name(one)}" for one in class_bases(type(value))}
-
-
 def adapter_for(app: object) -> Callable[[Any], Any] | None:
     """Return what captures an application that is neither WSGI nor ASGI, None for another one."""
-    names = _names_of_class(app)
-    if "aiohttp.web_app.Application" in names:
-        return capture_aiohttp
-    return capture_tornado if "tornado.web.Application" in names else None
+    adapters = {"aiohttp.web_app": capture_aiohttp, "tornado.web": capture_tornado}
+    bases = [one for one in class_bases(type(app)) if class_name(one) == "Application"]
+    return next((adapters[name] for one in bases if (name := class_module(one)) in adapters), None)
 
 
 # Where frameworks take an exception which they, or the application's handlers, then answer.
