@@ -2148,6 +2148,9 @@ RUST_CRATE std core alloc backtrace proc_macro test tokio futures\w* hyper\w* to
 RUST_NAME <?(?:<?\w+\x20as\x20)?RUST_CRATE:: _*rust_
 LIBRARY_NAME (?:JVM_NAME|DOTNET_NAME)\. RUST_NAME :\w+\. __libc_start _start$ clone3?$ start_thread$
   swift_
+RUNTIME_CALL java\. jdk\. sun\. kotlin\. scala\. system\. runtime[./] node: internal/ native$ dart:
+  <frozen\x20 <anonymous>$ .*/lib/python (?:.*/)?ruby/\d (?:.*[/.])?sentry[\w-]*[./:] raven[./]
+  <?(?:std|core|alloc|backtrace|panic_unwind|sentry\w*):: _*rust_ libc\b ntdll kernel32
 ELIXIR_MODULE Phoenix Plug Ecto DBConnection Postgrex MyXQL Bandit ThousandIsland Oban Absinthe
   Sentry Logger Mix ExUnit IEx EEx Kernel Enum Enumerable Stream String Map List Keyword Access
   Integer Float Task Process GenServer Supervisor DynamicSupervisor Agent Registry Jason Poison
@@ -2330,16 +2333,9 @@ def _read_frame(text: str) -> Frame:
     package = line.startswith("(") and language == "elixir"  # it says more than the module
     name = "" if package or language in ("python", "ruby", "javascript") else function
     is_own = is_own_code(file, name) and not _pattern(_LIBRARY_PREFIX).match(line)
-    return Frame(
-        text,
-        file,
-        int(parts["line"]) if parts.get("line") else None,
-        int(parts["column"]) if parts.get("column") else None,
-        function or None,
-        module,
-        mark[1] == "own" if mark else is_own,
-        language=language,
-    )
+    is_own = mark[1] == "own" if mark else is_own
+    lineno, column = (int(parts.get(part) or 0) or None for part in ("line", "column"))
+    return Frame(text, file, lineno, column, function or None, module, is_own, language=language)
 
 
 _CLASS = r"(?P<class>[\w.$\\/<>#-]+(?:::[\w.$]+)*)"
@@ -2501,16 +2497,13 @@ def _frames_in_order(lines: Sequence[str]) -> Iterator[Frame]:
 _NUMBERED = re.compile(r"\s*\d+: (?=from )")  # Ruby 2.5 on a terminal: the newest is last
 
 
-def _physical_lines(lines: Iterable[str]) -> list[str]:
+def _physical_lines(lines: Iterable[str]) -> tuple[list[str], Frame | None]:
+    """Return the lines of a backtrace, of which each may be several, and their first call."""
     text = "\n".join(lines).replace("\n\n", "\n")
     physical = cut_middle(text.split("\n"), MAX_FRAMES)
     if ": from " in text and any(map(_NUMBERED.match, physical)):
-        return [_NUMBERED.sub("", line) for line in reversed(physical)]
-    return physical
-
-
-def _first_call(lines: Iterable[str]) -> Frame | None:
-    return next((frame for frame in map(_read_frame, lines) if frame.is_call), None)
+        physical = [_NUMBERED.sub("", line) for line in reversed(physical)]
+    return physical, next((frame for frame in map(_read_frame, physical) if frame.is_call), None)
 
 
 def _frames_of(lines: Sequence[str], language: str | None) -> Iterator[Frame]:
@@ -2546,8 +2539,7 @@ def _read_part(part: _ChainPart, language: str | None, heading: str | None) -> C
 
 
 def _chain_of_lines(occurrence: Occurrence) -> tuple[ChainedException, ...]:
-    physical = _physical_lines(occurrence.backtrace)
-    first = _first_call(physical)
+    physical, first = _physical_lines(occurrence.backtrace)
     language = first.language if first else None
     parts = _ChainSplitter(physical, language).found
     parts[0].exception_class, parts[0].message = occurrence.exception_class, occurrence.message
@@ -2560,23 +2552,18 @@ def _frame_of_json(said: Json | str, *, bare: bool = False) -> Frame:
     """Return a checked frame of the field `exceptions`; a bare one lacks source and variables."""
     if isinstance(said, str):
         return _read_frame(said)
-    file, lineno, module, function = map(said.get, ("file", "lineno", "module", "function"))
-    own, source = said.get("own"), None
-    if not bare and (line := said.get("context_line")) is not None:
+    names = ("file", "lineno", "column", "function", "module", "own", "context_line", "locals")
+    file, lineno, column, function, module, own, line, variables = map(said.get, names)
+    is_own = is_own_code(file, module, function) if own is None else own
+    call = (file or None, lineno or None, column or None, function or None, module or None, is_own)
+    if bare:
+        return Frame(said.get("text") or "", *call)
+    source = None
+    if line is not None:
         around = (said.get(name) or () for name in ("pre_context", "post_context"))
         before, after = (tuple(map(_one_line, lines)) for lines in around)
         source = SourceContext(file or "", lineno or 0, _one_line(line), before, after)
-    return Frame(
-        said.get("text") or "",
-        file or None,
-        lineno or None,
-        said.get("column") or None,
-        function or None,
-        module or None,
-        is_own_code(file, module, function) if own is None else own,
-        source,
-        None if bare else said.get("locals") or None,
-    )
+    return Frame(said.get("text") or "", *call, source, variables or None)
 
 
 def _chain_of_json(exceptions: Iterable[Json]) -> tuple[ChainedException, ...]:
@@ -2595,23 +2582,18 @@ def _chain_of_json(exceptions: Iterable[Json]) -> tuple[ChainedException, ...]:
     )
 
 
-# Calls of a language's runtime or of an SDK: what was called before them says more.
-_RUNTIME = re.compile(
-    r"(?i:java\.|jdk\.|sun\.|kotlin\.|scala\.|system\.|runtime[./]|node:|internal/|native$|dart:"
-    r"|<frozen |<anonymous>$|.*/lib/python|(?:.*/)?ruby/\d|(?:.*[/.])?sentry[\w-]*[./:]|raven[./]"
-    r"|<?(?:std|core|alloc|backtrace|panic_unwind|sentry\w*)::|_*rust_|libc\b|ntdll|kernel32)"
-)
-
-
 def _may_be_location(frame: Frame) -> bool:
-    """Tell whether a library frame may be the location when no frame is own."""
+    """Tell whether a library frame may be the location when no frame is own.
+
+    A call of a language's runtime or of an SDK says less than the one before it.
+    """
     if frame.language is not None:
         return frame.file is not None
     package = (frame.module or "").partition(".")[0]
     if (frame.file or "").endswith(".py") and package in sys.stdlib_module_names:
         return False
     names = filter(None, (frame.file, frame.module, frame.function))
-    return not any(map(_RUNTIME.match, names))
+    return not any(map(_pattern("(?i:RUNTIME_CALL)").match, names))
 
 
 def location_frame(frames: Iterable[Frame]) -> Frame | None:
@@ -2635,14 +2617,14 @@ def location_frame(frames: Iterable[Frame]) -> Frame | None:
 
 def location_frame_of_lines(lines: Sequence[str]) -> Frame | None:
     """Return the location's frame in a backtrace, None if no line names a call."""
-    physical = _physical_lines(lines)
-    first = _first_call(physical)
+    physical, first = _physical_lines(lines)
     if first is None or (first.is_own and first.language in ("ruby", "javascript", "java")):
         return first
-    text = "\n".join(physical) if first.language in _CAUSE_FIRST else ""
     parts = [_ChainPart(lines=physical)]
-    if any(hint in text for hint in _JOIN_HINTS):
-        parts = _ChainSplitter(physical, first.language).found
+    if first.language in _CAUSE_FIRST:
+        text = "\n".join(physical)
+        if any(hint in text for hint in _JOIN_HINTS):
+            parts = _ChainSplitter(physical, first.language).found
     return location_frame(
         frame for part in parts for frame in _frames_of(part.lines, first.language)
     )
@@ -3107,23 +3089,25 @@ def _exceptions_of(event: Json, name: str, message: str) -> list[Json]:
     If none has frames, the first one gets those of a thread, else those of the event. If no frame
     is marked as own, paths and modules decide.
     """
-    errors = event["exception"]
+    errors, found = event["exception"], []
     stacks = [_frames_sent(one) for one in errors]
     if not any(stacks):
         stacks[0] = _frames_of_threads(event, errors[0])
-    made = [[_frame_of_sdk(frame, event["platform"]) for frame in stack] for stack in stacks]
-    sent = itertools.chain.from_iterable(stacks)
-    pairs = zip(sent, itertools.chain.from_iterable(made), strict=True)
-    calls = [(said, frame) for said, frame in pairs if isinstance(frame, dict)]
-    for said, frame in () if any(frame["own"] for _, frame in calls) else calls:
-        path = _text(said.get("abs_path")) or frame.get("file")
-        frame["own"] = is_own_code(path, _text(said.get("module")), frame.get("function"))
-    found: list[Json] = [{"exception_class": name, "message": message, "frames": made[0]}]
-    for error, frames in zip(errors[1:], made[1:], strict=True):
-        kind = _text(error.get("type")).strip() or "Error"
-        said = {"message": _text(error.get("value")), "relation": _relation_of(error)}
-        found.append({"exception_class": kind} | said | {"frames": frames})
-    return found if len(found) > 1 or made[0] else []
+    calls: list[tuple[Json, Json]] = []  # each Sentry frame, and what became of it
+    for error, stack in zip(errors, stacks, strict=True):
+        frames = [_frame_of_sdk(frame, event["platform"]) for frame in stack]
+        pairs = zip(stack, frames, strict=True)
+        calls += [(sent, frame) for sent, frame in pairs if isinstance(frame, dict)]
+        said = {"exception_class": name, "message": message}
+        if error is not errors[0]:
+            said = {"exception_class": _text(error.get("type")).strip() or "Error"}
+            said |= {"message": _text(error.get("value")), "relation": _relation_of(error)}
+        found.append(said | {"frames": frames})
+    if not any(frame["own"] for _, frame in calls):
+        for sent, frame in calls:
+            path = _text(sent.get("abs_path")) or frame.get("file")
+            frame["own"] = is_own_code(path, _text(sent.get("module")), frame.get("function"))
+    return found if len(found) > 1 or found[0]["frames"] else []
 
 
 _PLACEHOLDER = re.compile(
@@ -3193,8 +3177,8 @@ def _fingerprint_of_event(event: Json, default: str, name: str, message: str, fr
         value = known.get(re.sub(r"^(?:error|stack)\.", "", found[1]), found[0])
         return clip(value, MAX_FACET_CHARS)
 
-    texts = [_text(part) for part in parts[:MAX_FINGERPRINT_PARTS]]
-    texts = [text[:MAX_MESSAGE_CHARS] if "{{" in text else text for text in texts]
+    sent = map(_text, parts[:MAX_FINGERPRINT_PARTS])
+    texts = [text[:MAX_MESSAGE_CHARS] if "{{" in text else text for text in sent]
     return "|".join(
         default
         if (only := _VARIABLE.fullmatch(text)) and only[1] == "default"
