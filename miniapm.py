@@ -2091,7 +2091,7 @@ class ChainedException:
     frames: tuple[Frame, ...]
 
 
-# Words of this section's patterns, where a name in CAPITALS stands for any word of its row.
+# In the patterns of this section a name in CAPITALS stands for any word of its row.
 _WORDS_TABLE = r"""
 START_SCRIPT gunicorn uvicorn hypercorn daphne waitress-serve uwsgi celery rq rqworker dramatiq
   flask huey_consumer(?:\.py)? fastapi django-admin alembic airflow scrapy streamlit jupyter[\w-]*
@@ -2189,7 +2189,7 @@ def _words() -> dict[str, str]:
 
 @functools.cache
 def _pattern(text: str) -> re.Pattern[str]:
-    """Compile a pattern when it is first used, for all of this section's take 10 ms."""
+    """Compile a pattern on first use: to compile all of them takes 10 ms."""
     short, words = "", _words()
     while text != short:
         short = text
@@ -2199,7 +2199,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 @functools.cache
 def _rows(table: str) -> list[tuple[str, str, re.Pattern[str]]]:
-    """Return the rows of a table: three columns, two or more spaces apart, the last a pattern."""
+    """Read a table of three columns, two or more spaces apart; the last one is a pattern."""
     lines = re.sub(r"\n\s+", "", table).strip().splitlines()
     rows = (re.split(r"\s{2,}", line, maxsplit=2) for line in lines)
     return [
@@ -2211,7 +2211,7 @@ _T = TypeVar("_T")
 
 
 def _remember_short(read: Callable[[str], _T]) -> Callable[[str], _T]:
-    """Remember what a function returns for short texts, which come again with the next report."""
+    """Cache what a function returns for short texts, which recur in later reports."""
     short = functools.lru_cache(1_000)(read)
     return lambda text: short(text) if len(text) <= MAX_REMEMBERED_CHARS else read(text)
 
@@ -2221,7 +2221,7 @@ _LIBRARY_FOLDERS = {
     *("site-packages", "dist-packages", "pyinstaller", "node_modules", ".rustup", "rubygems"),
     *("site_perl", "vendor_perl", "perl5", "lualib", "luarocks", "sysdeps"),
 }
-_LIBRARY_BY_SUFFIX = {  # paths of libraries only if the file has this suffix
+_LIBRARY_BY_SUFFIX = {  # library paths of files with this suffix only
     ".php": r"(?:^|/)vendor/|/usr/share/(?:php|pear)/|/wp-(?:includes|admin)/",
     ".go": r"(?i:(?:^|[^/]/(?:go|golang|go-?\d[\w.]*|go/[\d.]+/\w+|libexec)/src/)GO_PACKAGE/"
     r"|(?:^|/)vendor/[\w-]+\.[\w.-]+/|@v\d[^/]*/)|^_testmain\.go$",
@@ -2234,16 +2234,17 @@ _LIBRARY_BY_SUFFIX = {  # paths of libraries only if the file has this suffix
 
 @_remember_short
 def is_own_path(file: str) -> bool:
-    """Tell the application's files from those of libraries, by where they lie."""
+    """Tell whether a file is the application's, judged by its path."""
     file = file[:MAX_LINE_CHARS].replace("\\", "/")
-    if not _LIBRARY_FOLDERS.isdisjoint(file.lower().split("/")[:-1]):
+    lower = file.lower()
+    if not _LIBRARY_FOLDERS.isdisjoint(lower.split("/")[:-1]):
         return False
-    rules = ("(?i:LIBRARY_PATH)", _LIBRARY_BY_SUFFIX.get(os.path.splitext(file)[1], "(?!)"))
-    return not any(_pattern(rule).search(file) for rule in rules)
+    rule = _LIBRARY_BY_SUFFIX.get(os.path.splitext(file)[1], "(?!)")
+    return not (_pattern("LIBRARY_PATH").search(lower) or _pattern(rule).search(file))
 
 
 def is_own_code(file: str | None, *names: str | None) -> bool:
-    """Tell the application's code from a library's, by its file and its qualified names."""
+    """Tell whether code is the application's, judged by its file and its qualified names."""
     if not (file or any(names)) or (file and not is_own_path(file)):
         return False
     is_elixir = file is not None and file.endswith((".ex", ".erl"))
@@ -2252,16 +2253,16 @@ def is_own_code(file: str | None, *names: str | None) -> bool:
 
 
 def is_library_despite_in_app(file: str, function: str) -> bool:
-    """Tell whether a frame that an SDK marks `in_app` is in a package or a runtime.
+    """Tell whether a frame marked `in_app` belongs to a package or a runtime.
 
-    The SDKs of Go and Rust mark every frame that they do not recognize.
+    The Go and Rust SDKs mark every frame that they do not recognize.
     """
     is_rust = ("::" in function or "rust_" in function) and _pattern("RUST_NAME").match(function)
     return bool(is_rust or _pattern("PACKAGE_CACHE").search(file))
 
 
 # Rows: language, a substring of every match, pattern. Every open repetition is atomic or has a
-# delimiter after it, so that matching stays linear.
+# delimiter after it, so matching stays linear.
 _FORMS_TABLE = r"""
 python      File "  File "(?P<file>[^"]*)", line LINE(?:, in FUNCTION.*))?
 csharp      in      at FUNCTION(?>[^(]*\([^()]*\)))(?: \[0x[0-9a-f]+\])? in FILE:(?:line )?LINE ?
@@ -2309,7 +2310,7 @@ php         .php    (?>.* in (?=(?:/|[A-Za-z]:\\)))(?P<file>.{1,300}?\.php)(?:\(
 
 # How Rails and Elixir print a package: `activerecord (7.1.0) lib/…`, `(ecto 3.10.1) lib/…`.
 _LIBRARY_PREFIX = r"[\w.-]+ \(\d[\w.-]*\) |\(ELIXIR_APP(?: [^)]*)?\) "
-# How a reporter that knows better than the path says whose code a frame is.
+# A reporter may state whose code a frame is; that overrides the path.
 _MARK = re.compile(r" \[(own|library)\]$")
 
 
@@ -2331,10 +2332,10 @@ def _read_frame(text: str) -> Frame:
     elif module:
         function = f"{module}:{function.replace(',', '/')}"
     package = line.startswith("(") and language == "elixir"  # it says more than the module
-    name = "" if package or language in ("python", "ruby", "javascript") else function
-    is_own = is_own_code(file, name) and not _pattern(_LIBRARY_PREFIX).match(line)
+    called = "" if package or language in ("python", "ruby", "javascript") else function
+    is_own = is_own_code(file, called) and not _pattern(_LIBRARY_PREFIX).match(line)
     is_own = mark[1] == "own" if mark else is_own
-    lineno, column = (int(parts.get(part) or 0) or None for part in ("line", "column"))
+    lineno, column = (int(n) if (n := parts.get(name)) else None for name in ("line", "column"))
     return Frame(text, file, lineno, column, function or None, module, is_own, language=language)
 
 
@@ -2353,8 +2354,8 @@ _HEADING = re.compile(
     rf"{_CLASS}(?:: (?P<message>.*?))?(?: \{{)?$"
 )
 _GROUP_HEADING = re.compile(r"\s+(?P<class>\w*(?:Error|Exception)): (?P<message>.*)$")
-_CAUSE_FIRST = ("python", "csharp", "php")  # they print the cause above what it caused
-_JOIN_LINES = {  # between the two; PHP has `Next RuntimeException: …`
+_CAUSE_FIRST = ("python", "csharp", "php")  # languages that print the cause before its effect
+_JOIN_LINES = {  # between the two; PHP prints `Next RuntimeException: …`
     "The above exception was the direct cause of the following exception:": "caused_by",
     "During handling of the above exception, another exception occurred:": "while_handling",
     "--- End of inner exception stack trace ---": "caused_by",
@@ -2414,7 +2415,7 @@ class _ChainSplitter:
             self._part.lines.append(line)
 
     def _headed_by(self, line: str) -> _ChainPart | None:
-        """Return the exception that a line is the heading of."""
+        """Return the exception that a line is the heading of, None if it is no heading."""
         if found := _HEADING.match(line):
             relation = _RELATION_OF_LABEL[found["label"]]
             return _ChainPart(relation, found["class"], found["message"] or "")
@@ -2498,7 +2499,7 @@ _NUMBERED = re.compile(r"\s*\d+: (?=from )")  # Ruby 2.5 on a terminal: the newe
 
 
 def _physical_lines(lines: Iterable[str]) -> tuple[list[str], Frame | None]:
-    """Return the lines of a backtrace, of which each may be several, and their first call."""
+    """Split the entries of a backtrace into lines; return these and their first call."""
     text = "\n".join(lines).replace("\n\n", "\n")
     physical = cut_middle(text.split("\n"), MAX_FRAMES)
     if ": from " in text and any(map(_NUMBERED.match, physical)):
@@ -2511,15 +2512,15 @@ def _frames_of(lines: Sequence[str], language: str | None) -> Iterator[Frame]:
 
 
 def _is_heading_of(part: _ChainPart, name: str, message: str) -> bool:
-    """Tell whether a heading is that of an exception; a class's module is ignored."""
+    """Tell whether a heading names an exception; the module of the class is ignored."""
     ends = {re.split(r"[.:\\]+", one)[-1] for one in (name, part.exception_class)}
     return len(ends) == 1 and message.startswith(part.message.strip()[:MAX_CLASS_CHARS])
 
 
 def _read_part(part: _ChainPart, language: str | None, heading: str | None) -> ChainedException:
-    """Return a part's exception; its class and message, if not known, are read from its heading.
+    """Return a part's exception; a class and message that are not known come from its heading.
 
-    The heading is above the frames, but .NET prints all headings on one line.
+    A heading stands above the frames, but .NET prints all headings on one line.
     """
     frames = [
         frame
@@ -2631,7 +2632,7 @@ def location_frame_of_lines(lines: Sequence[str]) -> Frame | None:
 
 
 def _same_file(one: str, other: str) -> bool:
-    """Compare two paths of a file, either of which may lack its beginning."""
+    """Tell whether two paths can name the same file; either may lack its beginning."""
     one, other = one.replace("\\", "/"), other.replace("\\", "/")
     return one == other or one.endswith("/" + other) or other.endswith("/" + one)
 
@@ -2658,7 +2659,7 @@ def _with_source(
 
 
 def chain_of(occurrence: Occurrence) -> tuple[ChainedException, ...]:
-    """Return an occurrence's exceptions, the one that was raised first, its causes behind it."""
+    """Return an occurrence's exception chain: the exception that was raised, then its causes."""
     exceptions, context = occurrence.exceptions, occurrence.source_context
     chain = _chain_of_json(exceptions) if exceptions else _chain_of_lines(occurrence)
     return chain if context is None else _with_source(chain, context)
@@ -2775,16 +2776,16 @@ def _stable(text: str, *tables: str) -> str:
 
 
 def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | None = None) -> str:
-    """Return the fingerprint of an error whose source brings none.
+    """Return the default fingerprint of an error.
 
-    It joins with |: class, file:function of the location (`place`) if any, and the first 300
-    characters of the message. These are replaced by their kind or removed: in the message, email
-    addresses, URLs, ids, dates, network addresses, hexadecimal numbers, paths, numbers and, with
-    a `place`, quoted text; in the path, hosts, queries, hashes, package versions and home, release
-    or temporary folders; in class, function and message, generated names. There is no line
-    number, so an edit above makes no new error.
+    It joins, with |, the class, file:function of the location (`place`) if known, and the first
+    300 characters of the message. Parts that vary are replaced by their kind or removed: in the
+    message, email addresses, URLs, ids, dates, network addresses, hexadecimal numbers, paths,
+    numbers and, with a `place`, quoted text; in the path, hosts, queries, hashes, package versions
+    and home, release or temporary folders; in class, function and message, generated names. There
+    is no line number, so an edit above makes no new error.
     """
-    # Version 2 of the recipe. A new version makes known errors appear once more as new ones.
+    # Version 2 of the recipe. With a new version, known errors appear once more as new ones.
     name = _stable(exception_class[:MAX_CLASS_CHARS], _GENERATED, _ADDRESS)
     name += exception_class[MAX_CLASS_CHARS:]
     message = _stable(message[:2_000], _GENERATED, _VARIABLE_PARTS)
@@ -2804,21 +2805,21 @@ def _object(value: Any) -> Json:
 
 
 def _objects(value: Any, most: int) -> list[Json]:
-    """Return the last objects of a list, which SDKs send as it is or within `values`."""
+    """Return the last objects of a list that SDKs send bare or within `values`."""
     values = value.get("values") if isinstance(value, dict) else value
     values = values[-most:] if isinstance(values, list) else []
     return [one for one in values if isinstance(one, dict)]
 
 
 def _text(value: Any) -> str:
-    """Return a value as text; empty for what says nothing."""
+    """Return a value as text; None and empty containers give an empty one."""
     if isinstance(value, str):
         return value
     return "" if value in (None, {}, []) else json.dumps(value, ensure_ascii=False)
 
 
 def _pairs(value: Any) -> Json:
-    """Return what SDKs send as an object or as a list of pairs: tags, headers, cookies."""
+    """Return an object that SDKs send as such or as a list of pairs: tags, headers, cookies."""
     if isinstance(value, dict):
         return dict(itertools.islice(value.items(), MAX_PAIRS))
     pairs = value[:MAX_PAIRS] if isinstance(value, list) else []
@@ -2832,7 +2833,7 @@ def _first(values: Iterable[Any]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What a Sentry SDK sends in one request: a header, and each item's type and payload."""
+    """One request of a Sentry SDK: a header, and the type and payload of each item."""
 
     header: Json
     items: tuple[tuple[str, memoryview], ...]
@@ -2889,9 +2890,9 @@ def parse_envelope(raw: bytes | bytearray) -> Envelope:
 
 
 def envelope_of_event(raw: bytes | bytearray) -> Envelope:
-    """Return a lone event, as SDKs sent it before there were envelopes, as an envelope.
+    """Return an envelope around a lone event, as SDKs sent it before there were envelopes.
 
-    Some sent it as zlib's compression in Base64, and said so nowhere.
+    Some compressed it with zlib, encoded that in Base64 and did not say so.
     """
     if raw[:1] not in (b"{", b" ", b"\n"):
         with contextlib.suppress(ValueError, zlib.error):
@@ -2901,7 +2902,7 @@ def envelope_of_event(raw: bytes | bytearray) -> Envelope:
 
 
 def read_event(payload: memoryview, at: str) -> Json:
-    """Decode an event; BadRequest or TooLarge when it can't be taken."""
+    """Decode an event; BadRequest or TooLarge says why it is refused."""
     if len(payload) > MAX_EVENT_BYTES:
         raise TooLarge(f"{at} is larger than {MAX_EVENT_BYTES:,} bytes", field=at)
     text = read_text(bytes(payload), at)
@@ -2940,7 +2941,7 @@ def key_of_dsn(dsn: Any) -> str:
 
 
 def key_of_auth(header: str) -> str:
-    """Return the key of a header `Sentry sentry_version=7, sentry_key=…`, empty if it has none."""
+    """Return the key in a header `Sentry sentry_version=7, sentry_key=…`, empty if it has none."""
     found = re.match(r"(?i:sentry)\s(?:.*[\s,])?sentry_key=([^\s,]+)", header)
     return found[1] if found else ""
 
@@ -2953,9 +2954,9 @@ _OBJECTS = ("user", "request", "contexts", "extra", "modules", "sdk")
 
 
 def _normalized(event: Json) -> Json:
-    """Return an event in the form of today's SDKs; a part of another shape is left empty.
+    """Return an event in the form of today's SDKs; a part of another shape becomes empty.
 
-    `exception` is a list, the exception that was raised first, and holds at least an empty one.
+    `exception` becomes the chain, from the exception that was raised on; it is never empty.
     """
     if any(name.startswith("sentry.") for name in event):  # sentry.interfaces.Exception, to 2016
         event = {
@@ -2996,12 +2997,6 @@ def _number_of(value: Any) -> int:
     return number if 0 <= number < 2**31 else 0
 
 
-def _address(value: Any) -> int | None:
-    with contextlib.suppress(ValueError):
-        return int(value, 16) if isinstance(value, str) else value if type(value) is int else None
-    return None
-
-
 def _function_of(frame: Json, platform: str) -> str:
     """Return a frame's function or, if it has no name, its offset in the binary.
 
@@ -3009,8 +3004,11 @@ def _function_of(frame: Json, platform: str) -> str:
     """
     function, address = _text(frame.get("function")), frame.get("instruction_addr")
     if not function and address is not None:
-        at, start = _address(address), _address(frame.get("image_addr"))
-        return _text(address) if at is None or start is None else f"+{at - start:#x}"
+        addresses: tuple[Any, Any] = (address, frame.get("image_addr"))
+        with contextlib.suppress(TypeError, ValueError):
+            at, start = (one if type(one) is int else int(one, 16) for one in addresses)
+            return f"+{at - start:#x}"
+        return _text(address)
     if function.endswith("?"):
         function = re.sub(r"^(|.*\.)\?$", r"\1<anonymous>", function)
     if platform in ("java", "csharp") and function and (module := frame.get("module")):
@@ -3116,7 +3114,7 @@ _PLACEHOLDER = re.compile(
 
 
 def _filled(template: str, params: Any) -> str:
-    """Return a log's message: its template with the values in place, each bounded."""
+    """Return a log's template with its values filled in, each bounded."""
     values = params if isinstance(params, list) else []
     names = {str(number): value for number, value in enumerate(values)} | _object(params)
     unnamed = iter(values)
@@ -3134,7 +3132,7 @@ def _filled(template: str, params: Any) -> str:
 
 
 def _logged(event: Json) -> tuple[str, str]:
-    """Return an event's message, of a log or by itself, and the template it was made of."""
+    """Return an event's message, from a log or plain, and its template."""
     for said in (event.get("logentry"), event.get("message")):
         entry = {"formatted": said} if isinstance(said, str) else _object(said)
         template = _text(entry.get("message"))
@@ -3145,7 +3143,7 @@ def _logged(event: Json) -> tuple[str, str]:
 
 
 def _heading_of(event: Json, error: Json) -> tuple[str, str, str]:
-    """Return an event's class, its message, and the message as its fingerprint takes it."""
+    """Return an event's class, its message, and the message that its fingerprint uses."""
     said = _text(error.get("value"))
     if name := _text(error.get("type")).strip():
         return name, said, said
@@ -3264,7 +3262,7 @@ def _surroundings_of(event: Json, error: Json) -> Json:
 
 
 def report_of_event(event: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
-    """Turn an event of a Sentry SDK into a report; what has another shape is left out.
+    """Turn a Sentry event into a report; parts of an unknown shape are left out.
 
     Source: develop.sentry.dev, "Event Payloads". The last exception is the one that was raised.
 
@@ -3309,7 +3307,7 @@ _COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separ
 def occurrence_from_sentry(
     event: Json, received_ms: int, plain_texts: PlainTexts | None = None
 ) -> Occurrence:
-    """Turn an event of a Sentry SDK, as read_event gives it, into an Occurrence."""
+    """Turn a Sentry event, as read_event returns it, into an Occurrence."""
     known = plain_texts or PlainTexts()
     report = report_of_event(event, known.scrubber)
     text = _COMPACT_JSON.encode(report)
