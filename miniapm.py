@@ -25,7 +25,7 @@ Contents:
     12. Commands
 
 The way of a report: headers -> Intake.admit -> Sender -> HeldBody -> Intake.read -> Delivery of
-Occurrences -> Store.record -> Intake.answer -> 202. The way of a page:
+Occurrences -> Store.record -> Intake.answer_to -> 202. The way of a page:
 query string -> ErrorFilter -> Store.errors -> list of ErrorGroup -> template -> HTML. Times inside
 are integer milliseconds UTC since 1970 (suffix `_ms`); in JSON they are ISO 8601 strings that end
 in Z.
@@ -2046,7 +2046,7 @@ class ChainedException:
     frames: tuple[Frame, ...]
 
 
-# Words of this section's patterns, where a name in CAPITALS stands for any word of its row.
+# In the patterns of this section a name in CAPITALS stands for any word of its row.
 _WORDS_TABLE = r"""
 START_SCRIPT gunicorn uvicorn hypercorn daphne waitress-serve uwsgi celery rq rqworker dramatiq
   flask huey_consumer(?:\.py)? fastapi django-admin alembic airflow scrapy streamlit jupyter[\w-]*
@@ -2103,6 +2103,9 @@ RUST_CRATE std core alloc backtrace proc_macro test tokio futures\w* hyper\w* to
 RUST_NAME <?(?:<?\w+\x20as\x20)?RUST_CRATE:: _*rust_
 LIBRARY_NAME (?:JVM_NAME|DOTNET_NAME)\. RUST_NAME :\w+\. __libc_start _start$ clone3?$ start_thread$
   swift_
+RUNTIME_CALL java\. jdk\. sun\. kotlin\. scala\. system\. runtime[./] node: internal/ native$ dart:
+  <frozen\x20 <anonymous>$ .*/lib/python (?:.*/)?ruby/\d (?:.*[/.])?sentry[\w-]*[./:] raven[./]
+  <?(?:std|core|alloc|backtrace|panic_unwind|sentry\w*):: _*rust_ libc\b ntdll kernel32
 ELIXIR_MODULE Phoenix Plug Ecto DBConnection Postgrex MyXQL Bandit ThousandIsland Oban Absinthe
   Sentry Logger Mix ExUnit IEx EEx Kernel Enum Enumerable Stream String Map List Keyword Access
   Integer Float Task Process GenServer Supervisor DynamicSupervisor Agent Registry Jason Poison
@@ -2141,7 +2144,7 @@ def _words() -> dict[str, str]:
 
 @functools.cache
 def _pattern(text: str) -> re.Pattern[str]:
-    """Compile a pattern when it is first used, for all of this section's take 10 ms."""
+    """Compile a pattern on first use: to compile all of them takes 10 ms."""
     short, words = "", _words()
     while text != short:
         short = text
@@ -2151,7 +2154,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 @functools.cache
 def _rows(table: str) -> list[tuple[str, str, re.Pattern[str]]]:
-    """Return the rows of a table: three columns, two or more spaces apart, the last a pattern."""
+    """Read a table of three columns, two or more spaces apart; the last one is a pattern."""
     lines = re.sub(r"\n\s+", "", table).strip().splitlines()
     rows = (re.split(r"\s{2,}", line, maxsplit=2) for line in lines)
     return [
@@ -2163,7 +2166,7 @@ _T = TypeVar("_T")
 
 
 def _remember_short(read: Callable[[str], _T]) -> Callable[[str], _T]:
-    """Remember what a function returns for short texts, which come again with the next report."""
+    """Cache what a function returns for short texts, which recur in later reports."""
     short = functools.lru_cache(1_000)(read)
     return lambda text: short(text) if len(text) <= MAX_REMEMBERED_CHARS else read(text)
 
@@ -2173,7 +2176,7 @@ _LIBRARY_FOLDERS = {
     *("site-packages", "dist-packages", "pyinstaller", "node_modules", ".rustup", "rubygems"),
     *("site_perl", "vendor_perl", "perl5", "lualib", "luarocks", "sysdeps"),
 }
-_LIBRARY_BY_SUFFIX = {  # paths of libraries only if the file has this suffix
+_LIBRARY_BY_SUFFIX = {  # library paths of files with this suffix only
     ".php": r"(?:^|/)vendor/|/usr/share/(?:php|pear)/|/wp-(?:includes|admin)/",
     ".go": r"(?i:(?:^|[^/]/(?:go|golang|go-?\d[\w.]*|go/[\d.]+/\w+|libexec)/src/)GO_PACKAGE/"
     r"|(?:^|/)vendor/[\w-]+\.[\w.-]+/|@v\d[^/]*/)|^_testmain\.go$",
@@ -2186,16 +2189,17 @@ _LIBRARY_BY_SUFFIX = {  # paths of libraries only if the file has this suffix
 
 @_remember_short
 def is_own_path(file: str) -> bool:
-    """Tell the application's files from those of libraries, by where they lie."""
+    """Tell whether a file is the application's, judged by its path."""
     file = file[:MAX_LINE_CHARS].replace("\\", "/")
-    if not _LIBRARY_FOLDERS.isdisjoint(file.lower().split("/")[:-1]):
+    lower = file.lower()
+    if not _LIBRARY_FOLDERS.isdisjoint(lower.split("/")[:-1]):
         return False
-    rules = ("(?i:LIBRARY_PATH)", _LIBRARY_BY_SUFFIX.get(os.path.splitext(file)[1], "(?!)"))
-    return not any(_pattern(rule).search(file) for rule in rules)
+    rule = _LIBRARY_BY_SUFFIX.get(os.path.splitext(file)[1], "(?!)")
+    return not (_pattern("LIBRARY_PATH").search(lower) or _pattern(rule).search(file))
 
 
 def is_own_code(file: str | None, *names: str | None) -> bool:
-    """Tell the application's code from a library's, by its file and its qualified names."""
+    """Tell whether code is the application's, judged by its file and its qualified names."""
     if not (file or any(names)) or (file and not is_own_path(file)):
         return False
     is_elixir = file is not None and file.endswith((".ex", ".erl"))
@@ -2204,16 +2208,16 @@ def is_own_code(file: str | None, *names: str | None) -> bool:
 
 
 def is_library_despite_in_app(file: str, function: str) -> bool:
-    """Tell whether a frame that an SDK marks `in_app` is in a package or a runtime.
+    """Tell whether a frame marked `in_app` belongs to a package or a runtime.
 
-    The SDKs of Go and Rust mark every frame that they do not recognize.
+    The Go and Rust SDKs mark every frame that they do not recognize.
     """
     is_rust = ("::" in function or "rust_" in function) and _pattern("RUST_NAME").match(function)
     return bool(is_rust or _pattern("PACKAGE_CACHE").search(file))
 
 
 # Rows: language, a substring of every match, pattern. Every open repetition is atomic or has a
-# delimiter after it, so that matching stays linear.
+# delimiter after it, so matching stays linear.
 _FORMS_TABLE = r"""
 python      File "  File "(?P<file>[^"]*)", line LINE(?:, in FUNCTION.*))?
 csharp      in      at FUNCTION(?>[^(]*\([^()]*\)))(?: \[0x[0-9a-f]+\])? in FILE:(?:line )?LINE ?
@@ -2261,7 +2265,7 @@ php         .php    (?>.* in (?=(?:/|[A-Za-z]:\\)))(?P<file>.{1,300}?\.php)(?:\(
 
 # How Rails and Elixir print a package: `activerecord (7.1.0) lib/…`, `(ecto 3.10.1) lib/…`.
 _LIBRARY_PREFIX = r"[\w.-]+ \(\d[\w.-]*\) |\(ELIXIR_APP(?: [^)]*)?\) "
-# How a reporter that knows better than the path says whose code a frame is.
+# A reporter may state whose code a frame is; that overrides the path.
 _MARK = re.compile(r" \[(own|library)\]$")
 
 
@@ -2283,18 +2287,11 @@ def _read_frame(text: str) -> Frame:
     elif module:
         function = f"{module}:{function.replace(',', '/')}"
     package = line.startswith("(") and language == "elixir"  # it says more than the module
-    name = "" if package or language in ("python", "ruby", "javascript") else function
-    is_own = is_own_code(file, name) and not _pattern(_LIBRARY_PREFIX).match(line)
-    return Frame(
-        text,
-        file,
-        int(parts["line"]) if parts.get("line") else None,
-        int(parts["column"]) if parts.get("column") else None,
-        function or None,
-        module,
-        mark[1] == "own" if mark else is_own,
-        language=language,
-    )
+    called = "" if package or language in ("python", "ruby", "javascript") else function
+    is_own = is_own_code(file, called) and not _pattern(_LIBRARY_PREFIX).match(line)
+    is_own = mark[1] == "own" if mark else is_own
+    lineno, column = (int(n) if (n := parts.get(name)) else None for name in ("line", "column"))
+    return Frame(text, file, lineno, column, function or None, module, is_own, language=language)
 
 
 _CLASS = r"(?P<class>[\w.$\\/<>#-]+(?:::[\w.$]+)*)"
@@ -2312,8 +2309,8 @@ _HEADING = re.compile(
     rf"{_CLASS}(?:: (?P<message>.*?))?(?: \{{)?$"
 )
 _GROUP_HEADING = re.compile(r"\s+(?P<class>\w*(?:Error|Exception)): (?P<message>.*)$")
-_CAUSE_FIRST = ("python", "csharp", "php")  # they print the cause above what it caused
-_JOIN_LINES = {  # between the two; PHP has `Next RuntimeException: …`
+_CAUSE_FIRST = ("python", "csharp", "php")  # languages that print the cause before its effect
+_JOIN_LINES = {  # between the two; PHP prints `Next RuntimeException: …`
     "The above exception was the direct cause of the following exception:": "caused_by",
     "During handling of the above exception, another exception occurred:": "while_handling",
     "--- End of inner exception stack trace ---": "caused_by",
@@ -2373,7 +2370,7 @@ class _ChainSplitter:
             self._part.lines.append(line)
 
     def _headed_by(self, line: str) -> _ChainPart | None:
-        """Return the exception that a line is the heading of."""
+        """Return the exception that a line is the heading of, None if it is no heading."""
         if found := _HEADING.match(line):
             relation = _RELATION_OF_LABEL[found["label"]]
             return _ChainPart(relation, found["class"], found["message"] or "")
@@ -2456,16 +2453,13 @@ def _frames_in_order(lines: Sequence[str]) -> Iterator[Frame]:
 _NUMBERED = re.compile(r"\s*\d+: (?=from )")  # Ruby 2.5 on a terminal: the newest is last
 
 
-def _physical_lines(lines: Iterable[str]) -> list[str]:
+def _physical_lines(lines: Iterable[str]) -> tuple[list[str], Frame | None]:
+    """Split the entries of a backtrace into lines; return these and their first call."""
     text = "\n".join(lines).replace("\n\n", "\n")
     physical = cut_middle(text.split("\n"), MAX_FRAMES)
     if ": from " in text and any(map(_NUMBERED.match, physical)):
-        return [_NUMBERED.sub("", line) for line in reversed(physical)]
-    return physical
-
-
-def _first_call(lines: Iterable[str]) -> Frame | None:
-    return next((frame for frame in map(_read_frame, lines) if frame.is_call), None)
+        physical = [_NUMBERED.sub("", line) for line in reversed(physical)]
+    return physical, next((frame for frame in map(_read_frame, physical) if frame.is_call), None)
 
 
 def _frames_of(lines: Sequence[str], language: str | None) -> Iterator[Frame]:
@@ -2473,15 +2467,15 @@ def _frames_of(lines: Sequence[str], language: str | None) -> Iterator[Frame]:
 
 
 def _is_heading_of(part: _ChainPart, name: str, message: str) -> bool:
-    """Tell whether a heading is that of an exception; a class's module is ignored."""
+    """Tell whether a heading names an exception; the module of the class is ignored."""
     ends = {re.split(r"[.:\\]+", one)[-1] for one in (name, part.exception_class)}
     return len(ends) == 1 and message.startswith(part.message.strip()[:MAX_CLASS_CHARS])
 
 
 def _read_part(part: _ChainPart, language: str | None, heading: str | None) -> ChainedException:
-    """Return a part's exception; its class and message, if not known, are read from its heading.
+    """Return a part's exception; a class and message that are not known come from its heading.
 
-    The heading is above the frames, but .NET prints all headings on one line.
+    A heading stands above the frames, but .NET prints all headings on one line.
     """
     frames = [
         frame
@@ -2501,8 +2495,7 @@ def _read_part(part: _ChainPart, language: str | None, heading: str | None) -> C
 
 
 def _chain_of_lines(occurrence: Occurrence) -> tuple[ChainedException, ...]:
-    physical = _physical_lines(occurrence.backtrace)
-    first = _first_call(physical)
+    physical, first = _physical_lines(occurrence.backtrace)
     language = first.language if first else None
     parts = _ChainSplitter(physical, language).found
     parts[0].exception_class, parts[0].message = occurrence.exception_class, occurrence.message
@@ -2515,23 +2508,18 @@ def _frame_of_json(said: Json | str, *, bare: bool = False) -> Frame:
     """Return a checked frame of the field `exceptions`; a bare one lacks source and variables."""
     if isinstance(said, str):
         return _read_frame(said)
-    file, lineno, module, function = map(said.get, ("file", "lineno", "module", "function"))
-    own, source = said.get("own"), None
-    if not bare and (line := said.get("context_line")) is not None:
+    names = ("file", "lineno", "column", "function", "module", "own", "context_line", "locals")
+    file, lineno, column, function, module, own, line, variables = map(said.get, names)
+    is_own = is_own_code(file, module, function) if own is None else own
+    call = (file or None, lineno or None, column or None, function or None, module or None, is_own)
+    if bare:
+        return Frame(said.get("text") or "", *call)
+    source = None
+    if line is not None:
         around = (said.get(name) or () for name in ("pre_context", "post_context"))
         before, after = (tuple(map(_one_line, lines)) for lines in around)
         source = SourceContext(file or "", lineno or 0, _one_line(line), before, after)
-    return Frame(
-        said.get("text") or "",
-        file or None,
-        lineno or None,
-        said.get("column") or None,
-        function or None,
-        module or None,
-        is_own_code(file, module, function) if own is None else own,
-        source,
-        None if bare else said.get("locals") or None,
-    )
+    return Frame(said.get("text") or "", *call, source, variables or None)
 
 
 def _chain_of_json(exceptions: Iterable[Json]) -> tuple[ChainedException, ...]:
@@ -2550,23 +2538,18 @@ def _chain_of_json(exceptions: Iterable[Json]) -> tuple[ChainedException, ...]:
     )
 
 
-# Calls of a language's runtime or of an SDK: what was called before them says more.
-_RUNTIME = re.compile(
-    r"(?i:java\.|jdk\.|sun\.|kotlin\.|scala\.|system\.|runtime[./]|node:|internal/|native$|dart:"
-    r"|<frozen |<anonymous>$|.*/lib/python|(?:.*/)?ruby/\d|(?:.*[/.])?sentry[\w-]*[./:]|raven[./]"
-    r"|<?(?:std|core|alloc|backtrace|panic_unwind|sentry\w*)::|_*rust_|libc\b|ntdll|kernel32)"
-)
-
-
 def _may_be_location(frame: Frame) -> bool:
-    """Tell whether a library frame may be the location when no frame is own."""
+    """Tell whether a library frame may be the location when no frame is own.
+
+    A call of a language's runtime or of an SDK says less than the one before it.
+    """
     if frame.language is not None:
         return frame.file is not None
     package = (frame.module or "").partition(".")[0]
     if (frame.file or "").endswith(".py") and package in sys.stdlib_module_names:
         return False
     names = filter(None, (frame.file, frame.module, frame.function))
-    return not any(map(_RUNTIME.match, names))
+    return not any(map(_pattern("(?i:RUNTIME_CALL)").match, names))
 
 
 def location_frame(frames: Iterable[Frame]) -> Frame | None:
@@ -2590,21 +2573,21 @@ def location_frame(frames: Iterable[Frame]) -> Frame | None:
 
 def location_frame_of_lines(lines: Sequence[str]) -> Frame | None:
     """Return the location's frame in a backtrace, None if no line names a call."""
-    physical = _physical_lines(lines)
-    first = _first_call(physical)
+    physical, first = _physical_lines(lines)
     if first is None or (first.is_own and first.language in ("ruby", "javascript", "java")):
         return first
-    text = "\n".join(physical) if first.language in _CAUSE_FIRST else ""
     parts = [_ChainPart(lines=physical)]
-    if any(hint in text for hint in _JOIN_HINTS):
-        parts = _ChainSplitter(physical, first.language).found
+    if first.language in _CAUSE_FIRST:
+        text = "\n".join(physical)
+        if any(hint in text for hint in _JOIN_HINTS):
+            parts = _ChainSplitter(physical, first.language).found
     return location_frame(
         frame for part in parts for frame in _frames_of(part.lines, first.language)
     )
 
 
 def _same_file(one: str, other: str) -> bool:
-    """Compare two paths of a file, either of which may lack its beginning."""
+    """Tell whether two paths can name the same file; either may lack its beginning."""
     one, other = one.replace("\\", "/"), other.replace("\\", "/")
     return one == other or one.endswith("/" + other) or other.endswith("/" + one)
 
@@ -2631,7 +2614,7 @@ def _with_source(
 
 
 def chain_of(occurrence: Occurrence) -> tuple[ChainedException, ...]:
-    """Return an occurrence's exceptions, the one that was raised first, its causes behind it."""
+    """Return an occurrence's exception chain: the exception that was raised, then its causes."""
     exceptions, context = occurrence.exceptions, occurrence.source_context
     chain = _chain_of_json(exceptions) if exceptions else _chain_of_lines(occurrence)
     return chain if context is None else _with_source(chain, context)
@@ -2748,16 +2731,16 @@ def _stable(text: str, *tables: str) -> str:
 
 
 def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | None = None) -> str:
-    """Return the fingerprint of an error whose source brings none.
+    """Return the default fingerprint of an error.
 
-    It joins with |: class, file:function of the location (`place`) if any, and the first 300
-    characters of the message. These are replaced by their kind or removed: in the message, email
-    addresses, URLs, ids, dates, network addresses, hexadecimal numbers, paths, numbers and, with
-    a `place`, quoted text; in the path, hosts, queries, hashes, package versions and home, release
-    or temporary folders; in class, function and message, generated names. There is no line
-    number, so an edit above makes no new error.
+    It joins, with |, the class, file:function of the location (`place`) if known, and the first
+    300 characters of the message. Parts that vary are replaced by their kind or removed: in the
+    message, email addresses, URLs, ids, dates, network addresses, hexadecimal numbers, paths,
+    numbers and, with a `place`, quoted text; in the path, hosts, queries, hashes, package versions
+    and home, release or temporary folders; in class, function and message, generated names. There
+    is no line number, so an edit above makes no new error.
     """
-    # Version 2 of the recipe. A new version makes known errors appear once more as new ones.
+    # Version 2 of the recipe. With a new version, known errors appear once more as new ones.
     name = _stable(exception_class[:MAX_CLASS_CHARS], _GENERATED, _ADDRESS)
     name += exception_class[MAX_CLASS_CHARS:]
     message = _stable(message[:2_000], _GENERATED, _VARIABLE_PARTS)
@@ -2777,21 +2760,21 @@ def _object(value: Any) -> Json:
 
 
 def _objects(value: Any, most: int) -> list[Json]:
-    """Return the last objects of a list, which SDKs send as it is or within `values`."""
+    """Return the last objects of a list that SDKs send bare or within `values`."""
     values = value.get("values") if isinstance(value, dict) else value
     values = values[-most:] if isinstance(values, list) else []
     return [one for one in values if isinstance(one, dict)]
 
 
 def _text(value: Any) -> str:
-    """Return a value as text; empty for what says nothing."""
+    """Return a value as text; None and empty containers give an empty one."""
     if isinstance(value, str):
         return value
     return "" if value in (None, {}, []) else json.dumps(value, ensure_ascii=False)
 
 
 def _pairs(value: Any) -> Json:
-    """Return what SDKs send as an object or as a list of pairs: tags, headers, cookies."""
+    """Return an object that SDKs send as such or as a list of pairs: tags, headers, cookies."""
     if isinstance(value, dict):
         return dict(itertools.islice(value.items(), MAX_PAIRS))
     pairs = value[:MAX_PAIRS] if isinstance(value, list) else []
@@ -2805,7 +2788,7 @@ def _first(values: Iterable[Any]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What a Sentry SDK sends in one request: a header, and each item's type and payload."""
+    """One request of a Sentry SDK: a header, and the type and payload of each item."""
 
     header: Json
     items: tuple[tuple[str, memoryview], ...]
@@ -2862,9 +2845,9 @@ def parse_envelope(raw: bytes | bytearray) -> Envelope:
 
 
 def envelope_of_event(raw: bytes | bytearray) -> Envelope:
-    """Return a lone event, as SDKs sent it before there were envelopes, as an envelope.
+    """Return an envelope around a lone event, as SDKs sent it before there were envelopes.
 
-    Some sent it as zlib's compression in Base64, and said so nowhere.
+    Some compressed it with zlib, encoded that in Base64 and did not say so.
     """
     if raw[:1] not in (b"{", b" ", b"\n"):
         with contextlib.suppress(ValueError, zlib.error):
@@ -2874,7 +2857,7 @@ def envelope_of_event(raw: bytes | bytearray) -> Envelope:
 
 
 def read_event(payload: memoryview, at: str) -> Json:
-    """Decode an event; BadRequest or TooLarge when it can't be taken."""
+    """Decode an event; BadRequest or TooLarge says why it is refused."""
     if len(payload) > MAX_EVENT_BYTES:
         raise TooLarge(f"{at} is larger than {MAX_EVENT_BYTES:,} bytes", field=at)
     text = read_text(bytes(payload), at)
@@ -2899,7 +2882,7 @@ def key_of_dsn(dsn: Any) -> str:
 
 
 def key_of_auth(header: str) -> str:
-    """Return the key of a header `Sentry sentry_version=7, sentry_key=…`, empty if it has none."""
+    """Return the key in a header `Sentry sentry_version=7, sentry_key=…`, empty if it has none."""
     found = re.match(r"(?i:sentry)\s(?:.*[\s,])?sentry_key=([^\s,]+)", header)
     return found[1] if found else ""
 
@@ -2912,9 +2895,9 @@ _OBJECTS = ("user", "request", "contexts", "extra", "modules", "sdk")
 
 
 def _normalized(event: Json) -> Json:
-    """Return an event in the form of today's SDKs; a part of another shape is left empty.
+    """Return an event in the form of today's SDKs; a part of another shape becomes empty.
 
-    `exception` is a list, the exception that was raised first, and holds at least an empty one.
+    `exception` becomes the chain, from the exception that was raised on; it is never empty.
     """
     if any(name.startswith("sentry.") for name in event):  # sentry.interfaces.Exception, to 2016
         event = {
@@ -2955,12 +2938,6 @@ def _number_of(value: Any) -> int:
     return number if 0 <= number < 2**31 else 0
 
 
-def _address(value: Any) -> int | None:
-    with contextlib.suppress(ValueError):
-        return int(value, 16) if isinstance(value, str) else value if type(value) is int else None
-    return None
-
-
 def _function_of(frame: Json, platform: str) -> str:
     """Return a frame's function or, if it has no name, its offset in the binary.
 
@@ -2968,8 +2945,11 @@ def _function_of(frame: Json, platform: str) -> str:
     """
     function, address = _text(frame.get("function")), frame.get("instruction_addr")
     if not function and address is not None:
-        at, start = _address(address), _address(frame.get("image_addr"))
-        return _text(address) if at is None or start is None else f"+{at - start:#x}"
+        addresses: tuple[Any, Any] = (address, frame.get("image_addr"))
+        with contextlib.suppress(TypeError, ValueError):
+            at, start = (one if type(one) is int else int(one, 16) for one in addresses)
+            return f"+{at - start:#x}"
+        return _text(address)
     if function.endswith("?"):
         function = re.sub(r"^(|.*\.)\?$", r"\1<anonymous>", function)
     if platform in ("java", "csharp") and function and (module := frame.get("module")):
@@ -3048,23 +3028,25 @@ def _exceptions_of(event: Json, name: str, message: str) -> list[Json]:
     If none has frames, the first one gets those of a thread, else those of the event. If no frame
     is marked as own, paths and modules decide.
     """
-    errors = event["exception"]
+    errors, found = event["exception"], []
     stacks = [_frames_sent(one) for one in errors]
     if not any(stacks):
         stacks[0] = _frames_of_threads(event, errors[0])
-    made = [[_frame_of_sdk(frame, event["platform"]) for frame in stack] for stack in stacks]
-    sent = itertools.chain.from_iterable(stacks)
-    pairs = zip(sent, itertools.chain.from_iterable(made), strict=True)
-    calls = [(said, frame) for said, frame in pairs if isinstance(frame, dict)]
-    for said, frame in () if any(frame["own"] for _, frame in calls) else calls:
-        path = _text(said.get("abs_path")) or frame.get("file")
-        frame["own"] = is_own_code(path, _text(said.get("module")), frame.get("function"))
-    found: list[Json] = [{"exception_class": name, "message": message, "frames": made[0]}]
-    for error, frames in zip(errors[1:], made[1:], strict=True):
-        kind = _text(error.get("type")).strip() or "Error"
-        said = {"message": _text(error.get("value")), "relation": _relation_of(error)}
-        found.append({"exception_class": kind} | said | {"frames": frames})
-    return found if len(found) > 1 or made[0] else []
+    calls: list[tuple[Json, Json]] = []  # each Sentry frame, and what became of it
+    for error, stack in zip(errors, stacks, strict=True):
+        frames = [_frame_of_sdk(frame, event["platform"]) for frame in stack]
+        pairs = zip(stack, frames, strict=True)
+        calls += [(sent, frame) for sent, frame in pairs if isinstance(frame, dict)]
+        said = {"exception_class": name, "message": message}
+        if error is not errors[0]:
+            said = {"exception_class": _text(error.get("type")).strip() or "Error"}
+            said |= {"message": _text(error.get("value")), "relation": _relation_of(error)}
+        found.append(said | {"frames": frames})
+    if not any(frame["own"] for _, frame in calls):
+        for sent, frame in calls:
+            path = _text(sent.get("abs_path")) or frame.get("file")
+            frame["own"] = is_own_code(path, _text(sent.get("module")), frame.get("function"))
+    return found if len(found) > 1 or found[0]["frames"] else []
 
 
 _PLACEHOLDER = re.compile(
@@ -3073,7 +3055,7 @@ _PLACEHOLDER = re.compile(
 
 
 def _filled(template: str, params: Any) -> str:
-    """Return a log's message: its template with the values in place, each bounded."""
+    """Return a log's template with its values filled in, each bounded."""
     values = params if isinstance(params, list) else []
     names = {str(number): value for number, value in enumerate(values)} | _object(params)
     unnamed = iter(values)
@@ -3091,7 +3073,7 @@ def _filled(template: str, params: Any) -> str:
 
 
 def _logged(event: Json) -> tuple[str, str]:
-    """Return an event's message, of a log or by itself, and the template it was made of."""
+    """Return an event's message, from a log or plain, and its template."""
     for said in (event.get("logentry"), event.get("message")):
         entry = {"formatted": said} if isinstance(said, str) else _object(said)
         template = _text(entry.get("message"))
@@ -3102,7 +3084,7 @@ def _logged(event: Json) -> tuple[str, str]:
 
 
 def _heading_of(event: Json, error: Json) -> tuple[str, str, str]:
-    """Return an event's class, its message, and the message as its fingerprint takes it."""
+    """Return an event's class, its message, and the message that its fingerprint uses."""
     said = _text(error.get("value"))
     if name := _text(error.get("type")).strip():
         return name, said, said
@@ -3134,8 +3116,8 @@ def _fingerprint_of_event(event: Json, default: str, name: str, message: str, fr
         value = known.get(re.sub(r"^(?:error|stack)\.", "", found[1]), found[0])
         return clip(value, MAX_FACET_CHARS)
 
-    texts = [_text(part) for part in parts[:MAX_FINGERPRINT_PARTS]]
-    texts = [text[:MAX_MESSAGE_CHARS] if "{{" in text else text for text in texts]
+    sent = map(_text, parts[:MAX_FINGERPRINT_PARTS])
+    texts = [text[:MAX_MESSAGE_CHARS] if "{{" in text else text for text in sent]
     return "|".join(
         default
         if (only := _VARIABLE.fullmatch(text)) and only[1] == "default"
@@ -3221,7 +3203,7 @@ def _surroundings_of(event: Json, error: Json) -> Json:
 
 
 def report_of_event(event: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
-    """Turn an event of a Sentry SDK into a report; what has another shape is left out.
+    """Turn a Sentry event into a report; parts of an unknown shape are left out.
 
     Source: develop.sentry.dev, "Event Payloads". The last exception is the one that was raised.
 
@@ -3266,8 +3248,14 @@ _COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separ
 def occurrence_from_sentry(
     event: Json, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER
 ) -> Occurrence:
+<<<<<<< HEAD
     """Turn an event of a Sentry SDK, as read_event gives it, into an Occurrence."""
     report = report_of_event(event, scrubber)
+=======
+    """Turn a Sentry event, as read_event returns it, into an Occurrence."""
+    known = plain_texts or PlainTexts()
+    report = report_of_event(event, known.scrubber)
+>>>>>>> helper-B
     text = _COMPACT_JSON.encode(report)
     if len(text) > _MAX_BREADCRUMBS_CHARS and "breadcrumbs" in report:
         report["breadcrumbs"] = _newest_breadcrumbs(report["breadcrumbs"])
@@ -9261,8 +9249,8 @@ def occurrences_of(part: Part) -> list[Occurrence]:
 class Intake:
     """The one way in for reports: from a request's headers and body to a Delivery.
 
-    It neither stores nor answers; its callers do that: the handlers of Ingest, and FastIngest for
-    many requests at once.
+    Its callers store the reports and send the answer: the handlers of Ingest do so for one
+    request, FastIngest for all that have just arrived.
     """
 
     def __init__(
@@ -9270,7 +9258,7 @@ class Intake:
     ) -> None:
         self._store, self._rejections, self._public_url = store, rejections, public_url
         self._max_body_bytes = config.max_body_bytes
-        self._scrubber = Scrubber(config.scrub_also)
+        self._scrubber = Scrubber(config.scrub_also) if config.scrub_also else _DEFAULT_SCRUBBER
 
     def admit(self, environ: Environ) -> Sender | None:
         """Return who sends a request, None if it is not for reports; raise if it is refused."""
@@ -9398,7 +9386,7 @@ class Intake:
             except (BadRequest, TooLarge) as refusal:
                 yield [refusal.without_frames()]
 
-    def answer(self, delivery: Delivery) -> tuple[str, bytes]:
+    def answer_to(self, delivery: Delivery) -> tuple[str, bytes]:
         """Return status and body of the answer; raise the first refusal if nothing was good.
 
         Refusals that are not raised are counted here, since SDKs keep silent about them.
@@ -9433,7 +9421,7 @@ class Ingest:
         environ = bottle.request.environ
         delivery = environ.get(DELIVERY_KEY) or self._intake.receive(environ)
         delivery.store_in(self._store)
-        status, body = self._intake.answer(delivery)
+        status, body = self._intake.answer_to(delivery)
         return bottle.HTTPResponse(body, status, {"Content-Type": "application/json"})
 
     def take_and_drop(self, kind: str) -> bottle.HTTPResponse:
@@ -10550,7 +10538,7 @@ class FastIngest:
         for part in delivery.parts:
             delivery.settle(part, itertools.repeat(None))
         try:
-            status, body = self._intake.answer(delivery)
+            status, body = self._intake.answer_to(delivery)
         except MiniAPMError as refusal:
             return self._hand_over(channel, refusal)
         if self._log is not None:
