@@ -3248,14 +3248,8 @@ _COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separ
 def occurrence_from_sentry(
     event: Json, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER
 ) -> Occurrence:
-<<<<<<< HEAD
-    """Turn an event of a Sentry SDK, as read_event gives it, into an Occurrence."""
-    report = report_of_event(event, scrubber)
-=======
     """Turn a Sentry event, as read_event returns it, into an Occurrence."""
-    known = plain_texts or PlainTexts()
-    report = report_of_event(event, known.scrubber)
->>>>>>> helper-B
+    report = report_of_event(event, scrubber)
     text = _COMPACT_JSON.encode(report)
     if len(text) > _MAX_BREADCRUMBS_CHARS and "breadcrumbs" in report:
         report["breadcrumbs"] = _newest_breadcrumbs(report["breadcrumbs"])
