@@ -184,7 +184,7 @@ SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
 MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
 MAX_WAITING_REPORTS = 2 * MAX_BATCH_ERRORS
 MAX_WAIT_S = 4.0  # what a write waits for its turn before it is refused
-MAX_FAST_BYTES = 128 * _KIBIBYTE  # larger bodies are left to the thread pool
+MAX_FAST_BYTES = 256 * _KIBIBYTE  # larger bodies are left to the thread pool
 MAX_ROUND_BYTES = 256 * _KIBIBYTE  # of bodies in one transaction of the loop
 MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread to end
 LOCK_STEP_S = 0.2  # how often the writer looks whether another process's lock is gone
@@ -10478,7 +10478,7 @@ class FastIngest:
                 raw = channel.requests[0].raw_body()
                 size += len(raw)
                 found = self._read(channel, raw)
-                if isinstance(found, Delivery):
+                if isinstance(found, Delivery) and isinstance(found.parts, list):
                     read.append((channel, found))
                 else:
                     self._hand_over(channel, found)
@@ -10489,14 +10489,17 @@ class FastIngest:
             self._server.pull_trigger = wake
 
     def _read(self, channel: Any, raw: bytes) -> Delivery | MiniAPMError | None:
-        """Return the reports of a channel's only request, or what it is refused for."""
+        """Return what a channel's only request brings, as a list of parts unless it is long."""
         sender = channel.requests[0].sender
         is_alone = len(channel.requests) == 1 and channel.request is None
         if not is_alone or channel.total_outbufs_len or len(raw) > MAX_FAST_BYTES:
             return None
         try:
             found = self._intake.read(sender, raw, MAX_FAST_BYTES)
-            found.parts = list(found.parts)
+            parts = iter(found.parts)
+            first = next(parts, [])
+            is_long = len(first) == BATCH_PART_REPORTS
+            found.parts = itertools.chain([first], parts) if is_long else [first, *parts]
             return found
         except MiniAPMError as refusal:
             # One that is compressed may be too large here, but not for the pool.
