@@ -3521,7 +3521,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE occurrences ADD COLUMN event_id BLOB",
         """CREATE UNIQUE INDEX occurrences_by_event ON occurrences (event_id, project_id)
             WHERE event_id IS NOT NULL""",
-        # What an error was seen with: name is level, environment, release or tag (name:value).
+        # Values that an error came with: name is level, environment, release or tag (name:value).
         """CREATE TABLE error_facets (
             id INTEGER PRIMARY KEY, error_id INTEGER NOT NULL, name TEXT NOT NULL,
             value TEXT NOT NULL, UNIQUE (error_id, name, value))""",
@@ -3568,7 +3568,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
 )
 
-# What runs for every report takes tuples: dicts take 2 % longer.
+# Statements that run for every report take tuples: dicts take 2 % longer.
 _NEWS = """exception_class = ?, message = ?, location = ?, level = ?,
         last_seen_ms = MAX(last_seen_ms, ?),
         occurrence_count = occurrence_count + ?, stored_count = stored_count + ?"""
@@ -3579,7 +3579,7 @@ RECORD_AGAIN = f"""
         status = CASE status WHEN 'resolved' THEN 'open' ELSE status END
     WHERE project_id = ? AND grouping_key = ?
     RETURNING id"""
-# What RECORD_AGAIN comes to for most reports; it leaves all indexes but two alone.
+# The short form of RECORD_AGAIN, enough for most reports; it changes two indexes only.
 RECORD_KNOWN = f"""
     UPDATE errors SET {_NEWS}
     WHERE first_seen_ms <= ? AND id = ? AND status IN ('open', 'ignored')"""
@@ -3738,7 +3738,7 @@ DELETE_FACETS = """
 DELETE_SAMPLE = "DELETE FROM samples WHERE error_id = :error_id"
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
 
-# What the command check reads, which is everything. First: errors with numbers not of their rows.
+# The command check reads everything. First: errors whose numbers differ from their rows.
 CHECK_ERRORS = """
     SELECT id, occurrence_count, stored_count, user_count,
         (SELECT COALESCE(SUM(count), 0) FROM buckets WHERE error_id = errors.id) AS hours,
@@ -3920,8 +3920,8 @@ _TIMES = {"since": "last_seen_ms >= :{}", "until": "first_seen_ms <= :{}"}
 _HAS_FACET = """EXISTS (SELECT 1 FROM error_facets
     WHERE error_id = errors.id AND name = '{}' AND value = :{})"""
 _LIKE = "LIKE :{0} ESCAPE '\\'"
-# A request's key is its CRC-32 below the number of a block. Random keys would touch an index page
-# per report; so do reports that arrive together share a block, and a search looks in every one.
+# A request's key is its CRC-32 below a block's number. Random keys would touch an index page per
+# report; instead, reports that arrive together share a block, and a search looks in every block.
 _HAS_REQUEST = """id IN (SELECT error_id FROM occurrences WHERE request_key IN (
     WITH RECURSIVE block (number) AS (
         SELECT MIN(request_key) >> 32 FROM occurrences WHERE request_key IS NOT NULL
@@ -3963,7 +3963,7 @@ def _condition(term: SearchTerm, name: str, now_ms: int) -> tuple[str, Json]:
 
 
 def _where(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
-    """Compose the condition on one project's errors, and the values it names but `status`."""
+    """Compose the condition on one project's errors, and its values except `status`."""
     conditions = ["project_id = :project_id", "status = :status"]
     values: Json = {}
     for position, term in enumerate(parse_search(wanted.search)):
@@ -4268,7 +4268,7 @@ class Writer:
                 raise Unavailable("too many reports are waiting", retry_after_s=1)
             self._jobs.append(job)
             self._changed.notify()
-        # Who comes later to a lock that lasts waits less: threads are needed for reading.
+        # Late arrivals at a lock that lasts wait less: threads are needed for reading.
         locked_s = max(0.0, time.monotonic() - self._locked_since_s)
         try:
             return job.future.result(max(MAX_WAIT_S / 20, MAX_WAIT_S - locked_s))
@@ -4465,7 +4465,7 @@ def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
     if owner is not None and owner["name"] != "default":
         raise BadSetting(f"{flag_of('api_key')} is a key of the project {owner['name']!r} already")
     if owner is not None and owner["revoked_ms"] is None:
-        return  # and whatever keys were created beside it stay
+        return  # with any keys that were created in addition
     db.execute(INSERT_PROJECT, values)
     db.execute(REVOKE_KEYS, values)
     db.execute(INSERT_KEY, values)
@@ -4590,7 +4590,7 @@ class _Recorder:
         return [one for report in alone for one in self.write([report], db)] or [refusal]
 
     def write_together(self, reports: Sequence[_Report], db: sqlite3.Connection) -> None:
-        """Write all reports or none, but for those that were sent before."""
+        """Write all reports or none, except those that are stored already."""
         if (version := _pragma(db, "data_version")) != self._data_version:
             self.forget()
             self._data_version = version
@@ -5171,7 +5171,7 @@ class Retention:
         cutoff_ms = self._store.now_ms() - self._retention_ms
         values = {"cutoff_ms": cutoff_ms, "step": self._step_rows}
         steps = [row["last_id"] for row in db.execute(SELECT_CLOCK_STEPS)]
-        for after_id, last_id in itertools.pairwise([0, *steps, sys.maxsize]):
+        for after_id, last_id in itertools.pairwise([0, *steps, 2**63 - 1]):
             part = values | {"after_id": after_id, "last_id": last_id}
             if removed := _remove_counted(db, DELETE_EXPIRED, DISCOUNT_STORED, part):
                 return removed
