@@ -3315,7 +3315,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE occurrences ADD COLUMN event_id BLOB",
         """CREATE UNIQUE INDEX occurrences_by_event ON occurrences (event_id, project_id)
             WHERE event_id IS NOT NULL""",
-        # What an error was seen with: name is level, environment, release or tag (name:value).
+        # Values that an error came with: name is level, environment, release or tag (name:value).
         """CREATE TABLE error_facets (
             id INTEGER PRIMARY KEY, error_id INTEGER NOT NULL, name TEXT NOT NULL,
             value TEXT NOT NULL, UNIQUE (error_id, name, value))""",
@@ -3362,32 +3362,26 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
 )
 
-RECORD_AGAIN = """
-    UPDATE errors SET
-        exception_class = :exception_class, message = :message, location = :location,
-        level = :level,
-        first_seen_ms = MIN(first_seen_ms, :first_ms),
-        last_seen_ms = MAX(last_seen_ms, :last_ms),
-        occurrence_count = occurrence_count + :count,
-        stored_count = stored_count + :count,
-        regressed_ms = CASE status WHEN 'resolved' THEN :received_ms ELSE regressed_ms END,
-        status_ms = CASE status WHEN 'resolved' THEN :received_ms ELSE status_ms END,
+# Statements that run for every report take tuples: dicts take 2 % longer.
+_NEWS = """exception_class = ?, message = ?, location = ?, level = ?,
+        last_seen_ms = MAX(last_seen_ms, ?),
+        occurrence_count = occurrence_count + ?, stored_count = stored_count + ?"""
+RECORD_AGAIN = f"""
+    UPDATE errors SET {_NEWS}, first_seen_ms = MIN(first_seen_ms, ?),
+        regressed_ms = CASE status WHEN 'resolved' THEN ? ELSE regressed_ms END,
+        status_ms = CASE status WHEN 'resolved' THEN ? ELSE status_ms END,
         status = CASE status WHEN 'resolved' THEN 'open' ELSE status END
-    WHERE project_id = :project_id AND grouping_key = :grouping_key
+    WHERE project_id = ? AND grouping_key = ?
     RETURNING id"""
-# What RECORD_AGAIN comes to for most reports; it leaves all indexes but two alone. This and what
-# else runs for every report takes tuples: dicts take 2 % longer.
-RECORD_KNOWN = """
-    UPDATE errors SET exception_class = ?, message = ?, location = ?, level = ?,
-        last_seen_ms = MAX(last_seen_ms, ?), occurrence_count = occurrence_count + ?,
-        stored_count = stored_count + ?
-    WHERE id = ? AND status IN ('open', 'ignored') AND first_seen_ms <= ?"""
+# The short form of RECORD_AGAIN, enough for most reports; it changes two indexes only.
+RECORD_KNOWN = f"""
+    UPDATE errors SET {_NEWS}
+    WHERE first_seen_ms <= ? AND id = ? AND status IN ('open', 'ignored')"""
 # Not one upsert: each conflict would use up an id of errors.
 RECORD_FIRST = """
-    INSERT INTO errors (project_id, grouping_key, fingerprint, exception_class, message, location,
-        level, first_seen_ms, last_seen_ms, occurrence_count, stored_count, status_ms)
-    VALUES (:project_id, :grouping_key, :fingerprint, :exception_class, :message, :location,
-        :level, :first_ms, :last_ms, :count, :count, :received_ms)
+    INSERT INTO errors (exception_class, message, location, level, last_seen_ms, occurrence_count,
+        stored_count, first_seen_ms, status_ms, project_id, grouping_key, fingerprint)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     RETURNING id"""
 SELECT_SAMPLE = "SELECT body FROM samples WHERE error_id = :error_id"
 RECORD_SAMPLE = "INSERT INTO samples (error_id, body) VALUES (:error_id, :body)"
@@ -3538,7 +3532,7 @@ DELETE_FACETS = """
 DELETE_SAMPLE = "DELETE FROM samples WHERE error_id = :error_id"
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
 
-# What the command check reads, which is everything. First: errors with numbers not of their rows.
+# The command check reads everything. First: errors whose numbers differ from their rows.
 CHECK_ERRORS = """
     SELECT id, occurrence_count, stored_count, user_count,
         (SELECT COALESCE(SUM(count), 0) FROM buckets WHERE error_id = errors.id) AS hours,
@@ -3720,8 +3714,8 @@ _TIMES = {"since": "last_seen_ms >= :{}", "until": "first_seen_ms <= :{}"}
 _HAS_FACET = """EXISTS (SELECT 1 FROM error_facets
     WHERE error_id = errors.id AND name = '{}' AND value = :{})"""
 _LIKE = "LIKE :{0} ESCAPE '\\'"
-# A request's key is its CRC-32 below the number of a block. Random keys would touch an index page
-# per report; so do reports that arrive together share a block, and a search looks in every one.
+# A request's key is its CRC-32 below a block's number. Random keys would touch an index page per
+# report; instead, reports that arrive together share a block, and a search looks in every block.
 _HAS_REQUEST = """id IN (SELECT error_id FROM occurrences WHERE request_key IN (
     WITH RECURSIVE block (number) AS (
         SELECT MIN(request_key) >> 32 FROM occurrences WHERE request_key IS NOT NULL
@@ -3763,7 +3757,7 @@ def _condition(term: SearchTerm, name: str, now_ms: int) -> tuple[str, Json]:
 
 
 def _where(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
-    """Compose the condition on one project's errors, and the values it names but `status`."""
+    """Compose the condition on one project's errors, and its values except `status`."""
     conditions = ["project_id = :project_id", "status = :status"]
     values: Json = {}
     for position, term in enumerate(parse_search(wanted.search)):
@@ -4070,7 +4064,7 @@ class Writer:
                 raise Unavailable("too many reports are waiting", retry_after_s=1)
             self._jobs.append(job)
             self._changed.notify()
-        # Who comes later to a lock that lasts waits less: threads are needed for reading.
+        # Late arrivals at a lock that lasts wait less: threads are needed for reading.
         locked_s = max(0.0, time.monotonic() - self._locked_since_s)
         try:
             return job.future.result(max(MAX_WAIT_S / 20, MAX_WAIT_S - locked_s))
@@ -4267,7 +4261,7 @@ def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
     if owner is not None and owner["name"] != "default":
         raise BadSetting(f"{flag_of('api_key')} is a key of the project {owner['name']!r} already")
     if owner is not None and owner["revoked_ms"] is None:
-        return  # and whatever keys were created beside it stay
+        return  # with any keys that were created in addition
     db.execute(INSERT_PROJECT, values)
     db.execute(REVOKE_KEYS, values)
     db.execute(INSERT_KEY, values)
@@ -4288,16 +4282,6 @@ def facets_of(occurrence: Occurrence) -> list[tuple[str, str]]:
 
 # A project's id, and one of its reports with the text that is stored.
 _Report = tuple[int, Occurrence, str]
-
-
-def _sample_of(error_id: int, first_body: str, db: sqlite3.Connection, *, is_new: bool) -> bytes:
-    """Return an error's sample, which is its first report: the one given where it has none yet."""
-    row = None if is_new else db.execute(SELECT_SAMPLE, {"error_id": error_id}).fetchone()
-    if row is not None:
-        return zlib.decompress(row["body"])
-    packed = pack(first_body, None)
-    db.execute(RECORD_SAMPLE, {"error_id": error_id, "body": packed})
-    return first_body.encode()
 
 
 def _grouped(
@@ -4346,12 +4330,20 @@ class _Known:
     location: str = ""  # in them
 
 
-def _location_of(error: _Known, newest: Occurrence) -> str:
-    """Return the location, found anew only where it is not that of the report before."""
-    lines = None if newest.exceptions else hash((newest.backtrace, newest.source_context))
-    if lines is None or lines != error.lines:
-        error.lines, error.location = lines, locate(newest)
-    return error.location
+def _news_of(error: _Known | None, group: Sequence[_Report]) -> tuple[str | int, ...]:
+    """Return the values of _NEWS that reports of one error give it, and their earliest time."""
+    last, count = group[-1][1], len(group)
+    # To find a location takes as long as to pack the report, and most have that of the one before.
+    lines = None if last.exceptions else hash((last.backtrace, last.source_context))
+    if error is not None and lines is not None and lines == error.lines:
+        location = error.location
+    else:
+        location = locate(last)
+    if error is not None:
+        error.lines, error.location = lines, location
+    times = [one.occurred_ms for _, one, _ in group]
+    said = (last.exception_class, last.message, location, facet_of(last, "level"))
+    return (*said, max(times), count, count, min(times))
 
 
 class _Recorder:
@@ -4394,7 +4386,7 @@ class _Recorder:
         return [one for report in alone for one in self.write([report], db)] or [refusal]
 
     def write_together(self, reports: Sequence[_Report], db: sqlite3.Connection) -> None:
-        """Write all reports or none, but for those that were sent before."""
+        """Write all reports or none, except those that are stored already."""
         if (version := _pragma(db, "data_version")) != self._data_version:
             self.forget()
             self._data_version = version
@@ -4430,52 +4422,41 @@ class _Recorder:
         db: sqlite3.Connection,
     ) -> Iterator[tuple[_Known, Sequence[_Report]]]:
         """Write what reports of each error, in order of receipt, say of it; return the errors."""
-        updates = []
-        for key, group in groups.items():
-            if (error := self._known.get(key)) is not None:
-                last, count = group[-1][1], len(group)
-                times = [one.occurred_ms for _, one, _ in group]
-                news = (last.exception_class, last.message, _location_of(error, last))
-                seen = (facet_of(last, "level"), max(times), count, count, error.id, min(times))
-                updates.append(news + seen)
+        known = {key: self._known.get(key) for key in groups}
+        news = {key: _news_of(known[key], group) for key, group in groups.items()}
+        updates = [(*news[key], error.id) for key, error in known.items() if error]
         db.execute("SAVEPOINT known")
         are_known = not updates or db.executemany(RECORD_KNOWN, updates).rowcount == len(updates)
         if not are_known:  # one was resolved or deleted, or has an older report now
             db.execute("ROLLBACK TO known")
         db.execute("RELEASE known")
         for key, group in groups.items():
-            found = self._known.get(key) if are_known else None
-            yield found or self._record_error(key, group, received_ms, db), group
+            error = known[key] if are_known else None
+            yield error or self._record_error(key, group, (*news[key], received_ms), db), group
 
     def _record_error(
         self,
         key: tuple[int, bytes],
         group: Sequence[_Report],
-        received_ms: int,
+        news: tuple[str | int, ...],
         db: sqlite3.Connection,
     ) -> _Known:
         """Write what reports say of an error that is not known, or not to be as it was."""
-        last, times = group[-1][1], [one.occurred_ms for _, one, _ in group]
-        values = {
-            "exception_class": last.exception_class,
-            "message": last.message,
-            "location": locate(last),
-            "level": facet_of(last, "level"),
-            "first_ms": min(times),
-            "last_ms": max(times),
-            "count": len(group),
-            "project_id": key[0],
-            "grouping_key": key[1],
-            "fingerprint": last.fingerprint,
-            "received_ms": received_ms,
-        }
-        row = db.execute(RECORD_AGAIN, values).fetchone()
         known = self._known.get(key)
+        row = db.execute(RECORD_AGAIN, (*news, news[-1], *key)).fetchone()  # the time of receipt
         if row is not None and known is not None and known.id == row["id"]:
             return known
-        error_id = (row or db.execute(RECORD_FIRST, values).fetchone())["id"]
-        sample = _sample_of(error_id, group[0][2], db, is_new=row is None)
-        known = self._known[key] = _Known(error_id, sample, row is None)
+        if is_new := row is None:
+            values = (*news, *key, group[-1][1].fingerprint)
+            row = db.execute(RECORD_FIRST, values).fetchone()
+        ids = {"error_id": row["id"]}
+        packed = None if is_new else db.execute(SELECT_SAMPLE, ids).fetchone()
+        if packed is None:  # an error's first report is what the others are compressed by
+            sample = group[0][2].encode()
+            db.execute(RECORD_SAMPLE, ids | {"body": pack(group[0][2], None)})
+        else:
+            sample = zlib.decompress(packed["body"])
+        known = self._known[key] = _Known(row["id"], sample, is_new)
         self._grow(len(sample) + KNOWN_OVERHEAD_BYTES)
         return known
 
@@ -5004,7 +4985,7 @@ class Retention:
         cutoff_ms = self._store.now_ms() - self._retention_ms
         values = {"cutoff_ms": cutoff_ms, "step": self._step_rows}
         steps = [row["last_id"] for row in db.execute(SELECT_CLOCK_STEPS)]
-        for after_id, last_id in itertools.pairwise([0, *steps, sys.maxsize]):
+        for after_id, last_id in itertools.pairwise([0, *steps, 2**63 - 1]):
             part = values | {"after_id": after_id, "last_id": last_id}
             if removed := _remove_counted(db, DELETE_EXPIRED, DISCOUNT_STORED, part):
                 return removed
