@@ -61,6 +61,7 @@ import logging
 import math
 import operator
 import os
+import pkgutil
 import queue
 import re
 import runpy
@@ -80,7 +81,6 @@ import unicodedata
 import urllib.parse
 import weakref
 import wsgiref.util
-import zipfile
 import zlib
 
 if sys.version_info < (3, 11):  # noqa: UP036 - one line instead of a traceback
@@ -11435,7 +11435,7 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
     try:
         if is_module:
             _run_module(program[1], program[2:])
-        elif os.path.isdir(program[0]) or zipfile.is_zipfile(program[0]):
+        elif pkgutil.get_importer(program[0]) is not None:  # a folder or an archive
             _run_folder(program[0], program[1:])
         else:
             _run_script(program[0], program[1:])
