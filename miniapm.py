@@ -59,7 +59,9 @@ import json
 import linecache
 import logging
 import math
+import operator
 import os
+import pkgutil
 import queue
 import re
 import runpy
@@ -79,7 +81,6 @@ import unicodedata
 import urllib.parse
 import weakref
 import wsgiref.util
-import zipfile
 import zlib
 
 if sys.version_info < (3, 11):  # noqa: UP036 - one line instead of a traceback
@@ -5058,10 +5059,8 @@ class Complaints:
     def print_line(self, kind: str, detail: object) -> None:
         """Say it, unless the same kind was said within the last minute."""
         now_s = self._now()
-        if (
-            sys.stderr is not None
-            and now_s - self._said_s.get(kind, -math.inf) >= COMPLAINT_INTERVAL_S
-        ):
+        since_s = now_s - self._said_s.get(kind, -math.inf)
+        if sys.stderr is not None and since_s >= COMPLAINT_INTERVAL_S:
             self._said_s[kind] = now_s
             with contextlib.suppress(Exception):  # the host may have put anything there
                 print_line(clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS), sys.stderr)
@@ -5216,6 +5215,8 @@ class ValueWriter:
     def __init__(self, *, calls_repr: bool = False) -> None:
         self._calls_repr = calls_repr
         self.texts_left, self._values_left = MAX_REPR_VALUES, MAX_JSON_ITEMS
+        # What is left for the variables of one report.
+        self.frames_left, self.room = MAX_DETAILED_FRAMES, MAX_CAPTURED_VALUES
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -5226,6 +5227,10 @@ class ValueWriter:
     def is_late(self) -> bool:
         """Tell whether that time is over, not counting what other threads took."""
         return time.perf_counter() > self._end_s and time.thread_time() > self._end_cpu_s
+
+    def has_room(self) -> bool:
+        """Tell whether there is room for more variables."""
+        return self.room > 0 and not self.is_late()
 
     def text(self, value: Any, levels: int = 3) -> str:
         """Return a value as text; containers and objects are opened for some levels."""
@@ -5457,18 +5462,6 @@ def add_sources(exceptions: Iterable[Json]) -> None:
             frame |= call_safely(source_around, frame["file"], frame["lineno"]) or {}
 
 
-class _Room:
-    """The room left for details of one report; `frames` counts for each exception of its chain."""
-
-    def __init__(self, frames: int, writer: ValueWriter) -> None:
-        self.frames, self.writer = frames, writer
-        self.detailed, self.values = MAX_DETAILED_FRAMES, MAX_CAPTURED_VALUES
-
-    def has_values(self) -> bool:
-        """Tell whether there is room for variables."""
-        return self.values > 0 and not self.writer.is_late()
-
-
 def variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
     """Return a frame's variables, of a module's only the plain values."""
     variables = frame.f_locals
@@ -5488,26 +5481,19 @@ def variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
     return found[:MAX_LOCALS]
 
 
-def described_variables(frame: types.FrameType, room: _Room) -> Json:
+def described_variables(frame: types.FrameType, writer: ValueWriter) -> Json:
     """Return a frame's variables as text; without room, values are not opened."""
     texts: Json = {}
-    writer = room.writer
     for name, value in variables_of(frame):
         kind = type(value)
         if value is None or kind is bool or (kind is int and -(10**18) < value < 10**18):
             texts[name] = repr(value)  # a third of the time that it takes the writer
-            room.values -= 1
+            writer.room -= 1
             continue
         writer.texts_left = MAX_REPR_VALUES
-        texts[name] = call_safely(writer.text, value, 3 if room.has_values() else 0) or "…"
-        room.values -= MAX_REPR_VALUES - writer.texts_left + len(texts[name]) // 64
+        texts[name] = call_safely(writer.text, value, 3 if writer.has_room() else 0) or "…"
+        writer.room -= MAX_REPR_VALUES - writer.texts_left + len(texts[name]) // 64
     return texts
-
-
-def platform_python() -> str:
-    """Return the running Python's name and version: CPython 3.11.7."""
-    name = {"cpython": "CPython", "pypy": "PyPy"}.get(sys.implementation.name)
-    return f"{name or sys.implementation.name} {sys.version.split()[0]}"
 
 
 # A class derived from BaseException can't override these.
@@ -5559,18 +5545,31 @@ def frame_of_syntax_error(error: BaseException) -> Json | None:
     return {"file": file, "lineno": lineno} | ({"context_line": text} if type(text) is str else {})
 
 
+_HOP_ENTRIES = 64
+_hop = operator.attrgetter(".".join(["tb_next"] * _HOP_ENTRIES))  # 200,000 entries in 5 ms
+
+
 def ends_of_traceback(
     entry: types.TracebackType | None, most: int
 ) -> tuple[list[types.TracebackType], int, list[types.TracebackType]]:
     """Return the outermost entries, the number of those left out, and the innermost entries."""
     outer: list[types.TracebackType] = []
-    inner: collections.deque[types.TracebackType] = collections.deque(maxlen=most // 2)
-    count = 0
-    while entry is not None:
-        (outer if len(outer) < most // 2 else inner).append(entry)
-        count += 1
+    while entry is not None and len(outer) < most // 2:
+        outer.append(entry)
         entry = entry.tb_next
-    return outer, count - len(outer) - len(inner), list(inner)
+    hops = collections.deque([entry], maxlen=most // 2 // _HOP_ENTRIES + 2)
+    count = 1
+    with contextlib.suppress(AttributeError):  # fewer entries are left than one hop skips
+        while (entry := _hop(entry)) is not None:
+            hops.append(entry)
+            count += 1
+    inner: list[types.TracebackType] = []
+    entry = hops[0]
+    while entry is not None:
+        inner.append(entry)
+        entry = entry.tb_next
+    left_out = (count - len(hops)) * _HOP_ENTRIES + max(0, len(inner) - most // 2)
+    return outer, left_out, inner[-(most // 2) :]
 
 
 class RecordMark:
@@ -5625,10 +5624,8 @@ class RecordMarks:
         return attributes.mark
 
 
-_LOG_FIELDS = {
-    *vars(logging.makeLogRecord({})),
-    *("message", "asctime", "taskName"),
-}
+_LOG_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+_PYTHONS = {"cpython": "CPython", "pypy": "PyPy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -5662,25 +5659,28 @@ class Describer:
         name, message = qualified_name(type(error)), text_of_error(error)
         chain = exception_chain(error)
         writer = ValueWriter(calls_repr=self.with_locals == "repr")
-        room = _Room(MAX_BACKTRACE_LINES // len(chain) - 1, writer)
+        most = MAX_BACKTRACE_LINES // len(chain) - 1
         exceptions: list[Json] = []
         for one, relation in chain:
             said = {"exception_class": qualified_name(type(one)), "message": message_of(one)}
             exceptions.append(said | ({"relation": relation} if relation else {}))
-            exceptions[-1]["frames"] = self._frames(one, room)
+            exceptions[-1]["frames"] = self._frames(one, most, writer)
         frame = location_frame_of_json(exceptions)
+        return self._report(name, message, frame) | {"exceptions": exceptions}
+
+    def _report(self, name: str, message: str, frame: Frame | None, text: str = "") -> Json:
+        """Return a report's main fields; `text` stands for the message in the fingerprint."""
         place = (self.relative(frame.file or ""), frame.function or "") if frame else None
         return {
             "exception_class": name,
             "message": message,
             "backtrace": [],
-            "fingerprint": fingerprint_of(name, message, place),
-            "exceptions": exceptions,
+            "fingerprint": fingerprint_of(name, text or message, place),
         }
 
-    def _frames(self, error: BaseException, room: _Room) -> list[Any]:
+    def _frames(self, error: BaseException, most: int, writer: ValueWriter) -> list[Any]:
         """Return frames, innermost first; of a deep stack, only its two ends."""
-        outer, left_out, inner = ends_of_traceback(_traceback_of(error), room.frames)
+        outer, left_out, inner = ends_of_traceback(_traceback_of(error), most)
         found = ((self._bare(one), one.tb_frame) for one in reversed(outer + inner))
         # capture() has no part in the program.
         entries = [(made, frame) for made, frame in found if made["file"] != __file__]
@@ -5689,7 +5689,7 @@ class Describer:
                 made["own"] = made["file"].startswith("<") and is_own_path(made["file"])
         for made, frame in entries:
             if made["own"]:
-                self._add_details(made, frame, room)
+                self._add_details(made, frame, writer)
         frames: list[Any] = [made for made, _ in entries]
         if left_out:
             frames.insert(len(inner), f"… [{left_out:,} more frames cut]")
@@ -5707,16 +5707,16 @@ class Describer:
             "function": str.__str__(code.co_qualname),
         }
 
-    def _add_details(self, made: Json, frame: types.FrameType, room: _Room) -> None:
-        if room.detailed <= 0:
+    def _add_details(self, made: Json, frame: types.FrameType, writer: ValueWriter) -> None:
+        if writer.frames_left <= 0:
             return
-        if room.detailed == MAX_DETAILED_FRAMES:
-            room.writer.start_clock()
-        room.detailed -= 1
+        if writer.frames_left == MAX_DETAILED_FRAMES:
+            writer.start_clock()
+        writer.frames_left -= 1
         call_safely(linecache.lazycache, made["file"], frame.f_globals)
         made["context_line"] = None  # for add_sources
-        if self.with_locals and room.has_values():
-            made["locals"] = call_safely(described_variables, frame, room) or {}
+        if self.with_locals and writer.has_room():
+            made["locals"] = call_safely(described_variables, frame, writer) or {}
 
     def log_message(self, record: logging.LogRecord) -> str:
         """Return the text of a log record, whatever its arguments are."""
@@ -5733,21 +5733,15 @@ class Describer:
         file, function = str(record.pathname), str(record.funcName or "")
         lineno = record.lineno if type(record.lineno) is int and record.lineno > 0 else 0
         frame = {"file": file, "lineno": lineno, "function": function, "own": self.is_own(file)}
-        frame["context_line"] = None
         template = record.msg[:2_000] if type(record.msg) is str else message
         # A template without words, such as "%s: %s", does not say what failed.
         has_word = re.search(
             r"[^\W\d_]{2}", re.sub(r"%(?:\(\w*\))?[#0 +-]*[\d.*]*\w", "", template)
         )
-        return {
-            "exception_class": name,
-            "message": message,
-            "backtrace": [],
-            "fingerprint": fingerprint_of(
-                name, template if has_word else message, (self.relative(file), function)
-            ),
-            "exceptions": [{"exception_class": name, "message": message, "frames": [frame]}],
-        }
+        place = Frame("", file, function=function)
+        report = self._report(name, message, place, template if has_word else "")
+        one = {"exception_class": name, "message": message}
+        return report | {"exceptions": [one | {"frames": [frame | {"context_line": None}]}]}
 
     def printed_traceback(self, message: str) -> Json | None:
         """Describe the exception whose printed traceback is in a message, None if there is none."""
@@ -5760,22 +5754,16 @@ class Describer:
         if not ends:
             return None
         name, _, text = ends[0].partition(": ")
-        frame = location_frame_of_lines(lines)
-        place = (self.relative(frame.file or ""), frame.function or "") if frame else None
-        return {
-            "exception_class": name,
-            "message": text,
-            "backtrace": lines,
-            "fingerprint": fingerprint_of(name, text, place),
-            "log_message": before.strip() or None,
-        }
+        report = self._report(name, text, location_frame_of_lines(lines))
+        return report | {"backtrace": lines, "log_message": before.strip() or None}
 
     def surroundings(self) -> Json:
         """Return what is the same for every report of this process."""
+        name = sys.implementation.name
         return {
             "release": self.release,
             "environment": self.environment,
-            "python": platform_python(),
+            "python": f"{_PYTHONS.get(name, name)} {sys.version.split()[0]}",
             "host_name": socket.gethostname(),
             "process_id": os.getpid(),
         }
@@ -10916,7 +10904,7 @@ def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
 def _run_main(program: list[str], *, is_module: bool) -> None:
     """Do what `python program…` does, `python -m program…` for a module, in a fresh __main__."""
     path = os.path.abspath(program[0])
-    is_script = not is_module and not (os.path.isdir(path) or zipfile.is_zipfile(path))
+    is_script = not is_module and pkgutil.get_importer(path) is None  # no folder, no archive
     module = types.ModuleType("__main__")
     module.__dict__.update(__builtins__=__builtins__, __annotations__={})
     sys.modules["__main__"] = module  # ours stays what our functions look into
@@ -10949,8 +10937,7 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
         split += 1 if "=" in arguments[split] or arguments[split] in ("--help", "-h") else 2
     parser = _Parser(
         prog=name,
-        usage=f"{name} [--url URL] [--db PATH] [--api-key KEY] [--scrub-also NAMES]"
-        " (SCRIPT | -m MODULE) [ARGUMENT …]",
+        usage=f"{name} [OPTION …] (SCRIPT | -m MODULE) [ARGUMENT …]",
         description="Run a Python program unchanged and record its errors.",
     )
     parser.add_argument("--url", help=f"the tracker to report to [{URL_VARIABLE}]")
@@ -10963,14 +10950,14 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
         raise BadSetting("which program? Give a script, or -m and a module")
     if not is_module and not os.path.exists(program[0]):
         raise MiniAPMError(f"there is no script {program[0]}")
-    if config.scrub_also:  # for children of the program too
+    if config.scrub_also:  # for its children too
         os.environ[variable_of("scrub_also")] = ",".join(config.scrub_also)
     sys.modules.setdefault("miniapm", sys.modules[__name__])
     # A console script, which has no suffix, lies anywhere.
-    has_suffix = os.path.splitext(program[0])[1] or os.path.isdir(program[0])
-    root = os.path.dirname(os.path.abspath(program[0])) if has_suffix and not is_module else None
-    url = given.url or environ.get(URL_VARIABLE)
-    init(url or config.db, api_key=config.api_key, project_root=root)
+    is_own = not is_module and (os.path.isdir(program[0]) or os.path.splitext(program[0])[1])
+    root = os.path.dirname(os.path.abspath(program[0])) if is_own else None
+    where = given.url or environ.get(URL_VARIABLE) or config.db
+    init(where, api_key=config.api_key, project_root=root)
     try:
         _run_main(program, is_module=is_module)
     except SystemExit:
