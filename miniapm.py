@@ -2900,7 +2900,7 @@ def _normalized(event: Json) -> Json:
 
     `exception` becomes the chain, from the exception that was raised on; it is never empty.
     """
-    if any(name.startswith("sentry.") for name in event):  # sentry.interfaces.Exception, to 2016
+    if "sentry.interfaces." in " ".join(event):  # sentry.interfaces.Exception, until 2016
         event = {
             _OLD_NAMES.get(name) or name.removeprefix("sentry.interfaces.").lower(): value
             for name, value in event.items()
@@ -2964,7 +2964,7 @@ def _add_details(found: Json, frame: Json) -> None:
         found["context_line"] = line
         for name in ("pre_context", "post_context"):
             if isinstance(lines := frame.get(name), list):
-                found[name] = list(map(_text, lines))
+                found[name] = lines if set(map(type, lines)) <= {str} else list(map(_text, lines))
     if isinstance(variables := frame.get("vars"), dict) and variables:
         found["locals"] = {
             name: value

@@ -2424,6 +2424,11 @@ def test_backtrace_of_lines_that_hold_lines_is_bounded() -> None:
     assert frames[miniapm.MAX_FRAMES // 2].text.endswith("more lines cut]")
 
 
+def test_line_that_was_cut_is_still_a_call() -> None:
+    line = f"#0 /srv/shop/cart.php(7): total('{'x' * 20_000}')"
+    assert miniapm.locate(parse(backtrace=[line])) == "/srv/shop/cart.php:7 in total"
+
+
 @given(st.lists(st.text()))
 def test_any_lines_are_parsed(lines: list[str]) -> None:
     for frame in frames_read(*lines):
@@ -3045,6 +3050,11 @@ def test_event_s_newest_breadcrumbs_are_kept() -> None:
     assert kept[:2] == huge[:2]
     assert kept[2]["message"].startswith("xxx")
     assert len(kept[2]["message"]) < 5_000
+
+
+def test_event_s_long_breadcrumb_is_whole_if_there_is_room() -> None:
+    crumb = {"message": "x" * 10_000}
+    assert translate(breadcrumbs=[crumb]).extra["breadcrumbs"] == [crumb]
 
 
 def test_event_s_secrets_are_scrubbed() -> None:
