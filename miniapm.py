@@ -7267,7 +7267,7 @@ def list_choices(
 
 def is_new(error: ErrorGroup, now_ms: int) -> bool:
     """Tell whether an open error was first seen within the last day."""
-    return error.status == "open" and now_ms - error.first_seen_ms < 24 * HOUR_MS
+    return error.status == "open" and now_ms - error.first_seen_ms < DAY_MS
 
 
 def is_regressed(error: ErrorGroup) -> bool:
@@ -8109,7 +8109,7 @@ Nothing here.
 def _compile_templates() -> dict[str, bottle.SimpleTemplate]:
     templates = {name: bottle.SimpleTemplate(text) for name, text in _TEMPLATE_SOURCES.items()}
     for template in templates.values():
-        template.cache = templates  # where include() and rebase() look for a name first
+        template.cache = templates  # where rebase() looks for the layout
         template.defaults = globals()  # a template may call any function of this file
     return templates
 
@@ -10743,15 +10743,12 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
             f"  Open to    other machines, on {config.host}; the dashboard asks for a password"
         )
     if not project.keys:
-        return "\n".join(
-            [*lines, "  API key    none; make one: python miniapm.py keys create default"]
-        )
+        lines.append("  API key    none; make one: python miniapm.py keys create default")
+        return "\n".join(lines)
     key = project.keys[0]
-    dsn = dsn_of(url, key, project.id)
-    curl = snippets(url, key, project.id)["curl"]
-    first = "Report a first error by pasting this into another terminal:"
-    lines += [f"  API key    {key}", f"  Sentry DSN {dsn}", "", first, "", curl, ""]
-    return "\n".join(lines)
+    lines += [f"  API key    {key}", f"  Sentry DSN {dsn_of(url, key, project.id)}", ""]
+    lines += ["Report a first error by pasting this into another terminal:", ""]
+    return "\n".join([*lines, snippets(url, key, project.id)["curl"], ""])
 
 
 def serve(config: Config) -> int:
