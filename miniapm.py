@@ -10495,7 +10495,8 @@ class FastIngest:
         request = channel.requests[0]
         if isinstance(request, KnownRequest):
             data, request = request.data, channel.parser_class(channel.adj)
-            request.received(data)
+            while data and not request.completed:  # the header first, then the body
+                data = data[request.received(data) :]
             channel.requests[0] = request
         request.found = found
         self._pool_task(channel)

@@ -38,6 +38,7 @@ import itertools
 import json
 import logging
 import logging.handlers
+import operator
 import os
 import pickle
 import queue
@@ -11058,6 +11059,7 @@ HEADERS = [
     *("Connection: close", "Expect: 100-continue", "X-A: 1", "content-length: 2", "x-b:"),
     *("Content-Length: 02", "Content-Length:7", "Content-Length: +2", "Content-Length: 2, 2"),
     *("x-long: " + "y" * 990, "Content-Encoding: gzip", " Content-Length: 2", "Connection: Close"),
+    "Content-Encoding: deflate",
 ]
 
 
@@ -11065,7 +11067,12 @@ HEADERS = [
 @given(
     st.lists(st.sampled_from(HEADERS), max_size=3),
     st.sampled_from(["HTTP/1.1", "HTTP/1.0"]),
-    st.sampled_from([GOOD, BAD, b"{}", b"{}xxxxx", b"", GOOD + b"POST / HTTP/1.1\r\n\r\n"]),
+    st.sampled_from(
+        [
+            *(GOOD, BAD, b"{}", b"{}xxxxx", b"", GOOD + b"POST / HTTP/1.1\r\n\r\n"),
+            *(zlib.compress(GOOD), zlib.compress(b" " * 2**19), zlib.compress(GOOD + b" " * 2**19)),
+        ]
+    ),
     st.booleans(),
     st.integers(0, 2**64),
 )
@@ -11155,7 +11162,7 @@ def test_waitress_that_is_other_inside_takes_the_slower_path(
         for name in set(vars(owner)) & {
             "add_task",
             "pull_trigger",
-            "service",
+            "received",
             "write_soon",
             "send",
         }:
@@ -12040,7 +12047,8 @@ def test_lost_file_refuses_the_next_report_and_is_said_once(
     assert (health.status_code, health.json()["db_ok"]) == (503, False)
     assert kept_after_kill(server) in (20, 21)  # that by which it was noticed may be there
     lines = [line for line in server.log.splitlines() if "miniapm.db" in line]
-    assert len(lines) == 1, server.log
+    refused = [line for line in lines if "refused" in line]  # at once, the other after a second
+    assert lines and len(refused) <= 1 and len(lines) - len(refused) <= 1, server.log
 
 
 def rows_without_the_log(path: Path) -> int:
@@ -15639,6 +15647,14 @@ def test_ci_runs_the_readme_s_test_command() -> None:
     blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     assert any("python miniapm.py" in block for block in blocks)
     assert any("python test_miniapm.py" in block for block in blocks)
+
+
+def test_way_of_a_report_names_what_the_file_has() -> None:
+    (text,) = re.findall(r"\*\*The way of a report\.\*\*.*?\n\n", README, re.DOTALL)
+    names = [name for name in re.findall(r"`([A-Za-z.]+)`", text) if name != "Content-Length"]
+    assert len(names) > 5
+    assert [name for name in names if not operator.attrgetter(name)(miniapm)] == []
+    assert f"{miniapm.MAX_FAST_BYTES // 1024} KiB" in text
 
 
 @pytest.fixture
