@@ -3838,17 +3838,21 @@ def print_line(text: str, out: TextIO | None = None, end: str = "\n") -> None:
 
 
 def progress_teller() -> Callable[[str], None]:
-    """Return what says on stderr, now and then, how far long work is; a terminal shows one line."""
-    is_terminal, said_s = os.isatty(2), time.monotonic()
+    """Return what says on stderr, now and then, how far long work is; an empty text ends it.
+
+    On a terminal that is one line, which the end clears.
+    """
+    is_terminal, said_s, is_shown = os.isatty(2), time.monotonic(), False
 
     def tell(text: str) -> None:
-        nonlocal said_s
-        if time.monotonic() - said_s >= (0.2 if is_terminal else PROGRESS_INTERVAL_S):
-            said_s = time.monotonic()
-            text = f"miniapm: {text}"
-            print_line(
-                text.ljust(79) if is_terminal else text, sys.stderr, "\r" if is_terminal else "\n"
-            )
+        nonlocal said_s, is_shown
+        is_due = time.monotonic() - said_s >= (0.2 if is_terminal else PROGRESS_INTERVAL_S)
+        if is_terminal and (is_due if text else is_shown):
+            print_line(f"miniapm: {text}".ljust(79) if text else " " * 79, sys.stderr, "\r")
+        elif text and is_due:
+            print_line(f"miniapm: {text}", sys.stderr)
+        if is_due:
+            said_s, is_shown = time.monotonic(), True
 
     return tell
 
@@ -3877,6 +3881,7 @@ def back_up(source: sqlite3.Connection, target: str) -> None:
                 copy.execute("PRAGMA journal_mode = DELETE")  # one file and no other
                 copy.set_progress_handler(lambda: tell("the copy is being checked"), 100_000)
                 found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            tell("")
             if found != "ok":
                 raise MiniAPMError(f"the copy is damaged: {found}")
             os.link(part, target)  # which does not overwrite
@@ -3948,6 +3953,7 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
     db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
     db.execute("COMMIT")
     db.set_progress_handler(None, 0)
+    tell("")
 
 
 def refuse_unwritable(path: str) -> None:

@@ -3402,6 +3402,10 @@ def test_progress_is_one_line_on_a_terminal(
     printed = capsys.readouterr().err
     assert [line.strip() for line in re.split(r"[\r\n]", printed) if line] == said
     assert printed.count("\r" if is_terminal else "\n") == len(said)
+    tell("")
+    assert capsys.readouterr().err == (" " * 79 + "\r" if is_terminal else "")
+    miniapm.progress_teller()("")  # nothing was shown
+    assert capsys.readouterr().err == ""
 
 
 def test_copy_is_of_one_moment_while_others_write(
