@@ -5612,22 +5612,17 @@ class RecordMarks:
         known = self._known.get(key)
         if known is not None and known[0]() is error:
             return known[1]
+        attributes = _attributes_of.__get__(error)
+        if type(attributes) is _Attributes:
+            return attributes.mark
         mark = RecordMark()
         try:
-            reference = weakref.ref(error, lambda _: self._known.pop(key, None))
-        except TypeError:
-            return self._of_built_in(error)
-        self._known[key] = (reference, mark)
-        return mark
-
-    @staticmethod
-    def _of_built_in(error: BaseException) -> RecordMark:
-        attributes = _attributes_of.__get__(error)
-        if type(attributes) is not _Attributes:
+            self._known[key] = weakref.ref(error, lambda _: self._known.pop(key, None)), mark
+        except TypeError:  # of a built-in class
             attributes = _Attributes(attributes)
-            attributes.mark = RecordMark()
+            attributes.mark = mark
             _attributes_of.__set__(error, attributes)
-        return attributes.mark
+        return mark
 
 
 _LOG_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
@@ -5741,9 +5736,8 @@ class Describer:
         frame = {"file": file, "lineno": lineno, "function": function, "own": self.is_own(file)}
         template = record.msg[:2_000] if type(record.msg) is str else message
         # A template without words, such as "%s: %s", does not say what failed.
-        has_word = re.search(
-            r"[^\W\d_]{2}", re.sub(r"%(?:\(\w*\))?[#0 +-]*[\d.*]*\w", "", template)
-        )
+        words = re.sub(r"%(?:\(\w*\))?[#0 +-]*[\d.*]*\w", "", template)
+        has_word = re.search(r"[^\W\d_]{2}", words)
         place = Frame("", file, function=function)
         report = self._report(name, message, place, template if has_word else "")
         one = {"exception_class": name, "message": message}
@@ -5753,9 +5747,8 @@ class Describer:
         """Describe the exception whose printed traceback is in a message, None if there is none."""
         before, title, after = message.partition(TRACEBACK_TITLE)
         lines = (title + after).splitlines()
-        last = max(
-            (at for at, line in enumerate(lines) if line.lstrip().startswith("File ")), default=0
-        )
+        places = [at for at, line in enumerate(lines) if line.lstrip().startswith("File ")]
+        last = places[-1] if places else 0
         ends = [line for line in lines[last + 1 :] if re.match(r"[A-Za-z_][\w.]*(?:: |$)", line)]
         if not ends:
             return None
@@ -6006,9 +5999,8 @@ class StoreDestination:
         self, waiting: collections.deque[Occurrence], complain: Complaints, timeout_s: float
     ) -> None:
         """Do what deliver() does while the interpreter ends, when a lock may be held for ever."""
-        with self._refusal_as_retry(), contextlib.ExitStack() as cleanup:
-            store = Store(self.path, threads=False, wait_s=timeout_s)
-            cleanup.callback(store.close)
+        make = functools.partial(Store, self.path, threads=False, wait_s=timeout_s)
+        with self._refusal_as_retry(), contextlib.closing(make()) as store:
             self._record(store, waiting, complain)
 
     @staticmethod
@@ -6036,9 +6028,8 @@ class StoreDestination:
 
     def has_reports(self) -> bool:
         """Tell whether there is a database with something in it."""
-        with contextlib.suppress(sqlite3.Error), contextlib.ExitStack() as cleanup:
-            if os.path.exists(self.path):
-                db = cleanup.enter_context(contextlib.closing(_connect(self.path)))
+        if os.path.exists(self.path):
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self.path)) as db:
                 return db.execute("SELECT 1 FROM errors LIMIT 1").fetchone() is not None
         return False
 
@@ -6500,13 +6491,14 @@ def _hook_loguru(_: Record, record_log: RecordLog) -> Callable[[], None]:
 
     # A format that is a function, or loguru would call the repr of every variable.
     options = {"format": lambda _: "{message}", "diagnose": False, "backtrace": False}
-    numbers = [logger.add(sink, level="ERROR", **options)]
+    add = functools.partial(logger.add, sink, level="ERROR", **options)
+    numbers = [add()]
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def remove(self: Any, handler_id: int | None = None) -> None:
             original(self, handler_id)
             if handler_id is None:  # of all handlers, with which most set-ups begin
-                numbers.append(logger.add(sink, level="ERROR", **options))
+                numbers.append(add())
 
         return remove
 

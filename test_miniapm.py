@@ -8032,6 +8032,19 @@ def test_error_that_a_framework_answers_is_recorded_once_with_its_request(
     assert_has_request(report)
 
 
+def test_traceback_that_an_application_prints_is_recorded_with_a_5xx(recorder: Recorder) -> None:
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        try:
+            fail()
+        except LookupError:
+            traceback.print_exc(file=environ["wsgi.errors"])
+        start_response("500 Sorry", [])
+        return [b""]
+
+    list(miniapm.wrap(app)(wsgi_environ(), lambda *_: None))
+    assert recorder.report()["exception_class"] == "LookupError"
+
+
 @pytest.mark.parametrize(
     ("framework", "has_handler"), [("aiohttp", False), ("aiohttp", True), ("tornado", False)]
 )
