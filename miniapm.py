@@ -2146,10 +2146,10 @@ def _words() -> dict[str, str]:
 @functools.cache
 def _pattern(text: str) -> re.Pattern[str]:
     """Compile a pattern on first use: to compile all of them takes 10 ms."""
-    short, words = "", _words()
-    while text != short:
-        short = text
-        text = re.sub("[A-Z][A-Z_]{2,}", lambda name: words.get(name[0], name[0]), short)
+    before, words = "", _words()
+    while text != before:  # words hold names too
+        before = text
+        text = re.sub("[A-Z][A-Z_]{2,}", lambda name: words.get(name[0], name[0]), before)
     return re.compile(text)
 
 
@@ -2721,9 +2721,9 @@ _VARIABLE_PATHS = r"""
 """
 
 
-@functools.lru_cache(1_000)
+@functools.lru_cache(1_000)  # a fingerprint of known parts takes a quarter of the time
 def _stable(text: str, *tables: str) -> str:
-    """Return a text with the replacements of some tables; errors come again with theirs."""
+    """Return a text with the replacements of some tables made."""
     for table in tables:
         for kind, hint, form in _rows(table):
             if hint in text:
