@@ -2876,6 +2876,20 @@ def dsn_of(url: str, key: str, project_id: int) -> str:
     return f"{scheme}://{urllib.parse.quote(key, safe='')}@{rest}/{project_id}"
 
 
+def sdk_snippet(dsn: str) -> tuple[str, str]:
+    """Return (name, text) of a way to send a first report by an SDK, as snippets() does."""
+    return (
+        "Sentry SDK",
+        f"""\
+# A program that starts a Sentry SDK reports here with this in its environment:
+export SENTRY_DSN="{dsn}"
+
+# For instance (pip install sentry-sdk):
+python -c 'import sentry_sdk; sentry_sdk.init()
+sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
+    )
+
+
 def key_of_dsn(dsn: Any) -> str:
     """Return the key in a DSN, empty if it has none."""
     found = re.match(r"https?://([^@/:]+)(?::[^@/]*)?@", dsn) if isinstance(dsn, str) else None
@@ -7420,26 +7434,17 @@ async function reportError(error, context = {}) {
 }
 
 reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
-    "Sentry SDK": """\
-# A program that starts a Sentry SDK reports here with this in its environment:
-export SENTRY_DSN="@DSN@"
-
-# For instance (pip install sentry-sdk):
-python -c 'import sentry_sdk; sentry_sdk.init()
-sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
 }
 
 
-def snippets(url: str, key: str, project_id: int) -> dict[str, str]:
-    """Return programs that send a first report, by name; each works when pasted as it is.
+def snippets(url: str, key: str) -> list[tuple[str, str]]:
+    """Return (name, text) of programs that send a first report; each works when pasted as it is.
 
     `url` and `key` hold no quotes, $ or backslashes: the settings and Host can't have any.
     """
-    dsn = dsn_of(url, key, project_id)
-    return {
-        name: text.replace("@URL@", url).replace("@DSN@", dsn).replace("@KEY@", key)
-        for name, text in _SNIPPETS.items()
-    }
+    return [
+        (name, text.replace("@URL@", url).replace("@KEY@", key)) for name, text in _SNIPPETS.items()
+    ]
 
 
 def error_json(error: ErrorGroup, root: str) -> Json:
@@ -8059,15 +8064,14 @@ Nothing here.
 <p id="dropped">Accepted since the start but not kept, because MiniAPM stores only errors:
 {{", ".join(f"{kind} ({count:,})" for kind, count in dropped)}}.</p>
 % end
-% for project in projects:
+% for project, keys, ways in projects:
 <section class="card">
 <h2>{{project.name}}</h2>
-% for key in project.keys:
-<p class="key"><span>API key</span> <code>{{key}}</code></p>
-<p class="key"><span>Sentry DSN</span> <code>{{dsn_of(url, key, project.id)}}</code></p>
+% for label, text in keys:
+<p class="key"><span>{{label}}</span> <code>{{text}}</code></p>
 % end
-% if project.keys:
-% for name, text in snippets(url, project.keys[0], project.id).items():
+% if ways:
+% for name, text in ways:
 <details class="snippet" {{'open' if name == 'curl' else ''}}><summary>{{name}}</summary>
 <div><button class="copy" type="button" hidden>Copy</button><pre>{{text}}</pre></div></details>
 % end
@@ -9541,12 +9545,22 @@ class Dashboard:
         return self._setup("Send reports here", is_welcome=False)
 
     def _setup(self, heading: str, *, is_welcome: bool) -> bottle.HTTPResponse:
+        url = url_of_request(bottle.request.environ)
+        projects = []
+        for project in self._store.projects():
+            keys: list[tuple[str, str]] = []
+            ways: list[tuple[str, str]] = []
+            for key in project.keys:
+                dsn = dsn_of(url, key, project.id)
+                keys += [("API key", key), ("Sentry DSN", dsn)]
+                ways = ways or [*snippets(url, key), sdk_snippet(dsn)]
+            projects.append((project, keys, ways))
         return self.html(
             "setup",
             heading=heading,
             is_welcome=is_welcome,
-            url=url_of_request(bottle.request.environ),
-            projects=self._store.projects(),
+            url=url,
+            projects=projects,
             rejections=self._rejections.listed(),
             dropped=self._rejections.dropped(),
         )
@@ -10747,7 +10761,7 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
     key = project.keys[0]
     lines += [f"  API key    {key}", f"  Sentry DSN {dsn_of(url, key, project.id)}", ""]
     lines += ["Report a first error by pasting this into another terminal:", ""]
-    return "\n".join([*lines, snippets(url, key, project.id)["curl"], ""])
+    return "\n".join([*lines, dict(snippets(url, key))["curl"], ""])
 
 
 def serve(config: Config) -> int:
