@@ -24,8 +24,8 @@ Contents:
     11. HTTP
     12. Commands
 
-The way of a report: headers -> Intake.admit -> Sender -> HeldBody -> Intake.read -> Delivery of
-Occurrences -> Store.record -> Intake.answer_to -> 202. The way of a page:
+The path of a report: headers -> Intake.admit -> Sender -> HeldBody -> Intake.read -> Delivery of
+Occurrences -> Store.record -> Intake.answer_to -> 202. The path of a page:
 query string -> ErrorFilter -> Store.errors -> list of ErrorGroup -> template -> HTML. Times inside
 are integer milliseconds UTC since 1970 (suffix `_ms`); in JSON they are ISO 8601 strings that end
 in Z.
@@ -167,7 +167,7 @@ MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
 MAX_PLAIN_CHARS = MAX_FIELD_CHARS  # a report's JSON of which no field can be too large
-MAX_REMEMBERED_CHARS = 200  # of a line or path: how a longer one was read is not remembered
+MAX_REMEMBERED_CHARS = 200  # a longer line or path is not cached
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
 MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
 MAX_TAG_VALUES = 200
@@ -216,10 +216,10 @@ MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # of what is kept in memory about the errors re
 KNOWN_OVERHEAD_BYTES = 200  # of each thing in it
 MIN_FREE_BYTES = 16 * _MEBIBYTE  # of the disk, or a tenth of a small one: kept for deleting
 FULL_RETRY_S = 30
-PROGRESS_INTERVAL_S = 3.0  # between lines about work that takes long
+PROGRESS_INTERVAL_S = 3.0  # between progress lines of a long task
 MAX_WAL_BYTES = 8 * _MEBIBYTE  # with more in the write-ahead log a commit empties it itself
 MAX_KEYS_AGE_S = 0.05  # reading them for each request took 4 % of the time of storing a report
-CHECKPOINT_COMMITS = 50  # after as many it is copied into the database, beside the commits
+CHECKPOINT_COMMITS = 50  # after this many, the log is copied into the database
 REQUEST_BLOCK_IDS = 1_024  # occurrence ids whose request keys share one block of the index
 SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
 
@@ -1001,8 +1001,8 @@ def _may_give_value(text: str, begin: int, end: int) -> bool:
     )
 
 
-# Each name is looked for by one of its letters: a pattern that begins with a single letter takes
-# a sixth of the time, for each character, of a pattern that may begin with several.
+# Each pattern begins with one fixed letter of its names: per character, that takes a sixth of the
+# time of a pattern that can begin with several letters.
 _RARE_LETTERS = "kpcsubj"
 
 
@@ -1270,15 +1270,15 @@ class Scrubber:
         is_clean = not ("\n" in text or "\x7f" in text) if text.isascii() else text.isprintable()
         if len(text) > MAX_PLAIN_CHARS or not is_clean:
             return False
-        if "\\" in text:  # an odd escape stands for what is replaced or, as \/, hides a hint
+        if "\\" in text:  # other escapes may encode a character to replace or hide a hint
             rest = text.replace("\\\\", "")
             if rest.count("\\") != rest.count('\\"') + rest.count("\\n") + rest.count("\\t"):
                 return False
         return not self.may_hold_secret(text, _URL_SECRET_IN_JSON)
 
 
-class PlainReport(Scrubber):
-    """The scrubber for a report in which there is nothing to scrub: it only cuts."""
+class PlainScrubber(Scrubber):
+    """The scrubber for a report that holds no secrets: it only cuts long texts."""
 
     def __init__(self, text: str) -> None:
         self.sent, self.longest = text, len(text)
@@ -1303,9 +1303,9 @@ scrub_text, clean = _DEFAULT_SCRUBBER.scrub_text, _DEFAULT_SCRUBBER.clean
 def scrubber_for(text: str, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Scrubber:
     """Return the scrubber for the report with this JSON text.
 
-    Its `sent` is the text if that is plain, so that it may be stored as it is, else None.
+    If the text is plain, `sent` holds it, to be stored unchanged; otherwise it is None.
     """
-    return PlainReport(text) if scrubber.is_plain(text) else scrubber.for_length(len(text))
+    return PlainScrubber(text) if scrubber.is_plain(text) else scrubber.for_length(len(text))
 
 
 _LABELS = ("name", "key", "header", "field", "param", "parameter", "Name", "Key", "Header", "k")
@@ -1950,10 +1950,10 @@ def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None)
         received, _, sent = text.removeprefix(_AS_SENT).partition(":")
         data = json.loads(sent)
         try:
-            return parse_occurrence(data, int(received), scrubber=PlainReport(sent))
+            return parse_occurrence(data, int(received), scrubber=PlainScrubber(sent))
         except BadRequest:  # `exceptions` was an unknown field before schema version 4
             data["exceptions (invalid)"] = data.pop("exceptions", None)
-            return parse_occurrence(data, int(received), scrubber=PlainReport(sent))
+            return parse_occurrence(data, int(received), scrubber=PlainScrubber(sent))
     values = json.loads(text)
     if (context := values.get("source_context")) is not None:
         for name in ("pre_context", "post_context"):
@@ -2371,7 +2371,7 @@ class _ChainSplitter:
             self._part.lines.append(line)
 
     def _headed_by(self, line: str) -> _ChainPart | None:
-        """Return the exception that a line is the heading of, None if it is no heading."""
+        """Return the exception that a heading line names, or None if the line is no heading."""
         if found := _HEADING.match(line):
             relation = _RELATION_OF_LABEL[found["label"]]
             return _ChainPart(relation, found["class"], found["message"] or "")
@@ -2722,8 +2722,8 @@ _VARIABLE_PATHS = r"""
 
 
 @functools.lru_cache(1_000)  # a fingerprint of known parts takes a quarter of the time
-def _stable(text: str, *tables: str) -> str:
-    """Return a text with the replacements of some tables made."""
+def _replace_varying_parts(text: str, *tables: str) -> str:
+    """Return a text with its varying parts replaced as the tables say."""
     for table in tables:
         for kind, hint, form in _rows(table):
             if hint in text:
@@ -2742,13 +2742,13 @@ def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | 
     is no line number, so an edit above makes no new error.
     """
     # Version 2 of the recipe. With a new version, known errors appear once more as new ones.
-    name = _stable(exception_class[:MAX_CLASS_CHARS], _GENERATED, _ADDRESS)
+    name = _replace_varying_parts(exception_class[:MAX_CLASS_CHARS], _GENERATED, _ADDRESS)
     name += exception_class[MAX_CLASS_CHARS:]
-    message = _stable(message[:2_000], _GENERATED, _VARIABLE_PARTS)
+    message = _replace_varying_parts(message[:2_000], _GENERATED, _VARIABLE_PARTS)
     if place is not None:
         file, function = (text[:MAX_CLASS_CHARS] for text in place)
-        path = _stable(file.replace("\\", "/"), _VARIABLE_PATHS)
-        name += f"|{path}:{_stable(function, _GENERATED, _ADDRESS)}"
+        path = _replace_varying_parts(file.replace("\\", "/"), _VARIABLE_PATHS)
+        name += f"|{path}:{_replace_varying_parts(function, _GENERATED, _ADDRESS)}"
         message = _pattern(_QUOTED).sub("<text>", message)
     return f"{name}|{' '.join(message.split())[:300]}"
 
@@ -3365,8 +3365,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE INDEX buckets_by_length ON buckets
             ((hour % 24 = 0) + (hour % 8784 = 0), hour)""",
     ),
-    # Retention goes by id, not by an index that every report has to be written to. Up to a
-    # `last_id`, and from there to the next one, ids are in order of receipt.
+    # Retention walks the ids: an index by time would cost a write for every report. Between one
+    # `last_id` and the next, ids are in order of receipt.
     (
         "CREATE TABLE clock_steps (last_id INTEGER PRIMARY KEY)",
         """INSERT INTO clock_steps (last_id)
@@ -3378,11 +3378,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 # Statements that run for every report take tuples: dicts take 2 % longer.
-_NEWS = """exception_class = ?, message = ?, location = ?, level = ?,
+_ERROR_VALUES = """exception_class = ?, message = ?, location = ?, level = ?,
         last_seen_ms = MAX(last_seen_ms, ?),
         occurrence_count = occurrence_count + ?, stored_count = stored_count + ?"""
 RECORD_AGAIN = f"""
-    UPDATE errors SET {_NEWS}, first_seen_ms = MIN(first_seen_ms, ?),
+    UPDATE errors SET {_ERROR_VALUES}, first_seen_ms = MIN(first_seen_ms, ?),
         regressed_ms = CASE status WHEN 'resolved' THEN ? ELSE regressed_ms END,
         status_ms = CASE status WHEN 'resolved' THEN ? ELSE status_ms END,
         status = CASE status WHEN 'resolved' THEN 'open' ELSE status END
@@ -3390,7 +3390,7 @@ RECORD_AGAIN = f"""
     RETURNING id"""
 # The short form of RECORD_AGAIN, enough for most reports; it changes two indexes only.
 RECORD_KNOWN = f"""
-    UPDATE errors SET {_NEWS}
+    UPDATE errors SET {_ERROR_VALUES}
     WHERE first_seen_ms <= ? AND id = ? AND status IN ('open', 'ignored')"""
 # Not one upsert: each conflict would use up an id of errors.
 RECORD_FIRST = """
@@ -3843,7 +3843,7 @@ def _pragma(db: sqlite3.Connection, name: str) -> int:
 
 
 def print_line(text: str, out: TextIO | None = None, end: str = "\n") -> None:
-    """Print at once, on stdout if not told where, and whether or not anybody can read it."""
+    """Print at once, on stdout by default; a stream that is closed or full is not an error."""
     out = out or sys.stdout
     with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or none at all
         encoding = out.encoding or "utf-8"
@@ -3851,10 +3851,10 @@ def print_line(text: str, out: TextIO | None = None, end: str = "\n") -> None:
         print(text, end=end, file=out, flush=True)
 
 
-def progress_teller() -> Callable[[str], None]:
-    """Return what says on stderr, now and then, how far long work is; an empty text ends it.
+def progress_printer() -> Callable[[str], None]:
+    """Return a function that shows progress on stderr now and then; an empty text ends it.
 
-    On a terminal that is one line, which the end clears.
+    On a terminal it rewrites one line, which is cleared at the end.
     """
     is_terminal, said_s, is_shown = os.isatty(2), time.monotonic(), False
 
@@ -3872,16 +3872,16 @@ def progress_teller() -> Callable[[str], None]:
 
 
 def back_up(source: sqlite3.Connection, target: str) -> None:
-    """Copy a database, as it is at one moment, into a new file of mode 0600; verified, or no file.
+    """Copy a snapshot of a database into a new file of mode 0600 and verify it, or leave no file.
 
-    Safe while others write; `source` has begun a transaction. Raises MiniAPMError when there is
-    such a file or none can be made.
+    Safe while others write; `source` has begun a transaction. Raises MiniAPMError when the file
+    exists or can't be written.
     """
     folder, name = os.path.split(os.path.abspath(target))
     if os.path.lexists(target):
         raise MiniAPMError(f"{target} exists; it was not overwritten")
     mib = _pragma(source, "page_count") * 4096 // _MEBIBYTE  # the first read: of this moment
-    tell = progress_teller()
+    tell = progress_printer()
 
     def copied(_: int, left: int, total: int) -> None:
         tell(f"{100 * (total - left) // total} % of {mib:,} MiB are copied")
@@ -3954,7 +3954,7 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
     db.execute("PRAGMA synchronous = FULL")
     if _pragma(db, "user_version") == len(MIGRATIONS):
         return
-    tell = progress_teller()
+    tell = progress_printer()
     db.set_progress_handler(lambda: tell("the schema is being changed"), 100_000)
     db.execute("BEGIN IMMEDIATE")
     totals = None if is_new else db.execute(CHECK_TOTALS).fetchone()
@@ -3996,8 +3996,8 @@ def open_database(path: str) -> sqlite3.Connection:
 Work = Callable[[sqlite3.Connection], Any]
 
 
-def _call_safely(work: Work, db: sqlite3.Connection) -> tuple[Any, Exception | None]:
-    """Return what the work returned, or why nothing that it wrote in the transaction is left."""
+def _run_in_savepoint(work: Work, db: sqlite3.Connection) -> tuple[Any, Exception | None]:
+    """Return the result of the work, or the reason why its writes were rolled back."""
     db.execute("SAVEPOINT part")
     try:
         result = work(db)
@@ -4145,7 +4145,7 @@ class Writer:
             self._turn.release()
 
     def copy_log(self) -> None:
-        """Copy the log by a connection of its own: commits go on meanwhile."""
+        """Copy the log over a separate connection, so that commits can go on."""
         with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self._path)) as db:
             _copy_log(db)
 
@@ -4261,7 +4261,7 @@ class Writer:
     def _commit(self, jobs: list[_Job]) -> None:
         try:
             with self._transaction():
-                outcomes = [_call_safely(job.work, self._db) for job in jobs]
+                outcomes = [_run_in_savepoint(job.work, self._db) for job in jobs]
         except Exception as error:  # noqa: BLE001 - the thread must outlive what a disk does
             self._fail(jobs, error)
             return
@@ -4347,14 +4347,14 @@ class _Known:
     is_new: bool  # until its first reports are written: there is nothing to look for
     # What is stored: facets as (name, value), users as (the day they were seen, id).
     seen: set[tuple[str | int, str]] = field(default_factory=set)
-    lines: int | None = None  # a hash: the newest report's lines may be long
-    location: str = ""  # in them
+    lines: int | None = None  # the hash of the newest report's lines, which may be long
+    location: str = ""  # found in those lines
 
 
-def _news_of(error: _Known | None, group: Sequence[_Report]) -> tuple[str | int, ...]:
-    """Return the values of _NEWS that reports of one error give it, and their earliest time."""
+def _error_values_of(error: _Known | None, group: Sequence[_Report]) -> tuple[str | int, ...]:
+    """Return one error's values of _ERROR_VALUES from its reports, and their earliest time."""
     last, count = group[-1][1], len(group)
-    # To find a location takes as long as to pack the report, and most have that of the one before.
+    # Finding a location takes as long as packing the report; most repeat the previous location.
     lines = None if last.exceptions else hash((last.backtrace, last.source_context))
     if error is not None and lines is not None and lines == error.lines:
         location = error.location
@@ -4370,8 +4370,8 @@ def _news_of(error: _Known | None, group: Sequence[_Report]) -> tuple[str | int,
 class _Recorder:
     """Writes reports within the writer's transactions.
 
-    What it knows of the errors that were reported last, some megabytes, spares most statements.
-    It asks anew after a rollback, and when another process has written.
+    A cache of the errors reported last (a few megabytes) saves most statements. It is emptied
+    after a rollback, and when another process has written.
     """
 
     def __init__(self, now_ms: Callable[[], int]) -> None:
@@ -4397,7 +4397,7 @@ class _Recorder:
 
     def write(self, reports: Sequence[_Report], db: sqlite3.Connection) -> list[Exception | None]:
         """Write all reports together or, when one of them can't be, each by itself."""
-        _, refusal = _call_safely(functools.partial(self.write_together, reports), db)
+        _, refusal = _run_in_savepoint(functools.partial(self.write_together, reports), db)
         if refusal is None:
             return [None] * len(reports)
         self.forget()
@@ -4442,9 +4442,9 @@ class _Recorder:
         received_ms: int,
         db: sqlite3.Connection,
     ) -> Iterator[tuple[_Known, Sequence[_Report]]]:
-        """Write what reports of each error, in order of receipt, say of it; return the errors."""
+        """Update each error from its reports, in order of receipt; return the errors."""
         known = {key: self._known.get(key) for key in groups}
-        news = {key: _news_of(known[key], group) for key, group in groups.items()}
+        news = {key: _error_values_of(known[key], group) for key, group in groups.items()}
         updates = [(*news[key], error.id) for key, error in known.items() if error]
         db.execute("SAVEPOINT known")
         are_known = not updates or db.executemany(RECORD_KNOWN, updates).rowcount == len(updates)
@@ -4462,7 +4462,7 @@ class _Recorder:
         news: tuple[str | int, ...],
         db: sqlite3.Connection,
     ) -> _Known:
-        """Write what reports say of an error that is not known, or not to be as it was."""
+        """Create or update an error that is not in the cache or has changed since."""
         known = self._known.get(key)
         row = db.execute(RECORD_AGAIN, (*news, news[-1], *key)).fetchone()  # the time of receipt
         if row is not None and known is not None and known.id == row["id"]:
@@ -6116,7 +6116,7 @@ class HttpDestination:
             complain.print_line(f"reports were refused with HTTP {answer.status}", reason)
 
     def _nothing(self, *_: object) -> None:
-        """Keep nothing open and remove nothing: the tracker does that itself."""
+        """Do nothing: the tracker owns the database and runs retention."""
 
     before_fork = after_fork = start_anew = close = sweep = hurry = has_reports = _nothing
 
@@ -6663,7 +6663,7 @@ class Client:
         is_refusal = str(record.name).startswith("django.") and type(status) is int and status < 500
         line = f"{record.name}: {message}"
         is_repeated = error is None and re.match(_REPEATED_LINE, line) is not None
-        is_repeated = is_repeated or self._is_handed_on(record, message)
+        is_repeated = is_repeated or self._is_forwarded_copy(record, message)
         # A record that a QueueHandler hands on comes again, maybe in another process.
         origin = (record.process, record.thread, record.created, record.name, record.lineno)
         origin_text = f"{origin} {message.partition(chr(10))[0]}"
@@ -6694,7 +6694,7 @@ class Client:
                 more = {"log_message": text} if text and text != safe_text(error) else {}
                 self._record_exception(error, context, more | {"event_id": event_id})
 
-    def _is_handed_on(self, record: logging.LogRecord, message: str) -> bool:
+    def _is_forwarded_copy(self, record: logging.LogRecord, message: str) -> bool:
         """Tell whether a handler passes a record on between logging and loguru."""
         now = time.monotonic(), message.partition("\n")[0], record.__dict__.get("_source")
         last, self._last_log.of_thread = getattr(self._last_log, "of_thread", now), now
@@ -6764,7 +6764,7 @@ class Client:
             _hook(sys, "unraisablehook", lambda said: self.record(said.exc_value)),
             # Not a handler: logging's defaults and Flask's look whether the root logger has one.
             _hook(logging.Logger, "callHandlers", lambda logger, record: self.record_log(record)),
-            # By which a child of multiprocessing ends, also one that called init() within run().
+            # A failing multiprocessing child ends with this, even if run() called init().
             _hook(traceback, "print_exc", lambda *_, **__: self._record_uncaught_in_child()),
             *(
                 _hook(os, name, lambda *_, **__: self._guard(self._outbox.flush_before_exit))
@@ -6983,7 +6983,7 @@ def _record_failure(request: Request, error: BaseException | None = None) -> Non
 
 
 def _note_handled(*_: object, **__: object) -> None:
-    """Remember the exception at hand until it is known how it is answered."""
+    """Remember the current exception until the status of its answer is known."""
     if (request := _current_request.get()) is not None:
         request.handled_error = sys.exc_info()[1]
 
@@ -7131,7 +7131,7 @@ def adapter_for(app: object) -> Callable[[Any], Any] | None:
     return next((adapters[name] for one in bases if (name := class_module(one)) in adapters), None)
 
 
-# Where frameworks take an exception which they, or the application's handlers, then answer.
+# Framework functions that get an exception before they or the application's handlers answer.
 _ERROR_HANDLERS = (
     ("cherrypy._cprequest", "Request", "handle_error"),
     ("django.core.handlers.base", "BaseHandler", "process_exception_by_middleware"),
@@ -8468,7 +8468,7 @@ class BodyBudget:
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """Who reports and in which form, as far as the headers of a request tell."""
+    """The project, key and format of a report, as far as the request's headers tell."""
 
     form: str  # errors, batch, envelope or store
     project_id: int
@@ -8730,8 +8730,8 @@ def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
 def batch_entries(raw: bytes | bytearray) -> list[tuple[Any, bytes | None]]:
     """Return the value and the text of each entry of a batch; BadRequest if it is no batch.
 
-    Of a large batch the values are left out: they may take 25 times as much memory as the text.
-    Of one that holds anything else the texts are missing.
+    The values of a large batch are left out: they may take 25 times as much memory as the text.
+    The texts are left out if the batch can't be split, for instance because it has other fields.
     """
     entries: list[tuple[Any, bytes | None]] = []
     is_large = len(raw) > MAX_FAST_BYTES
@@ -9180,8 +9180,8 @@ class Delivery:
     stored: int = 0
     refusals: dict[int, MiniAPMError] = field(default_factory=dict)  # by the report's position
 
-    def settle(self, part: Part, outcomes: Iterable[MiniAPMError | None]) -> None:
-        """Note what became of a part; there is an outcome, None if good, for each occurrence."""
+    def note_outcomes(self, part: Part, outcomes: Iterable[MiniAPMError | None]) -> None:
+        """Note the outcomes of a part, one for each occurrence: a refusal, or None if stored."""
         left = iter(outcomes)
         for one in part:
             refusal = one if isinstance(one, MiniAPMError) else next(left)
@@ -9203,7 +9203,7 @@ class Delivery:
                 raise
             except MiniAPMError as refusal:
                 outcomes = [refusal] * len(good)
-            self.settle(part, outcomes)
+            self.note_outcomes(part, outcomes)
 
 
 def occurrences_of(part: Part) -> list[Occurrence]:
@@ -9212,7 +9212,7 @@ def occurrences_of(part: Part) -> list[Occurrence]:
 
 
 class Intake:
-    """The one way in for reports: from a request's headers and body to a Delivery.
+    """The entry point for reports: turns a request's headers and body into a Delivery.
 
     Its callers store the reports and send the answer: the handlers of Ingest do so for one
     request, FastIngest for all that have just arrived.
@@ -9226,7 +9226,7 @@ class Intake:
         self._scrubber = Scrubber(config.scrub_also) if config.scrub_also else _DEFAULT_SCRUBBER
 
     def admit(self, environ: Environ) -> Sender | None:
-        """Return who sends a request, None if it is not for reports; raise if it is refused."""
+        """Return a request's sender, or None if it is not a report; raise if it is refused."""
         path = environ["PATH_INFO"]
         found = _REPORTING_PATH.fullmatch(path)
         if found is None or environ["REQUEST_METHOD"] != "POST":
@@ -9284,7 +9284,7 @@ class Intake:
         return delivery
 
     def read(self, sender: Sender, raw: bytes, most_decoded_bytes: int) -> Delivery:
-        """Return the reports in a body; raise what it is refused for, here or in a first part."""
+        """Return the reports in a body; raise a refusal here or when the first part is read."""
         if sender.keys is not self._store.keys():  # they may have been revoked since
             sender = self.admit(sender.environ) or sender
         if len(raw) > self._max_body_bytes:
@@ -10207,9 +10207,9 @@ _CONTENT_LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([1-9][0-9]{0,5})[ 
 
 
 class KnownHeaders:
-    """Recognises a client by the bytes of its request's header, all but those of its length.
+    """Recognises a repeated request header by its bytes, ignoring the Content-Length digits.
 
-    Such a header needs no parsing: it would be read as the one before it.
+    A known header is not parsed again: the result would be the same.
     """
 
     def __init__(self) -> None:
@@ -10225,7 +10225,7 @@ class KnownHeaders:
         self._senders[header[: found.start(1)] + header[found.end(1) :]] = sender
 
     def find(self, data: bytes) -> KnownRequest | None:
-        """Return what `data` is if that is one whole request with a known header."""
+        """Return the request if `data` is exactly one, complete, with a known header."""
         end = data.find(b"\r\n\r\n") + 4
         found = _CONTENT_LENGTH.search(data, 0, end)
         if found is None or int(found[1]) != len(data) - end:
@@ -10340,7 +10340,7 @@ def _waiting_channel_class() -> Any:
 def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
     """Return waitress's channel class with two changes.
 
-    It keeps as much of a body as the rule says, and parses no header that is known.
+    It keeps only as much of a body as the rule allows, and does not parse a known header.
     """
 
     class Channel(_waiting_channel_class()):  # type: ignore[misc]
@@ -10370,7 +10370,7 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
 
 @functools.lru_cache(16)
 def fast_answer_head(status: str, size: int, now_s: int) -> bytes:
-    """Return what stands before the body of an answer to reports, as the App would give it."""
+    """Return the status line and headers of an answer to reports, as the App would send them."""
     headers = [
         ("Content-Type", "application/json"),
         ("Content-Length", str(size)),
@@ -10416,9 +10416,9 @@ class Lanes:
 
 
 class FastIngest:
-    """Stores the reports that one round of the server's loop has read in one transaction.
+    """Stores in one transaction all reports that one round of the server's loop has read.
 
-    It works in the loop's own thread: to hand a report to another thread costs more than to store
+    It works in the loop's own thread: handing a report to another thread costs more than storing
     it. A request that is large, or whose reports can't be stored at once, goes to the thread pool,
     with what has been read of it. Of waitress it relies on, in addition to what Server names:
     `server.add_task`, which is called with a channel whose first request is complete; of a channel
@@ -10470,7 +10470,7 @@ class FastIngest:
             self._server.pull_trigger = wake
 
     def _read(self, channel: Any, raw: bytes) -> Delivery | MiniAPMError | None:
-        """Return what a channel's only request brings, as a list of parts unless it is long."""
+        """Read a channel's only request; the parts are a list unless there are many reports."""
         sender = channel.requests[0].sender
         is_alone = len(channel.requests) == 1 and channel.request is None
         if not is_alone or channel.total_outbufs_len or len(raw) > MAX_FAST_BYTES:
@@ -10515,7 +10515,7 @@ class FastIngest:
 
     def _answer(self, channel: Any, delivery: Delivery) -> None:
         for part in delivery.parts:
-            delivery.settle(part, itertools.repeat(None))
+            delivery.note_outcomes(part, itertools.repeat(None))
         try:
             status, body = self._intake.answer_to(delivery)
         except MiniAPMError as refusal:
@@ -10912,12 +10912,12 @@ def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
 
 
 def _run_main(program: list[str], *, is_module: bool) -> None:
-    """Do what `python program…` does, `python -m program…` for a module, in a fresh __main__."""
+    """Run a script as `python script` would, or a module as `python -m`, in a new __main__."""
     path = os.path.abspath(program[0])
     is_script = not is_module and pkgutil.get_importer(path) is None  # no folder, no archive
     module = types.ModuleType("__main__")
     module.__dict__.update(__builtins__=__builtins__, __annotations__={})
-    sys.modules["__main__"] = module  # ours stays what our functions look into
+    sys.modules["__main__"] = module  # our functions keep their own globals
     sys.argv = program
     sys.path[0] = os.getcwd() if is_module else os.path.dirname(path) if is_script else path
     if not is_script:

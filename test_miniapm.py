@@ -1144,7 +1144,7 @@ def test_exceptions_are_bounded_with_marks(is_plain: bool) -> None:
     small = {"exception_class": "E", "message": "m", "frames": [{"file": "a.py"}] * 12}
     chain = [small | {"frames": [wide] * 60}, *[small] * 54]
     said = report(exceptions=chain)
-    scrubber = miniapm.PlainReport(json.dumps(said)) if is_plain else miniapm.Scrubber()
+    scrubber = miniapm.PlainScrubber(json.dumps(said)) if is_plain else miniapm.Scrubber()
     found = miniapm.parse_occurrence(said, NOW_MS, scrubber=scrubber)
     kept = found.exceptions
     assert len(kept) == miniapm.MAX_EXCEPTIONS + 1
@@ -3395,7 +3395,7 @@ def test_progress_is_one_line_on_a_terminal(
     monkeypatch.setattr(miniapm.os, "isatty", lambda _: is_terminal)
     clock = Clock()
     monkeypatch.setattr(miniapm.time, "monotonic", clock)
-    tell = miniapm.progress_teller()
+    tell = miniapm.progress_printer()
     for seconds, text in ((0.1, "1 %"), (1, "5 %"), (1.1, "7 %"), (3.1, "9 %")):
         clock.seconds = NOW_S + seconds
         tell(text)
@@ -3404,7 +3404,7 @@ def test_progress_is_one_line_on_a_terminal(
     assert printed.count("\r" if is_terminal else "\n") == len(said)
     tell("")
     assert capsys.readouterr().err == (" " * 79 + "\r" if is_terminal else "")
-    miniapm.progress_teller()("")  # nothing was shown
+    miniapm.progress_printer()("")  # nothing was shown
     assert capsys.readouterr().err == ""
 
 
@@ -3419,7 +3419,7 @@ def test_copy_is_of_one_moment_while_others_write(
             for text in itertools.islice(texts, 1):
                 record(store, fingerprint=text)
 
-        monkeypatch.setattr(miniapm, "progress_teller", lambda: write)
+        monkeypatch.setattr(miniapm, "progress_printer", lambda: write)
         before = len(store.errors(ErrorFilter("all")).errors)
         with miniapm.existing_database(str(large)) as db:
             miniapm.back_up(db, str(tmp_path / "copy.db"))
@@ -15666,8 +15666,8 @@ def test_ci_runs_the_readme_s_test_command() -> None:
     assert any("python test_miniapm.py" in block for block in blocks)
 
 
-def test_way_of_a_report_names_what_the_file_has() -> None:
-    (text,) = re.findall(r"\*\*The way of a report\.\*\*.*?\n\n", README, re.DOTALL)
+def test_how_a_report_is_processed_names_what_the_file_has() -> None:
+    (text,) = re.findall(r"\*\*How a report is processed\.\*\*.*?\n\n", README, re.DOTALL)
     names = [name for name in re.findall(r"`([A-Za-z.]+)`", text) if name != "Content-Length"]
     assert len(names) > 5
     assert [name for name in names if not operator.attrgetter(name)(miniapm)] == []
