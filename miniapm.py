@@ -1032,6 +1032,23 @@ def _hints_of(names: Iterable[str]) -> list[tuple[str, re.Pattern[str]]]:
     return hints
 
 
+class _SecretNames:
+    """The patterns of secret names; to compile them takes a fifth of the module's import."""
+
+    def __init__(self, also: Iterable[str]) -> None:
+        added = [re.sub("[. -]", "_", name.lower()) for name in also]
+        always = [*SECRET_NAMES.split(), *(f"{word}_key" for word in SECRET_KEYS.split())]
+        endings = [f"{word}$" for word in SECRET_ENDINGS.split()]
+        self.always = re.compile(_pattern_of(always))
+        last = _pattern_of(SECRET_ENDINGS.split())
+        ending = rf"(?<![a-z]){_PASS_PREFIX}{last}{_ENDING_SUFFIX}\d*\W*\Z"
+        whole = rf"|(?<![a-z]){_pattern_of(added)}(?![a-z])" if added else ""
+        self.ending = re.compile(ending + whole)
+        words = [*always, *endings, *added]
+        self.hit = re.compile(rf"{_pattern_of(words)}[\w.-]*+")
+        self.hints = _hints_of([*words, "bearer", "basic"])
+
+
 class Scrubber:
     """Replaces secrets in texts and in JSON; `also` adds names to the built-in ones.
 
@@ -1046,23 +1063,18 @@ class Scrubber:
     longest: float = math.inf  # no string of the report is longer
 
     def __init__(self, also: Iterable[str] = ()) -> None:
-        added = [re.sub("[. -]", "_", name.lower()) for name in also]
-        always = [*SECRET_NAMES.split(), *(f"{word}_key" for word in SECRET_KEYS.split())]
-        endings = [f"{word}$" for word in SECRET_ENDINGS.split()]
-        self._always = re.compile(_pattern_of(always))
-        last = _pattern_of(SECRET_ENDINGS.split())
-        ending = rf"(?<![a-z]){_PASS_PREFIX}{last}{_ENDING_SUFFIX}\d*\W*\Z"
-        whole = rf"|(?<![a-z]){_pattern_of(added)}(?![a-z])" if added else ""
-        self._ending = re.compile(ending + whole)
-        words = [*always, *endings, *added]
-        self._hit = re.compile(rf"{_pattern_of(words)}[\w.-]*+")
-        self._hints = _hints_of([*words, "bearer", "basic"])
+        self._also = tuple(also)
+
+    @functools.cached_property
+    def _names(self) -> _SecretNames:
+        return _SecretNames(self._also)
 
     def for_length(self, length: int) -> Scrubber:
         """Return the scrubber for one report with a JSON text of this length."""
         one = object.__new__(Scrubber)
         checks = length // MIN_CHARS_PER_SECRET + 16
-        one.__dict__.update(self.__dict__, checks_left=checks, is_long=length > MAX_EXTRA_CHARS)
+        is_long = length > MAX_EXTRA_CHARS
+        one.__dict__.update(_names=self._names, checks_left=checks, is_long=is_long)
         return one
 
     def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
@@ -1072,9 +1084,9 @@ class Scrubber:
         """
         lowered = _lowered(text)
         if len(text) < MIN_HINTED_CHARS:
-            if self._hit.search(lowered) or "bearer" in lowered or "basic" in lowered:
+            if self._names.hit.search(lowered) or "bearer" in lowered or "basic" in lowered:
                 return True
-        elif any(letter in lowered and one.search(lowered) for letter, one in self._hints):
+        elif any(letter in lowered and one.search(lowered) for letter, one in self._names.hints):
             return True
         if "@" in text and "://" in text and url.search(text):
             return True
@@ -1091,10 +1103,10 @@ class Scrubber:
     def names_secret(self, name: str) -> bool:
         """Tell whether a name stands for a secret."""
         lowered = _lowered(name)
-        if not self._hit.search(lowered):
+        if not self._names.hit.search(lowered):
             return False
         split = lowered if name == lowered else _lowered(_CAMEL.sub("_", name))
-        if not (self._always.search(lowered) or self._ending.search(split)):
+        if not (self._names.always.search(lowered) or self._names.ending.search(split)):
             return False
         split = split.translate(_SEPARATORS)
         return not (split.rpartition("_")[2] in _HARMLESS_ENDINGS or _HARMLESS_NAME.search(split))
@@ -1137,7 +1149,7 @@ class Scrubber:
         names_left = len(text) // 32 + 100
         values_left = min(self.checks_left, len(text) // MIN_CHARS_PER_SECRET + 16)
         self.checks_left -= values_left
-        for hit in self._hit.finditer(_lowered(text)):
+        for hit in self._names.hit.finditer(_lowered(text)):
             names_left -= 1
             if names_left < 0 or values_left < 0:
                 end = max(kept, hit.start())
@@ -4614,6 +4626,28 @@ class Readers:
             self._is_abandoned = True
 
 
+class _KeyCache:
+    """Holds the valid API keys for MAX_KEYS_AGE_S."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+        self._keys: Keys = ()
+        self._until_s = 0.0
+
+    def current(self) -> Keys:
+        """Return the keys: the same object until one of them changes."""
+        if (now_s := time.monotonic()) >= self._until_s:
+            with self._readers.lend(one_statement=True) as db:
+                found = tuple((one, key.encode()) for one, key in db.execute(SELECT_KEYS))
+            self._keys = self._keys if found == self._keys else found
+            self._until_s = now_s + MAX_KEYS_AGE_S
+        return self._keys
+
+    def expire(self) -> None:
+        """Have the keys read again."""
+        self._until_s = 0.0
+
+
 @contextlib.contextmanager
 def _search_deadline(db: sqlite3.Connection) -> Iterator[None]:
     """Stop the block's statements after MAX_SEARCH_S and raise Unavailable."""
@@ -4660,8 +4694,7 @@ class Store:
         self.copy_log = self._writer.copy_log
         self.has_surplus = threading.Event()  # there may be something for Retention to remove
         self._reports_since_surplus = 0
-        self._keys: Keys = ()
-        self._keys_until_s = 0.0  # as long they need not be read again
+        self._keys = _KeyCache(self._readers)
         self._recorder = _Recorder(self.now_ms)
         self.forget_known = self._writer.after_undo = self._recorder.forget
 
@@ -4824,18 +4857,9 @@ class Store:
         return tuple(Project(**row | {"keys": tuple(json.loads(row["keys"]))}) for row in rows)
 
     def keys(self) -> Keys:
-        """Return every valid key: the same object until one of them changes.
-
-        A change that another process makes is seen after MAX_KEYS_AGE_S at the latest.
-        """
-        now_s = time.monotonic()
-        if now_s >= self._keys_until_s:
-            self._writer.refuse_if_closed()
-            with self._readers.lend(one_statement=True) as db:
-                found = tuple((one, key.encode()) for one, key in db.execute(SELECT_KEYS))
-            self._keys = self._keys if found == self._keys else found
-            self._keys_until_s = now_s + MAX_KEYS_AGE_S
-        return self._keys
+        """Return every valid key; another process's change is seen within MAX_KEYS_AGE_S."""
+        self._writer.refuse_if_closed()
+        return self._keys.current()
 
     def create_key(self, name: str) -> str:
         """Add a new key to the project called `name`, made if there is none; return the key."""
@@ -4848,18 +4872,15 @@ class Store:
             db.execute(INSERT_PROJECT, values)
             db.execute(INSERT_KEY, values)
 
-        self._change_keys(work)
+        self.write(work)
+        self._keys.expire()
         return key
-
-    def _change_keys(self, work: Work) -> Any:
-        result = self.write(work)
-        self._keys_until_s = 0.0
-        return result
 
     def revoke(self, name: str) -> int:
         """Revoke all keys of a project, or the one key given; NotFound if there is none."""
         values = {"name": name, "now_ms": self.now_ms()}
-        revoked: int = self._change_keys(lambda db: db.execute(REVOKE_KEYS, values).rowcount)
+        revoked: int = self.write(lambda db: db.execute(REVOKE_KEYS, values).rowcount)
+        self._keys.expire()
         if not revoked:
             raise NotFound(f"no project or key called {name!r} has a key to revoke")
         return revoked
@@ -4872,7 +4893,8 @@ class Store:
         """
         existing = next((p for p in self.projects() if p.name == "default"), None)
         if key is not None:
-            self._change_keys(functools.partial(_replace_keys, key, self.now_ms()))
+            self.write(functools.partial(_replace_keys, key, self.now_ms()))
+            self._keys.expire()
         elif existing is None:
             self.create_key("default")
         else:
@@ -9166,6 +9188,11 @@ def answer_json(
 Part = list[Occurrence | MiniAPMError]  # reports in their order: read, or refused
 
 
+def occurrences_of(part: Part) -> list[Occurrence]:
+    """Return the reports of a part that were not refused."""
+    return [one for one in part if isinstance(one, Occurrence)]
+
+
 @dataclass(slots=True)
 class Delivery:
     """The reports of one request, and what has become of them.
@@ -9204,11 +9231,6 @@ class Delivery:
             except MiniAPMError as refusal:
                 outcomes = [refusal] * len(good)
             self.note_outcomes(part, outcomes)
-
-
-def occurrences_of(part: Part) -> list[Occurrence]:
-    """Return the reports of a part that were not refused."""
-    return [one for one in part if isinstance(one, Occurrence)]
 
 
 class Intake:
@@ -10156,15 +10178,18 @@ def _strict_parser_class() -> Any:
 
         def parse_header(self, header: bytes) -> None:
             names = {line.partition(b":")[0].lower() for line in header.split(b"\r\n")}
+            refuse = waitress.parser.ParsingError
             try:
                 super().parse_header(header)
+                is_old = self.version != "1.1"
+                if b"transfer-encoding" in names and (is_old or b"content-length" in names):
+                    said = "Transfer-Encoding is for HTTP/1.1, and not for a Content-Length as well"
+                    raise refuse(said)
             except ValueError:  # int() of thousands of digits, urlsplit() of http://[
-                raise waitress.parser.ParsingError("Content-Length or address invalid") from None
-            if b"transfer-encoding" in names and (
-                b"content-length" in names or self.version != "1.1"
-            ):
-                said = "Transfer-Encoding is for HTTP/1.1, and not beside a Content-Length"
-                raise waitress.parser.ParsingError(said)
+                raise refuse("Content-Length or address invalid") from None
+            except refuse:
+                self.expect_continue = False  # or waitress would wait for the body
+                raise
 
     return Parser
 
