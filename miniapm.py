@@ -61,10 +61,8 @@ import logging
 import math
 import operator
 import os
-import pkgutil
 import queue
 import re
-import runpy
 import secrets
 import shlex
 import shutil
@@ -10938,6 +10936,9 @@ def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
 
 def _run_main(program: list[str], *, is_module: bool) -> None:
     """Run a script as `python script` would, or a module as `python -m`, in a new __main__."""
+    import pkgutil  # here, because programs that only import this file would wait for it
+    import runpy
+
     path = os.path.abspath(program[0])
     is_script = not is_module and pkgutil.get_importer(path) is None  # no folder, no archive
     module = types.ModuleType("__main__")

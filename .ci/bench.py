@@ -609,7 +609,7 @@ def import_of(module: str, folder: Path) -> Callable[[], Any]:
     environ = os.environ | {"PYTHONPATH": str(folder), "PYTHONPYCACHEPREFIX": str(folder)}
     environ.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, "-c", f"import {module}"]
-    return lambda: subprocess.run(command, env=environ, check=True)
+    return lambda: subprocess.run(command, env=environ, cwd=folder, check=True)
 
 
 def plain_app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
