@@ -865,8 +865,8 @@ _CONSTANT = re.compile(
     r"|bytes|float|any|object|array|unknown|never|varchar|char|text|token|void|optional|symbol|number)\b(?![\w-])",
     re.IGNORECASE,
 )
-_PROSE = re.compile(
-    r"(?:must|is|was|are|were|be|not|cannot|can|should|has|have|had|too|does|did|do|will|would|may"
+_PROSE = (  # compiled when there is something to look at, as that takes a millisecond
+    r"(?i)(?:must|is|was|are|were|be|not|cannot|can|should|has|have|had|too|does|did|do|will|would|may"
     r"|could|required|invalid|missing|expired|wrong|incorrect|mismatch(?:ed)?|denied|failed|failure"
     r"|unknown|empty|blank|unauthorized|forbidden|the|an?|no|yes|on|off|ok|in|of|to|for|from|and|or"
     r"|with|without|please|use|enter|at|by|if|when|it|this|that|these|expected|unexpected|got|found"
@@ -875,8 +875,7 @@ _PROSE = re.compile(
     r"|parameter|value|field|header|name|set|unset|provided|given|supplied|length|string|your|you"
     r"|we|i|punctuation|operator|keyword|identifier|end|eof|see|instead|while|as|but|disabled"
     r"|enabled|optional|unsupported|unavailable|valid)(?:n't|'t)?(?=[\s,.;:!)\]]|\Z)"
-    r"|[a-z]+ [a-z]+ [a-z]+\b",
-    re.IGNORECASE,
+    r"|[a-z]+ [a-z]+ [a-z]+\b"
 )
 _PARSER_WORD = re.compile(
     r"(?:def|unexpected|illegal|expected|stray|syntax|unterminated|punctuation)\s\Z"
@@ -1201,7 +1200,7 @@ class Scrubber:
         if name.startswith("-"):
             found = _FLAG.match(text, at - 1)
             value = (found[1] or found[2]) if found else ""
-            is_word = value.isupper() and self.names_secret(value) or _PROSE.match(value + " ")
+            is_word = value.isupper() and self.names_secret(value) or re.match(_PROSE, value + " ")
             if found is None or is_word or _STAND_IN.fullmatch(value) or value == FILTERED:
                 return None
             return found.span(1 if found[1] else 2)
@@ -1235,7 +1234,7 @@ class Scrubber:
         is_spaced = form.end() - form.start() > len(op)
         if not is_query and self._is_expression(rest, name, is_spaced=is_spaced):
             return None
-        prose = _PROSE.match(rest) if is_spaced else None
+        prose = re.match(_PROSE, rest) if is_spaced else None
         if prose and not (op == "=" and " " in prose[0]):
             return None
         is_line = (op == ":" and _HEADER.search(name.lower())) or (
@@ -4156,6 +4155,8 @@ class Writer:
 
     def copy_log(self) -> None:
         """Copy the log over a separate connection, so that commits can go on."""
+        if self.has_lost_files():  # it would go into another database
+            return
         with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self._path)) as db:
             _copy_log(db)
 
@@ -7094,13 +7095,13 @@ def capture_aiohttp(app: Any) -> Any:
         token = _current_request.set(scope)
         try:
             answer = await handler(request)
-            if answer.status >= 500:
-                scope.keep(request._read_bytes or b"")
+            if getattr(answer, "status", 0) >= 500:  # aiohttp itself refuses what is no answer
+                scope.keep(getattr(request, "_read_bytes", None) or b"")
                 _record_failure(scope)
             return answer
         except Exception as error:
             if getattr(error, "status", 500) >= 500 or not isinstance(error, web.HTTPException):
-                scope.keep(request._read_bytes or b"")
+                scope.keep(getattr(request, "_read_bytes", None) or b"")
                 record_error(error)
             raise
         finally:
@@ -8545,12 +8546,8 @@ class HeldBody:
                 self._parts.append(bytes(self._tail))
                 self._tail.clear()
         except MiniAPMError as refusal:
-            self.refuse(refusal)
-
-    def refuse(self, refusal: MiniAPMError) -> None:
-        """Drop the body and remember why."""
-        self.close()
-        self.refusal = refusal.without_frames()
+            self.close()
+            self.refusal = refusal.without_frames()
 
     @property
     def is_wanted(self) -> bool:
@@ -9201,6 +9198,8 @@ class Delivery:
 
     sender: Sender
     parts: Iterable[Part]
+    size: int  # of the body, decompressed
+    count: int = 1  # of reports; an envelope counts as one
     event_id: str | None = None  # which a Sentry SDK is told: of the envelope or the first event
     stored: int = 0
     refusals: dict[int, MiniAPMError] = field(default_factory=dict)  # by the report's position
@@ -9311,22 +9310,23 @@ class Intake:
             raise _too_large(self._max_body_bytes)
         body = decode_body(raw, sender.encoding, most_decoded_bytes)
         if sender.form == "errors":
-            return Delivery(sender, self._read_error(body))
+            return Delivery(sender, self._read_error(body), len(body))
         if sender.form == "batch":
-            return Delivery(sender, self._read_batch(body))
+            entries = batch_entries(body)
+            parts = self._read_batch(entries, len(body))
+            return Delivery(sender, parts, len(body), count=len(entries))
         envelope = (parse_envelope if sender.form == "envelope" else envelope_of_event)(body)
         if not sender.has_key:
             self._admit_dsn(key_of_dsn(envelope.header.get("dsn")), sender.project_id)
         spare_id = read_event_id(envelope.header.get("event_id"))
-        return Delivery(sender, self._read_events(sender, envelope, spare_id), spare_id)
+        events = self._read_events(sender, envelope, spare_id)
+        return Delivery(sender, events, len(body), event_id=spare_id)
 
     def _read_error(self, body: bytes | bytearray) -> Iterator[Part]:
         yield [read_report(read_text(body), self._store.now_ms(), self._scrubber)]
 
-    def _read_batch(self, body: bytes | bytearray) -> Iterator[Part]:
-        """Check that a body is a batch, then read its entries in parts that are quick to store."""
-        entries, length = batch_entries(body), len(body)
-        del body
+    def _read_batch(self, entries: list[tuple[Any, bytes | None]], length: int) -> Iterator[Part]:
+        """Read the entries of a batch in parts that are quick to store."""
         average = length // max(1, len(entries))
         part: Part = []
         size = index = 0
@@ -10212,8 +10212,7 @@ def environ_of_headers(request: Any) -> Environ:
 class KnownRequest:
     """Stands in for waitress's request until it is answered."""
 
-    error = None
-    header = b""
+    error, header, is_small = None, b"", True
     __slots__ = ("_body_start", "data", "sender")
 
     def __init__(self, sender: Sender, data: bytes, body_start: int) -> None:
@@ -10244,8 +10243,12 @@ class KnownHeaders:
         if found is None or len(header) > MAX_KNOWN_HEADER_BYTES:
             return
         if len(self._senders) >= MAX_KNOWN_HEADERS:
-            self._senders.clear()
+            self.forget()
         self._senders[header[: found.start(1)] + header[found.end(1) :]] = sender
+
+    def forget(self) -> None:
+        """Forget all headers: what they lead to may have changed."""
+        self._senders.clear()
 
     def find(self, data: bytes) -> KnownRequest | None:
         """Return the request if `data` is exactly one, complete, with a known header."""
@@ -10255,6 +10258,11 @@ class KnownHeaders:
             return None
         sender = self._senders.get(data[: found.start(1)] + data[found.end(1) : end])
         return None if sender is None else KnownRequest(sender, data, end)
+
+
+def is_body_refused(request: Any) -> bool:
+    """Tell whether the body of a waitress request was refused."""
+    return request.body_rcv is not None and request.body_rcv.getbuf().refusal is not None
 
 
 def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
@@ -10267,13 +10275,15 @@ def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
     class Parser(_strict_parser_class()):  # type: ignore[misc]
         sender: Sender | None = None  # of reports that FastIngest can take
         header = b""  # by which the sender can be recognised
+        environ: Environ | None = None  # of the headers, if there is a body
         found: Delivery | MiniAPMError | None = None  # what FastIngest has made of it
 
         def parse_header(self, header: bytes) -> None:
             super().parse_header(header)
             if self.body_rcv is None:
                 return
-            rule = rule_of(environ_of_headers(self))
+            self.environ = environ_of_headers(self)
+            rule = rule_of(self.environ)
             self.body_rcv.buf = HeldBody(budget, rule)
             stays = self.headers.get("CONNECTION", "keep-alive").lower() == "keep-alive"
             if rule.check is None and self.version == "1.1" and stays:
@@ -10281,16 +10291,18 @@ def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
             if not self.chunked and not self.expect_continue:
                 self.header = header
 
+        @property
+        def is_small(self) -> bool:
+            """True for reports that FastIngest can take."""
+            if self.sender is None or is_body_refused(self):
+                return False
+            return len(self.body_rcv.getbuf()) <= MAX_FAST_BYTES
+
         def raw_body(self) -> bytes:
             body: bytes = self.body_rcv.getbuf().get()
             return body
 
     return Parser
-
-
-def is_body_refused(request: Any) -> bool:
-    """Tell whether the body of a waitress request was refused."""
-    return request.body_rcv is not None and request.body_rcv.getbuf().refusal is not None
 
 
 def _task_classes() -> tuple[Any, Any]:
@@ -10423,7 +10435,7 @@ class Lanes:
         """Queue a channel's first request to be answered; called from any thread."""
         request, lane = channel.requests[0], self._short
         if request.error is None and request.found is None and not is_body_refused(request):
-            environ = environ_of_headers(request)
+            environ = request.environ or environ_of_headers(request)
             if is_search(environ):
                 lane = self._searches
             elif is_large(environ):
@@ -10460,7 +10472,7 @@ class FastIngest:
     def add_task(self, channel: Any) -> None:
         """Take a channel's first request, or leave it to the pool; called from any thread."""
         request = channel.requests[0]
-        if request.error is not None or request.sender is None:
+        if request.error is not None or not request.is_small:
             self._pool_task(channel)
             return
         if request.header:
@@ -10479,12 +10491,12 @@ class FastIngest:
         try:
             while self._waiting and size < MAX_ROUND_BYTES:
                 channel = self._waiting.popleft()
-                raw = channel.requests[0].raw_body()
-                size += len(raw)
-                found = self._read(channel, raw)
-                if isinstance(found, Delivery) and isinstance(found.parts, list):
+                found = self._read(channel)
+                if isinstance(found, Delivery):
+                    size += found.size
                     read.append((channel, found))
                 else:
+                    size += MAX_FAST_BYTES // 16  # about what it may have taken to see this
                     self._hand_over(channel, found)
             is_stored = self._store_all([delivery for _, delivery in read])
             for channel, delivery in read:
@@ -10492,18 +10504,20 @@ class FastIngest:
         finally:
             self._server.pull_trigger = wake
 
-    def _read(self, channel: Any, raw: bytes) -> Delivery | MiniAPMError | None:
-        """Read a channel's only request; the parts are a list unless there are many reports."""
-        sender = channel.requests[0].sender
+    def _read(self, channel: Any) -> Delivery | MiniAPMError | None:
+        """Read a channel's only request; None if it is for the pool as it is."""
+        request = channel.requests[0]
+        sender = request.sender
         is_alone = len(channel.requests) == 1 and channel.request is None
-        if not is_alone or channel.total_outbufs_len or len(raw) > MAX_FAST_BYTES:
+        if not is_alone or channel.total_outbufs_len:
             return None
+        if sender.keys is not self._store.keys():  # then it is checked, and learned, again
+            channel.known.forget()
         try:
-            found = self._intake.read(sender, raw, MAX_FAST_BYTES)
-            parts = iter(found.parts)
-            first = next(parts, [])
-            is_long = len(first) == BATCH_PART_REPORTS
-            found.parts = itertools.chain([first], parts) if is_long else [first, *parts]
+            found = self._intake.read(sender, request.raw_body(), MAX_FAST_BYTES)
+            if found.count > BATCH_PART_REPORTS:
+                return None
+            found.parts = list(found.parts)
             return found
         except MiniAPMError as refusal:
             # One that is compressed may be too large here, but not for the pool.
@@ -10527,14 +10541,21 @@ class FastIngest:
 
     def _hand_over(self, channel: Any, found: Delivery | MiniAPMError | None) -> None:
         """Give a channel's first request to the pool, with what was made of it."""
-        request = channel.requests[0]
-        if isinstance(request, KnownRequest):
-            data, request = request.data, channel.parser_class(channel.adj)
-            while data and not request.completed:  # the header first, then the body
-                data = data[request.received(data) :]
-            channel.requests[0] = request
-        request.found = found
-        self._pool_task(channel)
+        try:
+            request = channel.requests[0]
+            if isinstance(request, KnownRequest):
+                data, request = request.data, channel.parser_class(channel.adj)
+                while data and not request.completed:  # the header first, then the body
+                    data = data[request.received(data) :]
+                channel.requests[0] = request
+            request.found = found
+            self._pool_task(channel)
+        except Exception as error:  # noqa: BLE001 - the loop must go on
+            self._give_up(channel, error)
+
+    def _give_up(self, channel: Any, error: Exception) -> None:
+        print_line(f"miniapm: a request got no answer: {type(error).__name__}", sys.stderr)
+        channel.will_close = True
 
     def _answer(self, channel: Any, delivery: Delivery) -> None:
         for part in delivery.parts:
@@ -10544,8 +10565,9 @@ class FastIngest:
         except MiniAPMError as refusal:
             return self._hand_over(channel, refusal)
         if self._log is not None:
-            path = shown_path(delivery.sender.environ["PATH_INFO"])
-            self._log(f"{channel.addr[0]} POST {path} {status[:3]} in a group")
+            environ = delivery.sender.environ | {"REMOTE_ADDR": channel.addr[0]}
+            path = shown_path(environ["PATH_INFO"])
+            self._log(f"{client_address(environ)} POST {path} {status[:3]} in a group")
         answer = fast_answer_head(status, len(body), int(time.time())) + body
         channel.requests.pop().close()
         try:
@@ -10553,8 +10575,7 @@ class FastIngest:
             if sent < len(answer):
                 channel.write_soon(answer[sent:])
         except Exception as error:  # noqa: BLE001 - the report is stored, the loop must go on
-            print_line(f"miniapm: an answer could not be sent: {type(error).__name__}", sys.stderr)
-            channel.will_close = True
+            self._give_up(channel, error)
 
 
 def missing_for_fast_ingest(server: Any) -> str:

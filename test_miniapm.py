@@ -11137,6 +11137,44 @@ def test_known_header_is_no_longer_good_once_its_key_is_revoked(loop: Loop) -> N
     assert loop.store.errors(ErrorFilter(status="all")).errors[0].occurrence_count == 3
 
 
+def test_known_header_is_learned_again_after_a_change_of_keys(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, admitted = request_bytes(loop, "/ingest/errors", GOOD), []
+    admit = miniapm.Intake.admit
+
+    def counted(self: Any, environ: Any) -> Any:
+        admitted.append(environ)
+        return admit(self, environ)
+
+    monkeypatch.setattr(miniapm.Intake, "admit", counted)
+    for _ in range(2):
+        loop.exchange(raw)
+        loop.exchange(raw)
+        admitted.clear()
+        assert loop.exchange(raw)[9:12] == b"202"
+        assert admitted == []
+        loop.store.create_key("other")
+
+
+def test_round_of_the_loop_is_bounded_in_decompressed_bytes(loop: Loop) -> None:
+    batch = json.dumps({"errors": [report(params={"a": "x" * 20_000}) for _ in range(10)]})
+    body = zlib.compress(batch.encode())
+    assert len(body) < 10_000
+    raw = request_bytes(loop, "/ingest/errors/batch", body, more="Content-Encoding: deflate\r\n")
+    fast = loop.server._fast
+    with contextlib.ExitStack() as cleanup:
+        for _ in range(10):
+            address = ("127.0.0.1", loop.port)
+            connection = cleanup.enter_context(socket.create_connection(address))
+            connection.sendall(raw)
+        wait_until(lambda: loop.server._loop(timeout=0.01) or len(fast._waiting) == 10)
+        fast.run()
+        assert 7 <= len(fast._waiting) <= 9
+        wait_until(lambda: loop.server._round(0.01) or not fast._waiting)
+    assert loop.store.errors(ErrorFilter(status="all")).errors[0].occurrence_count == 100
+
+
 def test_known_headers_are_bounded_in_number_and_size() -> None:
     known, sender = miniapm.KnownHeaders(), miniapm.Sender("errors", 1, True, (), "", {})
     raw = "POST / HTTP/1.1\r\nX: {}\r\nContent-Length: {}\r\n\r\n"
