@@ -9127,8 +9127,8 @@ def retry_header(refusal: MiniAPMError) -> dict[str, str]:
     return {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
 
 
-def act(store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]]) -> str:
-    """Do the action that a form names to errors; return its name."""
+def apply_action(store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]]) -> str:
+    """Apply the action that a form names to errors; return its name."""
     action = form.get("action", [""])[0]
     if action == "delete":
         store.delete(error_ids)
@@ -9550,14 +9550,14 @@ class Dashboard:
         back = parse_filter(dict(urllib.parse.parse_qsl(form.get("return", [""])[0].lstrip("?"))))
         if not ids:
             raise BadRequest("select at least one error first", field="id")
-        act(self._store, ids, form)
+        apply_action(self._store, ids, form)
         return redirect("/errors" + filter_query(back, after=back.after, before=back.before))
 
     def triage_one(self, error_id: int) -> bottle.HTTPResponse:
         """Do one action to one error."""
         form = read_form(bottle.request.environ)
         self._store.error(error_id)
-        action = act(self._store, [error_id], form)
+        action = apply_action(self._store, [error_id], form)
         return redirect("/errors" if action == "delete" else f"/errors/{error_id}")
 
     def setup(self) -> bottle.HTTPResponse:
