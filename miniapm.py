@@ -4412,10 +4412,11 @@ class _Recorder:
         if refusal is None:
             return [None] * len(reports)
         self.forget()
+        if len(reports) > 1:
+            return [one for report in reports for one in self.write([report], db)]
         if not isinstance(refusal, MiniAPMError):
-            raise refusal
-        alone = reports if len(reports) > 1 else ()
-        return [one for report in alone for one in self.write([report], db)] or [refusal]
+            refusal = MiniAPMError(f"the report can't be stored: {type(refusal).__name__}")
+        return [refusal]
 
     def write_together(self, reports: Sequence[_Report], db: sqlite3.Connection) -> None:
         """Write all reports or none, except those that are stored already."""

@@ -4209,6 +4209,25 @@ def test_poisoned_report_does_not_take_its_neighbours_down(store: Store) -> None
     assert rows(store, "SELECT fingerprint FROM errors ORDER BY 1") == [("a",), ("b",)]
 
 
+def test_report_that_fails_in_python_does_not_take_its_batch_down(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, pack = store.ensure_default_project(), miniapm.pack
+
+    def packed(text: str, sample: bytes | None) -> bytes:
+        if "poison" in text:
+            raise OverflowError("too large")
+        return pack(text, sample)
+
+    monkeypatch.setattr(miniapm, "pack", packed)
+    made = [parse(message=text, fingerprint=text) for text in ("a", "poison", "b")]
+    first, second, third = store.record(project.id, made)
+    assert (first, third) == (None, None)
+    assert str(second) == "the report can't be stored: OverflowError"
+    found = store.errors(ErrorFilter(status="all")).errors
+    assert sorted(error.message for error in found) == ["a", "b"]
+
+
 def test_poisoned_report_does_not_take_its_batch_down(store: Store) -> None:
     store.write(lambda db: db.execute(POISON.format("ABORT")))
     made = [parse(message=text, fingerprint=text) for text in ("a", "poison", "b")]
