@@ -218,7 +218,7 @@ PROGRESS_INTERVAL_S = 3.0  # between progress lines of a long task
 MAX_WAL_BYTES = 8 * _MEBIBYTE  # with more in the write-ahead log a commit empties it itself
 MAX_KEYS_AGE_S = 0.05  # reading them for each request took 4 % of the time of storing a report
 CHECKPOINT_COMMITS = 50  # after this many, the log is copied into the database
-REQUEST_BLOCK_IDS = 1_024  # occurrence ids whose request keys share one block of the index
+REQUEST_BLOCK_IDS = 4_096  # occurrence ids whose request keys share one block of the index
 SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
 
 # Capture: what a program that is watched may lose to it.
@@ -659,8 +659,9 @@ SECRET_FORMS = r"""
     lin_api_\w{20,}+ gsk_[A-Za-z0-9]{20,}+ rubygems_[0-9a-f]{20,}+ dapi[0-9a-f]{32}(?![\w-])
     ATATT3[\w=-]{20,}+ PMAK-[\w-]{20,}+ AGE-SECRET-KEY-[A-Z0-9]{20,}+
 """
+# Patterns that are rarely needed are strings: re compiles them then, and not at the import.
 # Names that contain such a word but no secret: max_tokens, tokenType, PublicKeyToken, session.rb.
-_HARMLESS_NAME = re.compile(
+_HARMLESS_NAME = (
     r"public_?key_?token|(?:secret|token|cookie|session)(?:ar[iy]|i[sz]|maker|cutter)"
     r"|(?:method|function|type|call)_signature|tokens_?(?:used|left|per)"
     r"|(?:max|min|total|prompt|completion|input|output|num|cached|used)_?tokens?\b"
@@ -686,7 +687,11 @@ def _lowered(text: str) -> str:
     return lowered if len(lowered) == len(text) else text.replace("\u0130", "i").lower()
 
 
-_TOKEN = re.compile("|".join(SECRET_FORMS.split()), re.ASCII)
+@functools.cache  # and not when this file is imported: it takes a millisecond
+def _token_pattern() -> re.Pattern[str]:
+    return re.compile("|".join(SECRET_FORMS.split()), re.ASCII)
+
+
 _WORD_BYTES = re.sub(rb"[^a]", b" ", re.sub(rb"[\w-]", b"a", bytes(range(256))))
 _DIGIT_BYTES = bytes(range(256)).translate(
     bytes.maketrans(b"123456789BCDEFGHIJKLMNOPQRSTUVWXYZ-", b"0" * 9 + b"A" * 25 + b" ")
@@ -698,12 +703,12 @@ def _token_spans(text: str) -> Iterator[tuple[int, int]]:
     """Find tokens by their form, looking only at the start of words that are long enough."""
     words, end = text.encode("ascii", "replace").translate(_WORD_BYTES), 0
     while (at := words.find(_TOKEN_RUN, end)) >= 0:
-        before, found = text[at - 1 : at], _TOKEN.match(text, at)
+        before, found = text[at - 1 : at], _token_pattern().match(text, at)
         if found is None and before == ".":  # a token like SG.x.y
             at = max(end, words.rfind(b" ", 0, at - 1) + 1)
-            before, found = text[at - 1 : at], _TOKEN.match(text, at)
+            before, found = text[at - 1 : at], _token_pattern().match(text, at)
         if found is None and before == "\\":  # \n in JSON
-            found = _TOKEN.match(text, at + 1)
+            found = _token_pattern().match(text, at + 1)
         end = words.find(b" ", at + MIN_TOKEN_CHARS) % (len(words) + 1)
         if found:
             yield found.span()
@@ -849,7 +854,7 @@ _URL_ENCODED = re.compile(r"(?:[^\s&%\"'<>,;)\]}]|%(?!2[26C]|7D|3B|0A|5D|20|27))
 _LIST = re.compile(r"\[[^\[\]\n]*+\]?")
 _LINE = re.compile(r"[^\n]++")
 _CHAIN = r"[!&*@$~]{0,2}[A-Za-z_][\w$]*+[!?]?(?:(?:\.|->|::|[?!&]\.)[A-Za-z_][\w$]*+[!?]?)"
-_CODE = re.compile(  # an expression: a call, an index, a keyword, a path of names, brackets
+_CODE = (  # an expression: a call, an index, a keyword, a path of names, brackets
     rf"(?:{_CHAIN}*+(?:\(|\[|<[A-Z]|\{{)|"
     rf"(?:await|new|not|yield|async|typeof|move|ref|if|lambda|function|fn)[ ]"
     rf"|[\[({{|](?![\w.~+/=-]+[\])])|-?\d{{1,2}}(?![\w.-])|->|=>|\|\||&&|SIG[A-Z]+\b)"
@@ -860,10 +865,9 @@ _ROOTS = re.compile(
     r"|env|process|user|current_user|ctx|context|data|body|form|event|state|props|app|os|session)\b"
 )
 _NAME_ONLY = re.compile(r"[!&*@$]{0,2}([A-Za-z_]+)(?=[\s,;)\]}|]|\Z)")
-_CONSTANT = re.compile(
-    r"&?(?:'\w+ )?(?:none|null|nil|true|false|undefined|nan|str|string|int|integer|bool|boolean"
-    r"|bytes|float|any|object|array|unknown|never|varchar|char|text|token|void|optional|symbol|number)\b(?![\w-])",
-    re.IGNORECASE,
+_CONSTANT = (
+    r"(?i)&?(?:'\w+ )?(?:none|null|nil|true|false|undefined|nan|str|string|int|integer|bool|boolean"
+    r"|bytes|float|any|object|array|unknown|never|varchar|char|text|token|void|optional|symbol|number)\b(?![\w-])"
 )
 _PROSE = (  # compiled when there is something to look at, as that takes a millisecond
     r"(?i)(?:must|is|was|are|were|be|not|cannot|can|should|has|have|had|too|does|did|do|will|would|may"
@@ -1106,7 +1110,9 @@ class Scrubber:
         if not (self._names.always.search(lowered) or self._names.ending.search(split)):
             return False
         split = split.translate(_SEPARATORS)
-        return not (split.rpartition("_")[2] in _HARMLESS_ENDINGS or _HARMLESS_NAME.search(split))
+        return not (
+            split.rpartition("_")[2] in _HARMLESS_ENDINGS or re.search(_HARMLESS_NAME, split)
+        )
 
     def is_secret(self, name: str, value: Any) -> bool:
         """Tell whether a value must not be stored under its name."""
@@ -1244,7 +1250,7 @@ class Scrubber:
 
     def _is_expression(self, rest: str, name: str, *, is_spaced: bool) -> bool:
         """Tell whether a value without quotes is code rather than a secret."""
-        if _CODE.match(rest) or _CONSTANT.match(rest) or _ROOT_PATH.match(rest):
+        if re.match(_CODE, rest) or re.match(_CONSTANT, rest) or _ROOT_PATH.match(rest):
             return True
         if found := _PATH_OF_NAMES.match(rest):
             path = found[1]
@@ -8413,7 +8419,7 @@ MAX_SESSION_COOKIES = 50  # checked for each request
 PUBLIC_URL = "miniapm.public_url"  # key of the environ: the setting, if there is one
 _PROXY_HINT = f"{flag_of('public_url')} https://… or {variable_of('public_url')}"
 # Headers that proxies add: their names are countless but follow patterns.
-_FORWARDING_HEADER = re.compile(
+_FORWARDING_HEADER = (
     "HTTP_(?:VIA|CDN_LOOP|.*FORWARDED.*|CF_.+|X_(?:ORIGINAL|PROXY|ENVOY|REAL|REWRITE)_.+"
     "|X_(?:HOST|SCHEME|PROTO)|FRONT_END_HTTPS|.*(?:IP|ADDR|ADDRESS))"
 )
@@ -8815,7 +8821,9 @@ def check_host(environ: Environ, hosts: Collection[str]) -> None:
 
 def check_peer(environ: Environ) -> None:
     """Refuse other machines: what has no password is for this one only."""
-    is_forwarded = any(map(_FORWARDING_HEADER.fullmatch, environ))  # by a proxy on this machine
+    is_forwarded = any(
+        map(re.compile(_FORWARDING_HEADER).fullmatch, environ)
+    )  # by a proxy on this machine
     is_told = PUBLIC_URL in environ and environ.get("HTTP_X_FORWARDED_FOR")
     if is_forwarded and not is_told or not is_loopback_name(client_address(environ)):
         raise Forbidden(
@@ -9626,7 +9634,7 @@ class Dashboard:
         return bottle.HTTPResponse(text, 200, headers)
 
 
-_SHOWN_PART = re.compile(
+_SHOWN_PART = (
     r"|[0-9]{1,18}(?:\.json|\.md)?|ingest|errors(?:\.json)?|batch|api|envelope|store|health"
     r"|occurrences|setup|login|logout|assets|" + "|".join(map(re.escape, ASSETS))
 )
@@ -9635,7 +9643,7 @@ _SHOWN_PART = re.compile(
 def shown_path(path: str) -> str:
     """Return a path that is safe to log: a part that is not in the URL map may be a key."""
     parts = path.split("/")
-    return "/".join(part if _SHOWN_PART.fullmatch(part) else "…" for part in parts)
+    return "/".join(part if re.fullmatch(_SHOWN_PART, part) else "…" for part in parts)
 
 
 class App:
