@@ -164,7 +164,6 @@ MAX_PARAMS_CHARS = 64 * _KIBIBYTE
 MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
-MAX_PLAIN_CHARS = MAX_FIELD_CHARS  # a report's JSON of which no field can be too large
 MAX_REMEMBERED_CHARS = 200  # a longer line or path is not cached
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
 MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
@@ -687,7 +686,7 @@ def _lowered(text: str) -> str:
     return lowered if len(lowered) == len(text) else text.replace("\u0130", "i").lower()
 
 
-@functools.cache  # and not when this file is imported: it takes a millisecond
+@functools.cache  # compiling takes a millisecond that an import need not wait for
 def _token_pattern() -> re.Pattern[str]:
     return re.compile("|".join(SECRET_FORMS.split()), re.ASCII)
 
@@ -1034,7 +1033,7 @@ def _hints_of(names: Iterable[str]) -> list[tuple[str, re.Pattern[str]]]:
 
 
 class _SecretNames:
-    """The patterns of secret names; to compile them takes a fifth of the module's import."""
+    """The patterns of secret names, made when first needed: they take a fifth of the import."""
 
     def __init__(self, also: Iterable[str]) -> None:
         added = [re.sub("[. -]", "_", name.lower()) for name in also]
@@ -1283,7 +1282,7 @@ class Scrubber:
         """
         # ASCII in JSON needs no more than this; isprintable() takes ten times as long.
         is_clean = not ("\n" in text or "\x7f" in text) if text.isascii() else text.isprintable()
-        if len(text) > MAX_PLAIN_CHARS or not is_clean:
+        if len(text) > MAX_FIELD_CHARS or not is_clean:  # in a longer one a field may need a cut
             return False
         if "\\" in text:  # other escapes may encode a character to replace or hide a hint
             rest = text.replace("\\\\", "")
@@ -4252,7 +4251,7 @@ class Writer:
 
     def has_lost_files(self) -> bool:
         """Tell whether a file of the database was deleted or replaced; SQLite doesn't notice."""
-        has_lost = False  # not yet in the attribute, which other threads look at
+        has_lost = False  # a local, because other threads read the attribute
         for path, known in self._files.items():
             try:
                 status = os.stat(path)
@@ -4362,7 +4361,7 @@ class _Known:
     id: int
     sample: bytes  # by which its reports are compressed
     is_new: bool  # until its first reports are written: there is nothing to look for
-    # What is stored: facets as (name, value), users as (the day they were seen, id).
+    # Values already stored: facets as (name, value), users as (day last seen, user id).
     seen: set[tuple[str | int, str]] = field(default_factory=set)
     lines: int | None = None  # the hash of the newest report's lines, which may be long
     location: str = ""  # found in those lines
@@ -5079,7 +5078,7 @@ _REPEATED_LINE = (
     r"(?:django\.server|werkzeug|tornado\.access): "
     r"|uvicorn\.error: Application (?:startup|shutdown) failed\. Exiting"
 )
-MAX_HAND_ON_S = 0.5  # from a record of logging to the one that a handler makes of it, or back
+MAX_HAND_ON_S = 0.5  # between a record and its copy, passed on between logging and loguru
 _NOTEBOOK_CELL = r"/(?:ipykernel|marimo)_\d+/"
 TRACEBACK_TITLE = "Traceback (most recent call last)"
 CONTEXT_LINES = 5  # of source on each side of the failing line
@@ -5263,7 +5262,7 @@ class ValueWriter:
     def __init__(self, *, calls_repr: bool = False) -> None:
         self._calls_repr = calls_repr
         self.texts_left, self._values_left = MAX_REPR_VALUES, MAX_JSON_ITEMS
-        # What is left for the variables of one report.
+        # Budgets for the variables of one report.
         self.frames_left, self.room = MAX_DETAILED_FRAMES, MAX_CAPTURED_VALUES
         self.start_clock()
 
@@ -5725,7 +5724,7 @@ class Describer:
         """Return frames, innermost first; of a deep stack, only its two ends."""
         outer, left_out, inner = ends_of_traceback(_traceback_of(error), most)
         found = ((self._bare(one), one.tb_frame) for one in reversed(outer + inner))
-        # capture() has no part in the program.
+        # Frames of capture() are not the program's own.
         entries = [(made, frame) for made, frame in found if made["file"] != __file__]
         if not any(made["own"] for made, _ in entries):
             for made, _ in entries:  # code that the application generated, or that was typed in
@@ -5836,7 +5835,7 @@ class Form:
         mark = b"--" + boundary[1].encode("latin-1", "replace")
         for part in self._body.split(mark, MAX_PAIRS + 1)[1 : MAX_PAIRS + 1]:
             head, _, content = part.partition(b"\r\n\r\n")
-            head = head[:MAX_KNOWN_HEADER_BYTES]
+            head = head[:_KIBIBYTE]  # of a part; a real one is much shorter
             name = re.search(rb'[;\s]name="?([^";\r\n]*)', head, re.IGNORECASE)
             if name and not re.search(rb"[;\s]filename\*?=", head, re.IGNORECASE):
                 texts = (one.decode("utf-8", "replace") for one in (name[1], content))
@@ -10162,11 +10161,10 @@ def url_of(listener: socket.socket) -> str:
 
 
 def _strict_parser_class() -> Any:
-    """Return waitress's parser, that refuses three things more.
+    """Return waitress's parser, made to refuse three more kinds of request.
 
-    A request that others could think to end elsewhere (RFC 9112, section 6.3); one on which
-    waitress would hang up without a word; and a chunk's size or a trailer that does not end, for
-    it keeps all of these in memory.
+    Other servers may think that the request ends elsewhere (RFC 9112, section 6.3); waitress would
+    hang up without an answer; or a chunk's size or the trailer, kept in memory, does not end.
     """
     import waitress.parser  # type: ignore[import-untyped]
     import waitress.utilities  # type: ignore[import-untyped]
@@ -10388,7 +10386,7 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
     """
 
     class Channel(_waiting_channel_class()):  # type: ignore[misc]
-        known = KnownHeaders()  # to FastIngest
+        known = KnownHeaders()  # learned by FastIngest
         parser_class = _parser_class(rule_of, budget)
         task_class, error_task_class = _task_classes()
 
