@@ -9331,7 +9331,9 @@ class Intake:
         return Delivery(sender, events, len(body), event_id=spare_id)
 
     def _read_error(self, body: bytes | bytearray) -> Iterator[Part]:
-        yield [read_report(read_text(body), self._store.now_ms(), self._scrubber)]
+        text = read_text(body)
+        del body  # a large one takes much memory
+        yield [read_report(text, self._store.now_ms(), self._scrubber)]
 
     def _read_batch(self, entries: list[tuple[Any, bytes | None]], length: int) -> Iterator[Part]:
         """Read the entries of a batch in parts that are quick to store."""
@@ -10282,15 +10284,16 @@ def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
     class Parser(_strict_parser_class()):  # type: ignore[misc]
         sender: Sender | None = None  # of reports that FastIngest can take
         header = b""  # by which the sender can be recognised
-        environ: Environ | None = None  # of the headers, if there is a body
+        located = ""  # the path below the prefix, if there is a body
         found: Delivery | MiniAPMError | None = None  # what FastIngest has made of it
 
         def parse_header(self, header: bytes) -> None:
             super().parse_header(header)
             if self.body_rcv is None:
                 return
-            self.environ = environ_of_headers(self)
-            rule = rule_of(self.environ)
+            environ = environ_of_headers(self)
+            rule = rule_of(environ)
+            self.located = environ["PATH_INFO"]
             self.body_rcv.buf = HeldBody(budget, rule)
             stays = self.headers.get("CONNECTION", "keep-alive").lower() == "keep-alive"
             if rule.check is None and self.version == "1.1" and stays:
@@ -10442,7 +10445,8 @@ class Lanes:
         """Queue a channel's first request to be answered; called from any thread."""
         request, lane = channel.requests[0], self._short
         if request.error is None and request.found is None and not is_body_refused(request):
-            environ = request.environ or environ_of_headers(request)
+            environ = environ_of_headers(request)  # of now: a chunked body has its length at last
+            environ["PATH_INFO"] = request.located or environ["PATH_INFO"]
             if is_search(environ):
                 lane = self._searches
             elif is_large(environ):

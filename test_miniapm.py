@@ -11205,6 +11205,23 @@ def test_known_header_is_learned_again_after_a_change_of_keys(
         loop.store.create_key("other")
 
 
+@pytest.mark.parametrize("framing", ["sized", "chunked"])
+def test_large_reports_wait_for_the_one_thread_that_answers_them(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, framing: str
+) -> None:
+    large, taken = loop.server._lanes._large, []
+    add_task = large.add_task
+    monkeypatch.setattr(large, "add_task", lambda one: taken.append(one) or add_task(one))
+    body = spaced(GOOD, miniapm.MAX_FAST_BYTES + 1)
+    raw = request_bytes(loop, "/ingest/errors", body)
+    if framing == "chunked":
+        head = request_bytes(loop, "/ingest/errors", b"")
+        head = head.replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+        raw = head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    assert loop.exchange(raw)[9:12] == b"202"
+    assert len(taken) == 1
+
+
 def test_round_of_the_loop_is_bounded_in_decompressed_bytes(loop: Loop) -> None:
     batch = json.dumps({"errors": [report(params={"a": "x" * 20_000}) for _ in range(10)]})
     body = zlib.compress(batch.encode())
