@@ -174,6 +174,10 @@ MAX_REMEMBERED = {
 }
 MAX_TAGS = 50  # of one report, that are remembered
 MAX_USERS = 10_000  # an error remembers this many users, the newest
+MAX_NOTE_CHARS = 2_000
+MAX_HISTORY = 100  # changes that an error remembers, the newest
+MAX_UNDO_MS = 60_000  # what a person did can be undone for this long
+MAX_CHOICE_COUNT = 1_000  # where counting the errors with one value of a filter stops
 MAX_TREND_HOURS = 31 * 24  # reports up to this old are counted by the hour, older ones by the day
 MAX_DAILY_HOURS = 10 * 366 * 24  # reports older than this are counted in blocks of 366 days
 MAX_NAME_CHARS = 32  # longest added name; how far before a secret word its name may begin
@@ -3389,23 +3393,44 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
                 ORDER BY id DESC LIMIT 1) - 60000""",
         "DROP INDEX occurrences_by_receipt",
     ),
+    # Errors have a history and may wake; values are counted from here on.
+    (
+        "ALTER TABLE errors ADD COLUMN note TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE errors ADD COLUMN wake_ms INTEGER",
+        "ALTER TABLE errors ADD COLUMN wake_count INTEGER",  # an occurrence_count
+        "ALTER TABLE errors ADD COLUMN uncounted INTEGER NOT NULL DEFAULT 0",
+        "UPDATE errors SET uncounted = occurrence_count",
+        "ALTER TABLE error_facets ADD COLUMN count INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE error_facets ADD COLUMN first_ms INTEGER",
+        # `before` is what undo restores; rows of one action hold the id of its first.
+        """CREATE TABLE history (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, action INTEGER NOT NULL,
+            error_id INTEGER NOT NULL, at_ms INTEGER NOT NULL, what TEXT NOT NULL,
+            detail TEXT NOT NULL, by_whom TEXT NOT NULL, before TEXT)""",
+        "CREATE INDEX history_by_error ON history (error_id)",
+        "CREATE INDEX history_by_action ON history (action)",
+        # As shown: above MAX_USERS a cursor could not say where it is.
+        "CREATE INDEX errors_by_users ON errors (project_id, status, MIN(user_count, 10000))",
+        "CREATE INDEX errors_by_wake ON errors (wake_ms) WHERE wake_ms IS NOT NULL",
+        "DROP INDEX errors_deleted",
+        "CREATE INDEX errors_deleted ON errors (status_ms) WHERE status = 'deleted'",
+    ),
 )
 
 # Statements that run for every report take tuples: dicts take 2 % longer.
 _ERROR_VALUES = """exception_class = ?, message = ?, location = ?, level = ?,
         last_seen_ms = MAX(last_seen_ms, ?),
         occurrence_count = occurrence_count + ?, stored_count = stored_count + ?"""
+SELECT_BY_KEY = """
+    SELECT id, status, status_ms, wake_ms, wake_count, occurrence_count
+    FROM errors WHERE project_id = ? AND grouping_key = ?"""
 RECORD_AGAIN = f"""
-    UPDATE errors SET {_ERROR_VALUES}, first_seen_ms = MIN(first_seen_ms, ?),
-        regressed_ms = CASE status WHEN 'resolved' THEN ? ELSE regressed_ms END,
-        status_ms = CASE status WHEN 'resolved' THEN ? ELSE status_ms END,
-        status = CASE status WHEN 'resolved' THEN 'open' ELSE status END
-    WHERE project_id = ? AND grouping_key = ?
-    RETURNING id"""
+    UPDATE errors SET {_ERROR_VALUES}, first_seen_ms = MIN(first_seen_ms, ?) WHERE id = ?"""
 # The short form of RECORD_AGAIN, enough for most reports; it changes two indexes only.
 RECORD_KNOWN = f"""
     UPDATE errors SET {_ERROR_VALUES}
-    WHERE first_seen_ms <= ? AND id = ? AND status IN ('open', 'ignored')"""
+    WHERE first_seen_ms <= ? AND id = ? AND status IN ('open', 'ignored')
+        AND wake_ms IS NULL AND wake_count IS NULL"""
 # Not one upsert: each conflict would use up an id of errors.
 RECORD_FIRST = """
     INSERT INTO errors (exception_class, message, location, level, last_seen_ms, occurrence_count,
@@ -3434,11 +3459,14 @@ RECORD_USER_AGAIN = """
     UPDATE error_users SET seen_day = :day, id = (SELECT MAX(id) + 1 FROM error_users)
     WHERE error_id = :error_id AND user_id = :user_id AND seen_day <> :day"""
 RECORD_FACET = """
-    INSERT OR IGNORE INTO error_facets (error_id, name, value) VALUES (:error_id, :name, :value)"""
+    INSERT OR IGNORE INTO error_facets (error_id, name, value, first_ms)
+    VALUES (:error_id, :name, :value, :first_ms)"""
+COUNT_FACET = """
+    UPDATE error_facets SET count = count + ? WHERE error_id = ? AND name = ? AND value = ?"""
 FORGET_FACETS = """
     DELETE FROM error_facets WHERE id IN
         (SELECT id FROM error_facets WHERE error_id = :error_id AND name = :name
-        ORDER BY value IN (SELECT value FROM json_each(:seen)) DESC, id DESC
+        ORDER BY value IN (SELECT value FROM json_each(:seen)) DESC, count >= 2 DESC, id DESC
         LIMIT -1 OFFSET :most)"""
 COUNT_USERS = "UPDATE errors SET user_count = user_count + :count WHERE id = :error_id"
 
@@ -3446,7 +3474,8 @@ _ERROR_COLUMNS = f"""id, project_id,
     (SELECT name FROM projects WHERE projects.id = project_id) AS project,
     fingerprint, exception_class, message, location, level, first_seen_ms, last_seen_ms,
     occurrence_count, stored_count, MIN(user_count, {MAX_USERS}) AS user_count,
-    has_more_users OR user_count > {MAX_USERS} AS has_more_users, status, status_ms, regressed_ms"""
+    has_more_users OR user_count > {MAX_USERS} AS has_more_users, status, status_ms, regressed_ms,
+    note, wake_ms, wake_count, uncounted"""
 SELECT_ERROR = f"SELECT {_ERROR_COLUMNS} FROM errors WHERE id = :id AND status <> 'deleted'"
 SELECT_OCCURRENCE = """
     SELECT occurrences.id, error_id, received_ms, body, grouping_key, hex(event_id) AS event_id,
@@ -3454,9 +3483,17 @@ SELECT_OCCURRENCE = """
         (SELECT MIN(id) FROM occurrences WHERE error_id = :error_id) AS first_id,
         (SELECT MAX(id) FROM occurrences WHERE error_id = :error_id AND id < :id) AS older_id,
         (SELECT MIN(id) FROM occurrences WHERE error_id = :error_id AND id > :id) AS newer_id,
-        (SELECT MAX(id) FROM occurrences WHERE error_id = :error_id) AS newest_id
+        (SELECT MAX(id) FROM occurrences WHERE error_id = :error_id) AS newest_id,
+        stored_count AS kept
     FROM occurrences JOIN errors ON errors.id = error_id
-    WHERE occurrences.id = :id AND error_id = :error_id"""
+    WHERE occurrences.id = :id AND error_id = :error_id AND status <> 'deleted'"""
+COUNT_NEWER = "SELECT COUNT(*) FROM occurrences WHERE error_id = :error_id AND id > :id"
+SELECT_OLDER_IDS = """
+    SELECT id FROM occurrences WHERE error_id = :error_id AND id < :id
+    ORDER BY id DESC LIMIT :limit"""
+SELECT_NEWER_IDS = """
+    SELECT id FROM occurrences WHERE error_id = :error_id AND id > :id ORDER BY id LIMIT :limit"""
+SELECT_TALLIES = "SELECT name, value, count, first_ms FROM error_facets WHERE error_id = :id"
 SELECT_NEWEST_ID = "SELECT MAX(id) FROM occurrences WHERE error_id = :error_id"
 SELECT_BUCKETS = """
     SELECT error_id, hour, count FROM json_each(:ids) JOIN buckets ON error_id = json_each.value
@@ -3472,13 +3509,76 @@ SELECT_FACETS = """
     SELECT value FROM found WHERE value IS NOT NULL
     ORDER BY (SELECT MAX(id) FROM error_facets
         WHERE name = :name AND name <> 'tag' AND value = found.value) DESC LIMIT :most"""
-SET_STATUS = """
+# How many errors of a project and status have a value: a query for few errors, one for many.
+COUNT_PART = """
+    SELECT COUNT(*) FROM (SELECT 1 FROM errors WHERE project_id = :project_id AND status = :status
+        LIMIT :most + 1)"""
+COUNT_FACETS = """
+    SELECT name, value, COUNT(*) FROM
+        (SELECT id FROM errors WHERE project_id = :project_id AND status = :status) AS part
+        CROSS JOIN error_facets ON error_id = part.id
+    WHERE name IN ('level', 'environment', 'release') GROUP BY name, value"""
+COUNT_WITH_FACET = """
+    SELECT COUNT(*) FROM (SELECT 1 FROM error_facets CROSS JOIN errors ON errors.id = error_id
+        WHERE name = :name AND name <> 'tag' AND value = :value
+            AND project_id = :project_id AND status = :status
+        LIMIT :most)"""
+
+_IS_CHANGED = """id IN (SELECT value FROM json_each(:ids)) AND status <> 'deleted' AND
+    (status <> :status OR wake_ms IS NOT :wake_ms OR wake_count IS NOT occurrence_count + :more)"""
+RECORD_CHANGE = f"""
+    INSERT INTO history (action, error_id, at_ms, what, detail, by_whom, before)
+    SELECT (SELECT COALESCE(MAX(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'history'),
+        id, :now_ms, :what, :detail, :by, CASE WHEN :is_undoable THEN json_object(
+            'status', status, 'status_ms', status_ms, 'regressed_ms', regressed_ms,
+            'wake_ms', wake_ms, 'wake_count', wake_count, 'occurrence_count', occurrence_count,
+            'grouping_key', hex(grouping_key)) END
+    FROM errors WHERE {_IS_CHANGED} ORDER BY id"""
+CHANGE_STATUS = f"""
     UPDATE errors SET status = :status, status_ms = :now_ms,
-        regressed_ms = CASE :status WHEN 'resolved' THEN NULL ELSE regressed_ms END
-    WHERE id IN (SELECT value FROM json_each(:ids)) AND status NOT IN ('deleted', :status)"""
-DELETE_ERRORS = """
-    UPDATE errors SET status = 'deleted', grouping_key = NULL
-    WHERE id IN (SELECT value FROM json_each(:ids)) AND status <> 'deleted'"""
+        regressed_ms = CASE :what WHEN 'resolved' THEN NULL WHEN 'regressed' THEN :now_ms
+            ELSE regressed_ms END,
+        wake_ms = :wake_ms, wake_count = occurrence_count + :more,
+        grouping_key = CASE :status WHEN 'deleted' THEN NULL ELSE grouping_key END
+    WHERE {_IS_CHANGED}"""
+FORGET_CHANGES = """
+    DELETE FROM history WHERE id IN
+        (SELECT old.id FROM json_each(:ids) JOIN history AS old ON error_id = json_each.value
+        WHERE old.id <= (SELECT id FROM history WHERE error_id = old.error_id
+            ORDER BY id DESC LIMIT 1 OFFSET :most))"""
+SELECT_LAST_ACTION = "SELECT action FROM history ORDER BY id DESC LIMIT 1"
+SELECT_HISTORY = """
+    SELECT id, at_ms, what, detail, by_whom AS "by" FROM history WHERE error_id = :id
+    ORDER BY id DESC"""
+SELECT_COUNT_BEFORE = """
+    SELECT json_extract(before, '$.occurrence_count') FROM history WHERE error_id = :id
+    ORDER BY id DESC LIMIT 1"""
+SELECT_DUE = """
+    SELECT id, status_ms, wake_ms, wake_count FROM errors
+    WHERE wake_ms <= :now_ms AND status = 'ignored' LIMIT :step"""
+_IS_LAST_CHANGE = """NOT EXISTS
+    (SELECT 1 FROM history AS later WHERE error_id = history.error_id AND id > history.id)"""
+SELECT_ACTION = f"""
+    SELECT action AS id, what, COUNT(*) AS count, at_ms FROM history
+    WHERE action = :id AND before IS NOT NULL AND ABS(:now_ms - at_ms) < {MAX_UNDO_MS}
+    GROUP BY action HAVING SUM({_IS_LAST_CHANGE})"""
+SELECT_UNDOABLE = f"""
+    SELECT history.id AS change_id, error_id AS id, project_id, before
+    FROM history JOIN errors ON errors.id = error_id
+    WHERE action = :id AND before IS NOT NULL AND {_IS_LAST_CHANGE}"""
+RESTORE_ERROR = """
+    UPDATE errors SET status = :status, status_ms = :status_ms, regressed_ms = :regressed_ms,
+        wake_ms = :wake_ms, wake_count = :wake_count, grouping_key = :grouping_key
+    WHERE id = :id"""
+FORGET_CHANGE = "DELETE FROM history WHERE id = :change_id"
+_DISCARD = "UPDATE errors SET status = 'deleted', status_ms = 0, grouping_key = NULL"
+DISCARD_ERROR = f"{_DISCARD} WHERE id = :id"
+SELECT_KEPT = """
+    SELECT occurrences.id, occurrences.body, hex(event_id) AS event_id, samples.body AS sample
+    FROM occurrences LEFT JOIN samples USING (error_id)
+    WHERE occurrences.error_id = :error_id AND occurrences.id > :after_id
+    ORDER BY occurrences.id LIMIT :step"""
+SET_NOTE = "UPDATE errors SET note = :note WHERE id = :id AND status <> 'deleted'"
 
 SELECT_PROJECTS = """
     SELECT projects.id, name, projects.created_ms, json_group_array(key) FILTER
@@ -3544,11 +3644,14 @@ SELECT_OLD_BUCKETS = """
     WHERE (hour % 24 = 0) + (hour % 8784 = 0) = 1 AND hour < :yearly_before
     LIMIT :step"""
 DELETE_BUCKET = "DELETE FROM buckets WHERE error_id = :error_id AND hour = :hour"
-DELETE_EMPTY = """
-    UPDATE errors SET status = 'deleted', grouping_key = NULL WHERE id IN
+DELETE_EMPTY = f"""
+    {_DISCARD} WHERE id IN
         (SELECT id FROM errors WHERE stored_count = 0 AND status IN ('open', 'resolved')
         LIMIT :step)"""
-SELECT_DELETED = "SELECT id FROM errors WHERE status = 'deleted' LIMIT 1"
+# Those that were deleted a moment ago can be restored.
+SELECT_DELETED = f"""
+    SELECT id FROM errors WHERE status = 'deleted' AND ABS(:now_ms - status_ms) >= {MAX_UNDO_MS}
+    ORDER BY status_ms LIMIT 1"""
 DELETE_BUCKETS = """
     DELETE FROM buckets WHERE error_id = :error_id AND hour IN
         (SELECT hour FROM buckets WHERE error_id = :error_id LIMIT :step)"""
@@ -3558,6 +3661,7 @@ DELETE_USERS = """
 DELETE_FACETS = """
     DELETE FROM error_facets WHERE id IN
         (SELECT id FROM error_facets WHERE error_id = :error_id LIMIT :step)"""
+DELETE_HISTORY = "DELETE FROM history WHERE error_id = :error_id"
 DELETE_SAMPLE = "DELETE FROM samples WHERE error_id = :error_id"
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
 
@@ -3586,6 +3690,7 @@ SORTS = {
     "last_seen": "last_seen_ms",
     "first_seen": "first_seen_ms",
     "count": "occurrence_count",
+    "users": "user_count",
 }
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
@@ -3607,7 +3712,9 @@ class ErrorGroup:
 
     `occurrence_count` counts all that were ever reported, `stored_count` those still kept;
     class, message, location and level are the newest occurrence's. `user_count` counts the users
-    that are remembered; `has_more_users` says that there were more.
+    that are remembered; `has_more_users` says that there were more. An ignored error is opened
+    again at `wake_ms`, or by the report that brings `occurrence_count` to `wake_count`. The
+    first `uncounted` occurrences are in no Tally.
     """
 
     id: int
@@ -3627,11 +3734,18 @@ class ErrorGroup:
     status: str
     status_ms: int
     regressed_ms: int | None
+    note: str
+    wake_ms: int | None
+    wake_count: int | None
+    uncounted: int
 
 
 @dataclass(frozen=True, slots=True)
 class StoredOccurrence:
-    """An occurrence with its place among the kept ones of its error, in order of receipt."""
+    """An occurrence with its place among the kept ones of its error, in order of receipt.
+
+    The oldest has `position` 1, the newest has `kept`.
+    """
 
     id: int
     error_id: int
@@ -3641,6 +3755,8 @@ class StoredOccurrence:
     older_id: int | None
     newer_id: int | None
     newest_id: int
+    position: int
+    kept: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -3656,6 +3772,8 @@ class ErrorFilter:
     sort: str = "last_seen"
     after: tuple[int, int] | None = None
     before: tuple[int, int] | None = None
+    order: str = "desc"  # or "asc"
+    limit: int = PAGE_ERRORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -3666,6 +3784,72 @@ class ErrorPage:
     counts: Mapping[str, int]
     previous: tuple[int, int] | None = None
     next: tuple[int, int] | None = None
+
+
+def _duration(duration_ms: int) -> str:
+    units = (("w", 7 * DAY_MS), ("d", DAY_MS), ("h", HOUR_MS), ("min", 60_000), ("s", 1_000))
+    fitting = ((duration_ms // size, unit) for unit, size in units if duration_ms % size == 0)
+    number, unit = next(fitting, (duration_ms, "ms"))
+    return f"{number:,} {unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Snooze:
+    """How long an error stays ignored: for a time, until it has occurred so often, or for ever."""
+
+    for_ms: int | None = None
+    count: int | None = None
+
+    @property
+    def text(self) -> str:
+        """The end as a phrase, empty if there is none."""
+        times = "once more" if self.count == 1 else f"{self.count or 0:,} more times"
+        ends = [] if self.for_ms is None else [f"for {_duration(self.for_ms)}"]
+        return " or ".join(ends if self.count is None else [*ends, f"until it occurs {times}"])
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of an error's status: resolved, ignored, reopened, regressed or woke."""
+
+    id: int
+    at_ms: int
+    what: str
+    detail: str  # a phrase such as "for 1 h", or empty
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """A value that an error came with, and how many occurrences had it; levels aren't counted.
+
+    `name` is level, environment, release or a tag's. `first_ms` is the time of the first such
+    occurrence, None if that is not known.
+    """
+
+    name: str
+    value: str
+    count: int
+    first_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What a person did to errors with one click: resolved, ignored, reopened or deleted them."""
+
+    id: int
+    what: str
+    count: int
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A value to filter by, and how many errors have it; more than MAX_CHOICE_COUNT aren't told."""
+
+    value: str
+    label: str
+    count: int
 
 
 # True while this module works for itself: what goes wrong in it is never recorded.
@@ -3806,15 +3990,26 @@ def count_statement(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
     return f"SELECT COUNT(*) FROM errors WHERE {where}", values
 
 
+_ORDERS = {"users": f"MIN(user_count, {MAX_USERS})"}  # where the column is not what is shown
+
+
+def _is_ascending(wanted: ErrorFilter) -> bool:
+    """Tell whether the first row to read has the least value: a page before goes backwards."""
+    return (wanted.order == "asc") != bool(wanted.before)
+
+
 def list_statement(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
     """Compose the SQL of a page's errors in one project and status, one more than the page."""
     where, values = _where(wanted, now_ms)
-    column, order = SORTS[wanted.sort], "ASC" if wanted.before else "DESC"
+    column, is_ascending = _ORDERS.get(wanted.sort, SORTS[wanted.sort]), _is_ascending(wanted)
     if cursor := wanted.after or wanted.before:
-        comparison = ">" if wanted.before else "<"
+        comparison = ">" if is_ascending else "<"
+        # SQLite seeks by the first: in an index on an expression it can't by the second.
+        where += f" AND {column} {comparison}= :cursor_value"
         where += f" AND ({column}, id) {comparison} (:cursor_value, :cursor_id)"
         values["cursor_value"], values["cursor_id"] = cursor
-    ordering = f"ORDER BY {column} {order}, id {order} LIMIT {PAGE_ERRORS + 1}"
+    order = "ASC" if is_ascending else "DESC"
+    ordering = f"ORDER BY {column} {order}, id {order} LIMIT {wanted.limit + 1:d}"
     return f"SELECT {_ERROR_COLUMNS} FROM errors WHERE {where} {ordering}", values
 
 
@@ -4304,6 +4499,50 @@ def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
     db.execute(INSERT_KEY, values)
 
 
+def change_status(
+    db: sqlite3.Connection,
+    error_ids: Iterable[int],
+    what: str,
+    now_ms: int,
+    *,
+    detail: str = "",
+    by: str = "",
+    snooze: Snooze = Snooze(),
+) -> int:
+    """Change the status of errors and add it to their history; return the action's id or 0.
+
+    `what` is that of a Change, or deleted. Errors that have the status already are left out.
+    """
+    values = {
+        "ids": json.dumps(list(error_ids)),
+        "what": what,
+        "status": "open" if what in ("reopened", "regressed", "woke") else what,
+        "now_ms": now_ms,
+        "detail": detail or snooze.text,
+        "by": by,
+        "wake_ms": None if snooze.for_ms is None else now_ms + snooze.for_ms,
+        "more": snooze.count,
+        "is_undoable": what not in ("regressed", "woke"),
+        "most": MAX_HISTORY,
+    }
+    if not db.execute(RECORD_CHANGE, values).rowcount:
+        return 0
+    db.execute(CHANGE_STATUS, values)
+    db.execute(FORGET_CHANGES, values)
+    return int(db.execute(SELECT_LAST_ACTION).fetchone()[0])
+
+
+def wake(db: sqlite3.Connection, error: sqlite3.Row, now_ms: int) -> None:
+    """Open an ignored error whose time is over, or that has occurred often enough."""
+    if error["wake_ms"] is not None and error["wake_ms"] <= now_ms:
+        after = _duration(error["wake_ms"] - error["status_ms"])
+    else:
+        before = db.execute(SELECT_COUNT_BEFORE, {"id": error["id"]}).fetchone()[0]
+        more = error["wake_count"] - before
+        after = f"{more:,} more occurrence{'' if more == 1 else 's'}"
+    change_status(db, [error["id"]], "woke", now_ms, detail=f"after {after}")
+
+
 _FACETS_BY_DEFAULT = [("level", "error")]
 
 
@@ -4383,6 +4622,21 @@ def _error_values_of(error: _Known | None, group: Sequence[_Report]) -> tuple[st
     return (*said, max(times), count, count, min(times))
 
 
+def _open_again(
+    error: sqlite3.Row, group: Sequence[_Report], now_ms: int, db: sqlite3.Connection
+) -> None:
+    """Open an error that is resolved, or ignored until now, because reports have come."""
+    if error["status"] == "resolved":
+        release = facet_of(group[0][1], "release")
+        detail = f"in release {release}" if release else ""
+        change_status(db, [error["id"]], "regressed", now_ms, detail=detail)
+        return
+    wake_ms, wake_count = error["wake_ms"], error["wake_count"]
+    is_counted = wake_count is not None and error["occurrence_count"] + len(group) >= wake_count
+    if is_counted or (wake_ms is not None and wake_ms <= now_ms):
+        wake(db, error, now_ms)
+
+
 class _Recorder:
     """Writes reports within the writer's transactions.
 
@@ -4436,6 +4690,7 @@ class _Recorder:
         block = last_id // REQUEST_BLOCK_IDS << 32
         occurrences: list[tuple[int, int, bytes, int, bytes | None, int | None]] = []
         hours: dict[tuple[int, int], int] = collections.defaultdict(int)
+        tallies: collections.Counter[tuple[int, str, str]] = collections.Counter()
         for error, group in self._record_errors(groups, received_ms, db):
             for project_id, one, text in group:
                 hours[error.id, one.occurred_ms // HOUR_MS] += 1
@@ -4445,8 +4700,9 @@ class _Recorder:
                 body = pack(text, error.sample)
                 occurrences.append((error.id, received_ms, body, project_id, event_id, key))
             self._record_users(error, group, received_ms // DAY_MS, db)
-            self._record_facets(error, group, db)
+            self._record_facets(error, group, tallies, db)
         db.executemany(RECORD_OCCURRENCE, occurrences)
+        db.executemany(COUNT_FACET, [(count, *value) for value, count in tallies.items()])
         now_hour = received_ms // HOUR_MS
         db.executemany(
             RECORD_BUCKET,
@@ -4470,23 +4726,27 @@ class _Recorder:
         db.execute("RELEASE known")
         for key, group in groups.items():
             error = known[key] if are_known else None
-            yield error or self._record_error(key, group, (*news[key], received_ms), db), group
+            yield error or self._record_error(key, group, news[key], received_ms, db), group
 
     def _record_error(
         self,
         key: tuple[int, bytes],
         group: Sequence[_Report],
         news: tuple[str | int, ...],
+        received_ms: int,
         db: sqlite3.Connection,
     ) -> _Known:
         """Create or update an error that is not in the cache or has changed since."""
         known = self._known.get(key)
-        row = db.execute(RECORD_AGAIN, (*news, news[-1], *key)).fetchone()  # the time of receipt
-        if row is not None and known is not None and known.id == row["id"]:
-            return known
+        row = db.execute(SELECT_BY_KEY, key).fetchone()
         if is_new := row is None:
-            values = (*news, *key, group[-1][1].fingerprint)
+            values = (*news, received_ms, *key, group[-1][1].fingerprint)
             row = db.execute(RECORD_FIRST, values).fetchone()
+        else:
+            db.execute(RECORD_AGAIN, (*news, row["id"]))
+            _open_again(row, group, received_ms, db)
+        if known is not None and known.id == row["id"]:
+            return known
         ids = {"error_id": row["id"]}
         packed = None if is_new else db.execute(SELECT_SAMPLE, ids).fetchone()
         if packed is None:  # an error's first report is what the others are compressed by
@@ -4513,17 +4773,31 @@ class _Recorder:
         self._add_seen(error, users)
 
     def _record_facets(
-        self, error: _Known, group: Sequence[_Report], db: sqlite3.Connection
+        self,
+        error: _Known,
+        group: Sequence[_Report],
+        tallies: collections.Counter[tuple[int, str, str]],
+        db: sqlite3.Connection,
     ) -> None:
-        found = [pair for _, one, _ in group for pair in facets_of(one)]
+        """Remember the values of reports, and add to `tallies` what is to be counted of them."""
+        found = [(facets_of(one), one.occurred_ms) for _, one, _ in group]
+        for facets, _ in found:
+            if facets is not _FACETS_BY_DEFAULT:
+                tallies.update({(error.id, *pair) for pair in facets if pair[0] != "level"})
         is_new, error.is_new = error.is_new, False
-        if error.seen.issuperset(found):
+        first = {pair: time_ms for facets, time_ms in reversed(found) for pair in facets}
+        if error.seen.issuperset(first):
             return
-        for name in dict.fromkeys(pair[0] for pair in found if pair not in error.seen):
-            values = dict.fromkeys(pair for pair in reversed(found) if pair[0] == name)
-            newest = [*values][: MAX_REMEMBERED[name]][::-1]
+        for name in dict.fromkeys(pair[0] for pair in first if pair not in error.seen):
+            # The last one's last value comes first.
+            values = (pair for facets, _ in reversed(found) for pair in reversed(facets))
+            newest = [*dict.fromkeys(pair for pair in values if pair[0] == name)]
+            newest = newest[: MAX_REMEMBERED[name]][::-1]
             part = {"error_id": error.id, "name": name}
-            db.executemany(RECORD_FACET, [part | {"value": value} for _, value in newest])
+            db.executemany(
+                RECORD_FACET,
+                [part | {"value": pair[1], "first_ms": first[pair]} for pair in newest],
+            )
             part |= {"most": MAX_REMEMBERED[name], "seen": json.dumps([one for _, one in newest])}
             if not is_new and db.execute(FORGET_FACETS, part).rowcount:
                 error.seen.clear()
@@ -4537,6 +4811,53 @@ def _stored_occurrence(
     if isinstance(body, bytes):  # a text is from before reports were compressed
         body = unpack(body, sample and zlib.decompress(sample))
     return load_occurrence(body, key, event_id)
+
+
+def _record_again(
+    recorder: _Recorder, error_id: int, project_id: int, key: bytes, db: sqlite3.Connection
+) -> None:
+    """Record the kept occurrences of a discarded error under the error that has its key now."""
+    values = {"error_id": error_id, "after_id": 0, "step": SWEEP_STEP_ROWS}
+    while rows := db.execute(SELECT_KEPT, values).fetchall():
+        values["after_id"] = rows[-1]["id"]
+        for row in rows:
+            event_id = row["event_id"].lower() or None
+            one = _stored_occurrence(row["body"], row["sample"], key, event_id)
+            recorder.write_together([(project_id, one, dump_occurrence(one))], db)
+
+
+def _restore(row: sqlite3.Row, recorder: _Recorder, db: sqlite3.Connection) -> None:
+    """Give an error the state it had before a change, and remove that from its history.
+
+    Where reports have made a new error while this one was deleted, the older of the two gets the
+    occurrences of both.
+    """
+    before = json.loads(row["before"])
+    before["grouping_key"] = key = bytes.fromhex(before["grouping_key"])
+    taken = db.execute(SELECT_BY_KEY, (row["project_id"], key)).fetchone()
+    ids = {row["id"], taken["id"] if taken else row["id"]}
+    newer = max(ids) if len(ids) > 1 else None
+    if newer is not None:
+        db.execute(DISCARD_ERROR, {"id": newer})
+    if row["id"] != newer:
+        db.execute(RESTORE_ERROR, before | {"id": row["id"]})
+    db.execute(FORGET_CHANGE, {"change_id": row["change_id"]})
+    if newer is not None:
+        _record_again(recorder, newer, row["project_id"], key, db)
+
+
+def undo_action(action_id: int, now_ms: int, recorder: _Recorder, db: sqlite3.Connection) -> int:
+    """Restore the errors that an action changed last; return how many. NotFound if too late."""
+    if db.execute(SELECT_ACTION, {"id": action_id, "now_ms": now_ms}).fetchone() is None:
+        raise NotFound(f"action {action_id} can't be undone any more")
+    rows = db.execute(SELECT_UNDOABLE, {"id": action_id}).fetchall()
+    recorder.forget()
+    try:
+        for row in rows:
+            _restore(row, recorder, db)
+    finally:
+        recorder.forget()  # a failure is rolled back
+    return len(rows)
 
 
 def faults_of(db: sqlite3.Connection) -> Iterator[str]:
@@ -4572,9 +4893,11 @@ def owner_of(key: str, keys: Iterable[tuple[int, bytes]]) -> int | None:
 def _page_of(found: list[ErrorGroup], counts: Json, wanted: ErrorFilter) -> ErrorPage:
     """Merge the first matches of each project and status into a page."""
     column = SORTS[wanted.sort]
-    found.sort(key=lambda error: (getattr(error, column), error.id), reverse=not wanted.before)
-    has_more = len(found) > PAGE_ERRORS
-    page = found[:PAGE_ERRORS][:: -1 if wanted.before else 1]
+    found.sort(
+        key=lambda error: (getattr(error, column), error.id), reverse=not _is_ascending(wanted)
+    )
+    has_more = len(found) > wanted.limit
+    page = found[: wanted.limit][:: -1 if wanted.before else 1]
     ends = [(getattr(error, column), error.id) for error in page]
     return ErrorPage(
         errors=tuple(page),
@@ -4631,6 +4954,31 @@ class Readers:
             self._is_abandoned = True
 
 
+class Version:
+    """Tells whether anything in a database was changed, by whatever process."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._db: sqlite3.Connection | None = None
+        self._prefix = secrets.token_hex(8)  # the numbers of another process mean nothing here
+
+    def current(self) -> str:
+        """Return a text that changes with every commit."""
+        try:
+            with self._lock:
+                self._db = self._db or _connect(self._path)
+                return f"{self._prefix}.{_pragma(self._db, 'data_version')}"
+        except sqlite3.Error as error:
+            raise _refusal_of(error) from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            if self._db is not None:
+                self._db.close()
+
+
 class _KeyCache:
     """Holds the valid API keys for MAX_KEYS_AGE_S."""
 
@@ -4670,7 +5018,230 @@ def _search_deadline(db: sqlite3.Connection) -> Iterator[None]:
         db.set_progress_handler(None, 0)
 
 
-class Store:
+def _parts_of(db: sqlite3.Connection, wanted: ErrorFilter) -> list[Json]:
+    """Return the pairs of a project and a status that a list has its errors from."""
+    statuses = STATUSES if wanted.status == "all" else (wanted.status,)
+    ids = [row["id"] for row in db.execute("SELECT id FROM projects")]
+    ids = ids if wanted.project_id is None else [wanted.project_id]
+    return [{"project_id": one, "status": status} for one in ids for status in statuses]
+
+
+def _select_occurrences(
+    db: sqlite3.Connection, error_id: int, ids: Sequence[int]
+) -> list[StoredOccurrence]:
+    """Return those of an error's occurrences that are kept; `ids` has no gap, the newest first."""
+    found: list[StoredOccurrence] = []
+    for occurrence_id in ids:
+        part = {"error_id": error_id, "id": occurrence_id}
+        if (row := db.execute(SELECT_OCCURRENCE, part).fetchone()) is None:
+            continue
+        newer = (
+            found[-1].position
+            if found
+            else row["kept"] + 1 - db.execute(COUNT_NEWER, part).fetchone()[0]
+        )
+        values = dict(row) | {"position": newer - 1}
+        event_id = values.pop("event_id").lower() or None
+        body, sample, key = (values.pop(name) for name in ("body", "sample", "grouping_key"))
+        occurrence = _stored_occurrence(body, sample, key, event_id)
+        found.append(StoredOccurrence(**values, occurrence=occurrence))
+    return found
+
+
+def _choices_of(db: sqlite3.Connection, wanted: ErrorFilter) -> dict[str, tuple[Choice, ...]]:
+    projects = {row["id"]: row["name"] for row in db.execute("SELECT id, name FROM projects")}
+    values: dict[str, list[str]] = {}
+    for name in FACETS:
+        rows = db.execute(SELECT_FACETS, {"name": name, "most": MAX_FACET_VALUES})
+        chosen = getattr(wanted, name)
+        values[name] = [*dict.fromkeys([row["value"] for row in rows] + [chosen] * bool(chosen))]
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    for part in _parts_of(db, dataclasses.replace(wanted, project_id=None)):
+        limits = part | {"most": MAX_CHOICE_COUNT}
+        size = db.execute(COUNT_PART, limits).fetchone()[0]
+        counts["project", str(part["project_id"])] += size
+        if wanted.project_id not in (None, part["project_id"]):
+            continue
+        if size <= MAX_CHOICE_COUNT:
+            for name, value, count in db.execute(COUNT_FACETS, part):
+                counts[name, value] += count
+            continue
+        for pair in ((name, value) for name in FACETS for value in values[name]):
+            one = limits | dict(zip(("name", "value"), pair, strict=True))
+            counts[pair] += db.execute(COUNT_WITH_FACET, one).fetchone()[0]
+    labels = {"project": {str(one): name for one, name in projects.items()}}
+    labels |= {name: {value: value for value in found} for name, found in values.items()}
+    return {
+        name: tuple(
+            Choice(value, label, min(counts[name, value], MAX_CHOICE_COUNT))
+            for value, label in found.items()
+            if name == "project" or counts[name, value] or value == getattr(wanted, name)
+        )
+        for name, found in labels.items()
+    }
+
+
+class Triage:
+    """What people see of errors and do to them: the part of Store that pages use."""
+
+    now_ms: Callable[[], int]
+    reading: Callable[[], contextlib.AbstractContextManager[sqlite3.Connection]]
+    write: Callable[..., Any]
+    _recorder: _Recorder
+
+    def errors(self, wanted: ErrorFilter) -> ErrorPage:
+        """Return one page of errors; costs the same on every page and for every history.
+
+        Each project and status has its part of an index in the right order; the parts' first
+        rows are merged here.
+        """
+        now_ms = self.now_ms()
+        statement, values = list_statement(wanted, now_ms)
+        counting, count_values = count_statement(wanted, now_ms)
+        found: list[ErrorGroup] = []
+        counts = dict.fromkeys(STATUSES, 0)
+        is_later = bool(wanted.after or wanted.before)
+        with self.reading() as db, _search_deadline(db):
+            for part in _parts_of(db, dataclasses.replace(wanted, status="all")):
+                status, rows = part["status"], None
+                if wanted.status in (status, "all"):
+                    rows = db.execute(statement, values | part).fetchall()
+                if rows is None or is_later or len(rows) > wanted.limit:
+                    counts[status] += db.execute(counting, count_values | part).fetchone()[0]
+                else:
+                    counts[status] += len(rows)
+                found += [ErrorGroup(**row) for row in rows or ()]
+        return _page_of(found, counts, wanted)
+
+    def neighbours(self, wanted: ErrorFilter, error: ErrorGroup) -> tuple[int | None, int | None]:
+        """Return the ids of the errors before and after one in a list; None where there is none.
+
+        The error itself need not be in the list any more. None as well when that takes too long.
+        """
+        here = getattr(error, SORTS[wanted.sort]), error.id
+        found: list[int | None] = []
+        with contextlib.suppress(Unavailable), self.reading() as db, _search_deadline(db):
+            for after, before in ((None, here), (here, None)):
+                step = dataclasses.replace(wanted, limit=1, after=after, before=before)
+                statement, values = list_statement(step, self.now_ms())
+                parts = [values | part for part in _parts_of(db, wanted)]
+                rows = [row for part in parts for row in db.execute(statement, part)]
+                page = _page_of([ErrorGroup(**row) for row in rows], {}, step)
+                found.append(page.errors[0].id if page.errors else None)
+            return found[0], found[1]
+        return None, None
+
+    def error(self, error_id: int) -> ErrorGroup:
+        """Return one error; NotFound if there is none."""
+        with self.reading() as db:
+            row = db.execute(SELECT_ERROR, {"id": error_id}).fetchone()
+        if row is None:
+            raise NotFound(f"there is no error {error_id}")
+        return ErrorGroup(**row)
+
+    def occurrence(
+        self, error_id: int, occurrence_id: int | None = None
+    ) -> StoredOccurrence | None:
+        """Return an occurrence of an error, by default the newest; None if it is not kept."""
+        with self.reading() as db:
+            if occurrence_id is None:
+                occurrence_id = db.execute(SELECT_NEWEST_ID, {"error_id": error_id}).fetchone()[0]
+            found = (
+                [] if occurrence_id is None else _select_occurrences(db, error_id, [occurrence_id])
+            )
+        return found[0] if found else None
+
+    def occurrences(
+        self, error_id: int, *, before: int | None = None, after: int | None = None, limit: int
+    ) -> tuple[StoredOccurrence, ...]:
+        """Return a page of an error's kept occurrences, the newest first.
+
+        It begins with the newest, ends before the id `before`, or begins after the id `after`.
+        The last one's `older_id` and the first one's `newer_id` tell whether there are more.
+        """
+        at = 2**63 - 1 if after is None else after
+        values = {"error_id": error_id, "id": at if before is None else before, "limit": limit}
+        with self.reading() as db:
+            rows = db.execute(SELECT_OLDER_IDS if before is None else SELECT_NEWER_IDS, values)
+            ids = sorted((row["id"] for row in rows), reverse=True)
+            return tuple(_select_occurrences(db, error_id, ids))
+
+    def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
+        """Return how often each error occurred in each hour since 1970, zeros left out."""
+        values = {"ids": json.dumps(list(error_ids)), "since_hour": since_hour}
+        found: dict[int, dict[int, int]] = {error_id: {} for error_id in error_ids}
+        with self.reading() as db:
+            for error_id, hour, count in db.execute(SELECT_BUCKETS, values):
+                found[error_id][hour] = count
+        return found
+
+    def tallies(self, error_id: int) -> tuple[Tally, ...]:
+        """Return the values that an error came with, by name, those that occurred most first."""
+        with self.reading() as db:
+            rows = db.execute(SELECT_TALLIES, {"id": error_id}).fetchall()
+        found = [
+            Tally(*(row["value"].split(":", 1) if row["name"] == "tag" else row[:2]), *row[2:])
+            for row in rows
+        ]
+        return tuple(sorted(found, key=lambda one: (one.name, -one.count, one.value)))
+
+    def history(self, error_id: int) -> tuple[Change, ...]:
+        """Return how an error's status changed, the newest change first."""
+        with self.reading() as db:
+            return tuple(Change(**row) for row in db.execute(SELECT_HISTORY, {"id": error_id}))
+
+    def facets(self, wanted: ErrorFilter) -> dict[str, tuple[Choice, ...]]:
+        """Return the projects, levels, environments and releases to choose from, the newest first.
+
+        Counts are of the filter's status, those of values also of its project. Values that no
+        such error has are left out, except the filter's own. Raises Unavailable like errors().
+        """
+        with self.reading() as db, _search_deadline(db):
+            return _choices_of(db, wanted)
+
+    def set_status(
+        self, error_ids: Sequence[int], status: str, *, by: str = "", snooze: Snooze = Snooze()
+    ) -> int:
+        """Make errors open, resolved or ignored; return the action's id, 0 if nothing changed.
+
+        Ignored ones stay so until the end of `snooze`, by default for ever.
+        """
+        what = "reopened" if status == "open" else status
+        until = snooze if status == "ignored" else Snooze()
+        change = functools.partial(change_status, by=by, snooze=until)
+        return int(self.write(lambda db: change(db, error_ids, what, self.now_ms())))
+
+    def delete(self, error_ids: Sequence[int], *, by: str = "") -> int:
+        """Delete errors, at once for every reader; return the action's id, 0 if nothing changed.
+
+        Retention removes their rows once it can't be undone any more.
+        """
+        change = functools.partial(change_status, by=by)
+        return int(self.write(lambda db: change(db, error_ids, "deleted", self.now_ms())))
+
+    def action(self, action_id: int) -> Action | None:
+        """Return what one click did; None when that is unknown, undone or too old to be undone."""
+        with self.reading() as db:
+            values = {"id": action_id, "now_ms": self.now_ms()}
+            row = db.execute(SELECT_ACTION, values).fetchone()
+        return None if row is None else Action(**row)
+
+    def undo(self, action_id: int) -> int:
+        """Undo an action; return how many errors are as before. NotFound when it is too late.
+
+        Errors that changed again since stay as they are.
+        """
+        return int(self.write(lambda db: undo_action(action_id, self.now_ms(), self._recorder, db)))
+
+    def set_note(self, error_id: int, text: str) -> None:
+        """Write a note on an error in place of its old one; NotFound if there is no such error."""
+        text = _UNSAFE.sub("", text.replace("\r\n", "\n")).replace("\t", " ")
+        note = text.strip()[:MAX_NOTE_CHARS]
+        if not self.write(lambda db: db.execute(SET_NOTE, {"id": error_id, "note": note}).rowcount):
+            raise NotFound(f"there is no error {error_id}")
+
+
+class Store(Triage):
     """Everything that is kept, in one SQLite database.
 
     `path` names the database, which is made with mode 0600 if there is none; `now` returns
@@ -4693,6 +5264,7 @@ class Store:
         self.path = os.path.realpath(path)
         self.now = now
         self._readers = Readers(self.path)
+        self._version = Version(self.path)
         db = open_database(self.path)
         self._writer = Writer(db, self.path, threads=threads, wait_s=wait_s)
         self.write = self._writer.run if threads else self._writer.run_alone
@@ -4725,11 +5297,17 @@ class Store:
         """Finish what is being written and read, and close every connection."""
         self._writer.close(timeout_s)
         self._readers.close(timeout_s)
+        self._version.close()
 
     def reading(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """Lend a connection that sees one consistent state."""
         self._writer.refuse_if_closed()
         return self._readers.lend()
+
+    def version(self) -> str:
+        """Return a text that changes with every commit of any process; takes microseconds."""
+        self._writer.refuse_if_closed()
+        return self._version.current()
 
     # Reports
 
@@ -4768,90 +5346,6 @@ class Store:
         if self._reports_since_surplus >= SWEEP_AFTER_REPORTS:
             self._reports_since_surplus = 0
             self.has_surplus.set()
-
-    # Triage
-
-    def errors(self, wanted: ErrorFilter) -> ErrorPage:
-        """Return one page of errors; costs the same on every page and for every history.
-
-        Each project and status has its part of an index in the right order; the parts' first
-        rows are merged here.
-        """
-        now_ms = self.now_ms()
-        statement, values = list_statement(wanted, now_ms)
-        counting, count_values = count_statement(wanted, now_ms)
-        found: list[ErrorGroup] = []
-        counts = dict.fromkeys(STATUSES, 0)
-        is_later = bool(wanted.after or wanted.before)
-        with self.reading() as db, _search_deadline(db):
-            ids = [row["id"] for row in db.execute("SELECT id FROM projects")]
-            for project_id in ids if wanted.project_id is None else [wanted.project_id]:
-                for status in STATUSES:
-                    part, rows = {"project_id": project_id, "status": status}, None
-                    if wanted.status in (status, "all"):
-                        rows = db.execute(statement, values | part).fetchall()
-                    if rows is None or is_later or len(rows) > PAGE_ERRORS:
-                        counts[status] += db.execute(counting, count_values | part).fetchone()[0]
-                    else:
-                        counts[status] += len(rows)
-                    found += [ErrorGroup(**row) for row in rows or ()]
-        return _page_of(found, counts, wanted)
-
-    def error(self, error_id: int) -> ErrorGroup:
-        """Return one error; NotFound if there is none."""
-        with self.reading() as db:
-            row = db.execute(SELECT_ERROR, {"id": error_id}).fetchone()
-        if row is None:
-            raise NotFound(f"there is no error {error_id}")
-        return ErrorGroup(**row)
-
-    def occurrence(
-        self, error_id: int, occurrence_id: int | None = None
-    ) -> StoredOccurrence | None:
-        """Return an occurrence of an error, by default the newest; None if it is not kept."""
-        with self.reading() as db:
-            ids = {"error_id": error_id, "id": occurrence_id}
-            if occurrence_id is None:
-                ids["id"] = db.execute(SELECT_NEWEST_ID, ids).fetchone()[0]
-            row = db.execute(SELECT_OCCURRENCE, ids).fetchone()
-        if row is None:
-            return None
-        values = dict(row)
-        event_id = values.pop("event_id").lower() or None
-        body, sample, key = (values.pop(name) for name in ("body", "sample", "grouping_key"))
-        occurrence = _stored_occurrence(body, sample, key, event_id)
-        return StoredOccurrence(**values, occurrence=occurrence)
-
-    def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
-        """Return how often each error occurred in each hour since 1970, zeros left out."""
-        values = {"ids": json.dumps(list(error_ids)), "since_hour": since_hour}
-        found: dict[int, dict[int, int]] = {error_id: {} for error_id in error_ids}
-        with self.reading() as db:
-            for error_id, hour, count in db.execute(SELECT_BUCKETS, values):
-                found[error_id][hour] = count
-        return found
-
-    def facets(self) -> dict[str, tuple[str, ...]]:
-        """Return levels, environments and releases, of each the newest of its first 10,000."""
-        with self.reading() as db:
-            return {
-                name: tuple(
-                    row["value"]
-                    for row in db.execute(SELECT_FACETS, {"name": name, "most": MAX_FACET_VALUES})
-                )
-                for name in FACETS
-            }
-
-    def set_status(self, error_ids: Sequence[int], status: str) -> None:
-        """Make errors open, resolved or ignored."""
-        values = {"ids": json.dumps(list(error_ids)), "status": status, "now_ms": self.now_ms()}
-        self.write(lambda db: db.execute(SET_STATUS, values).rowcount)
-
-    def delete(self, error_ids: Sequence[int]) -> None:
-        """Delete errors, at once for every reader; Retention removes their rows afterwards."""
-        values = {"ids": json.dumps(list(error_ids))}
-        self.write(lambda db: db.execute(DELETE_ERRORS, values).rowcount)
-        self.has_surplus.set()
 
     # Projects
 
@@ -4930,10 +5424,10 @@ def _remove_counted(db: sqlite3.Connection, statement: str, discount: str, value
     return removed.total()
 
 
-def _remove_deleted(db: sqlite3.Connection, step: int) -> int:
-    """Remove a step of the rows that belong to deleted errors; return how many they were."""
+def _remove_deleted(db: sqlite3.Connection, step: int, now_ms: int) -> int:
+    """Remove a step of the rows of deleted errors that can't be restored; return how many."""
     left = step
-    while left > 0 and (error := db.execute(SELECT_DELETED).fetchone()):
+    while left > 0 and (error := db.execute(SELECT_DELETED, {"now_ms": now_ms}).fetchone()):
         values = {"error_id": error["id"], "step": left}
         left -= _remove_counted(db, DELETE_OLDEST, DISCOUNT_STORED, values)
         left -= db.execute(DELETE_BUCKETS, values).rowcount
@@ -4941,6 +5435,7 @@ def _remove_deleted(db: sqlite3.Connection, step: int) -> int:
         left -= db.execute(DELETE_FACETS, values).rowcount
         if left > 0:  # so nothing of it is left
             db.execute(DELETE_SAMPLE, values)
+            left -= db.execute(DELETE_HISTORY, values).rowcount
             left -= db.execute(DELETE_ERROR, values).rowcount
     return step - left
 
@@ -4995,7 +5490,11 @@ class Retention:
             self._store.has_surplus.clear()
 
     def sweep(self) -> None:
-        """Remove all that is to be removed now and give the space back to the disk."""
+        """Remove all that is to be removed now and give the space back to the disk.
+
+        Ignored errors whose time is over are opened.
+        """
+        self._repeat(self._wake_due)
         self._repeat(self._remove_expired)
         self._repeat(self._remove_expired_users)
         with self._store.reading() as db:
@@ -5006,7 +5505,7 @@ class Retention:
             self._repeat(functools.partial(self._remove_surplus, crowded[:]))
         self._repeat(self._fold_buckets)
         self._repeat(lambda db: db.execute(DELETE_EMPTY, {"step": SWEEP_STEP_ROWS}).rowcount)
-        self._repeat(lambda db: _remove_deleted(db, self._step_rows))
+        self._repeat(lambda db: _remove_deleted(db, self._step_rows, self._store.now_ms()))
         if self._repeat(_release_pages):
             self._store.copy_log()
         if len(crowded) == SWEEP_STEP_ROWS:
@@ -5027,6 +5526,13 @@ class Retention:
         change = 0.5 if is_slow else 1.25
         self._step_rows = max(1, min(SWEEP_STEP_ROWS, int(self._step_rows * change) + 1))
         return done
+
+    def _wake_due(self, db: sqlite3.Connection) -> int:
+        now_ms = self._store.now_ms()
+        due = db.execute(SELECT_DUE, {"now_ms": now_ms, "step": self._step_rows}).fetchall()
+        for error in due:
+            wake(db, error, now_ms)
+        return len(due)
 
     def _remove_expired(self, db: sqlite3.Connection) -> int:
         db.execute(DELETE_CLOCK_STEPS)
@@ -7252,11 +7758,12 @@ def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
     project = query.get("project", "")
     if project and not re.fullmatch(r"[0-9]{1,16}", project):
         raise BadRequest("project must be the id of a project", field="project")
+    facets: Json = {name: query.get(name, "").translate(_DISPLAY) for name in FACETS}
     return ErrorFilter(
         status=one_of(query, "status", (*STATUSES, "all")),
         search=query.get("q", "").strip()[:MAX_SEARCH_CHARS].translate(_DISPLAY),
         project_id=int(project) if project else None,
-        **{name: query.get(name, "").translate(_DISPLAY) for name in FACETS},
+        **facets,
         sort=one_of(query, "sort", SORTS),
         after=_parse_cursor("after", query.get("after", "")),
         before=_parse_cursor("before", query.get("before", "")),
@@ -9511,7 +10018,11 @@ class Dashboard:
             page=page,
             buckets=buckets,
             projects=self._store.projects(),
-            facets=self._store.facets(),
+            facets={
+                name: tuple(one.value for one in choices)
+                for name, choices in self._store.facets(wanted).items()
+                if name in FACETS
+            },
             problem=problem,
         )
 

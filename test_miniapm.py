@@ -304,6 +304,13 @@ def only_error(store: Store, status: str = "all") -> miniapm.ErrorGroup:
     return error
 
 
+def delete_for_good(store: Store, clock: Clock, *error_ids: int) -> None:
+    """Delete errors and have their rows removed, when that can't be undone any more."""
+    store.delete(error_ids)
+    clock.seconds += miniapm.MAX_UNDO_MS / 1000
+    miniapm.Retention(store, 30, 1_000).sweep()
+
+
 def rows(store: Store, sql: str) -> list[Any]:
     with store.reading() as db:
         return [tuple(row) for row in db.execute(sql)]
@@ -3303,7 +3310,7 @@ def test_database_of_the_version_before_opens_and_shows(tmp_path: Path) -> None:
         client = Client(App(store, Config()), "")
         assert (tmp_path / "old.db.version3").exists()
         with store.reading() as db:
-            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 6
+            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 7
             assert list(miniapm.faults_of(db)) == []
         errors = {error["fingerprint"]: error for error in client.errors()}
         assert set(errors) == {
@@ -3475,12 +3482,12 @@ def test_migration_that_would_lose_reports_is_undone(
 ) -> None:
     record(store)
     for statement in ("DELETE FROM occurrences", "UPDATE errors SET status = 'deleted'"):
-        monkeypatch.setattr(miniapm, "MIGRATIONS", (*miniapm.MIGRATIONS[:6], (statement,)))
+        monkeypatch.setattr(miniapm, "MIGRATIONS", (*miniapm.MIGRATIONS[:7], (statement,)))
         with pytest.raises(miniapm.MiniAPMError, match="would lose reports"):
             Store(store.path)
     assert only_error(store).stored_count == 1
     assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(1,)]
-    assert rows(store, "PRAGMA user_version") == [(6,)]
+    assert rows(store, "PRAGMA user_version") == [(7,)]
 
 
 # --- 8. Store -------------------------------------------------------------------------------------
@@ -3818,10 +3825,11 @@ def test_list_filters_by_what_any_occurrence_of_an_error_had(store: Store) -> No
         page = store.errors(ErrorFilter(**wanted))
         assert sorted(error.fingerprint for error in page.errors) == found
         assert page.counts["all"] == len(found)
-    assert store.facets() == {
-        "level": ("warning", "error"),
-        "environment": ("test", "live"),
-        "release": ("1.1", "1.0"),
+    facets = store.facets(ErrorFilter())
+    assert {name: [one.value for one in facets[name]] for name in miniapm.FACETS} == {
+        "level": ["warning", "error"],
+        "environment": ["test", "live"],
+        "release": ["1.1", "1.0"],
     }
     assert [error.level for error in store.errors(ErrorFilter(sort="count")).errors] == [
         "warning",
@@ -3849,7 +3857,7 @@ def test_error_remembers_the_newest_facets_only(store: Store) -> None:
     (releases,) = rows(store, "SELECT COUNT(*) FROM error_facets WHERE name = 'release'")
     (tags,) = rows(store, "SELECT COUNT(*) FROM error_facets WHERE name = 'tag'")
     assert (releases[0], tags[0]) == (miniapm.MAX_FACET_VALUES, miniapm.MAX_TAG_VALUES)
-    assert store.facets()["release"][0] == "1.299"
+    assert store.facets(ErrorFilter())["release"][0].value == "1.299"
     for term, count in (("request:299", 1), ("request:5", 0), ("shop:eu", 1)):
         assert store.errors(ErrorFilter(search=term)).counts["all"] == count
 
@@ -3860,10 +3868,12 @@ def test_error_remembers_what_every_report_has(store: Store) -> None:
         assert store.errors(ErrorFilter(search="browser:chrome")).counts["all"] == 1
 
 
-def test_deleted_error_leaves_no_facets(store: Store) -> None:
-    record(store, level="warning", tags={f"t{n}": "x" for n in range(150)})
-    store.delete([1])
-    miniapm.Retention(store, 30, 1000).sweep()
+def test_deleted_error_leaves_nothing_behind(store: Store, clock: Clock) -> None:
+    record(store, level="warning", tags={f"t{n}": "x" for n in range(150)}, user_id="7")
+    store.set_status([1], "ignored")
+    delete_for_good(store, clock, 1)
+    for table in ("history", "error_users", "buckets", "samples", "occurrences", "errors"):
+        assert rows(store, f"SELECT COUNT(*) FROM {table}") == [(0,)]
     assert rows(store, "SELECT COUNT(*) FROM error_facets") == [(0,)]
 
 
@@ -3943,7 +3953,8 @@ def test_two_writers_of_one_database_see_what_the_other_wrote(store: Store, cloc
             record(one, user_id="u1", tags={"first": "x"})
         assert (only_error(store).occurrence_count, only_error(store).user_count) == (6, 1)
         for n in range(1 + miniapm.MAX_TAG_VALUES // miniapm.MAX_TAGS):
-            record(other, tags={f"{n}{name}": "x" for name in tags})
+            for _ in range(2):
+                record(other, tags={f"{n}{name}": "x" for name in tags})
         assert store.errors(ErrorFilter(search="first:x")).counts["all"] == 0
         record(store, user_id="u1", tags={"first": "x"})
         assert store.errors(ErrorFilter(search="first:x")).counts["all"] == 1
@@ -3973,15 +3984,15 @@ def test_report_that_is_sent_again_is_stored_once(store: Store) -> None:
     assert stored.occurrence == one
 
 
-def test_report_may_come_again_after_its_error_was_deleted(store: Store) -> None:
+def test_report_may_come_again_after_its_error_was_deleted(store: Store, clock: Clock) -> None:
     record(store, event_id=EVENT_ID)
-    store.delete([1])
-    miniapm.Retention(store, 30, 1000).sweep()
+    delete_for_good(store, clock, 1)
+    assert rows(store, "SELECT COUNT(*) FROM errors") == [(0,)]
     record(store, event_id=EVENT_ID)
     assert only_error(store).occurrence_count == 1
 
 
-def test_report_comes_again_before_its_deleted_error_is_gone(store: Store) -> None:
+def test_report_comes_again_before_its_deleted_error_is_gone(store: Store, clock: Clock) -> None:
     other = "fedcba9876543210" * 2
     assert store.record(1, [parse(event_id=EVENT_ID), parse(event_id=other)]) == [None] * 2
     record(store, fingerprint="kept", event_id="ab" * 16)
@@ -3996,6 +4007,7 @@ def test_report_comes_again_before_its_deleted_error_is_gone(store: Store) -> No
         stored = store.occurrence(found["new"].id)
         assert stored
         assert stored.occurrence.event_id == other
+        clock.seconds += 60
         sweep(store)
 
 
@@ -4584,11 +4596,10 @@ def test_retention_removes_empty_errors_but_ignored_ones(store: Store, clock: Cl
     assert only_error(store).status == "ignored"
 
 
-def test_retention_gives_space_back_to_the_disk(store: Store) -> None:
+def test_retention_gives_space_back_to_the_disk(store: Store, clock: Clock) -> None:
     store.record(1, [parse(message=os.urandom(2_500).hex()) for _ in range(400)])
     pages = rows(store, "PRAGMA page_count")[0][0]
-    store.delete([1])
-    sweep(store)
+    delete_for_good(store, clock, 1)
     assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(0,)]
     assert rows(store, "PRAGMA page_count")[0][0] < pages / 10
     with contextlib.closing(sqlite3.connect(store.path)) as db:
@@ -4705,11 +4716,15 @@ def test_retention_lets_the_log_shrink(store: Store) -> None:
     assert os.path.getsize(store.path) < 3 * 2**20
 
 
-def test_retention_thread_sweeps_after_a_deletion_and_stops(store: Store) -> None:
+def test_retention_thread_sweeps_soon_after_a_deletion_is_final_and_stops(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miniapm, "SWEEP_INTERVAL_S", 0.05)
     retention = miniapm.Retention(store, 30, 1_000)
     retention.start()
     record(store)
     store.delete([1])
+    clock.seconds += 60
     wait_until(lambda: rows(store, "SELECT COUNT(*) FROM errors") == [(0,)])
     retention.stop()
     assert not retention._thread.is_alive()
