@@ -3652,6 +3652,7 @@ DELETE_EMPTY = f"""
 SELECT_DELETED = f"""
     SELECT id FROM errors WHERE status = 'deleted' AND ABS(:now_ms - status_ms) >= {MAX_UNDO_MS}
     ORDER BY status_ms LIMIT 1"""
+SELECT_OLDEST_DELETION = "SELECT MIN(status_ms) FROM errors WHERE status = 'deleted'"
 DELETE_BUCKETS = """
     DELETE FROM buckets WHERE error_id = :error_id AND hour IN
         (SELECT hour FROM buckets WHERE error_id = :error_id LIMIT :step)"""
@@ -5087,6 +5088,7 @@ class Triage:
     now_ms: Callable[[], int]
     reading: Callable[[], contextlib.AbstractContextManager[sqlite3.Connection]]
     write: Callable[..., Any]
+    has_surplus: threading.Event
     _recorder: _Recorder
 
     def errors(self, wanted: ErrorFilter) -> ErrorPage:
@@ -5217,7 +5219,9 @@ class Triage:
         Retention removes their rows once it can't be undone any more.
         """
         change = functools.partial(change_status, by=by)
-        return int(self.write(lambda db: change(db, error_ids, "deleted", self.now_ms())))
+        action_id: int = self.write(lambda db: change(db, error_ids, "deleted", self.now_ms()))
+        self.has_surplus.set()
+        return action_id
 
     def action(self, action_id: int) -> Action | None:
         """Return what one click did; None when that is unknown, undone or too old to be undone."""
@@ -5482,12 +5486,23 @@ class Retention:
     def _run(self) -> None:
         _is_busy_here.set(True)
         while not self._is_stopped:
+            pause_s = SWEEP_INTERVAL_S
             try:
                 self.sweep()
+                pause_s = self._pause_s()
             except MiniAPMError as error:
                 print_line(f"miniapm: retention will try again: {error}", sys.stderr)
-            self._store.has_surplus.wait(SWEEP_INTERVAL_S)
+            self._store.has_surplus.wait(pause_s)
             self._store.has_surplus.clear()
+
+    def _pause_s(self) -> float:
+        """Return when to sweep again: early if a deletion can't be undone any more before that."""
+        with self._store.reading() as db:
+            deleted_ms: int | None = db.execute(SELECT_OLDEST_DELETION).fetchone()[0]
+        if deleted_ms is None:
+            return SWEEP_INTERVAL_S
+        left_s = (deleted_ms + MAX_UNDO_MS - self._store.now_ms()) / 1000
+        return min(SWEEP_INTERVAL_S, max(1.0, left_s))
 
     def sweep(self) -> None:
         """Remove all that is to be removed now and give the space back to the disk.

@@ -3247,7 +3247,8 @@ def statements() -> list[tuple[str, str]]:
         if not name.startswith("CHECK_")  # to read everything is what these are for
     ]
     filters = [
-        ErrorFilter(status, search, project_id, sort, after, before)
+        ErrorFilter(status, search, project_id, sort=sort, after=after, before=before, order=order)
+        for order in ("desc", "asc")
         for status in ("open", "all")
         for search in ("", "a b")
         for project_id in (None, 1)
@@ -3272,10 +3273,14 @@ def test_no_statement_scans_occurrences(store: Store) -> None:
 def test_list_takes_its_order_from_an_index(store: Store) -> None:
     part = {"project_id": 1, "status": "open"}
     with store.reading() as db:
-        for sort in miniapm.SORTS:
-            sql, values = miniapm.list_statement(ErrorFilter(sort=sort, after=(5, 5)), NOW_MS)
+        for sort, order, side in itertools.product(
+            miniapm.SORTS, ("desc", "asc"), ("after", "before")
+        ):
+            wanted = dataclasses.replace(ErrorFilter(sort=sort, order=order), **{side: (5, 5)})
+            sql, values = miniapm.list_statement(wanted, NOW_MS)
             plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values | part)]
             assert f"USING INDEX errors_by_{sort}" in plan[0]
+            assert re.search(r"AND (<expr>|\w+)[<>]\?\)", plan[0])  # begins at the cursor
             assert not any("TEMP B-TREE" in line for line in plan)
 
 
@@ -3386,6 +3391,46 @@ def test_expiry_of_version_5_is_brought_up_to_date(tmp_path: Path, clock: Clock)
             assert searched(store, "") == left
             with store.reading() as db:
                 assert list(miniapm.faults_of(db)) == []
+
+
+def test_triage_and_values_of_version_6_are_brought_up_to_date(
+    tmp_path: Path, clock: Clock
+) -> None:
+    path = tmp_path / "old.db"
+    shutil.copy(HERE / ".ci" / "version6.sqlite", path)
+    clock.seconds = 1_796_000_000 + 3_600
+    with contextlib.closing(Store(str(path), clock)) as store:
+        assert (tmp_path / "old.db.version6").exists()
+        errors = {one.fingerprint: one for one in store.errors(ErrorFilter("all")).errors}
+        assert {name: (one.status, one.uncounted) for name, one in errors.items()} == {
+            "open": ("open", 3),
+            "resolved": ("resolved", 1),
+            "ignored": ("ignored", 2),
+            "regressed": ("open", 2),
+        }
+        for one in errors.values():
+            assert (one.note, one.wake_ms, one.wake_count) == ("", None, None)
+            assert store.history(one.id) == ()
+            assert {tally.count for tally in store.tallies(one.id)} == {0}
+        assert errors["regressed"].regressed_ms == 1_796_000_420_000
+        assert [one.id for one in store.errors(ErrorFilter("all", sort="users")).errors] == [
+            *(1, 2, 4, 3),
+        ]
+        record(store, fingerprint="open", tags={"region": "eu"}, release="1.2")
+        record(store, fingerprint="resolved", release="1.2")
+        error = store.error(errors["open"].id)
+        assert (error.occurrence_count - error.uncounted) == 1
+        assert [one for one in store.tallies(error.id) if one.name in ("region", "release")] == [
+            miniapm.Tally("region", "eu", 1, None),
+            miniapm.Tally("release", "1.2", 1, store.now_ms()),
+            miniapm.Tally("release", "1.0", 0, None),
+        ]
+        assert [one.detail for one in store.history(2)] == ["in release 1.2"]
+        assert rows(store, "SELECT id FROM errors WHERE status = 'deleted'") == [(5,)]
+        sweep(store)
+        assert rows(store, "SELECT id FROM errors WHERE status = 'deleted'") == []
+        with store.reading() as db:
+            assert list(miniapm.faults_of(db)) == []
 
 
 @pytest.fixture
@@ -3760,28 +3805,135 @@ def test_store_finds_the_neighbours_of_an_occurrence(store: Store) -> None:
 
 @pytest.mark.parametrize("sort", sorted(miniapm.SORTS))
 @pytest.mark.parametrize("status", ["open", "all"])
-def test_list_pages_forward_and_back_over_every_error(store: Store, sort: str, status: str) -> None:
+@pytest.mark.parametrize(("order", "limit"), [("desc", 50), ("asc", 50), ("desc", 36), ("asc", 41)])
+def test_list_pages_forward_and_back_over_every_error(
+    store: Store, sort: str, status: str, order: str, limit: int
+) -> None:
     made = [
-        parse(fingerprint=f"f{n}", timestamp=miniapm.iso_time(NOW_MS - n // 3 * 60_000))
-        for n in range(miniapm.PAGE_ERRORS * 2 + 7)
+        parse(
+            fingerprint=f"f{n % 107}",
+            user_id=n * 7 % 11,
+            timestamp=miniapm.iso_time(NOW_MS - n // 3 * 60_000),
+        )
+        for n in range(107 + 60)
     ]
-    store.record(1, made)
-    wanted = ErrorFilter(sort=sort, status=status)
+    store.create_key("other")
+    store.record(1, made[::2])
+    store.record(2, made[1::2])
+    if status == "all":
+        store.set_status(range(1, 60, 4), "resolved")
+        store.set_status(range(2, 60, 4), "ignored")
+    count = len(rows(store, "SELECT id FROM errors"))
+    wanted = ErrorFilter(sort=sort, status=status, order=order, limit=limit)
+    assert miniapm.PAGE_ERRORS == ErrorFilter().limit == 50
     pages = [store.errors(wanted)]
     while pages[-1].next:
         pages.append(store.errors(dataclasses.replace(wanted, after=pages[-1].next)))
     ids = [error.id for page in pages for error in page.errors]
-    assert len(pages) == 3
-    assert sorted(ids) == list(range(1, len(made) + 1))
+    assert [len(page.errors) for page in pages[:-1]] == [limit] * (len(pages) - 1)
+    assert sorted(ids) == list(range(1, count + 1))
+    assert pages[0].counts["all"] == count
     column = miniapm.SORTS[sort]
     keys = [(getattr(error, column), error.id) for page in pages for error in page.errors]
-    assert keys == sorted(keys, reverse=True)
+    assert keys == sorted(keys, reverse=order == "desc")
     assert pages[0].previous is None
     for page, earlier in zip(pages[:0:-1], pages[-2::-1], strict=True):
         back = store.errors(dataclasses.replace(wanted, before=page.previous))
         assert back.errors == earlier.errors
         assert back.next == earlier.next
     assert back.previous is None
+
+
+@pytest.mark.parametrize("order", ["desc", "asc"])
+@pytest.mark.parametrize("sort", sorted(miniapm.SORTS))
+@pytest.mark.parametrize(
+    "changes", [{}, {"status": "all"}, {"status": "all", "project_id": 2}, {"search": "even"}]
+)
+def test_neighbours_are_those_of_the_list(
+    store: Store, sort: str, order: str, changes: dict[str, Any]
+) -> None:
+    store.create_key("other")
+    for n in range(24):
+        texts = {"fingerprint": f"f{n % 15}", "message": ("odd", "even")[n % 15 % 2]}
+        time_ms = NOW_MS - n * 5 % 7 * 60_000
+        one = parse(**texts, timestamp=miniapm.iso_time(time_ms), user_id=n % 4)
+        store.record(1 + n % 15 % 3 // 2, [one])
+    store.set_status([3, 7, 11], "resolved")
+    wanted = ErrorFilter(sort=sort, order=order, **changes)
+    errors = store.errors(wanted).errors
+    ids = [None, *(error.id for error in errors), None]
+    assert len(ids) > 6
+    for error, before, after in zip(errors, ids, ids[2:], strict=False):
+        assert store.neighbours(wanted, error) == (before, after)
+    store.delete([error.id for error in errors if error != errors[2]])
+    assert store.neighbours(wanted, errors[2]) == (None, None)
+
+
+def test_neighbours_of_an_error_that_left_the_list_are_those_it_had(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(5):
+        record(store, fingerprint=str(n))
+    for status, found in (("resolved", (4, 2)), ("ignored", (4, 2))):
+        store.set_status([3], status)
+        assert store.neighbours(ErrorFilter(), store.error(3)) == found
+    assert store.neighbours(ErrorFilter("ignored"), store.error(4)) == (None, 3)
+    statements: list[str] = []
+    with store.reading() as db:
+        db.set_trace_callback(statements.append)
+    store.neighbours(ErrorFilter("all", "message"), store.error(3))
+    assert len(statements) > 5
+    assert not any("COUNT(" in sql for sql in statements)
+    monkeypatch.setattr(miniapm, "MAX_SEARCH_S", -1.0)
+    wanted = ErrorFilter(search="m " * 90)
+    assert store.neighbours(wanted, store.error(3)) == (None, None)
+
+
+def test_occurrences_come_in_pages_with_their_positions(store: Store) -> None:
+    for n in range(30):
+        record(store, message=str(n), fingerprint="ab"[n % 3 == 0])
+    error = store.errors(ErrorFilter(sort="count")).errors[0]
+    ids = [stored.id for stored in store.occurrences(error.id, limit=100)]
+    assert ids == sorted((n + 1 for n in range(30) if n % 3), reverse=True)
+    for limit in (1, 6, 7, 19, 20, 21):
+        pages = [store.occurrences(error.id, limit=limit)]
+        while pages[-1][-1].older_id:
+            pages.append(store.occurrences(error.id, after=pages[-1][-1].id, limit=limit))
+        shown = [stored for page in pages for stored in page]
+        assert [one.id for one in shown] == ids
+        assert [(one.position, one.kept) for one in shown] == [(n, 20) for n in range(20, 0, -1)]
+        assert [one.occurrence.message for one in shown] == [str(n - 1) for n in ids]
+        for page, newer in zip(pages[:0:-1], pages[-2::-1], strict=True):
+            assert store.occurrences(error.id, before=page[0].id, limit=limit) == newer
+            assert page[0].newer_id == newer[-1].id
+        assert pages[0][0].newer_id is None
+    assert store.occurrences(error.id, after=ids[-1], limit=5) == ()
+    assert store.occurrences(99, limit=5) == ()
+    for number, one in enumerate(reversed(ids), 1):
+        assert (stored := store.occurrence(error.id, one))
+        assert (stored.position, stored.kept) == (number, 20)
+    sweep(store, most=4)
+    assert (stored := store.occurrence(error.id, ids[1]))
+    assert (stored.position, stored.kept) == (3, 4)
+    store.delete([error.id])
+    assert store.occurrence(error.id) is None
+    assert store.occurrences(error.id, limit=5) == ()
+
+
+def test_newest_of_many_occurrences_is_found_at_once(store: Store) -> None:
+    store.record(1, [parse()] * 20_000)
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    with store.reading() as db:
+        db.set_progress_handler(count, 10)
+    assert (stored := store.occurrence(1))
+    assert (stored.position, stored.kept) == (20_000, 20_000)
+    assert len(store.occurrences(1, limit=10)) == 10
+    assert 0 < steps < 300
 
 
 def test_search_finds_class_message_and_fingerprint(store: Store) -> None:
@@ -4716,18 +4868,30 @@ def test_retention_lets_the_log_shrink(store: Store) -> None:
     assert os.path.getsize(store.path) < 3 * 2**20
 
 
-def test_retention_thread_sweeps_soon_after_a_deletion_is_final_and_stops(
-    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+def test_retention_thread_sweeps_when_a_deletion_is_final_and_stops(
+    store: Store, clock: Clock
 ) -> None:
-    monkeypatch.setattr(miniapm, "SWEEP_INTERVAL_S", 0.05)
     retention = miniapm.Retention(store, 30, 1_000)
-    retention.start()
-    record(store)
+    pauses: list[float] = []
+    pause_s = retention._pause_s
+
+    def spy() -> float:
+        pauses.append(pause_s())
+        clock.seconds += 0.0 if pauses[-1] == miniapm.SWEEP_INTERVAL_S else pauses[-1]
+        return pauses[-1] / 1_000
+
+    retention._pause_s = spy  # type: ignore[method-assign]
+    record(store, fingerprint="a")
+    record(store, fingerprint="b")
     store.delete([1])
-    clock.seconds += 60
+    clock.seconds += 20
+    store.delete([2])
+    retention.start()
     wait_until(lambda: rows(store, "SELECT COUNT(*) FROM errors") == [(0,)])
+    wait_until(lambda: len(pauses) > 3)
     retention.stop()
     assert not retention._thread.is_alive()
+    assert pauses[:3] == [40.0, 20.0, miniapm.SWEEP_INTERVAL_S]
 
 
 def test_retention_thread_sweeps_while_reports_pour_in(store: Store) -> None:
@@ -7787,6 +7951,7 @@ def test_deleted_error_is_removed_from_an_embedded_database(
     assert len(recorder.reports()) == 3
     assert client.request("POST", "/errors/errors/1", b"action=delete").status == 303
     store = recorder.client.destination.store()
+    monkeypatch.setattr(store, "now", lambda: time.time() + 60)  # when it can't be undone
     wait_until(lambda: rows(store, "SELECT COUNT(*) FROM occurrences") == [(0,)])
 
 
@@ -11968,22 +12133,29 @@ def test_full_disk_is_said_and_recovered_from(
 
 
 def test_errors_can_be_deleted_on_a_disk_that_reports_have_filled(
-    start: Callable[..., Server], small_disk: Path
+    clock: Clock, small_disk: Path
 ) -> None:
-    server = start("--db", str(small_disk / "full.db"))
-    sent = 0
-    while True:
-        batch = [report(message=os.urandom(4_000).hex(), fingerprint=str(n % 5)) for n in range(50)]
-        answer = server.post({"errors": batch}, "/ingest/errors/batch")
-        if answer.status_code != 202:
-            break
-        sent += len(batch)
-    assert answer.status_code == 503  # of the last batch a part may be stored
-    assert 500 < sent <= sum(error["occurrences"] for error in server.errors()) < sent + 50
-    ids = [error["id"] for error in server.errors()]
-    form = {"action": "delete", "id": ids[:4]}
-    assert requests.post(server.url + "/errors", data=form, timeout=10).status_code == 200
-    wait_until(lambda: server.post(report()).status_code == 202, 30)
+    with contextlib.closing(Store(str(small_disk / "full.db"), clock)) as store:
+        store.ensure_default_project(KEY)
+        client = Client(App(store, Config()), "")
+        sent = 0
+        while True:
+            batch = [
+                report(message=os.urandom(4_000).hex(), fingerprint=str(n % 5)) for n in range(50)
+            ]
+            answer = client.post_json("/ingest/errors/batch", {"errors": batch})
+            if answer.status != 202:
+                break
+            sent += len(batch)
+        assert answer.status == 503  # of the last batch a part may be stored
+        assert 500 < sent <= sum(error["occurrences"] for error in client.errors()) < sent + 50
+        ids = [error["id"] for error in client.errors()]
+        assert client.post_form("/errors", action="delete", id=ids[:4]).status == 303
+        sweep(store)
+        assert client.post_json("/ingest/errors", report()).status == 503  # may be undone
+        clock.seconds += 60
+        sweep(store)
+        client.report()
     assert run("check", "--db", str(small_disk / "full.db"), cwd=small_disk).returncode == 0
 
 
