@@ -4793,15 +4793,20 @@ class _Recorder:
             # The last one's last value comes first.
             values = (pair for facets, _ in reversed(found) for pair in reversed(facets))
             newest = [*dict.fromkeys(pair for pair in values if pair[0] == name)]
-            newest = newest[: MAX_REMEMBERED[name]][::-1]
+            # What occurs again must not be driven out by what is different in each report.
+            newest.sort(key=lambda pair: tallies[error.id, *pair] < 2)
+            again = sum(tallies[error.id, *pair] >= 2 for pair in newest)
+            newest = newest[: MAX_REMEMBERED[name]]
+            lasting = newest[: again + MAX_TAGS]
             part = {"error_id": error.id, "name": name}
             db.executemany(
                 RECORD_FACET,
-                [part | {"value": pair[1], "first_ms": first[pair]} for pair in newest],
+                [part | {"value": pair[1], "first_ms": first[pair]} for pair in newest[::-1]],
             )
-            part |= {"most": MAX_REMEMBERED[name], "seen": json.dumps([one for _, one in newest])}
+            part |= {"most": MAX_REMEMBERED[name], "seen": json.dumps([one for _, one in lasting])}
             if not is_new and db.execute(FORGET_FACETS, part).rowcount:
                 error.seen.clear()
+                newest = lasting
             self._add_seen(error, newest)
 
 
@@ -5182,7 +5187,9 @@ class Triage:
         with self.reading() as db:
             rows = db.execute(SELECT_TALLIES, {"id": error_id}).fetchall()
         found = [
-            Tally(*(row["value"].split(":", 1) if row["name"] == "tag" else row[:2]), *row[2:])
+            Tally(
+                *(row["value"].partition(":")[::2] if row["name"] == "tag" else row[:2]), *row[2:]
+            )
             for row in rows
         ]
         return tuple(sorted(found, key=lambda one: (one.name, -one.count, one.value)))

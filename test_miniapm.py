@@ -3791,6 +3791,343 @@ def test_deleted_error_is_gone_at_once_and_its_fingerprint_starts_anew(store: St
     assert (error.id, error.occurrence_count) == (2, 1)
 
 
+def test_regression_is_in_the_history_with_its_release(store: Store, clock: Clock) -> None:
+    record(store)
+    action = store.set_status([1], "resolved", by="ann")
+    clock.seconds += 5
+    assert store.record(1, [parse(release="1.3"), parse(release="1.4")]) == [None, None]
+    store.set_status([1], "resolved")
+    record(store)
+    record(store)
+    changes = [(one.at_ms - NOW_MS, one.what, one.detail, one.by) for one in store.history(1)]
+    assert changes == [
+        (5_000, "regressed", "", ""),
+        (5_000, "resolved", "", ""),
+        (5_000, "regressed", "in release 1.3", ""),
+        (0, "resolved", "", "ann"),
+    ]
+    assert store.action(action) is None
+    assert store.history(9) == ()
+
+
+def test_history_has_changes_only_and_is_bounded(store: Store) -> None:
+    for name in "ab":
+        record(store, fingerprint=name)
+    assert store.set_status([1], "open") == store.delete([9]) == 0
+    assert store.set_status([1], "resolved") > 0
+    assert store.set_status([1], "resolved") == 0
+    assert store.set_status([1, 2], "resolved") > 0
+    assert [len(store.history(n)) for n in (1, 2)] == [1, 1]
+    for number in range(miniapm.MAX_HISTORY):
+        last = store.set_status([1, 2], ("open", "ignored")[number % 2])
+        record(store, fingerprint="b")
+    assert [len(store.history(n)) for n in (1, 2)] == [miniapm.MAX_HISTORY] * 2
+    assert store.undo(last) == 2
+    assert [one.what for one in store.history(1)[:2]] == ["reopened", "ignored"]
+
+
+@pytest.mark.parametrize(
+    ("snooze", "text"),
+    [
+        (miniapm.Snooze(), ""),
+        (miniapm.Snooze(for_ms=3_600_000), "for 1 h"),
+        (miniapm.Snooze(for_ms=86_400_000), "for 1 d"),
+        (miniapm.Snooze(for_ms=7 * 86_400_000), "for 1 w"),
+        (miniapm.Snooze(for_ms=90 * 60_000), "for 90 min"),
+        (miniapm.Snooze(count=1), "until it occurs once more"),
+        (miniapm.Snooze(count=1_000), "until it occurs 1,000 more times"),
+        (miniapm.Snooze(3_600_000, 10), "for 1 h or until it occurs 10 more times"),
+    ],
+)
+def test_snooze_says_when_it_ends(store: Store, snooze: miniapm.Snooze, text: str) -> None:
+    assert snooze.text == text
+    record(store)
+    store.set_status([1], "ignored", snooze=snooze)
+    assert [(one.what, one.detail) for one in store.history(1)] == [("ignored", text)]
+
+
+@pytest.mark.parametrize("sizes", [[1] * 12, [3] * 4, [4, 1, 7], [12]])
+def test_ignored_error_wakes_with_the_report_that_reaches_its_count(
+    store: Store, clock: Clock, sizes: list[int]
+) -> None:
+    store.record(1, [parse(fingerprint="other")])
+    record(store)
+    record(store)
+    store.set_status([2], "ignored", snooze=miniapm.Snooze(count=5))
+    sent = 0
+    for size in sizes:
+        clock.seconds += 1
+        store.record(1, [*[parse()] * size, parse(fingerprint="other")])
+        error = store.error(2)
+        was_due, sent = sent >= 5, sent + size
+        assert error.occurrence_count == 2 + sent
+        assert error.status == ("open" if sent >= 5 else "ignored")
+        assert error.wake_count == (None if sent >= 5 else 7)
+        if sent >= 5 and not was_due:
+            assert (error.status_ms, error.regressed_ms) == (store.now_ms(), None)
+    woke = [(one.what, one.detail) for one in store.history(2)]
+    assert woke[0] == ("woke", "after 5 more occurrences")
+    assert len(woke) == 2
+    sweep(store)
+    assert (store.error(1).status, store.error(1).occurrence_count) == ("open", 1 + len(sizes))
+
+
+def test_ignored_error_wakes_with_the_first_report_after_its_time(
+    store: Store, clock: Clock
+) -> None:
+    record(store)
+    store.set_status([1], "ignored", snooze=miniapm.Snooze(for_ms=3_600_000))
+    assert store.error(1).wake_ms == NOW_MS + 3_600_000
+    for seconds, status in ((3_599, "ignored"), (1, "open"), (1, "open")):
+        clock.seconds += seconds
+        record(store, timestamp="2020-01-01")
+        assert store.error(1).status == status
+    error = store.error(1)
+    assert (error.wake_ms, error.wake_count, error.regressed_ms) == (None, None, None)
+    assert error.status_ms == NOW_MS + 3_600_000
+    assert [(one.what, one.detail) for one in store.history(1)] == [
+        ("woke", "after 1 h"),
+        ("ignored", "for 1 h"),
+    ]
+
+
+def test_sweep_wakes_errors_that_stay_silent(store: Store, clock: Clock) -> None:
+    store.record(1, [parse(fingerprint=str(n)) for n in range(1_200)])
+    day = miniapm.Snooze(for_ms=86_400_000)
+    store.set_status(range(1, 1_101), "ignored", snooze=day)
+    store.set_status([1_101], "ignored", snooze=miniapm.Snooze(count=1))
+    store.set_status([1_102], "ignored")
+    store.set_status([1], "resolved")
+    store.delete([2])
+    for seconds, ignored in ((86_399, 1_100), (1, 2)):
+        clock.seconds += seconds
+        sweep(store)
+        assert store.errors(ErrorFilter()).counts["ignored"] == ignored
+    assert (store.history(3)[0].what, store.history(3)[0].detail) == ("woke", "after 1 d")
+    assert [one.what for one in store.history(1)] == ["resolved", "ignored"]
+    assert rows(store, "SELECT COUNT(*) FROM history WHERE error_id = 2") == [(0,)]
+
+
+def test_any_other_change_of_status_ends_a_snooze(store: Store) -> None:
+    snooze = miniapm.Snooze(for_ms=60_000, count=3)
+    record(store)
+    for status in ("open", "resolved", "ignored"):
+        store.set_status([1], "ignored", snooze=snooze)
+        assert (store.error(1).wake_ms, store.error(1).wake_count) == (NOW_MS + 60_000, 4)
+        assert store.set_status([1], status, snooze=miniapm.Snooze()) > 0
+        assert (store.error(1).wake_ms, store.error(1).wake_count) == (None, None)
+        store.set_status([1], "open", snooze=snooze)
+        assert (store.error(1).wake_ms, store.error(1).wake_count) == (None, None)
+
+
+@pytest.mark.parametrize("before", ["open", "resolved", "ignored", "asleep", "regressed"])
+@pytest.mark.parametrize("action", ["open", "resolved", "ignored", "asleep", "deleted"])
+def test_undo_restores_what_an_action_changed(
+    tmp_path: Path, clock: Clock, before: str, action: str
+) -> None:
+    snoozes = {"asleep": miniapm.Snooze(3_600_000, 10)}
+
+    def act(store: Store, to: str) -> int:
+        if to == "deleted":
+            return store.delete([1])
+        status = "ignored" if to == "asleep" else to
+        return store.set_status([1], status, snooze=snoozes.get(to, miniapm.Snooze()))
+
+    with contextlib.closing(Store(str(tmp_path / "a.db"), clock)) as store:
+        store.ensure_default_project(KEY)
+        record(store, user_id="7", tags={"region": "eu"}, event_id=EVENT_ID)
+        store.set_note(1, "a note")
+        act(store, "resolved" if before == "regressed" else before)
+        if before == "regressed":
+            record(store)
+        clock.seconds += 100
+        error, history, stored = store.error(1), store.history(1), store.occurrence(1)
+        action_id = act(store, action)
+        if not action_id:
+            assert before == action or (before, action) == ("regressed", "open")
+            return
+        found = store.action(action_id)
+        what = {"open": "reopened", "asleep": "ignored"}.get(action, action)
+        assert found == miniapm.Action(action_id, what, 1, store.now_ms())
+    clock.seconds += 59
+    with contextlib.closing(Store(str(tmp_path / "a.db"), clock)) as store:  # a restart
+        sweep(store)
+        assert store.action(action_id) == found
+        assert store.undo(action_id) == 1
+        assert (store.error(1), store.history(1), store.occurrence(1)) == (error, history, stored)
+        assert store.action(action_id) is None
+        with pytest.raises(miniapm.NotFound, match="can't be undone any more"):
+            store.undo(action_id)
+        record(store, event_id=EVENT_ID)  # which is known
+        assert store.error(1).occurrence_count == error.occurrence_count
+        clock.seconds += 3
+        sweep(store)
+        assert store.error(1) == error
+        with store.reading() as db:
+            assert list(miniapm.faults_of(db)) == []
+
+
+@pytest.mark.parametrize("action", ["resolved", "deleted"])
+def test_undo_is_possible_for_a_minute(store: Store, clock: Clock, action: str) -> None:
+    record(store)
+    number = store.delete([1]) if action == "deleted" else store.set_status([1], action)
+    clock.seconds += 59.999
+    sweep(store)
+    assert store.action(number)
+    clock.seconds += 0.001
+    for _ in range(2):
+        assert store.action(number) is None
+        with pytest.raises(miniapm.NotFound, match="can't be undone any more"):
+            store.undo(number)
+        sweep(store)
+    assert rows(store, "SELECT COUNT(*) FROM errors") == [(action == "resolved",)]
+
+
+def test_deletion_by_a_clock_that_was_ahead_is_not_held_for_ever(
+    store: Store, clock: Clock
+) -> None:
+    record(store)
+    clock.seconds += 86_400
+    number = store.delete([1])
+    clock.seconds = NOW_S
+    assert store.action(number) is None
+    sweep(store)
+    assert rows(store, "SELECT COUNT(*) FROM errors") == [(0,)]
+
+
+def test_undo_leaves_what_changed_again(store: Store) -> None:
+    store.record(1, [parse(fingerprint=str(n)) for n in range(6)])
+    number = store.set_status([1, 2, 3, 4, 5], "resolved")
+    record(store, fingerprint="1")  # regressed
+    store.set_status([3], "ignored")
+    later = store.delete([4])
+    assert store.action(number) == miniapm.Action(number, "resolved", 5, NOW_MS)
+    assert store.undo(number) == 2
+    assert store.action(number) is None
+    found = {one.id: one.status for one in store.errors(ErrorFilter("all")).errors}
+    assert found == {1: "open", 2: "open", 3: "ignored", 5: "open", 6: "open"}
+    assert [one.what for one in store.history(2)] == ["regressed", "resolved"]
+    assert store.undo(later) == 1
+    assert store.error(4).status == "resolved"
+    assert store.undo(number) == 1  # its change is the last one again
+    assert store.error(4).status == "open"
+    for unknown in (0, -1, 10**9, store.history(2)[0].id):
+        assert store.action(unknown) is None
+
+
+@pytest.mark.parametrize("before", ["open", "resolved", "ignored", "asleep"])
+def test_undone_deletion_takes_the_reports_that_came_meanwhile(
+    store: Store, clock: Clock, before: str
+) -> None:
+    other = 2
+    store.create_key("other")
+    first = parse(event_id=EVENT_ID, user_id="1", tags={"region": "eu"}, message="first")
+    store.record(1, [first, parse(message="second", user_id="2"), parse(fingerprint="same")])
+    snooze = miniapm.Snooze(count=3 if before == "asleep" else None)
+    store.set_status([1], "ignored" if before == "asleep" else before, snooze=snooze)
+    number = store.delete([1])
+    store.record(other, [first])
+    again = "ab" * 16
+    for _ in range(2):
+        record(store, event_id=again, user_id="2", message="third", tags={"region": "eu"})
+    record(store, event_id="cd" * 16, user_id="3", message="fourth", release="2")
+    record(store, event_id="ef" * 16, message="fifth", timestamp="2020-01-01")
+    newer = store.errors(ErrorFilter(project_id=1, sort="count")).errors[0]
+    assert (newer.id, newer.occurrence_count) == (4, 3)
+    store.set_note(newer.id, "lost")
+    assert store.undo(number) == 1
+    for _ in range(2):
+        error = store.error(1)
+        assert (error.occurrence_count, error.stored_count, error.user_count) == (5, 5, 3)
+        assert error.status == ("ignored" if before == "ignored" else "open")
+        assert error.message == "fifth"
+        assert miniapm.iso_time(error.first_seen_ms)[:10] == "2020-01-01"
+        texts = [one.occurrence.message for one in store.occurrences(1, limit=9)]
+        assert texts == ["fifth", "fourth", "third", "second", "first"]
+        ids = [one.occurrence.event_id for one in store.occurrences(1, limit=9)]
+        assert ids == ["ef" * 16, "cd" * 16, again, None, EVENT_ID]
+        tallies = {one.value: one.count for one in store.tallies(1)}
+        assert tallies == {"error": 0, "eu": 2, "2": 1}
+        found = [one.id for one in store.errors(ErrorFilter("all", project_id=1)).errors]
+        assert sorted(found) == [1, 2]
+        with pytest.raises(miniapm.NotFound):
+            store.error(newer.id)
+        record(store, event_id=again)  # sent again
+        sweep(store)
+        with store.reading() as db:
+            assert list(miniapm.faults_of(db)) == []
+    assert rows(store, "SELECT COUNT(*) FROM errors") == [(3,)]
+    record(store, message="sixth")
+    assert store.error(1).occurrence_count == 6
+    whats = {"resolved": ["regressed", "resolved"], "asleep": ["woke", "ignored"]}
+    assert [one.what for one in store.history(1)] == whats.get(
+        before, [before] if before == "ignored" else []
+    )
+
+
+def test_undone_deletions_of_one_fingerprint_end_in_the_oldest_error(store: Store) -> None:
+    numbers = []
+    for count in (1, 2, 3):
+        store.record(1, [parse()] * count)
+        numbers.append(store.delete([count]))
+    record(store, message="last")
+    for number in (numbers[1], numbers[2], numbers[0]):
+        assert store.undo(number) == 1
+        error = only_error(store)
+        sweep(store)
+        with store.reading() as db:
+            assert list(miniapm.faults_of(db)) == []
+    assert (error.id, error.occurrence_count) == (1, 7)
+    assert rows(store, "SELECT id FROM errors") == [(1,)]
+
+
+def test_undo_that_fails_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(store)
+    number = store.delete([1])
+    record(store, message="newer")
+    with monkeypatch.context() as patch:
+        patch.setattr(miniapm, "dump_occurrence", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            store.undo(number)
+    assert only_error(store).id == 2
+    record(store)
+    assert only_error(store).occurrence_count == 2
+    assert store.undo(number) == 1
+    assert (only_error(store).id, only_error(store).occurrence_count) == (1, 3)
+    record(store)
+    assert only_error(store).occurrence_count == 4
+
+
+def test_deletion_of_many_errors_is_one_action(store: Store, clock: Clock) -> None:
+    store.record(1, [parse(fingerprint=str(n)) for n in range(3_000)])
+    store.set_status(range(1, 1_001), "resolved")
+    number = store.delete(range(1, 3_001))
+    sweep(store)
+    assert store.errors(ErrorFilter("all")).errors == ()
+    assert store.action(number) == miniapm.Action(number, "deleted", 3_000, NOW_MS)
+    assert store.undo(number) == 3_000
+    counts = store.errors(ErrorFilter("all")).counts
+    assert counts == {"open": 2_000, "resolved": 1_000, "ignored": 0, "all": 3_000}
+    delete_for_good(store, clock, *range(1, 3_001))
+    assert rows(store, "SELECT COUNT(*) FROM errors") == [(0,)]
+
+
+def test_note_is_clipped_and_has_no_control_characters(store: Store) -> None:
+    record(store)
+    assert store.error(1).note == ""
+    for text, kept in (
+        (" see\r\n#7\t\x00\x1b[31m\x7f\u202e \ud800", "see\n#7 [31m"),
+        ("x" * 3_000, "x" * miniapm.MAX_NOTE_CHARS),
+        ("", ""),
+    ):
+        store.set_note(1, text)
+        assert store.error(1).note == kept
+    store.delete([1])
+    for number in (1, 2):
+        with pytest.raises(miniapm.NotFound):
+            store.set_note(number, "x")
+
+
 def test_store_finds_the_neighbours_of_an_occurrence(store: Store) -> None:
     for name in ("a", "b", "a", "b", "a"):
         record(store, fingerprint=name)
@@ -4020,6 +4357,121 @@ def test_error_remembers_what_every_report_has(store: Store) -> None:
         assert store.errors(ErrorFilter(search="browser:chrome")).counts["all"] == 1
 
 
+def tallied(store: Store, name: str, error_id: int = 1) -> dict[str, int]:
+    return {one.value: one.count for one in store.tallies(error_id) if one.name == name}
+
+
+def test_every_occurrence_counts_for_its_values(store: Store, clock: Clock) -> None:
+    for n in range(4):
+        many = [parse(tags={"region": "eu", "a:b": "c:d"}, environment="live", timestamp=at)
+                for at in ("2026-01-01", "2025-01-01")]  # fmt: skip
+        store.record(1, [*many, parse(fingerprint="b", tags={"region": "us"}), parse(release=n)])
+        store.record_here([(1, parse(tags={"region": ("us", "eu")[n % 2]}, release="1.0"))])
+        record(store)
+        clock.seconds += 60
+    found = [(one.name, one.value, one.count, one.first_ms) for one in store.tallies(1)]
+    new_year_ms = miniapm.parse_timestamp("2026-01-01")
+    assert found == [
+        ("a", "b:c:d", 8, new_year_ms),
+        ("environment", "live", 8, new_year_ms),
+        ("level", "error", 0, new_year_ms),
+        ("region", "eu", 10, new_year_ms),
+        ("region", "us", 2, NOW_MS),
+        ("release", "1.0", 4, NOW_MS),
+    ]
+    assert tallied(store, "region", 2) == {"us": 4}
+    assert (store.error(1).uncounted, store.error(1).occurrence_count) == (0, 20)
+
+
+def test_tags_of_one_report_that_are_cut_to_one_text_count_once(store: Store) -> None:
+    record(store, tags={"a": "b", "x" * 250 + "1": "", "x" * 250 + "2": ""})
+    assert {one.count for one in store.tallies(1) if one.name != "level"} == {1}
+
+
+def test_report_without_values_writes_no_counts(store: Store) -> None:
+    record(store)
+    statements: list[str] = []
+    store.write(lambda db: db.set_trace_callback(statements.append))
+    record(store)
+    assert not any("error_facets" in statement for statement in statements)
+    record(store, release="1")
+    assert any("UPDATE error_facets" in statement for statement in statements)
+
+
+@pytest.mark.parametrize("size", [1, 40, 700])
+def test_values_that_occur_again_outlast_those_that_do_not(store: Store, size: int) -> None:
+    made = [
+        parse(tags={"request": f"r{n}", **({"region": "eu"} if n < 2 else {})}) for n in range(700)
+    ]
+    for start in range(0, 700, size):
+        store.record(1, made[start : start + size])
+    assert tallied(store, "region") == {"eu": 2}
+    assert len(tallied(store, "request")) == miniapm.MAX_TAG_VALUES - 1
+    assert "r699" in tallied(store, "request")
+    record(store, tags={"request": "r5"})
+    assert tallied(store, "request")["r5"] == 1  # forgotten and counted anew
+
+
+def test_new_values_are_remembered_where_all_others_occurred_again(store: Store) -> None:
+    for n in range(5):
+        store.record(1, [parse(tags={f"t{n}.{tag}": "x" for tag in range(40)})] * 2)
+    for n in range(3):
+        for count in (1, 2):
+            record(store, tags={"region": f"r{n}"})
+            assert tallied(store, "region")[f"r{n}"] == count
+    assert len(store.tallies(1)) == miniapm.MAX_TAG_VALUES + 1
+
+
+def test_facets_count_the_errors_of_the_status_and_the_project(store: Store) -> None:
+    store.create_key("other")
+    for number, project, values in (
+        (1, 1, {"environment": "live", "release": "1"}),
+        (2, 1, {"environment": "live", "level": "warning"}),
+        (3, 2, {"environment": "test"}),
+        (4, 2, {"environment": "gone"}),
+        (5, 1, {"level": "fatal"}),
+    ):
+        store.record(project, [parse(fingerprint=str(number), **values)] * 2)
+    store.set_status([2], "resolved")
+    store.delete([4, 5])
+
+    def told(**changes: Any) -> dict[str, dict[str, int]]:
+        found = store.facets(ErrorFilter(**changes))
+        assert list(found) == ["project", "level", "environment", "release"]
+        assert [one.label for one in found["project"]] == ["default", "other"]
+        return {name: {one.value: one.count for one in found[name]} for name in found}
+
+    assert told() == {
+        "project": {"1": 1, "2": 1},
+        "level": {"error": 2},
+        "environment": {"test": 1, "live": 1},
+        "release": {"1": 1},
+    }
+    assert told(status="all", project_id=1) == {
+        "project": {"1": 2, "2": 1},
+        "level": {"warning": 1, "error": 1},
+        "environment": {"live": 2},
+        "release": {"1": 1},
+    }
+    assert told(status="resolved", level="fatal", search="not looked at", release="9") == {
+        "project": {"1": 1, "2": 0},
+        "level": {"fatal": 0, "warning": 1},
+        "environment": {"live": 1},
+        "release": {"9": 0},
+    }
+
+
+@pytest.mark.parametrize("most", [0, 3, 5, 100])
+def test_facets_stop_counting(store: Store, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(miniapm, "MAX_CHOICE_COUNT", most)
+    store.record(1, [parse(fingerprint=str(n), release=str(n // 5)) for n in range(11)])
+    found = store.facets(ErrorFilter())
+    assert [one.count for one in found["level"]] == [11 if most == 100 else most] * (most > 0)
+    assert [one.count for one in found["project"]] == [min(11, most)]
+    counts = [min(count, most) for count in (1, 5, 5)] if most else []
+    assert [one.count for one in found["release"]] == counts
+
+
 def test_deleted_error_leaves_nothing_behind(store: Store, clock: Clock) -> None:
     record(store, level="warning", tags={f"t{n}": "x" for n in range(150)}, user_id="7")
     store.set_status([1], "ignored")
@@ -4118,6 +4570,35 @@ def test_two_writers_of_one_database_see_what_the_other_wrote(store: Store, cloc
         other.delete([1])
         record(store)
         assert (only_error(store).id, only_error(store).occurrence_count) == (2, 1)
+
+
+def test_version_changes_with_every_commit_of_any_process(store: Store, clock: Clock) -> None:
+    program = """if True:
+        import sqlite3, sys
+        db = sqlite3.connect(sys.argv[1])
+        db.execute("UPDATE projects SET created_ms = 1")
+        db.commit()"""
+    with contextlib.closing(Store(store.path, clock)) as other:
+        assert store.version() != other.version()
+        seen = {store.version()}
+        for change in (
+            lambda: record(store),
+            lambda: record(other),
+            lambda: store.set_status([1], "resolved"),
+            lambda: other.set_note(1, "x"),
+            lambda: store.delete([1]),
+            lambda: store.create_key("new"),
+            lambda: subprocess.run([sys.executable, "-c", program, store.path], check=True),
+        ):
+            change()
+            assert store.version() not in seen
+            seen.add(store.version())
+            store.errors(ErrorFilter())
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                assert set(pool.map(lambda _: store.version(), range(50))) <= seen
+    store.close()
+    with pytest.raises(miniapm.Unavailable):
+        store.version()
 
 
 def test_report_that_is_sent_again_is_stored_once(store: Store) -> None:
