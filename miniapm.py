@@ -3410,9 +3410,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX history_by_error ON history (error_id)",
         "CREATE INDEX history_by_action ON history (action)",
         # The list goes by the number that it shows, at most MAX_USERS: cursors are made of it.
-        """ALTER TABLE errors ADD COLUMN users INTEGER
+        """ALTER TABLE errors ADD COLUMN shown_users INTEGER
             GENERATED ALWAYS AS (MIN(user_count, 10000)) VIRTUAL""",
-        "CREATE INDEX errors_by_users ON errors (project_id, status, users)",
+        "CREATE INDEX errors_by_users ON errors (project_id, status, shown_users)",
         "CREATE INDEX errors_by_wake ON errors (wake_ms) WHERE wake_ms IS NOT NULL",
         "DROP INDEX errors_deleted",
         "CREATE INDEX errors_deleted ON errors (status_ms) WHERE status = 'deleted'",
@@ -4001,8 +4001,7 @@ def _is_ascending(wanted: ErrorFilter) -> bool:
 def list_statement(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
     """Compose the SQL of a page's errors in one project and status, one more than the page."""
     where, values = _where(wanted, now_ms)
-    # Of the users, SQLite has a column that is never more than what is shown.
-    column = "users" if wanted.sort == "users" else SORTS[wanted.sort]
+    column = "shown_users" if wanted.sort == "users" else SORTS[wanted.sort]
     is_ascending = _is_ascending(wanted)
     if cursor := wanted.after or wanted.before:
         comparison = ">" if is_ascending else "<"
