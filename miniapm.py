@@ -3684,7 +3684,8 @@ CHECK_REPORTS = """
 CHECK_TOTALS = """
     SELECT (SELECT COUNT(*) FROM projects) AS projects,
         (SELECT COUNT(*) FROM errors WHERE status <> 'deleted') AS errors,
-        (SELECT COUNT(*) FROM occurrences) AS occurrences"""
+        (SELECT COUNT(*) FROM occurrences JOIN errors ON errors.id = error_id
+            WHERE status <> 'deleted') AS occurrences"""
 
 # --- 8. Store -------------------------------------------------------------------------------------
 
@@ -4851,9 +4852,9 @@ def _restore(row: sqlite3.Row, recorder: _Recorder, db: sqlite3.Connection) -> N
 
 
 def undo_action(action_id: int, now_ms: int, recorder: _Recorder, db: sqlite3.Connection) -> int:
-    """Restore the errors that an action changed last; return how many. NotFound if too late."""
+    """Restore the errors that an action changed last; return how many, 0 when it is too late."""
     if db.execute(SELECT_ACTION, {"id": action_id, "now_ms": now_ms}).fetchone() is None:
-        raise NotFound(f"action {action_id} can't be undone any more")
+        return 0
     rows = db.execute(SELECT_UNDOABLE, {"id": action_id}).fetchall()
     recorder.forget()
     try:
@@ -5035,16 +5036,14 @@ def _select_occurrences(
 ) -> list[StoredOccurrence]:
     """Return those of an error's occurrences that are kept; `ids` has no gap, the newest first."""
     found: list[StoredOccurrence] = []
+    newer = 0
     for occurrence_id in ids:
         part = {"error_id": error_id, "id": occurrence_id}
         if (row := db.execute(SELECT_OCCURRENCE, part).fetchone()) is None:
             continue
-        newer = (
-            found[-1].position
-            if found
-            else row["kept"] + 1 - db.execute(COUNT_NEWER, part).fetchone()[0]
-        )
-        values = dict(row) | {"position": newer - 1}
+        if not found:  # only the first one's place has to be counted
+            newer = db.execute(COUNT_NEWER, part).fetchone()[0]
+        values = dict(row) | {"position": row["kept"] - newer - len(found)}
         event_id = values.pop("event_id").lower() or None
         body, sample, key = (values.pop(name) for name in ("body", "sample", "grouping_key"))
         occurrence = _stored_occurrence(body, sample, key, event_id)
@@ -5149,11 +5148,9 @@ class Triage:
     ) -> StoredOccurrence | None:
         """Return an occurrence of an error, by default the newest; None if it is not kept."""
         with self.reading() as db:
-            if occurrence_id is None:
-                occurrence_id = db.execute(SELECT_NEWEST_ID, {"error_id": error_id}).fetchone()[0]
-            found = (
-                [] if occurrence_id is None else _select_occurrences(db, error_id, [occurrence_id])
-            )
+            newest_id = db.execute(SELECT_NEWEST_ID, {"error_id": error_id}).fetchone()[0]
+            wanted_id = newest_id if occurrence_id is None else occurrence_id
+            found = _select_occurrences(db, error_id, [wanted_id])
         return found[0] if found else None
 
     def occurrences(
@@ -5240,7 +5237,12 @@ class Triage:
 
         Errors that changed again since stay as they are.
         """
-        return int(self.write(lambda db: undo_action(action_id, self.now_ms(), self._recorder, db)))
+        restored: int = self.write(
+            lambda db: undo_action(action_id, self.now_ms(), self._recorder, db)
+        )
+        if not restored:
+            raise NotFound(f"action {action_id} can't be undone any more")
+        return restored
 
     def set_note(self, error_id: int, text: str) -> None:
         """Write a note on an error in place of its old one; NotFound if there is no such error."""

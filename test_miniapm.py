@@ -4081,6 +4081,16 @@ def test_undone_deletions_of_one_fingerprint_end_in_the_oldest_error(store: Stor
     assert rows(store, "SELECT id FROM errors") == [(1,)]
 
 
+def test_undo_that_comes_too_late_is_no_trouble(tmp_path: Path) -> None:
+    with contextlib.closing(Store(str(tmp_path / "a.db"), threads=False)) as store:
+        store.ensure_default_project()
+        with pytest.raises(miniapm.NotFound):
+            store.undo(1)
+        with pytest.raises(miniapm.NotFound):
+            store.set_note(1, "x")
+        assert store.trouble == ""
+
+
 def test_undo_that_fails_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     record(store)
     number = store.delete([1])
@@ -12363,6 +12373,23 @@ def test_check_takes_what_retention_has_not_done_yet_for_whole(
     for _ in range(2):
         assert run("check", "--db", store.path, cwd=tmp_path).returncode == 0
         sweep(store)
+
+
+def test_check_leaves_out_what_was_deleted_and_may_be_undone(
+    store: Store, clock: Clock, tmp_path: Path
+) -> None:
+    store.record(1, [parse(user_id=str(n), fingerprint=str(n % 2)) for n in range(5)])
+    number = store.delete([1])
+    for _ in range(2):
+        done = run("check", "--db", store.path, cwd=tmp_path)
+        assert "errors: 1, occurrences: 2" in done.stdout
+        assert done.returncode == 0
+        clock.seconds += 59
+    clock.seconds -= 60
+    store.undo(number)
+    done = run("check", "--db", store.path, cwd=tmp_path)
+    assert "errors: 2, occurrences: 5" in done.stdout
+    assert done.returncode == 0
 
 
 def test_check_refuses_what_this_program_does_not_know(store: Store, tmp_path: Path) -> None:
