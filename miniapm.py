@@ -4785,9 +4785,9 @@ class _Recorder:
             if facets is not _FACETS_BY_DEFAULT:
                 tallies.update({(error.id, *pair) for pair in facets if pair[0] != "level"})
         is_new, error.is_new = error.is_new, False
-        first = {pair: time_ms for facets, time_ms in reversed(found) for pair in facets}
-        if error.seen.issuperset(first):
+        if all(error.seen.issuperset(facets) for facets, _ in found):
             return
+        first = {pair: time_ms for facets, time_ms in reversed(found) for pair in facets}
         for name in dict.fromkeys(pair[0] for pair in first if pair not in error.seen):
             # The last one's last value comes first.
             values = (pair for facets, _ in reversed(found) for pair in reversed(facets))
