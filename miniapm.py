@@ -128,6 +128,7 @@ MAX_KNOWN_HEADER_BYTES = _KIBIBYTE  # of a request, by which its client is recog
 MAX_KNOWN_HEADERS = 200
 MAX_FORM_BYTES = 256 * _KIBIBYTE
 MAX_LOGIN_BYTES = 8 * _KIBIBYTE
+MAX_BEARER_FORM_BYTES = 32 * _KIBIBYTE  # held before the password is checked
 MAX_JSON_DEPTH_LEVELS = 64
 MAX_INDENTED_LEVELS = 20  # JSON that is nested deeper is shown on one line
 MAX_JSON_BYTES = 48 * _MEBIBYTE  # memory that one JSON text may take once it is parsed
@@ -205,10 +206,12 @@ MAX_SEARCH_S = 2.0
 MAX_SESSION_S = 30 * 24 * 3600
 MAX_LOGIN_DELAY_S = 60.0
 MAX_LOGIN_ADDRESSES = 1_000
+MAX_PERSON_CHARS = 60  # of the name given at a login
 MAX_LOGIN_BURST = 10  # wrong passwords from all addresses together; then one per LOGIN_PAUSE_S
 LOGIN_PAUSE_S = 6.0
 
-PAGE_ERRORS = 50  # rows on one page of the list
+PAGE_ERRORS = 50  # rows on one page of the list, if the query does not say
+MAX_PAGE_ITEMS = 200
 SWEEP_STEP_ROWS = 500  # what retention removes in one transaction, fewer where it takes longer
 SWEEP_STEP_S = 0.005
 SWEEP_STEP_PAGES = 100
@@ -7709,7 +7712,12 @@ def watch_error_handlers() -> None:
 
 # --- 10. Pages ------------------------------------------------------------------------------------
 
-SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24)}  # bars of a trend, hours per bar
+SPANS = {
+    "24h": (24, 1),
+    "7d": (28, 6),
+    "30d": (30, 24),
+    "1y": (53, 168),
+}  # bars of a trend, hours per bar
 
 
 def time_ago(time_ms: int, now_ms: int) -> str:
@@ -7735,6 +7743,12 @@ def trend(buckets: Mapping[int, int], span: str, now_ms: int) -> list[tuple[int,
         (start * HOUR_MS, sum(buckets.get(hour, 0) for hour in range(start, start + hours)))
         for start in starts
     ]
+
+
+def shortest_span(buckets: Mapping[int, int], since_ms: int, now_ms: int) -> str:
+    """Return the shortest span of a trend that reaches back to a time, or the longest."""
+    spans = (span for span in SPANS if trend(buckets, span, now_ms)[0][0] <= since_ms)
+    return next(spans, [*SPANS][-1])
 
 
 def trend_bars(series: Sequence[tuple[int, int]]) -> list[tuple[str, float]]:
@@ -7771,11 +7785,21 @@ def one_of(query: Mapping[str, str], name: str, choices: Collection[str]) -> str
     return value
 
 
+def number_of(query: Mapping[str, str], name: str, most: int, default: int | None) -> Any:
+    """Return a parameter or field that is a number from 1; BadRequest for any other value."""
+    if not (text := query.get(name)):
+        return default
+    if not re.fullmatch("[0-9]{1,18}", text) or not 1 <= int(text) <= most:
+        raise BadRequest(f"{name} must be a whole number from 1 to {most:,}", field=name)
+    return int(text)
+
+
 def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
     """Return the filter of a query string; BadRequest names the wrong parameter.
 
     status: open, resolved, ignored, all; q: a search, see parse_search; project: an id; level,
-    environment, release: as reported; sort: last_seen, first_seen, count; after, before: cursors.
+    environment, release: as reported; sort: last_seen, first_seen, count, users; order: desc, asc;
+    limit: errors on a page; after, before: cursors.
     """
     project = query.get("project", "")
     if project and not re.fullmatch(r"[0-9]{1,16}", project):
@@ -7787,6 +7811,8 @@ def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
         project_id=int(project) if project else None,
         **facets,
         sort=one_of(query, "sort", SORTS),
+        order=one_of(query, "order", ("desc", "asc")),
+        limit=number_of(query, "limit", MAX_PAGE_ITEMS, PAGE_ERRORS),
         after=_parse_cursor("after", query.get("after", "")),
         before=_parse_cursor("before", query.get("before", "")),
     )
@@ -7801,6 +7827,8 @@ def filter_query(wanted: ErrorFilter, **changes: Any) -> str:
         "project": wanted.project_id,
         **{name: getattr(wanted, name) for name in FACETS},
         "sort": "" if wanted.sort == "last_seen" else wanted.sort,
+        "order": "" if wanted.order == "desc" else wanted.order,
+        "limit": "" if wanted.limit == PAGE_ERRORS else wanted.limit,
         "after": ".".join(map(str, wanted.after or ())),
         "before": ".".join(map(str, wanted.before or ())),
     }
@@ -7815,7 +7843,9 @@ def tag_query(name: str, value: str) -> str:
 
 
 def list_choices(
-    wanted: ErrorFilter, projects: Sequence[Project], facets: Mapping[str, Sequence[str]]
+    wanted: ErrorFilter,
+    projects: Sequence[Project],
+    facets: Mapping[str, Sequence[Choice]] | None,
 ) -> dict[str, dict[Any, str]]:
     """Return the values that each menu of the list offers, and their labels.
 
@@ -7824,8 +7854,10 @@ def list_choices(
     menus: dict[str, dict[Any, str]] = {}
     if len(projects) > 1:
         menus["project"] = {None: "All projects"} | {one.id: one.name for one in projects}
-    for name, values in facets.items():
-        chosen = getattr(wanted, name)
+    for name, found in (facets or {}).items():
+        if name == "project":
+            continue
+        chosen, values = getattr(wanted, name), tuple(one.value for one in found)
         if chosen or values not in ((), ("error",)):
             shown = {value: value for value in (*values, chosen) if value}
             menus[name] = {"": f"Any {name}"} | shown
@@ -8015,6 +8047,9 @@ def error_json(error: ErrorGroup, root: str) -> Json:
         "level": error.level or "error",
         "fingerprint": error.fingerprint,
         "status": error.status,
+        "note": error.note,
+        "ignored_until": iso_time(error.wake_ms) if error.wake_ms is not None else None,
+        "ignored_until_occurrences": error.wake_count,
         "regressed_at": iso_time(error.regressed_ms) if error.regressed_ms is not None else None,
         "first_seen": iso_time(error.first_seen_ms),
         "last_seen": iso_time(error.last_seen_ms),
@@ -8073,6 +8108,8 @@ def occurrence_json(stored: StoredOccurrence | None, root: str) -> Json | None:
         "id": stored.id,
         "url": f"{path}/{stored.id}",
         "received_at": iso_time(stored.received_ms),
+        "position": stored.position,
+        "kept": stored.kept,
         "disbelieved_timestamp": stored.occurrence.disbelieved_timestamp,
         "older_url": f"{path}/{stored.older_id}" if stored.older_id else None,
         "newer_url": f"{path}/{stored.newer_id}" if stored.newer_id else None,
@@ -8102,24 +8139,80 @@ def list_json(
     }
 
 
-def detail_json(
-    error: ErrorGroup,
-    stored: StoredOccurrence | None,
-    buckets: Mapping[int, int],
-    now_ms: int,
-    root: str,
-) -> Json:
-    """Return an error, its trend in every span and an occurrence as JSON."""
+def project_json(project: Project, counts: Mapping[str, int]) -> Json:
+    """Return a project and its number of errors by status as JSON, without its keys."""
     return {
-        "error": error_json(error, root),
+        "id": project.id,
+        "name": project.name,
+        "created_at": iso_time(project.created_ms),
+        "errors": {status: counts[status] for status in STATUSES},
+    }
+
+
+def occurrences_json(page: Sequence[StoredOccurrence], limit: int, root: str) -> Json:
+    """Return some occurrences as JSON, with the addresses of the newer and the older ones."""
+
+    def url(name: str, stored: StoredOccurrence, neighbour: int | None) -> str | None:
+        path = f"{root}/errors/{stored.error_id}/occurrences.json"
+        query: Json = ({"limit": limit} if limit != PAGE_ERRORS else {}) | {name: stored.id}
+        return f"{path}?{urllib.parse.urlencode(query)}" if neighbour else None
+
+    return {
+        "occurrences": [
+            {
+                "id": one.id,
+                "url": f"{root}/errors/{one.error_id}/occurrences/{one.id}",
+                "received_at": iso_time(one.received_ms),
+                "report": to_payload(one.occurrence),
+            }
+            for one in page
+        ],
+        "previous_url": page and url("before", page[0], page[0].newer_id) or None,
+        "next_url": page and url("after", page[-1], page[-1].older_id) or None,
+    }
+
+
+def action_json(action: Action | None, what: str) -> Json:
+    """Return what was done as JSON; without an action, nothing had to be changed."""
+    return {
+        "id": action.id if action else None,
+        "what": what,
+        "count": action.count if action else 0,
+        "undo_until": iso_time(action.at_ms + MAX_UNDO_MS) if action else None,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorDetails:
+    """An error, one of its occurrences and what else its page tells; `buckets` are a year's."""
+
+    error: ErrorGroup
+    stored: StoredOccurrence | None
+    buckets: Mapping[int, int]
+    history: Sequence[Change]
+    tallies: Sequence[Tally]
+
+
+def detail_json(details: ErrorDetails, now_ms: int, root: str) -> Json:
+    """Return an error, its trend in every span, its history, tags and an occurrence as JSON."""
+    tags: dict[str, list[Json]] = {}
+    for one in details.tallies:
+        tags.setdefault(one.name, []).append({"value": one.value, "count": one.count})
+    return {
+        "error": error_json(details.error, root),
         "trend": {
             span: [
                 {"start": iso_time(start_ms), "count": count}
-                for start_ms, count in trend(buckets, span, now_ms)
+                for start_ms, count in trend(details.buckets, span, now_ms)
             ]
             for span in SPANS
         },
-        "occurrence": occurrence_json(stored, root),
+        "history": [
+            {"at": iso_time(one.at_ms), "what": one.what, "detail": one.detail, "by": one.by}
+            for one in details.history
+        ],
+        "tags": tags,
+        "occurrence": occurrence_json(details.stored, root),
     }
 
 
@@ -8181,11 +8274,28 @@ def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
             yield f"## {heading}\n\n{_fenced(indented(values), 'json')}"
 
 
-def markdown(error: ErrorGroup, stored: StoredOccurrence | None, url: str) -> str:
+MAX_MARKDOWN_CHANGES = 10
+
+
+def _triage_markdown(error: ErrorGroup, history: Sequence[Change]) -> Iterator[str]:
+    """Yield the note, until when the error is ignored, and what was done to it."""
+    if error.wake_ms is not None:
+        yield f"- ignored until {iso_time(error.wake_ms)}"
+    if error.wake_count is not None:
+        yield f"- ignored until it has occurred {error.wake_count:,} times"
+    for one in history[:MAX_MARKDOWN_CHANGES]:
+        said = " ".join(
+            filter(None, (one.detail and _code(one.detail), one.by and f"by {_code(one.by)}"))
+        )
+        yield f"- {iso_time(one.at_ms)} {one.what} {said}".rstrip()
+
+
+def markdown(details: ErrorDetails, url: str) -> str:
     """Return an error as Markdown for a ticket or a coding assistant; reported text is code.
 
     `url` is the address of the error's page.
     """
+    error, stored = details.error, details.stored
     if stored is not None:
         url = f"{url}/occurrences/{stored.id}"
     facts = [
@@ -8200,9 +8310,12 @@ def markdown(error: ErrorGroup, stored: StoredOccurrence | None, url: str) -> st
         ("Last seen", iso_time(error.last_seen_ms)),
         ("Fingerprint", _code(error.fingerprint)),
     ]
+    note = [_fenced(error.note)] if error.note else []
+    triage = "".join(f"{line}\n" for line in _triage_markdown(error, details.history))
     parts = [
         f"# {_code(clip(error.exception_class, 120))}\n\n{_fenced(error.message)}",
         "".join(f"- **{name}:** {value}\n" for name, value in facts),
+        *(["## Triage\n", *note, *filter(None, [triage])] if note or triage else ()),
         *(_occurrence_markdown(stored.occurrence) if stored is not None else ()),
     ]
     return "\n".join(parts)
@@ -8290,7 +8403,7 @@ Nothing here.
 % else:
 <form method="post" action="{{root}}/errors">
 <input type="hidden" name="return"
- value="{{filter_query(wanted, after=wanted.after, before=wanted.before)}}">
+ value="/errors{{filter_query(wanted, after=wanted.after, before=wanted.before)}}">
 <div class="tools">
 <label class="pick-all"><input type="checkbox" id="pick-all"> Select all</label>
 <span class="hint">With selected:</span>
@@ -8943,7 +9056,12 @@ CORS_HEADERS = [
     ("Access-Control-Max-Age", "86400"),
 ]
 SESSION_COOKIE = "miniapm_session"
+LIST_TREND_HOURS = 2 * 24
+ERROR_TREND_HOURS = 54 * 7 * 24  # the longest span, and as much as its first bar may begin before
+API_PERSON = "API"  # who sends the password itself and no cookie
 MAX_SESSION_COOKIES = 50  # checked for each request
+MIN_GZIP_BYTES = _KIBIBYTE
+GZIP_LEVEL = 1  # 0.05 ms for a page of 48 KB, a third of level 6; 5 % larger
 PUBLIC_URL = "miniapm.public_url"  # key of the environ: the setting, if there is one
 _PROXY_HINT = f"{flag_of('public_url')} https://… or {variable_of('public_url')}"
 # Headers that proxies add: their names are countless but follow patterns.
@@ -8952,8 +9070,15 @@ _FORWARDING_HEADER = (
     "|X_(?:HOST|SCHEME|PROTO)|FRONT_END_HTTPS|.*(?:IP|ADDR|ADDRESS))"
 )
 # same-site is not enough: every port of localhost is the same site.
+VISIT_COOKIE = "miniapm_visit"
+VISIT_PAUSE_MS = 30 * 60_000  # without the list for so long, the next look is a new visit
+MAX_VISIT_COOKIE_S = 365 * 24 * 3600
 OWN_SITES = (None, "same-origin", "none")  # Sec-Fetch-Site if no other site's page sends this
 ACTIONS = {"resolve": "resolved", "ignore": "ignored", "reopen": "open"}
+WHAT_IS_DONE = ACTIONS | {"reopen": "reopened", "delete": "deleted"}
+SNOOZES = {"forever": None, "1h": HOUR_MS, "1d": DAY_MS, "1w": 7 * DAY_MS}
+MAX_SNOOZE_COUNT = 1_000_000
+LIST_PARAMETERS = ("status", "q", "project", *FACETS, "sort", "order", "limit", "after", "before")
 
 
 def header_text(environ: Environ, name: str) -> str:
@@ -8966,6 +9091,7 @@ def header_text(environ: Environ, name: str) -> str:
 
 
 _DIGITS = re.compile("[0-9]{1,18}")
+MAX_ID = 10**18 - 1
 
 
 def _too_large(limit: int) -> TooLarge:
@@ -8998,6 +9124,7 @@ def read_body(environ: Environ, limit: int) -> bytes:
 _CROWDED = "too many large reports arrive at once"
 # Keys of the environ
 REFUSAL_KEY = "miniapm.refusal"  # why the body was not kept, or can't be taken
+PERSON_KEY = "miniapm.person"  # who sends it, once that was checked
 DELIVERY_KEY = "miniapm.delivery"  # the reports, where they have been read already
 ADMITTED_KEY = "miniapm.admitted"  # there if the body has a valid API key
 
@@ -9214,11 +9341,54 @@ def read_query(environ: Environ) -> dict[str, str]:
     return dict(pairs)
 
 
-def bearer_key(environ: Environ) -> str:
-    """Return the key of an Authorization header (RFC 6750); Unauthorized if there is none."""
+def weights_of(environ: Environ, name: str) -> dict[str, float]:
+    """Return what an Accept… header lists, with weights (RFC 9110, section 12.4.2); 0 refuses."""
+    weights = {}
+    for item in re.sub(r"\s", "", environ.get(name, "").lower()).split(","):
+        value, *parameters = item.split(";")
+        said = next((one[2:] for one in parameters if one.startswith("q=")), "1")
+        is_weight = re.fullmatch(r"(?a:[01](?:\.[0-9]*)?|\.[0-9]+)", said)
+        weights[value] = float(said) if is_weight else 0.0
+    return weights
+
+
+def prefers_json(environ: Environ) -> bool:
+    """Tell whether a client names JSON in Accept and likes no page better; browsers do not."""
+    weights = weights_of(environ, "HTTP_ACCEPT")
+    json_weight = weights.get("application/json", 0.0)
+    page_weight = weights.get("text/html", weights.get("text/*"))
+    if page_weight is not None:
+        return json_weight > page_weight
+    return json_weight > 0 and json_weight >= weights.get("*/*", 0.0)
+
+
+def form_of(environ: Environ) -> str:
+    """Return the form in which a client of the dashboard wants to be refused."""
+    ending = re.search(r"\.(json|md)$", environ["PATH_INFO"])
+    return ending[1] if ending else "json" if prefers_json(environ) else "html"
+
+
+def read_known(environ: Environ, names: Collection[str] = ()) -> dict[str, str]:
+    """Return the parameters of the query string; BadRequest names those that are not known."""
+    query = read_query(environ)
+    pairs = urllib.parse.parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True)
+    unknown = [clip(name, MAX_KEY_CHARS) for name in dict(pairs) if name not in names]
+    if unknown:
+        known = f"known are: {', '.join(names)}" if names else "this address takes none"
+        said = f"unknown parameters: {', '.join(unknown)}; {known}"
+        raise BadRequest(said, field=unknown[0])
+    return query
+
+
+def bearer_of(environ: Environ) -> str:
+    """Return what an Authorization header holds by RFC 6750, empty if nothing."""
     scheme, _, key = header_text(environ, "HTTP_AUTHORIZATION").partition(" ")
-    key = key.strip(" \t")
-    if scheme.lower() != "bearer" or not key:
+    return key.strip(" \t") if scheme.lower() == "bearer" else ""
+
+
+def bearer_key(environ: Environ) -> str:
+    """Return the key of an Authorization header; Unauthorized if there is none."""
+    if not (key := bearer_of(environ)):
         raise Unauthorized("the header Authorization must be: Bearer <api_key>")
     return key
 
@@ -9497,8 +9667,9 @@ def _remember(known: dict[str, Any], address: str, value: Any) -> None:
 class PasswordGate:
     """Knows one password: checks it, slowly after failures, and issues and checks sessions.
 
-    A session is its expiry, signed with a key that depends on the password and on what the
-    store remembers: it outlives a restart, and ends with a log-out or a change of the password.
+    A session is its expiry and a person's name, signed with a key that depends on the password
+    and on what the store remembers: it outlives a restart, and ends with a log-out or a change of
+    the password.
     """
 
     def __init__(
@@ -9507,6 +9678,7 @@ class PasswordGate:
         self._store, self._now, self._clock = store, store.now, clock
         self._salt: bytes = store.setting("secret")
         self._hash = self._scrypt(password)
+        self._key, self._right = secrets.token_bytes(32), b""  # a keyed hash, once it was given
         self._checking = {is_known: threading.Lock() for is_known in (False, True)}
         self._failures: dict[str, tuple[int, float]] = {}  # address -> (how many, wait until)
         self._known: dict[str, None] = {}  # addresses that have logged in
@@ -9517,21 +9689,22 @@ class PasswordGate:
         data = password.encode("utf-8", "surrogatepass")
         return hashlib.scrypt(data, salt=self._salt, n=2**14, r=8, p=1)
 
-    def check(self, password: str, address: str) -> None:
+    def check(self, password: str, address: str, *, is_login: bool = True) -> None:
         """Raise Unauthorized for a wrong password, TooManyRequests for one that comes too soon.
 
-        Never blocks. An address that has logged in before is not slowed by others' failures.
+        Does not wait for another one's scrypt. An address that has logged in before is not slowed
+        by others' failures. Only a login makes its own failures forgotten.
         """
         network = _network_of(address)
         turn = self._checking[network in self._known]
-        if not turn.acquire(blocking=False):
+        if not turn.acquire(blocking=bool(self._right)):  # a check takes microseconds then
             raise TooManyRequests("Another login is being checked. Try again.", retry_after_s=1)
         try:
-            self._check(password, network)
+            self._check(password, network, is_login=is_login)
         finally:
             turn.release()
 
-    def _check(self, password: str, address: str) -> None:
+    def _check(self, password: str, address: str, *, is_login: bool) -> None:
         now_s = self._clock()
         count, wait_until_s = self._failures.get(address, (0, 0.0))
         if address not in self._known:
@@ -9539,33 +9712,39 @@ class PasswordGate:
             wait_until_s = max(wait_until_s, self._next_s - burst_s)
         if (wait_s := math.ceil(wait_until_s - now_s)) > 0:
             raise TooManyRequests(f"Try again in {wait_s} s.", retry_after_s=wait_s)
-        self._failures.pop(address, None)
-        if hmac.compare_digest(self._scrypt(password), self._hash):
+        keyed = hmac.digest(self._key, password.encode("utf-8", "surrogatepass"), "sha256")
+        said, right = (keyed, self._right) if self._right else (self._scrypt(password), self._hash)
+        if hmac.compare_digest(said, right):
+            self._right = keyed
             _remember(self._known, address, None)
+            if is_login:  # programs log in all the time: guesses from there must stay slow
+                self._failures.pop(address, None)
             return
+        self._failures.pop(address, None)
         delay_s = min(MAX_LOGIN_DELAY_S, 2.0 ** min(count - 2, 10)) if count >= 2 else 0.0
         _remember(self._failures, address, (count + 1, now_s + delay_s))
         self._next_s = max(self._next_s, now_s) + LOGIN_PAUSE_S
         raise Unauthorized("That is not the password.")
 
-    def issue(self) -> str:
-        """Return the cookie value of a new session."""
-        expires = str(int(self._now()) + MAX_SESSION_S)
-        return f"{expires}.{self._sign(expires)}"
+    def issue(self, person: str = "") -> str:
+        """Return the cookie value of a new session: its end, who it is (in hex), a signature."""
+        said = str(int(self._now()) + MAX_SESSION_S)
+        said += f".{person.encode().hex()}" if person else ""
+        return f"{said}.{self._sign(said)}"
 
     def accepts(self, cookie: str) -> bool:
         """Tell whether a cookie value is a session of ours that has not ended."""
-        expires, _, signature = cookie.partition(".")
-        if not hmac.compare_digest(self._sign(expires).encode(), signature.encode()):
+        said, _, signature = cookie.rpartition(".")
+        if not hmac.compare_digest(self._sign(said).encode(), signature.encode()):
             return False
-        return int(expires) > self._now()
+        return int(said.partition(".")[0]) > self._now()
 
     def end_sessions(self) -> None:
         """End every session."""
         self._store.set_setting("sessions", secrets.token_hex(16))
 
-    def _sign(self, expires: str) -> str:
-        text = f"{expires} {self._store.setting('sessions')}"
+    def _sign(self, said: str) -> str:
+        text = f"{said} {self._store.setting('sessions')}"
         return hmac.new(self._hash, text.encode(), "sha256").hexdigest()
 
 
@@ -9595,8 +9774,9 @@ def is_large(environ: Environ) -> bool:
 def is_search(environ: Environ) -> bool:
     """Tell whether a request searches in the errors, which may read all of them."""
     path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
-    is_list = path.endswith(("/errors", "/errors.json")) and not is_ingest(path)
-    return is_list and bool(re.search("(?:^|&)q=.", query))
+    # An error's page looks for its neighbours in the list one came from.
+    is_list = re.search(r"/errors(?:\.json|/[0-9]+(?:/occurrences/[0-9]+)?)?\Z", path)
+    return bool(is_list and not is_ingest(path) and re.search("(?:^|&)q=.", query))
 
 
 def is_machine_path(path: str) -> bool:
@@ -9604,9 +9784,29 @@ def is_machine_path(path: str) -> bool:
     return path == "/health" or is_ingest(path)
 
 
-def local_path(text: str) -> str:
-    """Return a path of the dashboard to go to after login, /errors for anything else."""
-    return text if re.fullmatch(r"/(?:errors|setup)[\w./?=&%+~:-]*", text, re.ASCII) else "/errors"
+_LOCAL_PATH = re.compile(
+    r"(?a:(?:/setup|/errors(?:/[0-9]{1,18}(?:/occurrences/[0-9]{1,18})?)?)"
+    r"(?:\?(?!.*//)[\w./?=&%+~:*-]*)?)"
+)
+
+
+def local_path(text: str, default: str = "/errors") -> str:
+    """Return the path and query of a page to go to, the default for anything else."""
+    return text if _LOCAL_PATH.fullmatch(text) else default
+
+
+def with_done(path: str, action_id: int) -> str:
+    """Return a path with the id of the last action, which its page then offers to undo."""
+    path, _, query = path.partition("?")
+    pairs = [pair for pair in query.split("&") if pair and not pair.startswith("done=")]
+    pairs += [f"done={action_id}"] if action_id else []
+    return "?".join(filter(None, (path, "&".join(pairs))))
+
+
+def done_of(environ: Environ) -> int:
+    """Return the id of the last action, as the query string says it; 0 without one."""
+    found = re.search("(?:^|&)done=([0-9]{1,18})(?=&|$)", environ.get("QUERY_STRING", ""))
+    return int(found[1]) if found else 0
 
 
 def root_of(environ: Environ) -> str:
@@ -9664,30 +9864,68 @@ def retry_header(refusal: MiniAPMError) -> dict[str, str]:
     return {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
 
 
-def apply_action(store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]]) -> str:
-    """Apply the action that a form names to errors; return its name."""
-    action = form.get("action", [""])[0]
+def field_of(form: Mapping[str, list[str]], name: str) -> str:
+    """Return a field of a form, empty if it is not there."""
+    return form.get(name, [""])[0].strip()
+
+
+def snooze_of(form: Mapping[str, list[str]]) -> Snooze:
+    """Return for how long a form ignores errors."""
+    said = {name: field_of(form, name) for name in ("for", "count")}
+    if all(said.values()):
+        raise BadRequest("ignore takes for or count, not both", field="count")
+    count = number_of(said, "count", MAX_SNOOZE_COUNT, None)
+    return Snooze(SNOOZES[one_of(said, "for", SNOOZES)], count)
+
+
+def apply_action(
+    store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]], by: str
+) -> tuple[int, str]:
+    """Apply the action that a form names to errors; return its id, 0 without effect, and what."""
+    # A button has one name: those that say how long to ignore can't also name the action.
+    is_snooze = field_of(form, "for") or field_of(form, "count")
+    action = field_of(form, "action") or ("ignore" if is_snooze else "")
+    if action not in WHAT_IS_DONE:
+        raise BadRequest(f"action must be one of {', '.join(WHAT_IS_DONE)}", field="action")
     if action == "delete":
-        store.delete(error_ids)
-    elif action in ACTIONS:
-        store.set_status(error_ids, ACTIONS[action])
+        action_id = store.delete(error_ids, by=by)
     else:
-        raise BadRequest(f"action must be one of {', '.join(ACTIONS)}, delete", field="action")
-    return action
+        snooze = snooze_of(form) if action == "ignore" else Snooze()
+        action_id = store.set_status(error_ids, ACTIONS[action], by=by, snooze=snooze)
+    return action_id, WHAT_IS_DONE[action]
 
 
 def sessions_of(environ: Environ) -> list[str]:
     """Return possible session cookies; other paths and programs may have set some too."""
-    pattern = rf"(?:^|;)\s*{SESSION_COOKIE}=([0-9]+\.[0-9a-f]{{64}})(?=\s*(?:;|$))"
+    value = r"[0-9]+\.(?:(?:[0-9a-f]{2})+\.)?[0-9a-f]{64}"
+    pattern = rf"(?:^|;)\s*{SESSION_COOKIE}=({value})(?=\s*(?:;|$))"
     found = re.finditer(pattern, environ.get("HTTP_COOKIE", ""), re.ASCII)
     return [one[1] for one in itertools.islice(found, MAX_SESSION_COOKIES)]
 
 
-def with_session(answer: bottle.HTTPResponse, value: str, maxage_s: int) -> bottle.HTTPResponse:
-    """Return the answer with the session's cookie set."""
+def checked_person(text: str) -> str:
+    """Return the name that somebody gives at a login, empty for none."""
+    name = text.strip()
+    if not (name.isprintable() and len(name) <= MAX_PERSON_CHARS):
+        raise BadRequest(
+            f"name must be at most {MAX_PERSON_CHARS} printable characters", field="name"
+        )
+    return name
+
+
+def person_in(cookie: str) -> str:
+    """Return the name in a session's cookie that was accepted, empty without one."""
+    parts = cookie.split(".")
+    return bytes.fromhex(parts[1]).decode() if len(parts) > 2 else ""
+
+
+def with_cookie(
+    answer: bottle.HTTPResponse, name: str, value: str, maxage_s: int
+) -> bottle.HTTPResponse:
+    """Return the answer with one of the dashboard's cookies set."""
     environ = bottle.request.environ
     answer.set_cookie(
-        SESSION_COOKIE,
+        name,
         value,
         path=root_of(environ) or "/",
         maxage=maxage_s,
@@ -9698,6 +9936,46 @@ def with_session(answer: bottle.HTTPResponse, value: str, maxage_s: int) -> bott
         and not environ.get("HTTP_ORIGIN", "").startswith("http:"),
     )
     return answer
+
+
+def is_navigation(environ: Environ) -> bool:
+    """Tell whether a person opens a page; scripts and programs that poll it do not."""
+    is_opened = environ.get("HTTP_SEC_FETCH_MODE") in (None, "navigate")
+    return is_opened and not prefers_json(environ)
+
+
+def visit_of(environ: Environ, now_ms: int) -> tuple[int, int]:
+    """Return when the visit before this one ended, 0 for never, and the latest time of this one."""
+    value = r"([0-9]{1,15})\.([0-9]{1,15})"
+    pattern = rf"(?:^|;)\s*{VISIT_COOKIE}={value}(?=\s*(?:;|$))"
+    visits = re.finditer(pattern, environ.get("HTTP_COOKIE", ""), re.ASCII)
+    known = ((int(one[1]), int(one[2])) for one in visits)
+    ended_ms, latest_ms = next((one for one in known if one[0] <= one[1] <= now_ms), (0, 0))
+    if is_navigation(environ):
+        if now_ms - latest_ms > VISIT_PAUSE_MS:
+            ended_ms = latest_ms
+        latest_ms = now_ms
+    return ended_ms, latest_ms
+
+
+def has_version(environ: Environ) -> bool:
+    """Tell whether an answer has an ETag: the list, errors, and documents."""
+    is_reading = environ["REQUEST_METHOD"] in ("GET", "HEAD")
+    return is_reading and environ["PATH_INFO"].startswith(("/errors", "/projects.json"))
+
+
+def has_tag(environ: Environ, tag: str) -> bool:
+    """Tell whether If-None-Match names an ETag (RFC 9110, section 13.1.2)."""
+    known = re.findall(r'"[^"]*"', environ.get("HTTP_IF_NONE_MATCH", ""))
+    return tag.removeprefix("W/") in known
+
+
+def answer_markdown(
+    text: str, status: int = 200, headers: Mapping[str, str] | None = None
+) -> bottle.HTTPResponse:
+    """Answer with a Markdown text."""
+    more = {"Content-Type": "text/markdown; charset=utf-8", "Cache-Control": "no-store"}
+    return bottle.HTTPResponse(text, status, more | dict(headers or {}))
 
 
 def redirect(path: str) -> bottle.HTTPResponse:
@@ -9715,6 +9993,19 @@ def answer_json(
         more["Cache-Control"] = "no-store"
     text = json.dumps(value, ensure_ascii=False)
     return bottle.HTTPResponse(text, status, more | dict(headers or {}))
+
+
+def compressed(answer: bottle.HTTPResponse) -> bottle.HTTPResponse:
+    """Return an answer of the dashboard compressed, if that is worth it and the client takes it."""
+    environ = bottle.request.environ
+    if is_machine_path(environ["PATH_INFO"]) or len(body := answer.body.encode()) <= MIN_GZIP_BYTES:
+        return answer
+    weights = weights_of(environ, "HTTP_ACCEPT_ENCODING")
+    answer.add_header("Vary", "Accept-Encoding")
+    if weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0))) > 0:
+        answer.set_header("Content-Encoding", "gzip")
+        answer.body = zlib.compress(body, GZIP_LEVEL, 31)
+    return answer
 
 
 Part = list[Occurrence | MiniAPMError]  # reports in their order: read, or refused
@@ -9969,17 +10260,45 @@ class Ingest:
         return answer_json(said | uptime, 200 if said["db_ok"] else 503)
 
 
-class Dashboard:
-    """The handlers for people, and their JSON and Markdown forms."""
+class View:
+    """What the dashboard's handlers share: the data, who asks for it, and how pages are made."""
 
     def __init__(self, store: Store, gate: PasswordGate | None, rejections: Rejections) -> None:
         self._store = store
         self._gate = gate
         self._rejections = rejections
 
+    def _person_of_cookie(self, environ: Environ) -> str | None:
+        if self._gate is None:
+            return ""
+        known = filter(self._gate.accepts, sessions_of(environ))
+        return next(map(person_in, known), None)
+
+    def person_of(self, environ: Environ) -> str | None:
+        """Return the name of who may see pages, empty if unknown; None for anybody else."""
+        return environ[PERSON_KEY] if PERSON_KEY in environ else self._person_of_cookie(environ)
+
     def has_session(self, environ: Environ) -> bool:
         """Tell whether a request may see pages; without a password, all may."""
-        return self._gate is None or any(map(self._gate.accepts, sessions_of(environ)))
+        return self.person_of(environ) is not None
+
+    def form_limit(self, environ: Environ) -> int:
+        """Return how many bytes a form may have: fewer while the password is not checked."""
+        if self._person_of_cookie(environ) is not None:
+            return MAX_FORM_BYTES
+        return MAX_BEARER_FORM_BYTES if bearer_of(environ) else 0
+
+    def admit(self, environ: Environ) -> None:
+        """Refuse a request that has neither a session nor the password, as a wrong login."""
+        if (person := self.person_of(environ)) is None:
+            assert self._gate is not None
+            if not (password := bearer_of(environ)):
+                raise Unauthorized("log in first")
+            if owner_of(password, self._store.keys()) is not None:  # a mistake, but no guess
+                raise Unauthorized("this is an API key; the dashboard needs its password")
+            self._gate.check(password, client_address(environ), is_login=False)
+            person = API_PERSON
+        environ[PERSON_KEY] = person
 
     def html(
         self,
@@ -9996,112 +10315,172 @@ class Dashboard:
             show_nav=show_nav,
             show_logout=show_nav and self._gate is not None,
             trouble=self._store.trouble if show_nav else "",
+            done=self._action_done() if show_nav else None,
             **values,
         )
         more = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
         return bottle.HTTPResponse(text, status, more | dict(headers or {}))
 
+    def _action_done(self) -> Action | None:
+        with contextlib.suppress(MiniAPMError):  # a refusal may be about the database
+            return self._store.action(done_of(bottle.request.environ))
+        return None
+
+    def tag(self, environ: Environ) -> str:
+        """Return the ETag of a page or document: another one whenever what it shows changes."""
+        path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
+        now_ms = self._store.now_ms()
+        # Times relative to now are shown to the hour, but these are looked up to the second.
+        is_of_now = re.search("since|until|done=", urllib.parse.unquote(query).lower())
+        shown = (
+            self._store.version(),
+            *(url_of_request(environ), path, query, ASSET_NAME),
+            *(self.person_of(environ), visit_of(environ, now_ms)[0]),
+            *(self._store.trouble, self._rejections.listed(), self._rejections.dropped()),
+            now_ms // (1000 if is_of_now else HOUR_MS),
+        )
+        return f'W/"{hashlib.sha256(repr(shown).encode()).hexdigest()[:32]}"'
+
+    def _listed(self, wanted: ErrorFilter) -> tuple[ErrorPage, dict[int, dict[int, int]]]:
+        page, now_hour = self._store.errors(wanted), self._store.now_ms() // HOUR_MS
+        ids = [error.id for error in page.errors]
+        return page, self._store.buckets(ids, now_hour - LIST_TREND_HOURS)
+
+    def _details(self, error_id: int, occurrence_id: int | None) -> ErrorDetails:
+        error = self._store.error(error_id)
+        stored = self._store.occurrence(error_id, occurrence_id)
+        if stored is None and occurrence_id is not None:
+            raise NotFound(f"error {error_id} has no occurrence {occurrence_id} (any more)")
+        since_hour = self._store.now_ms() // HOUR_MS - ERROR_TREND_HOURS
+        return ErrorDetails(
+            error=error,
+            stored=stored,
+            buckets=self._store.buckets([error_id], since_hour)[error_id],
+            history=self._store.history(error_id),
+            tallies=self._store.tallies(error_id),
+        )
+
+
+class Login(View):
+    """The handlers by which people log in and out."""
+
+    def login(self) -> bottle.HTTPResponse:
+        """Show the login form."""
+        target = local_path(read_query(bottle.request.environ).get("next", ""))
+        has_session = self.has_session(bottle.request.environ)
+        return redirect(target) if has_session else self._login_form(target)
+
+    def _login_form(self, target: str, problem: MiniAPMError | None = None) -> bottle.HTTPResponse:
+        status = problem.status if problem else 200
+        headers = retry_header(problem) if problem else {}
+        return self.html("login", status, headers, problem=str(problem or ""), next=target)
+
+    def log_in(self) -> bottle.HTTPResponse:
+        """Check the password and start a session."""
+        environ = bottle.request.environ
+        form = read_form(environ, MAX_LOGIN_BYTES)
+        target, password, person = (
+            form.get(name, [""])[0] for name in ("next", "password", "name")
+        )
+        if self._gate is None:
+            return redirect(local_path(target))
+        try:
+            person = checked_person(person)
+            self._gate.check(password, client_address(environ))
+        except (BadRequest, Unauthorized, TooManyRequests) as problem:
+            if prefers_json(environ):
+                raise
+            return self._login_form(local_path(target), problem)
+        session = self._gate.issue(person)
+        return with_cookie(redirect(local_path(target)), SESSION_COOKIE, session, MAX_SESSION_S)
+
+    def log_out(self) -> bottle.HTTPResponse:
+        """End all sessions and take the cookie back."""
+        if self._gate is not None:
+            self._gate.end_sessions()
+        return with_cookie(redirect("/login"), SESSION_COOKIE, "", 0)
+
+
+class Dashboard(View):
+    """The handlers of the pages."""
+
     def home(self) -> bottle.HTTPResponse:
         """Lead to the list."""
         return redirect("/errors")
 
-    def _listed(self) -> tuple[ErrorFilter, ErrorPage, dict[int, dict[int, int]], int]:
-        wanted, now_ms = parse_filter(read_query(bottle.request.environ)), self._store.now_ms()
-        page = self._store.errors(wanted)
-        ids = [error.id for error in page.errors]
-        return wanted, page, self._store.buckets(ids, now_ms // HOUR_MS - 24), now_ms
-
     def errors(self) -> bottle.HTTPResponse:
-        """Show one page of the list, or how to send the first report."""
-        try:
-            wanted, page, buckets, _ = self._listed()
-        except (BadRequest, Unavailable) as problem:
-            if problem.field != "q":
-                raise
-            wanted = parse_filter(read_query(bottle.request.environ))
-            none = ErrorPage((), dict.fromkeys((*STATUSES, "all"), 0))
-            return self._list(wanted, none, {}, str(problem))
-        if not page.counts["all"] and wanted == ErrorFilter():
-            return self._setup("Waiting for the first error", is_welcome=True)
-        if not page.errors and (wanted.after or wanted.before):  # a page that has emptied
-            return redirect("/errors" + filter_query(wanted))
-        return self._list(wanted, page, buckets)
+        """Show one page of the list, and note the visit."""
+        environ = bottle.request.environ
+        ended_ms, latest_ms = visit_of(environ, self._store.now_ms())
+        answer = self._list_or_welcome(read_query(environ), ended_ms or None)
+        if not is_navigation(environ):
+            return answer
+        return with_cookie(answer, VISIT_COOKIE, f"{ended_ms}.{latest_ms}", MAX_VISIT_COOKIE_S)
 
-    def _list(
-        self,
-        wanted: ErrorFilter,
-        page: ErrorPage,
-        buckets: Mapping[int, Mapping[int, int]],
-        problem: str = "",
+    def _list_or_welcome(
+        self, query: Mapping[str, str], seen_ms: int | None
     ) -> bottle.HTTPResponse:
+        wanted, problem, facets = parse_filter(query), "", None
+        try:
+            page, buckets = self._listed(wanted)
+            if query.get("filters") == "1":
+                facets = self._store.facets(wanted)
+        except (BadRequest, Unavailable) as refusal:
+            if refusal.field != "q":
+                raise
+            page, buckets = ErrorPage((), dict.fromkeys((*STATUSES, "all"), 0)), {}
+            problem = str(refusal)
+        if not problem and not page.counts["all"] and wanted == ErrorFilter():
+            return self._setup("Waiting for the first error", is_welcome=True)
+        if not problem and not page.errors and (wanted.after or wanted.before):  # it has emptied
+            done = done_of(bottle.request.environ)
+            return redirect(with_done("/errors" + filter_query(wanted), done))
         return self.html(
             "errors",
             wanted=wanted,
             page=page,
             buckets=buckets,
             projects=self._store.projects(),
-            facets={
-                name: tuple(one.value for one in choices)
-                for name, choices in self._store.facets(wanted).items()
-                if name in FACETS
-            },
+            facets=facets,
             problem=problem,
+            seen_ms=seen_ms,
         )
-
-    def errors_json(self) -> bottle.HTTPResponse:
-        """Give one page of the list as JSON."""
-        wanted, page, buckets, now_ms = self._listed()
-        return answer_json(
-            list_json(page, wanted, buckets, now_ms, root_of(bottle.request.environ))
-        )
-
-    def _found(self, error_id: int) -> tuple[ErrorGroup, dict[int, int], int]:
-        now_ms = self._store.now_ms()
-        error = self._store.error(error_id)
-        since_hour = now_ms // HOUR_MS - MAX_TREND_HOURS
-        return error, self._store.buckets([error_id], since_hour)[error_id], now_ms
 
     def error(self, error_id: int, occurrence_id: int | None = None) -> bottle.HTTPResponse:
         """Show an error with its newest occurrence, or the one asked for."""
+        query, now_ms = read_query(bottle.request.environ), self._store.now_ms()
+        details = self._details(error_id, occurrence_id)
+        error, buckets = details.error, details.buckets
+        default = shortest_span(buckets, error.last_seen_ms, now_ms)
+        span = one_of({"trend": default} | query, "trend", SPANS)
+        return self._error(details, span, trend(buckets, span, now_ms), query)
+
+    def _error(
+        self,
+        details: ErrorDetails,
+        span: str,
+        series: Sequence[tuple[int, int]],
+        query: Mapping[str, str],
+    ) -> bottle.HTTPResponse:
+        try:
+            wanted = parse_filter(query)
+            neighbours = self._store.neighbours(wanted, details.error)
+        except BadRequest:  # where one came from is no reason to fail
+            wanted = ErrorFilter()
+            neighbours = self._store.neighbours(wanted, details.error)
         environ = bottle.request.environ
-        span = one_of(read_query(environ), "trend", SPANS)
-        error, buckets, now_ms = self._found(error_id)
-        stored = self._store.occurrence(error_id, occurrence_id)
-        if stored is None and occurrence_id is not None:
-            raise NotFound(f"error {error_id} has no occurrence {occurrence_id} (any more)")
-        here, series = root_of(environ) + environ["PATH_INFO"], trend(buckets, span, now_ms)
-        return self.html("error", here=here, error=error, stored=stored, span=span, series=series)
-
-    def error_json(self, error_id: int) -> bottle.HTTPResponse:
-        """Give an error, its trends and its newest occurrence as JSON."""
-        error, buckets, now_ms = self._found(error_id)
-        stored = self._store.occurrence(error_id)
-        root = root_of(bottle.request.environ)
-        return answer_json(detail_json(error, stored, buckets, now_ms, root))
-
-    def error_markdown(self, error_id: int) -> bottle.HTTPResponse:
-        """Give an error and its newest occurrence as Markdown."""
-        url = f"{url_of_request(bottle.request.environ)}/errors/{error_id}"
-        text = markdown(self._store.error(error_id), self._store.occurrence(error_id), url)
-        headers = {"Content-Type": "text/markdown; charset=utf-8", "Cache-Control": "no-store"}
-        return bottle.HTTPResponse(text, 200, headers)
-
-    def triage_many(self) -> bottle.HTTPResponse:
-        """Do one action to the errors that are selected in the list."""
-        form = read_form(bottle.request.environ)
-        ids = [int(text) for text in form.get("id", []) if re.fullmatch(r"[0-9]{1,18}", text)]
-        back = parse_filter(dict(urllib.parse.parse_qsl(form.get("return", [""])[0].lstrip("?"))))
-        if not ids:
-            raise BadRequest("select at least one error first", field="id")
-        apply_action(self._store, ids, form)
-        return redirect("/errors" + filter_query(back, after=back.after, before=back.before))
-
-    def triage_one(self, error_id: int) -> bottle.HTTPResponse:
-        """Do one action to one error."""
-        form = read_form(bottle.request.environ)
-        self._store.error(error_id)
-        action = apply_action(self._store, [error_id], form)
-        return redirect("/errors" if action == "delete" else f"/errors/{error_id}")
+        return self.html(
+            "error",
+            here=root_of(environ) + environ["PATH_INFO"],
+            error=details.error,
+            stored=details.stored,
+            wanted=wanted,
+            neighbours=neighbours,
+            history=details.history,
+            tallies=details.tallies,
+            span=span,
+            series=series,
+        )
 
     def setup(self) -> bottle.HTTPResponse:
         """Show every project's keys and how to report with them."""
@@ -10128,37 +10507,6 @@ class Dashboard:
             dropped=self._rejections.dropped(),
         )
 
-    def login(self) -> bottle.HTTPResponse:
-        """Show the login form."""
-        target = local_path(read_query(bottle.request.environ).get("next", ""))
-        has_session = self.has_session(bottle.request.environ)
-        return redirect(target) if has_session else self._login_form(target)
-
-    def _login_form(self, target: str, problem: MiniAPMError | None = None) -> bottle.HTTPResponse:
-        status = problem.status if problem else 200
-        headers = retry_header(problem) if problem else {}
-        return self.html("login", status, headers, problem=str(problem or ""), next=target)
-
-    def log_in(self) -> bottle.HTTPResponse:
-        """Check the password and start a session."""
-        environ = bottle.request.environ
-        form = read_form(environ, MAX_LOGIN_BYTES)
-        address = client_address(environ)
-        target = local_path(form.get("next", [""])[0])
-        if self._gate is None:
-            return redirect(target)
-        try:
-            self._gate.check(form.get("password", [""])[0], address)
-        except (Unauthorized, TooManyRequests) as problem:
-            return self._login_form(target, problem)
-        return with_session(redirect(target), self._gate.issue(), MAX_SESSION_S)
-
-    def log_out(self) -> bottle.HTTPResponse:
-        """End all sessions and take the cookie back."""
-        if self._gate is not None:
-            self._gate.end_sessions()
-        return with_session(redirect("/login"), "", 0)
-
     def asset(self, name: str) -> bottle.HTTPResponse:
         """Give the style sheet, the script or the icon; the name changes with the content."""
         if name not in ASSETS:
@@ -10168,9 +10516,114 @@ class Dashboard:
         return bottle.HTTPResponse(text, 200, headers)
 
 
+class Documents(View):
+    """The handlers of the pages' JSON and Markdown forms."""
+
+    def errors(self) -> bottle.HTTPResponse:
+        """Give one page of the list as JSON."""
+        environ = bottle.request.environ
+        wanted = parse_filter(read_known(environ, LIST_PARAMETERS))
+        page, buckets = self._listed(wanted)
+        root, now_ms = root_of(environ), self._store.now_ms()
+        return answer_json(list_json(page, wanted, buckets, now_ms, root))
+
+    def error(self, error_id: int, occurrence_id: int | None = None) -> bottle.HTTPResponse:
+        """Give an error with its newest occurrence, or the one asked for, as JSON."""
+        environ = bottle.request.environ
+        read_known(environ)
+        details = self._details(error_id, occurrence_id)
+        return answer_json(detail_json(details, self._store.now_ms(), root_of(environ)))
+
+    def markdown(self, error_id: int, occurrence_id: int | None = None) -> bottle.HTTPResponse:
+        """Give an error with its newest occurrence, or the one asked for, as Markdown."""
+        url = f"{url_of_request(bottle.request.environ)}/errors/{error_id}"
+        return answer_markdown(markdown(self._details(error_id, occurrence_id), url))
+
+    def occurrences(self, error_id: int) -> bottle.HTTPResponse:
+        """Give one page of the kept occurrences of an error as JSON, the newest first."""
+        environ = bottle.request.environ
+        query = read_known(environ, ("limit", "after", "before"))
+        limit = number_of(query, "limit", MAX_PAGE_ITEMS, PAGE_ERRORS)
+        ends = {name: number_of(query, name, MAX_ID, None) for name in ("after", "before")}
+        self._store.error(error_id)
+        page = self._store.occurrences(error_id, **ends, limit=limit)
+        return answer_json(occurrences_json(page, limit, root_of(environ)))
+
+    def projects(self) -> bottle.HTTPResponse:
+        """Give every project and its number of errors as JSON."""
+        read_known(bottle.request.environ)
+        found = [
+            project_json(one, self._store.errors(ErrorFilter(project_id=one.id, limit=1)).counts)
+            for one in self._store.projects()
+        ]
+        return answer_json({"projects": found})
+
+
+class Actions(View):
+    """The handlers of what people and programs do to errors."""
+
+    def _form(self) -> dict[str, list[str]]:
+        environ = bottle.request.environ
+        return read_form(environ, self.form_limit(environ))
+
+    def _answer(
+        self, form: Mapping[str, list[str]], default: str, action_id: int, said: Json
+    ) -> bottle.HTTPResponse:
+        """Lead people back to where they were; tell programs what was done."""
+        if prefers_json(bottle.request.environ):
+            return answer_json(said)
+        return redirect(with_done(local_path(field_of(form, "return"), default), action_id))
+
+    def _apply(
+        self, error_ids: Sequence[int], form: Mapping[str, list[str]], default: str
+    ) -> bottle.HTTPResponse:
+        by = self.person_of(bottle.request.environ) or ""
+        action_id, what = apply_action(self._store, error_ids, form, by)
+        said = {"action": action_json(self._store.action(action_id), what)}
+        return self._answer(form, default, action_id, said)
+
+    def triage_many(self) -> bottle.HTTPResponse:
+        """Do one action to the errors that are selected in the list."""
+        form = self._form()
+        ids = list(filter(None, form.get("id", [])))
+        if not ids and not prefers_json(bottle.request.environ):
+            return self._answer(form, "/errors", 0, {})
+        if not ids or not all(re.fullmatch("[0-9]{1,18}", one) for one in ids):
+            raise BadRequest("id must be the id of an error, for each error", field="id")
+        known = [self._store.error(error_id).id for error_id in dict.fromkeys(map(int, ids))]
+        return self._apply(known, form, "/errors")
+
+    def triage_one(self, error_id: int) -> bottle.HTTPResponse:
+        """Do one action to one error, or write its note."""
+        form = self._form()
+        self._store.error(error_id)
+        action, page = field_of(form, "action"), f"/errors/{error_id}"
+        if action == "note":
+            return self._note(error_id, form)
+        if action == "delete":  # its own page is no place to go back to
+            back = re.sub(rf"^{page}(?![0-9])[^?]*", "/errors", field_of(form, "return"))
+            form, page = form | {"return": [back]}, "/errors"
+        return self._apply([error_id], form, page)
+
+    def _note(self, error_id: int, form: Mapping[str, list[str]]) -> bottle.HTTPResponse:
+        if "note" not in form:
+            raise BadRequest("note is missing", field="note")
+        self._store.set_note(error_id, form["note"][0].replace("\r\n", "\n"))
+        root = root_of(bottle.request.environ)
+        said = {"error": error_json(self._store.error(error_id), root)}
+        return self._answer(form, f"/errors/{error_id}", 0, said)
+
+    def undo(self) -> bottle.HTTPResponse:
+        """Undo an action."""
+        form = self._form()
+        action_id = number_of({"id": field_of(form, "id") or "0"}, "id", MAX_ID, None)
+        return self._answer(form, "/errors", 0, {"undone": self._store.undo(action_id)})
+
+
 _SHOWN_PART = (
-    r"|[0-9]{1,18}(?:\.json|\.md)?|ingest|errors(?:\.json)?|batch|api|envelope|store|health"
-    r"|occurrences|setup|login|logout|assets|" + "|".join(map(re.escape, ASSETS))
+    r"|[0-9]{1,18}(?:\.json|\.md)?|ingest|batch|api|envelope|store|health"
+    r"|(?:errors|occurrences|projects)(?:\.json)?|setup|login|logout|undo|assets|"
+    + "|".join(map(re.escape, ASSETS))
 )
 
 
@@ -10199,7 +10652,9 @@ class App:
         self.rejections = Rejections(store.now_ms, log)
         self.intake = Intake(store, config, self.rejections, self._public_url)
         self._ingest = Ingest(store, self.intake, self.rejections)
-        self._dashboard = Dashboard(store, gate, self.rejections)
+        shared = store, gate, self.rejections
+        self._dashboard, self._login = Dashboard(*shared), Login(*shared)
+        self._documents, self._actions = Documents(*shared), Actions(*shared)
         self._large_turn, self._search_turn = (threading.Semaphore(n) for n in (1, MAX_SEARCHES))
         self._bottle = bottle.Bottle()
         self._bottle.default_error_handler = self._unhandled
@@ -10208,9 +10663,10 @@ class App:
 
     def routes(self) -> tuple[tuple[str, str, Callable[..., bottle.HTTPResponse]], ...]:
         """Return the URL map."""
-        take, show = self._ingest, self._dashboard
+        take, show, give, act = self._ingest, self._dashboard, self._documents, self._actions
         other = "/ingest/<kind:re:deploys|spans|traces|v1/[a-z_-]+>"
         error = "/errors/<error_id:re:[0-9]{1,18}>"
+        occurrence = error + "/occurrences/<occurrence_id:re:[0-9]{1,18}>"
         project = "/api/<project_id:re:[0-9]{1,18}>"
         return (
             ("/ingest/errors", "POST", take.take),
@@ -10227,17 +10683,22 @@ class App:
             ("/health", "POST", take.health),
             ("/", "GET", show.home),
             ("/errors", "GET", show.errors),
-            ("/errors", "POST", show.triage_many),
-            ("/errors.json", "GET", show.errors_json),
+            ("/errors", "POST", act.triage_many),
+            ("/errors.json", "GET", give.errors),
             (error, "GET", show.error),
-            (error, "POST", show.triage_one),
-            (error + ".json", "GET", show.error_json),
-            (error + ".md", "GET", show.error_markdown),
-            (error + "/occurrences/<occurrence_id:re:[0-9]{1,18}>", "GET", show.error),
+            (error, "POST", act.triage_one),
+            (error + ".json", "GET", give.error),
+            (error + ".md", "GET", give.markdown),
+            (error + "/occurrences.json", "GET", give.occurrences),
+            (occurrence, "GET", show.error),
+            (occurrence + ".json", "GET", give.error),
+            (occurrence + ".md", "GET", give.markdown),
+            ("/projects.json", "GET", give.projects),
+            ("/undo", "POST", act.undo),
             ("/setup", "GET", show.setup),
-            ("/login", "GET", show.login),
-            ("/login", "POST", show.log_in),
-            ("/logout", "POST", show.log_out),
+            ("/login", "GET", self._login.login),
+            ("/login", "POST", self._login.log_in),
+            ("/logout", "POST", self._login.log_out),
             ("/assets/<name>", "GET", show.asset),
         )
 
@@ -10263,9 +10724,8 @@ class App:
             elif is_post and path == "/login":
                 rule = BodyRule(MAX_LOGIN_BYTES)
             else:
-                is_form = is_post and path.startswith("/errors")
-                is_form = is_form and self._dashboard.has_session(environ)
-                return BodyRule(MAX_FORM_BYTES if is_form else 0)
+                is_form = is_post and path.startswith(("/errors", "/undo"))
+                return BodyRule(self._dashboard.form_limit(environ) if is_form else 0)
             if _DIGITS.fullmatch(size) and int(size) > rule.limit_bytes:
                 raise _too_large(rule.limit_bytes)
             return rule
@@ -10298,10 +10758,17 @@ class App:
         try:
             self._admit(environ)
             numbers = {name: int(v) for name, v in arguments.items() if name.endswith("_id")}
+            tag = self._dashboard.tag(environ) if has_version(environ) else ""
+            if tag and has_tag(environ, tag):
+                headers = {"ETag": tag, "Cache-Control": "no-store", "Vary": "Accept-Encoding"}
+                return bottle.HTTPResponse("", 304, headers)
             with self._turn_for(environ):
-                return handler(**arguments | numbers)
+                answer = handler(**arguments | numbers)
+            if tag and answer.status_code == http.HTTPStatus.OK:
+                answer.set_header("ETag", tag)
         except MiniAPMError as refusal:
-            return self._refuse(refusal)
+            answer = self._refuse(refusal)
+        return compressed(answer)
 
     @contextlib.contextmanager
     def _turn_for(self, environ: Environ) -> Iterator[None]:
@@ -10341,8 +10808,8 @@ class App:
             check_same_origin(environ)
         elif not path.startswith("/assets/"):
             check_cross_site_load(environ)
-        if not is_public(path) and not self._dashboard.has_session(environ):
-            raise Unauthorized("log in first")
+        if not is_public(path):
+            self._dashboard.admit(environ)
 
     def _refuse(self, refusal: MiniAPMError) -> bottle.HTTPResponse:
         """Say a refusal in the form the path calls for: the one place that maps it to HTTP."""
@@ -10355,15 +10822,18 @@ class App:
                 status = TooManyRequests.status
                 headers = {"Retry-After": "30"} | headers
             headers["X-Sentry-Error"] = ascii(clip(str(refusal), MAX_CLASS_CHARS))[1:-1]
-        if is_machine_path(path) or path.endswith(".json"):
-            if path.startswith("/ingest") and status == Unauthorized.status:
-                headers["WWW-Authenticate"] = "Bearer"
+        form = "json" if is_machine_path(path) else form_of(request.environ)
+        if status == Unauthorized.status and form != "html" and not is_sentry(path):
+            headers["WWW-Authenticate"] = "Bearer"
+        if form == "json":
             return answer_json(refusal_json(refusal), status, headers)
+        heading, text = http.HTTPStatus(status).phrase, str(refusal)
+        if form == "md":
+            return answer_markdown(f"# {heading}\n\n{_fenced(text)}", status, headers)
         if isinstance(refusal, Unauthorized):
             query = f"?{request.query_string}" if request.query_string else ""
             return redirect(f"/login?{urllib.parse.urlencode({'next': path + query})}")
-        heading, text = http.HTTPStatus(refusal.status).phrase, str(refusal)
-        return self._dashboard.html("message", refusal.status, headers, heading=heading, text=text)
+        return self._dashboard.html("message", status, headers, heading=heading, text=text)
 
     def _has_key(self, environ: Environ) -> bool:
         """Tell whether a request to ingest has a valid key of any project."""
@@ -10387,7 +10857,7 @@ class App:
         said = known.get(status, "something went wrong; the server's log says more")
         refusal = MiniAPMError(said + shown)
         refusal.status = status
-        answer = self._refuse(refusal)
+        answer = compressed(self._refuse(refusal))
         for name, value in answer.headerlist:
             bottle.response.set_header(name, value)
         return answer.body

@@ -9085,6 +9085,8 @@ def test_trend_bars_are_in_proportion() -> None:
         search=st.text(st.characters(categories=["L", "N", "P"]), max_size=50),
         project_id=st.none() | st.integers(1, 99),
         sort=st.sampled_from(sorted(miniapm.SORTS)),
+        order=st.sampled_from(["desc", "asc"]),
+        limit=st.integers(1, 200),
         after=st.none() | st.tuples(st.integers(-99, 99), st.integers(0, 99)),
     )
 )
@@ -9096,7 +9098,10 @@ def test_filter_round_trips_through_its_query(wanted: ErrorFilter) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("status", "x"), ("sort", "x"), ("project", "x"), ("after", "1"), ("before", "x.y")],
+    [
+        *(("status", "x"), ("sort", "x"), ("project", "x"), ("after", "1"), ("before", "x.y")),
+        *(("order", "up"), ("limit", "0"), ("limit", "201"), ("limit", "-1"), ("limit", "x")),
+    ],
 )
 def test_bad_filter_is_refused_by_name(name: str, value: str) -> None:
     with pytest.raises(miniapm.BadRequest) as caught:
@@ -9367,7 +9372,10 @@ def test_large_batch_names_the_bad_by_their_places_in_it(client: Client) -> None
         ("GET", "/errors?sort=count&q=x", {}, False, True),
         ("GET", "/apm/errors.json?q=x", {}, False, True),
         ("GET", "/errors?q=", {}, False, False),
-        ("GET", "/errors/1?q=x", {}, False, False),
+        ("GET", "/errors/1?q=x", {}, False, True),
+        ("GET", "/errors/1/occurrences/2?trend=7d&q=x", {}, False, True),
+        ("GET", "/errors/1.json?q=x", {}, False, False),
+        ("GET", "/errors/1", {}, False, False),
     ],
 )
 def test_requests_that_take_long_are_told_from_others(
@@ -9664,12 +9672,12 @@ def test_list_offers_the_facets_there_are(client: Client) -> None:
     client.report()
     assert 'name="level"' not in client.get("/errors").text
     client.report(level="warning", environment="te<st", fingerprint="other")
-    page = client.get("/errors?level=warning&environment=te%3Cst").text
+    page = client.get("/errors?level=warning&environment=te%3Cst&filters=1").text
     assert page.count('<a class="class"') == 1
     assert '<option value="warning" selected>' in page
     assert '<option value="te&lt;st" selected>\nte&lt;st</option>' in page
     assert 'name="release"' not in page
-    assert 'value="9" selected' in client.get("/errors?release=9").text
+    assert 'value="9" selected' in client.get("/errors?release=9&filters=1").text
     assert '<span class="badge level">warning</span>' in page
     assert "environment=te%3Cst" in page[page.index("Resolved") - 200 : page.index("Resolved")]
     assert "Nothing matches" in client.get("/errors?level=fatal").text
@@ -9760,18 +9768,24 @@ def test_any_query_is_answered(client: Client, text: str, name: str) -> None:
 )
 def test_triage_of_one_error(client: Client, action: str, status: str) -> None:
     client.report()
+    if action == "reopen":
+        client.post_form("/errors/1", action="resolve")
     answer = client.post_form("/errors/1", action=action)
-    assert (answer.status, answer.headers["Location"]) == (303, client.prefix + "/errors/1")
+    done = 2 if action == "reopen" else 1
+    expected = f"{client.prefix}/errors/1?done={done}"
+    assert (answer.status, answer.headers["Location"]) == (303, expected)
     assert client.errors()[0]["status"] == status
+    again = client.post_form("/errors/1", action=action)  # nothing was done, nothing to undo
+    assert again.headers["Location"] == client.prefix + "/errors/1"
 
 
 def test_triage_of_many_returns_to_the_same_list(client: Client) -> None:
     for name in "abc":
         client.report(fingerprint=name)
-    back = "?q=went&sort=count"
-    answer = client.post_form("/errors", id=[1, 3, 99], action="resolve", **{"return": back})
+    back = "/errors?q=went&sort=count"
+    answer = client.post_form("/errors", id=[1, 3], action="resolve", **{"return": back})
     assert answer.status == 303
-    assert answer.headers["Location"] == f"{client.prefix}/errors{back}"
+    assert answer.headers["Location"] == f"{client.prefix}{back}&done=1"
     assert [error["id"] for error in client.errors("?status=resolved")] == [3, 1]
 
 
@@ -9780,16 +9794,18 @@ def test_triage_of_a_whole_last_page_leads_back_to_the_first(client: Client) -> 
     client.post_json("/ingest/errors/batch", batch)
     last = client.get("/errors.json").json()["next_url"].partition("?")[2]
     ids = [error["id"] for error in client.errors("?" + last)]
-    answer = client.post_form("/errors", id=ids, action="resolve", **{"return": "?" + last})
+    given = {"return": "/errors?" + last}
+    answer = client.post_form("/errors", id=ids, action="resolve", **given)
     back = client.get(answer.headers["Location"].removeprefix(client.prefix))
-    assert (back.status, back.headers["Location"]) == (303, client.prefix + "/errors")
+    assert (back.status, back.headers["Location"]) == (303, client.prefix + "/errors?done=1")
 
 
 def test_triage_deletes(client: Client) -> None:
     for name in "ab":
         client.report(fingerprint=name)
     assert client.post_form("/errors", id=1, action="delete").status == 303
-    assert client.post_form("/errors/2", action="delete").headers["Location"].endswith("/errors")
+    answer = client.post_form("/errors/2", action="delete")
+    assert answer.headers["Location"] == client.prefix + "/errors?done=2"
     assert client.errors() == []
     assert client.get("/errors/1").status == 404
 
@@ -9798,19 +9814,15 @@ def test_triage_refuses_what_it_does_not_know(client: Client) -> None:
     client.report()
     assert client.post_form("/errors/1", action="explode").status == 400
     assert client.post_form("/errors/9", action="resolve").status == 404
-    for nothing in ({}, {"id": "x"}):
-        answer = client.post_form("/errors", action="resolve", **nothing)
-        assert answer.status == 400
-        assert "select at least one error" in answer.text
-    bad = {"return": "?status=bogus"}
-    assert client.post_form("/errors", id=1, action="delete", **bad).status == 400
-    assert len(client.errors()) == 1
+    assert client.post_form("/errors", action="resolve", id="x").status == 400
+    assert client.post_form("/errors", action="resolve", id=[1, 9]).status == 404
+    assert client.errors()[0]["status"] == "open"
     evil = {"return": "//evil.example"}
     target = client.post_form("/errors", id=1, action="resolve", **evil).headers["Location"]
-    assert target == client.prefix + "/errors"
+    assert target == client.prefix + "/errors?done=1"
 
 
-@pytest.mark.parametrize("path", ["/errors", "/errors/1", "/logout", "/login"])
+@pytest.mark.parametrize("path", ["/errors", "/errors/1", "/undo", "/logout", "/login"])
 @pytest.mark.parametrize(
     "headers",
     [
@@ -9831,8 +9843,10 @@ def test_cross_site_change_is_refused(client: Client, path: str, headers: Any) -
     assert len(client.errors()) == 1
 
 
-READ_PATHS = ["/errors?q=secret", "/errors.json", "/errors/1", "/errors/1.json", "/errors/1.md"]
-READ_PATHS += ["/", "/setup", "/login", "/errors/1/occurrences/1"]
+DOCUMENTS = ["/errors.json", "/errors/1.json", "/errors/1.md", "/errors/1/occurrences.json"]
+DOCUMENTS += ["/errors/1/occurrences/1.json", "/errors/1/occurrences/1.md", "/projects.json"]
+READ_PATHS = ["/errors?q=secret", "/errors/1", "/", "/setup", "/login", "/errors/1/occurrences/1"]
+READ_PATHS += DOCUMENTS
 
 
 @pytest.mark.parametrize("path", READ_PATHS)
@@ -9841,7 +9855,7 @@ def test_page_of_another_site_loads_nothing_and_times_nothing(
     client: Client, monkeypatch: Any, method: str, path: str
 ) -> None:
     client.report()
-    for name in ("errors", "error", "occurrence", "projects", "facets", "buckets"):
+    for name in ("errors", "error", "occurrence", "projects", "facets", "buckets", "version"):
         monkeypatch.setattr(Store, name, lambda *_: pytest.fail("the data was read"))
     for site in ("cross-site", "same-site", "", "same-origin, cross-site"):
         for mode, dest in (
@@ -9994,7 +10008,7 @@ def test_public_url_works_whether_its_path_is_stripped_or_kept(store: Store, pre
         assert client.get(root + "/").headers["Location"] == prefix + "/errors"
         assert client.get(root + "/errors.json").json()["errors"][0]["url"].startswith(prefix)
         assert f"http://localhost{prefix}/errors/1" in client.get(root + "/errors/1.md").text
-        done = client.post_form(root + "/errors/1", action="resolve")
+        done = client.post_form(root + "/errors/1", action="note", note="x")
         assert done.headers["Location"] == prefix + "/errors/1"
         assert client.get(root + "/health").status == 200
     assert client.get(prefix).status in (200, 303)
@@ -10164,7 +10178,7 @@ def test_error_page_tells_everything(client: Client) -> None:
     assert re.findall(r"<th>(\d+)</th>", page)[:5] == ["40", "41", "42", "43", "44"]
 
 
-@pytest.mark.parametrize(("span", "bars"), [("24h", 24), ("7d", 28), ("30d", 30)])
+@pytest.mark.parametrize(("span", "bars"), [("24h", 24), ("7d", 28), ("30d", 30), ("1y", 53)])
 def test_error_page_shows_the_trend_by_span(client: Client, span: str, bars: int) -> None:
     client.report()
     page = client.get(f"/errors/1?trend={span}").text
@@ -10221,6 +10235,9 @@ def test_error_json_is_as_documented(client: Client) -> None:
         "level": "error",
         "fingerprint": "user_save_runtime_error",
         "status": "open",
+        "note": "",
+        "ignored_until": None,
+        "ignored_until_occurrences": None,
         "regressed_at": None,
         "first_seen": "2026-06-01T00:00:00.000Z",
         "last_seen": miniapm.iso_time(NOW_MS),
@@ -10231,7 +10248,7 @@ def test_error_json_is_as_documented(client: Client) -> None:
     }
     for name in error:
         assert f"`{name}`" in README
-    assert set(said["trend"]) == {"24h", "7d", "30d"}
+    assert set(said["trend"]) == {"24h", "7d", "30d", "1y"}
     assert said["trend"]["24h"][-1]["count"] == 1
     assert said["occurrence"]["report"]["fingerprint"] == "user_save_runtime_error"
     assert said["occurrence"]["older_url"] == client.prefix + "/errors/1/occurrences/1"
@@ -10391,11 +10408,11 @@ def log_in(guarded: Client, password: str = "open sesame", address: str = "127.0
 
 def test_password_guards_every_page(guarded: Client, store: Store) -> None:
     record(store)
-    for path in ("/errors", "/errors/1", "/errors/1.md", "/setup", "/errors/1/occurrences/1"):
+    for path in ("/errors", "/errors/1", "/setup", "/errors/1/occurrences/1"):
         answer = guarded.get(path)
         assert answer.status == 303
         assert answer.headers["Location"].startswith(guarded.prefix + "/login?next=")
-    for path in ("/errors.json", "/errors/1.json"):
+    for path in DOCUMENTS:
         assert guarded.get(path).status == 401
     answer = guarded.post_form("/errors/1", action="delete")
     assert answer.headers["Location"] == guarded.prefix + "/login?next=%2Ferrors%2F1"
@@ -10598,6 +10615,928 @@ def test_readme_lists_every_route() -> None:
         assert f"`{path}`" in README or f" {path}`" in README
     for suffix in (".json", ".md"):
         assert f"/errors/<id>{suffix}`" in README
+
+
+# Triage by people and programs
+
+JSON = {"ACCEPT": "application/json"}
+
+
+def act(client: Client, path: str, **fields: Any) -> Any:
+    """Do what a form says as a program; return the JSON answer."""
+    body = urllib.parse.urlencode(fields, doseq=True).encode()
+    answer = client.request("POST", path, body, **JSON)
+    assert answer.status == 200, answer.text
+    return answer.json()
+
+
+@pytest.mark.parametrize(
+    ("action", "what"),
+    [("resolve", "resolved"), ("ignore", "ignored"), ("delete", "deleted")],
+)
+def test_action_is_told_to_programs_and_undone(
+    client: Client, clock: Clock, action: str, what: str
+) -> None:
+    for name in "abc":
+        client.report(fingerprint=name)
+    said = act(client, "/errors", id=[1, 3, 3], action=action)["action"]
+    until = miniapm.iso_time(NOW_MS + miniapm.MAX_UNDO_MS)
+    assert said == {"id": said["id"], "what": what, "count": 2, "undo_until": until}
+    assert [one["id"] for one in client.errors("?status=open")] == [2]
+    assert act(client, "/undo", id=said["id"]) == {"undone": 2}
+    assert len(client.errors("?status=open")) == 3
+    again = client.request("POST", "/undo", f"id={said['id']}".encode(), **JSON)
+    assert (again.status, "can't be undone" in again.json()["error"]) == (404, True)
+    said = act(client, "/errors/2", action=action)["action"]
+    assert (said["what"], said["count"]) == (what, 1)
+    clock.seconds += 61
+    assert client.post_form("/undo", id=said["id"]).status == 404
+
+
+def test_action_that_changes_nothing_has_no_id(client: Client) -> None:
+    client.report()
+    said = act(client, "/errors/1", action="reopen")["action"]
+    assert said == {"id": None, "what": "reopened", "count": 0, "undo_until": None}
+    assert client.get("/errors/1.json").json()["history"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "until_ms", "until_count", "detail"),
+    [
+        ({"action": "ignore"}, None, None, ""),
+        ({"action": "ignore", "for": "forever", "count": ""}, None, None, ""),
+        ({"action": "ignore", "for": "", "count": "10"}, None, 11, "until it occurs 10 more times"),
+        ({"for": "1h"}, 3_600_000, None, "for 1 h"),
+        ({"for": "1d", "count": ""}, 86_400_000, None, "for 1 d"),
+        ({"for": "1w", "action": "ignore"}, 7 * 86_400_000, None, "for 1 w"),
+        ({"count": "1000000"}, None, 1_000_001, "until it occurs 1,000,000 more times"),
+    ],
+)
+def test_error_is_ignored_for_as_long_as_the_form_says(
+    client: Client, fields: Any, until_ms: Any, until_count: Any, detail: str
+) -> None:
+    client.report()
+    assert act(client, "/errors/1", **fields)["action"]["what"] == "ignored"
+    said = client.get("/errors/1.json").json()
+    until = until_ms and miniapm.iso_time(NOW_MS + until_ms)
+    assert said["error"]["ignored_until"] == until
+    assert said["error"]["ignored_until_occurrences"] == until_count
+    change = {"at": miniapm.iso_time(NOW_MS), "what": "ignored", "detail": detail, "by": ""}
+    assert said["history"] == [change]
+    text = client.get("/errors/1.md").text
+    assert ("- ignored until" in text) == bool(until or until_count)
+    assert f"- {change['at']} ignored" in text
+    assert client.errors("?status=ignored")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({}, "action"),
+        ({"count": "", "for": ""}, "action"),
+        ({"action": "explode"}, "action"),
+        ({"action": "note"}, "note"),
+        *(({"action": "ignore", "for": text}, "for") for text in ("2h", "1H", "3600", "-")),
+        *(({"count": text}, "count") for text in ("0", "-1", "1000001", "x", "1.5", "\u0661")),
+        ({"for": "1h", "count": "5"}, "count"),
+    ],
+)
+def test_form_is_refused_by_the_wrong_field(client: Client, fields: Any, field: str) -> None:
+    client.report()
+    body = urllib.parse.urlencode(fields).encode()
+    answer = client.request("POST", "/errors/1", body, **JSON)
+    assert (answer.status, answer.json()["field"]) == (400, field)
+    answer = client.request("POST", "/errors", body + b"&id=1", **JSON)
+    assert (answer.status, answer.json()["field"]) == (400, "action" if field == "note" else field)
+    page = client.post_form("/errors/1", **fields)
+    assert (page.status, page.headers["Content-Type"]) == (400, "text/html; charset=utf-8")
+    assert client.errors()[0]["status"] == "open"
+
+
+def test_fields_of_other_buttons_do_no_harm(client: Client) -> None:
+    client.report()
+    assert act(client, "/errors/1", action="resolve", count="x")["action"]["what"] == "resolved"
+
+
+def test_nothing_selected_leads_people_back_and_tells_programs(client: Client) -> None:
+    client.report()
+    back = "/errors?status=all&done=5"
+    for nothing in ({}, {"id": ""}, {"action": "explode"}):
+        answer = client.post_form("/errors", **nothing, **{"return": back})
+        assert answer.status == 303
+        assert answer.headers["Location"] == client.prefix + "/errors?status=all"
+        said = client.request("POST", "/errors", urllib.parse.urlencode(nothing).encode(), **JSON)
+        assert (said.status, said.json()["field"]) == (400, "id")
+    assert client.post_form("/errors", action="resolve").headers["Location"].endswith("/errors")
+
+
+def test_ids_that_are_none_change_nothing(client: Client) -> None:
+    client.report()
+    for ids, status in ((["1", "9"], 404), (["x", "1"], 400), (["1", str(10**18)], 400)):
+        body = urllib.parse.urlencode({"id": ids, "action": "delete"}, doseq=True).encode()
+        assert client.request("POST", "/errors", body, **JSON).status == status
+        assert client.request("POST", "/errors", body).status == status
+    for text in ("", "x", "0", "-1"):
+        answer = client.request("POST", "/undo", f"id={text}".encode(), **JSON)
+        assert (answer.status, answer.json()["field"]) == (400, "id")
+    assert client.errors()[0]["status"] == "open"
+
+
+@pytest.mark.parametrize(
+    ("path", "action", "back", "target"),
+    [
+        ("/errors/1", "resolve", None, "/errors/1?done=1"),
+        ("/errors/1", "resolve", "/errors/1?status=all", "/errors/1?status=all&done=1"),
+        ("/errors/1", "resolve", "/errors/1?done=7&q=x", "/errors/1?q=x&done=1"),
+        ("/errors/1", "resolve", "/errors/1/occurrences/1", "/errors/1/occurrences/1?done=1"),
+        ("/errors/1", "delete", None, "/errors?done=1"),
+        ("/errors/1", "delete", "/errors/1?status=all", "/errors?status=all&done=1"),
+        ("/errors/1", "delete", "/errors/1/occurrences/1?q=x", "/errors?q=x&done=1"),
+        ("/errors/1", "delete", "/errors/12?q=x", "/errors/12?q=x&done=1"),
+        ("/errors/1", "delete", "//evil", "/errors?done=1"),
+        ("/errors/1", "note", "/errors/1?done=7", "/errors/1"),
+        ("/errors", "resolve", None, "/errors?done=1"),
+        ("/errors", "delete", "/errors?sort=count", "/errors?sort=count&done=1"),
+        ("/errors", "resolve", "/setup", "/setup?done=1"),
+    ],
+)
+def test_triage_leads_back_to_where_one_was(
+    client: Client, path: str, action: str, back: Any, target: str
+) -> None:
+    client.report()
+    given = {"return": back} if back else {}
+    answer = client.post_form(path, id=1, action=action, note="x", **given)
+    assert (answer.status, answer.headers["Location"]) == (303, client.prefix + target)
+    undone = client.post_form("/undo", id=1, **{"return": target})
+    if action != "note":
+        expected = re.sub("[?&]done=1", "", target)
+        assert (undone.status, undone.headers["Location"]) == (303, client.prefix + expected)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/errors", "/setup", "/errors/7", "/errors/7/occurrences/12", "/errors?status=all"),
+        *("/errors/7?q=a%5C%2F+b&sort=count", "/errors?q=..%2Fx", "/errors?q=a/b&after=5.7"),
+        *("/errors?q=%22shop%3Aeu%22*~", "/setup?done=3"),
+    ],
+)
+def test_local_path_is_kept(path: str) -> None:
+    assert miniapm.local_path(path) == path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "",
+            "//evil.example",
+            "/\\evil.example",
+            "\\\\evil",
+            "https://evil.example",
+            "/",
+            "errors",
+        ),
+        *("/errors/..", "/errors/../..//evil.example", "/errors/%2e%2e/logout", "/errors/%2E./x"),
+        *(
+            "/errors//evil.example",
+            "/errors/1/",
+            "/errors/1//x",
+            "/errors\\..\\x",
+            "/errors/%5c%5cx",
+        ),
+        *("/errors.evil.example", "/errors@evil", "/errors:80", "/setup/../x", "/login", "/logout"),
+        *(
+            "/errors?x\r\nSet-Cookie: a=b",
+            "/errors\n",
+            "/errors?a\n",
+            "/errors?\\\\evil",
+            "/errors#x",
+        ),
+        *(
+            "/errors?//evil.example",
+            "/errors/\u0661",
+            "/errors?q=\u00e9",
+            "/errors?q=<b>",
+            " /errors",
+        ),
+    ],
+)
+def test_path_that_leads_away_is_not_local(path: str) -> None:
+    assert miniapm.local_path(path) == "/errors"
+    assert miniapm.local_path(path, "/errors/5") == "/errors/5"
+
+
+def test_note_is_kept_and_told(client: Client) -> None:
+    client.report()
+    said = act(client, "/errors/1", action="note", note=" Ask Ann\r\n```<b>\0 ")["error"]
+    assert said["note"].startswith("Ask Ann\n```<b>")
+    assert "\r" not in said["note"] and "\0" not in said["note"]
+    assert client.errors()[0]["note"] == said["note"]
+    assert f"## Triage\n\n````\n{said['note']}\n````" in client.get("/errors/1.md").text
+    assert client.post_form("/errors/1", action="note", note="").status == 303
+    assert client.errors()[0]["note"] == ""
+    assert "## Triage" not in client.get("/errors/1.md").text
+
+
+def test_undo_is_offered_on_the_page_one_is_led_to(client: Client, monkeypatch: Any) -> None:
+    shown: list[Any] = []
+    for template in miniapm.TEMPLATES.values():
+        render = template.render
+        monkeypatch.setattr(
+            template,
+            "render",
+            lambda r=render, **values: shown.append(values["done"]) or r(**values),
+        )
+    client.report()
+    client.report(fingerprint="other")
+    for action, path in (("resolve", "/errors/1"), ("delete", "/errors")):
+        target = client.post_form(path, id=1, action=action).headers["Location"]
+        client.get(target.removeprefix(client.prefix))
+        assert shown.pop().what == miniapm.WHAT_IS_DONE[action]
+    for query in ("", "?done=99", "?done=x", "?done=" + "9" * 30, "?done=1%20"):
+        client.get("/errors/2" + query)
+        assert shown.pop() is None
+
+
+# What the pages are given
+
+
+def values_of(client: Client, monkeypatch: Any, path: str, **headers: str) -> dict[str, Any]:
+    """Return what the page's template is given."""
+    shown: list[dict[str, Any]] = []
+    with monkeypatch.context() as patch:
+        for name in ("errors", "error"):
+            template = miniapm.TEMPLATES[name]
+            render = template.render
+            patch.setattr(template, "render", lambda r=render, **v: shown.append(v) or r(**v))
+        assert client.get(path, **headers).status == 200
+    return shown[0]
+
+
+def test_list_counts_choices_only_while_its_panel_is_open(client: Client, monkeypatch: Any) -> None:
+    client.report(environment="dev")
+    assert values_of(client, monkeypatch, "/errors?x=y")["facets"] is None
+    facets = values_of(client, monkeypatch, "/errors?filters=1")["facets"]
+    assert [(one.value, one.count) for one in facets["environment"]] == [("dev", 1)]
+    assert set(facets) == {"project", "level", "environment", "release"}
+
+
+def test_list_has_the_hours_of_two_days(client: Client, monkeypatch: Any) -> None:
+    for hours in (0, 47, 60):
+        client.report(timestamp=miniapm.iso_time(NOW_MS - hours * 3_600_000))
+    buckets = values_of(client, monkeypatch, "/errors?status=all")["buckets"]
+    assert len(buckets[1]) == 2
+
+
+def test_error_page_knows_the_list_one_came_from(client: Client, monkeypatch: Any) -> None:
+    for name in "abc":
+        client.report(fingerprint=name, message=name * 3, level="warning")
+    path = "/errors/2?q=bbb&level=warning&status=all&limit=2&trend=7d&done=1"
+    given = values_of(client, monkeypatch, path)
+    assert given["wanted"] == ErrorFilter("all", "bbb", level="warning", limit=2)
+    assert given["neighbours"] == (None, None)
+    assert given["span"] == "7d"
+    assert values_of(client, monkeypatch, "/errors/2")["neighbours"] == (3, 1)
+    given = values_of(client, monkeypatch, "/errors/2?order=asc&sort=first_seen")
+    assert given["neighbours"] == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "query", ["status=x", "q=user:", "q=since:x", "limit=0", "after=x", "q=%22", "q=-user:"]
+)
+def test_error_page_takes_a_bad_filter_for_none(
+    client: Client, monkeypatch: Any, query: str
+) -> None:
+    client.report()
+    given = values_of(client, monkeypatch, f"/errors/1?{query}")
+    assert given["wanted"] == (ErrorFilter() if query != "q=%22" else ErrorFilter(search='"'))
+    assert given["neighbours"] == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("days", "span"), [(0, "24h"), (0.9, "24h"), (3, "7d"), (20, "30d"), (200, "1y"), (900, "1y")]
+)
+def test_error_page_shows_the_shortest_trend_with_something_in_it(
+    client: Client, monkeypatch: Any, days: float, span: str
+) -> None:
+    at_ms = NOW_MS - int(days * 86_400_000)
+    client.report(timestamp=miniapm.iso_time(at_ms))
+    given = values_of(client, monkeypatch, "/errors/1")
+    assert given["span"] == span
+    assert sum(count for _, count in given["series"]) == (days < 365)
+    assert values_of(client, monkeypatch, "/errors/1?trend=24h")["span"] == "24h"
+
+
+def test_error_page_and_json_have_history_and_tags(client: Client, monkeypatch: Any) -> None:
+    for environment in ("dev", "live", "live"):
+        client.report(environment=environment, release="1.2", tags={"region": "eu"})
+    act(client, "/errors/1", action="resolve")
+    client.report(release="1.3")
+    given = values_of(client, monkeypatch, "/errors/1")
+    assert [one.what for one in given["history"]] == ["regressed", "resolved"]
+    assert ("environment", "live", 2) in [(t.name, t.value, t.count) for t in given["tallies"]]
+    said = client.get("/errors/1.json").json()
+    assert [one["what"] for one in said["history"]] == ["regressed", "resolved"]
+    assert said["tags"]["environment"] == [
+        {"value": "live", "count": 2},
+        {"value": "dev", "count": 1},
+    ]
+    assert said["tags"]["region"] == [{"value": "eu", "count": 3}]
+    assert {one["value"] for one in said["tags"]["release"]} == {"1.2", "1.3"}
+    assert "regressed `in release 1.3`" in client.get("/errors/1.md").text
+
+
+# JSON
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("/errors.json", "status, q, project, level, environment, release, sort, order, limit"),
+        ("/errors/1.json", "takes none"),
+        ("/errors/1/occurrences.json", "limit, after, before"),
+        ("/errors/1/occurrences/1.json", "takes none"),
+        ("/projects.json", "takes none"),
+    ],
+)
+def test_unknown_parameters_are_refused_by_name(client: Client, path: str, known: str) -> None:
+    client.report()
+    assert client.get(path).status == 200
+    for query, names in (
+        ("stat=open", ["stat"]),
+        ("page=&sorting=1&page=3", ["page", "sorting"]),
+        ("flag", ["flag"]),
+        ("Limit=5&done=1&filters=1", ["Limit", "done", "filters"]),
+        ("%C3%A9%00=1", ["\u00e9\0"]),
+    ):
+        answer = client.get(f"{path}?{query}")
+        said = answer.json()
+        assert (answer.status, said["field"]) == (400, names[0])
+        assert f"unknown parameters: {', '.join(names)}; " in said["error"]
+        assert known in said["error"]
+    for page in ("/errors", "/errors/1", "/errors/1/occurrences/1", "/errors/1.md"):
+        assert client.get(f"{page}?stat=open&page").status == 200
+
+
+def test_list_has_as_many_errors_as_asked_for(client: Client) -> None:
+    batch = {"errors": [report(fingerprint=str(n), user_id=str(n % 7)) for n in range(60)]}
+    client.post_json("/ingest/errors/batch", batch)
+    assert len(client.errors("")) == 50
+    assert len(client.errors("?limit=200")) == 60
+    assert client.get("/errors?limit=7").text.count('name="id"') == 7
+    path, seen = "/errors.json?limit=25&order=asc&sort=first_seen", []
+    while path:
+        page = client.get(path).json()
+        seen += [one["id"] for one in page["errors"]]
+        path = (page["next_url"] or "").removeprefix(client.prefix)
+    assert seen == list(range(1, 61))
+    assert "limit=25" in page["previous_url"] and "order=asc" in page["previous_url"]
+
+
+def test_list_is_sorted_by_users(client: Client) -> None:
+    for name, users in (("a", 1), ("b", 3), ("c", 2)):
+        for user in range(users):
+            client.report(fingerprint=name, user_id=str(user))
+    assert [one["users"] for one in client.errors("?sort=users")] == [3, 2, 1]
+    assert [one["users"] for one in client.errors("?sort=users&order=asc")] == [1, 2, 3]
+
+
+def test_occurrences_are_paged_in_both_directions(client: Client) -> None:
+    for number in range(5):
+        client.report(message=f"m{number}")
+        client.report(fingerprint="other")
+    path, seen, pages = "/errors/1/occurrences.json?limit=2", [], []
+    while path:
+        page = client.get(path).json()
+        pages.append(page)
+        seen += [one["report"]["message"] for one in page["occurrences"]]
+        path = (page["next_url"] or "").removeprefix(client.prefix)
+    assert seen == ["m4", "m3", "m2", "m1", "m0"]
+    assert [bool(page["previous_url"]) for page in pages] == [False, True, True]
+    back = client.get(pages[2]["previous_url"].removeprefix(client.prefix)).json()
+    assert back == pages[1]
+    one = pages[0]["occurrences"][0]
+    assert set(one) == {"id", "url", "received_at", "report"}
+    assert client.get(one["url"].removeprefix(client.prefix)).status == 200
+    whole = client.get("/errors/1/occurrences.json").json()
+    assert (len(whole["occurrences"]), whole["next_url"], whole["previous_url"]) == (5, None, None)
+    empty = client.get("/errors/1/occurrences.json?after=1").json()
+    assert empty == {"occurrences": [], "previous_url": None, "next_url": None}
+    assert client.get("/errors/9/occurrences.json").status == 404
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=201", "after=x", "before=-1", "after=1.2"])
+def test_bad_page_of_occurrences_is_refused_by_name(client: Client, query: str) -> None:
+    client.report()
+    answer = client.get(f"/errors/1/occurrences.json?{query}")
+    assert (answer.status, answer.json()["field"]) == (400, query.partition("=")[0])
+
+
+def test_occurrence_has_documents_of_its_own(client: Client) -> None:
+    for name in ("first", "second", "third"):
+        client.report(message=name)
+    said = client.get("/errors/1/occurrences/2.json").json()
+    newest = client.get("/errors/1.json").json()
+    assert said | {"occurrence": 0} == newest | {"occurrence": 0}
+    assert said["occurrence"]["report"]["message"] == "second"
+    assert (said["occurrence"]["position"], said["occurrence"]["kept"]) == (2, 3)
+    assert newest["occurrence"]["position"] == 3
+    text = client.get("/errors/1/occurrences/2.md").text
+    assert f"{client.prefix}/errors/1/occurrences/2>" in text
+    client.report(fingerprint="other")
+    for path in ("/errors/1/occurrences/9", "/errors/1/occurrences/4", "/errors/3/occurrences/1"):
+        assert client.get(f"{path}.json").status == client.get(f"{path}.md").status == 404
+
+
+def test_projects_are_told_without_their_keys(client: Client, store: Store) -> None:
+    key = store.create_key("shop")
+    for name in "abc":
+        client.report(fingerprint=name)
+    act(client, "/errors/1", action="resolve")
+    client.post_json("/ingest/errors", report(), key=key)
+    act(client, "/errors/4", action="ignore")
+    answer = client.get("/projects.json")
+    created = miniapm.iso_time(NOW_MS)
+    assert answer.json() == {
+        "projects": [
+            {
+                "id": number,
+                "name": name,
+                "created_at": created,
+                "errors": {"open": opened, "resolved": resolved, "ignored": ignored},
+            }
+            for number, name, opened, resolved, ignored in (
+                (1, "default", 2, 1, 0),
+                (2, "shop", 0, 0, 1),
+            )
+        ]
+    }
+    assert "proj_" not in answer.text
+
+
+# The form of a refusal
+
+
+@pytest.mark.parametrize(
+    ("accept", "is_json"),
+    [
+        ("application/json", True),
+        ("application/json;charset=utf-8", True),
+        ("APPLICATION/JSON", True),
+        ("application/json, text/plain, */*", True),
+        ("application/json, text/html;q=0.9", True),
+        ("text/html;q=.2, application/json", True),
+        ("text/html; q=0, application/json; q=0.1", True),
+        *(("", False), ("*/*", False), ("text/html", False), ("application/*", False)),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8", False),
+        ("text/html, application/json", False),
+        ("text/html, application/json;q=0.9", False),
+        ("text/*, application/json;q=0.9", False),
+        ("application/json;q=0, */*", False),
+        ("application/json;q=0.5, */*", False),
+        ("application/json;q=nan", False),
+        ("application/jsonx", False),
+    ],
+)
+def test_json_is_for_those_who_prefer_it(client: Client, accept: str, is_json: bool) -> None:
+    answer = client.get("/errors/9", ACCEPT=accept)
+    assert answer.status == 404
+    kind = "application/json" if is_json else "text/html; charset=utf-8"
+    assert answer.headers["Content-Type"] == kind
+
+
+@pytest.mark.parametrize(
+    ("path", "accept", "kind"),
+    [
+        *((path, "text/html", "application/json") for path in ("/errors/9.json", "/no.json")),
+        *((path, "application/json", "text/markdown") for path in ("/errors/9.md", "/no.md")),
+        ("/errors/1/occurrences/9.md", "", "text/markdown"),
+        *((path, "application/json", "application/json") for path in ("/errors/9", "/no", "/undo")),
+        *((path, "*/*", "text/html") for path in ("/errors/9", "/no", "/undo", "/errors/x.y")),
+    ],
+)
+def test_refusal_has_the_form_of_the_path_or_the_one_preferred(
+    client: Client, path: str, accept: str, kind: str
+) -> None:
+    client.report()
+    answer = client.get(path, ACCEPT=accept)
+    assert answer.status == (405 if path == "/undo" else 404)
+    assert answer.headers["Content-Type"].partition(";")[0] == kind
+    if kind == "application/json":
+        assert set(answer.json()) == {"error"}
+    if kind == "text/markdown":
+        assert answer.text.startswith("# Not Found\n\n```\n")
+    if path == "/undo":
+        assert answer.headers["Allow"] == "POST"
+
+
+def test_programs_without_a_session_are_told_how_to_come_in(guarded: Client, store: Store) -> None:
+    record(store)
+    for path, kind in (
+        *((path, "json") for path in DOCUMENTS if path.endswith(".json")),
+        *((path, "markdown") for path in DOCUMENTS if path.endswith(".md")),
+    ):
+        answer = guarded.get(path)
+        assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert kind in answer.headers["Content-Type"]
+        assert "log in first" in answer.text
+    for method, path in (("GET", "/errors"), ("POST", "/errors/1"), ("POST", "/undo")):
+        answer = guarded.request(method, path, b"", **JSON)
+        assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert answer.json() == {"error": "log in first"}
+        answer = guarded.request(method, path, b"")
+        assert (answer.status, "WWW-Authenticate" in answer.headers) == (303, False)
+
+
+# The password as a bearer
+
+BEARER = {"AUTHORIZATION": "Bearer open sesame"}
+
+
+def test_password_as_a_bearer_opens_every_address(guarded: Client, store: Store) -> None:
+    record(store)
+    for path in READ_PATHS:
+        if path not in ("/", "/login"):
+            assert guarded.get(path, **BEARER).status == 200, path
+            assert guarded.get(path, AUTHORIZATION="bearer  open sesame ").status == 200
+    assert guarded.request("POST", "/errors/1", b"action=resolve", **BEARER).status == 303
+    assert only_error(store).status == "resolved"
+    assert [one.by for one in store.history(1)] == ["API"]
+    assert guarded.post_json("/ingest/errors", report(), key="open sesame").status == 401
+    for other in ("Basic b3BlbiBzZXNhbWU=", "open sesame", "Bearer", "Bearer ", "Sentry x=y"):
+        assert guarded.get("/errors.json", AUTHORIZATION=other).status == 401
+
+
+def test_password_as_a_bearer_may_have_any_letters(store: Store) -> None:
+    client = Client(App(store, Config(password="gr\u00fc\u00df dich")), "")
+    said = "Bearer gr\u00fc\u00df dich"
+    for text in (said, said.encode().decode("latin-1")):
+        assert client.get("/errors.json", AUTHORIZATION=text).status == 200
+
+
+def test_right_bearer_is_hashed_slowly_once(guarded: Client, monkeypatch: Any) -> None:
+    calls, scrypt = [], hashlib.scrypt
+    monkeypatch.setattr(hashlib, "scrypt", lambda *a, **k: calls.append(1) or scrypt(*a, **k))
+    for _ in range(20):
+        assert guarded.get("/errors.json", **BEARER).status == 200
+    assert len(calls) == 1
+
+
+def test_wrong_bearers_are_slowed_down_as_wrong_logins_are(guarded: Client, clock: Clock) -> None:
+    wrong = {"AUTHORIZATION": "Bearer wrong"}
+    log_in(guarded, "wrong")
+    for _ in range(2):
+        answer = guarded.get("/errors.json", **wrong)
+        assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+    for sent in (wrong, BEARER):  # even the right one, or each 200 would tell a guess
+        slowed = guarded.get("/errors.json", **sent)
+        assert (slowed.status, int(slowed.headers["Retry-After"]) >= 1) == (429, True)
+    assert log_in(guarded).status == 429
+    assert guarded.get("/errors.json", **BEARER, address="127.0.0.2").status == 200
+    clock.seconds += 1
+    assert guarded.get("/errors.json", **BEARER).status == 200
+
+
+def test_right_bearers_do_not_make_others_guesses_quicker(guarded: Client, clock: Clock) -> None:
+    statuses = []
+    for _ in range(60):
+        statuses.append(guarded.get("/errors.json", AUTHORIZATION="Bearer wrong").status)
+        guarded.get("/errors.json", **BEARER)
+        clock.seconds += 1
+    assert statuses.count(401) <= 3 + 6  # then 1, 2, 4, … seconds apart
+
+
+def test_guesses_at_a_known_address_are_counted_at_once(guarded: Client) -> None:
+    assert guarded.get("/errors.json", **BEARER).status == 200
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        guesses = [{"AUTHORIZATION": f"Bearer {number}"} for number in range(100)]
+        asked = [pool.submit(guarded.get, "/errors.json", **given) for given in guesses]
+        statuses = collections.Counter(one.result().status for one in asked)
+    assert statuses == {401: 3, 429: 97}
+
+
+def test_api_key_as_a_bearer_is_refused_but_is_no_guess(guarded: Client) -> None:
+    for _ in range(10):
+        answer = guarded.get("/errors.json", AUTHORIZATION=f"Bearer {KEY}")
+        assert (answer.status, "an API key" in answer.json()["error"]) == (401, True)
+    assert log_in(guarded).status == 303
+
+
+def test_session_counts_before_a_bearer_and_no_guess_is_counted(guarded: Client) -> None:
+    guarded.cookie = log_in(guarded).cookies[0].partition(";")[0]
+    for _ in range(10):
+        assert guarded.get("/errors.json", AUTHORIZATION="Bearer of another").status == 200
+
+
+def test_form_with_a_bearer_reaches_a_server(start: Callable[..., Server]) -> None:
+    server = start(MINI_APM_PASSWORD="open sesame")
+    server.report()
+    headers = {"Authorization": "Bearer open sesame", "Accept": "application/json"}
+    for form in ({"action": "note", "note": "\u20ac" * 2_000}, {"action": "resolve"}):
+        answer = requests.post(f"{server.url}/errors/1", data=form, headers=headers, timeout=20)
+        assert answer.status_code == 200
+    parts = iter([b"action=reopen", b"&for=1d"])  # chunked
+    answer = requests.post(f"{server.url}/errors/1", data=parts, headers=headers, timeout=20)
+    assert answer.json()["action"]["what"] == "reopened"
+    (error,) = server.errors(Authorization="Bearer open sesame")
+    assert (error["status"], error["note"]) == ("open", "\u20ac" * 2_000)
+    said = requests.get(f"{server.url}/errors.json", headers=headers, timeout=20)
+    assert said.headers["Vary"] == "Accept-Encoding"
+    tag = {"If-None-Match": said.headers["ETag"]}
+    again = requests.get(f"{server.url}/errors.json", headers=headers | tag, timeout=20)
+    assert (again.status_code, again.content) == (304, b"")
+
+
+@pytest.mark.parametrize("size", [30_000, 33_000])
+def test_form_with_a_bearer_is_bounded_and_never_cut(
+    guarded: Client, store: Store, size: int
+) -> None:
+    record(store)
+    body = b"action=resolve&id=1&x=" + b"x" * (size - 22)
+    answer = guarded.request("POST", "/errors", body, **BEARER, **JSON)
+    assert answer.status == (200 if size < 32_768 else 413)
+    app = guarded.app.__closure__[0].cell_contents  # below the validator
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/errors", "CONTENT_LENGTH": str(size)}
+    for path in ("/errors", "/errors/1", "/undo"):
+        rule = app.body_rule(environ | {"PATH_INFO": path, "HTTP_AUTHORIZATION": "Bearer x"})
+        assert rule.limit_bytes == miniapm.MAX_BEARER_FORM_BYTES
+        assert app.body_rule(environ | {"PATH_INFO": path}).limit_bytes == 0
+
+
+def test_login_remembers_who_it_is(guarded: Client, store: Store) -> None:
+    record(store)
+    name = "Zo\u00eb; O'Neil =."
+    answer = guarded.post_form("/login", password="open sesame", name=f" {name} ")
+    guarded.cookie = answer.cookies[0].partition(";")[0]
+    guarded.post_form("/errors/1", action="resolve")
+    assert guarded.get("/errors/1.json").json()["history"][0]["by"] == name
+    assert f"by `{name}`" in guarded.get("/errors/1.md").text
+    guarded.cookie = log_in(guarded).cookies[0].partition(";")[0]
+    guarded.post_form("/errors/1", action="reopen")
+    assert guarded.get("/errors/1.json").json()["history"][0]["by"] == ""
+
+
+@pytest.mark.parametrize("name", ["x" * 61, "a\nb", "a\0", "\u202ea"])
+def test_name_that_can_not_be_shown_is_refused_without_a_guess(guarded: Client, name: str) -> None:
+    for _ in range(5):
+        answer = guarded.post_form("/login", password="open sesame", name=name)
+        assert (answer.status, answer.cookies) == (400, [])
+        assert "60 printable characters" in answer.text
+    assert log_in(guarded).status == 303
+
+
+def test_session_of_before_names_stays_valid_and_no_name_can_be_forged(
+    guarded: Client, store: Store
+) -> None:
+    gate = guarded.app.__closure__[0].cell_contents._dashboard._gate
+    expires = str(int(NOW_S) + 100)
+    guarded.cookie = f"{NAME}={expires}.{gate._sign(expires)}"
+    assert guarded.get("/errors").status == 200
+    named = gate.issue("Ann")
+    end, _, signature = named.split(".")
+    for forged in (
+        f"{end}.{b'Bob'.hex()}.{signature}",
+        f"{end}.{signature}",
+        f"{end}..{signature}",
+    ):
+        guarded.cookie = f"{NAME}={forged}"
+        assert guarded.get("/errors").status == 303
+    guarded.cookie = f"{NAME}={named}"
+    assert guarded.get("/errors").status == 200
+
+
+def test_login_is_refused_in_json_to_those_who_prefer_it(guarded: Client) -> None:
+    answer = guarded.request("POST", "/login", b"password=wrong", **JSON)
+    assert (answer.status, answer.json()["error"]) == (401, "That is not the password.")
+
+
+# Conditional and compressed answers
+
+TAGGED = [
+    "/errors",
+    "/errors?status=all&q=went",
+    "/errors/1",
+    "/errors/1/occurrences/1",
+    *DOCUMENTS,
+]
+
+
+@pytest.mark.parametrize("path", TAGGED)
+def test_unchanged_page_is_304_before_anything_is_read(
+    client: Client, monkeypatch: Any, path: str
+) -> None:
+    client.report()
+    tag = client.get(path).headers["ETag"]
+    assert re.fullmatch('W/"[0-9a-f]+"', tag)
+    with monkeypatch.context() as patch:
+        for name in ("errors", "error", "occurrence", "occurrences", "projects", "buckets"):
+            patch.setattr(Store, name, lambda *_, **__: pytest.fail("the data was read"))
+        for said in (tag, tag.removeprefix("W/"), f'"x", {tag}', f'W/"y",{tag},"z"'):
+            for method in ("GET", "HEAD"):
+                answer = client.request(method, path, IF_NONE_MATCH=said)
+                assert (answer.status, answer.body) == (304, b"")
+                assert answer.headers["ETag"] == tag
+                assert answer.headers["Vary"] == "Accept-Encoding"
+    for said in ("", '"x"', tag[:-2] + '"', tag.strip('W/"')):
+        assert client.get(path, IF_NONE_MATCH=said).status == 200
+    client.report(fingerprint="other")
+    answer = client.get(path, IF_NONE_MATCH=tag)
+    assert answer.status == 200
+    assert answer.headers["ETag"] != tag
+
+
+@pytest.mark.parametrize("path", ["/errors", "/errors/1", "/errors/1.json"])
+def test_tag_changes_with_all_that_a_page_shows(
+    guarded: Client, store: Store, clock: Clock, monkeypatch: Any, path: str
+) -> None:
+    record(store)
+    visits = f"{miniapm.VISIT_COOKIE}={{}}.{NOW_MS - 1000}"
+    sessions = [log_in(guarded).cookies[0].partition(";")[0]]
+    named = guarded.post_form("/login", password="open sesame", name="Ann").cookies[0]
+    sessions.append(named.partition(";")[0])
+
+    def tag(query: str = "", cookie: str = sessions[0], **headers: str) -> str:
+        guarded.cookie = cookie
+        answer = guarded.get(path + query, **headers)
+        assert answer.status == 200
+        return answer.headers["ETag"]
+
+    tags = [tag(), tag(cookie=sessions[1]), tag(HOST="localhost:3000")]
+    tags += [tag(cookie=f"{sessions[0]}; {visits.format(ended)}") for ended in (5, 6)]
+    tags += [] if path.endswith("json") else [tag("?x=1")]
+    assert tag() == tags[0]
+    guarded.post_json("/ingest/errors", {})
+    tags.append(tag())
+    guarded.post_json("/ingest/v1/traces", {})
+    tags.append(tag())
+    monkeypatch.setattr(store._writer, "trouble", "no room")
+    tags.append(tag())
+    clock.seconds += 3600
+    tags.append(tag())
+    assert len(set(tags)) == len(tags)
+
+
+def test_tag_of_what_depends_on_the_moment_does_not_outlive_it(
+    client: Client, clock: Clock
+) -> None:
+    client.report()
+    for query in ("q=since:30m", "q=%73ince%3A30m", "q=UNTIL:2d", "done=1"):
+        tag = client.get(f"/errors?{query}").headers["ETag"]
+        assert client.get(f"/errors?{query}", IF_NONE_MATCH=tag).status == 304
+        clock.seconds += 1
+        assert client.get(f"/errors?{query}", IF_NONE_MATCH=tag).status == 200
+
+
+def test_tag_is_of_the_state_before_the_page_was_read(client: Client, monkeypatch: Any) -> None:
+    client.report()
+    errors = Store.errors
+
+    def slow_errors(store: Store, wanted: ErrorFilter) -> Any:
+        page = errors(store, wanted)
+        record(store, fingerprint="meanwhile")
+        return page
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "errors", slow_errors)
+        tag = client.get("/errors.json").headers["ETag"]
+    answer = client.get("/errors.json", IF_NONE_MATCH=tag)
+    assert (answer.status, len(answer.json()["errors"])) == (200, 2)
+
+
+def test_tag_is_on_good_answers_of_those_pages_only(guarded: Client, store: Store) -> None:
+    record(store)
+    assert "ETag" not in guarded.get("/errors.json").headers
+    guarded.cookie = log_in(guarded).cookies[0].partition(";")[0]
+    tag = guarded.get("/errors.json").headers["ETag"]
+    for path in ("/errors/9", "/errors?status=x", "/setup", "/errors.json?x=1", "/none", "/health"):
+        assert "ETag" not in guarded.get(path).headers
+    guarded.cookie = ""
+    assert guarded.get("/errors.json", IF_NONE_MATCH=tag).status == 401
+    assert guarded.request("POST", "/errors/1", b"action=resolve", IF_NONE_MATCH=tag).status == 303
+
+
+@pytest.mark.parametrize(
+    ("accepted", "is_squeezed"),
+    [
+        *(("gzip", True), ("gzip, deflate, br", True), ("GZIP;q=0.1", True), ("x-gzip", True)),
+        *(("*", True), ("br;q=1, *;q=0.5", True), ("identity, gzip;q=.5", True)),
+        *(("", False), ("gzip;q=0", False), ("gzip; q=0.000", False), ("identity", False)),
+        *(("*;q=0", False), ("gzip;q=0, *", False), ("br", False), ("gzipped", False)),
+    ],
+)
+def test_large_answer_is_compressed_for_those_who_take_it(
+    client: Client, accepted: str, is_squeezed: bool
+) -> None:
+    client.report(params={"text": "x" * 2000})
+    paths = ["/errors", "/errors/1", "/errors/1.json", "/errors/1.md", "/setup"]
+    paths += [f"/assets/{name}" for name in miniapm.ASSETS if not name.endswith("svg")]
+    for path in paths:
+        plain = client.get(path)
+        answer = client.get(path, ACCEPT_ENCODING=accepted)
+        assert answer.headers["Vary"] == plain.headers["Vary"] == "Accept-Encoding"
+        assert answer.headers.get("Content-Encoding") == ("gzip" if is_squeezed else None)
+        body = zlib.decompress(answer.body, 31) if is_squeezed else answer.body
+        assert body == plain.body
+        assert int(answer.headers["Content-Length"]) == len(answer.body)
+        head = client.request("HEAD", path, ACCEPT_ENCODING=accepted)
+        assert head.body == b""
+        assert head.headers["Content-Length"] == answer.headers["Content-Length"]
+        assert answer.headers["Content-Type"] == plain.headers["Content-Type"]
+
+
+def test_small_answers_and_those_to_reporters_are_never_compressed(client: Client) -> None:
+    batch = {"errors": [report(), *[{}] * 200]}
+    for answer in (
+        client.get("/errors/9.json", ACCEPT_ENCODING="gzip"),
+        client.get("/health", ACCEPT_ENCODING="gzip"),
+        client.post_json("/ingest/errors/batch", batch, ACCEPT_ENCODING="gzip"),
+        client.post_json("/ingest/errors", {"x" * 2000: 1}, ACCEPT_ENCODING="gzip"),
+        client.post_json("/api/1/store/", {}, ACCEPT_ENCODING="gzip"),
+    ):
+        assert "Content-Encoding" not in answer.headers
+        assert "Vary" not in answer.headers
+    many = "&".join(f"{name}{'x' * 100}" for name in range(15))
+    refused = client.get(f"/errors.json?{many}", ACCEPT_ENCODING="gzip")
+    assert (refused.status, refused.headers["Content-Encoding"]) == (400, "gzip")
+
+
+@given(
+    st.text(st.characters(max_codepoint=255)), st.sampled_from(["%s", "%s;q=1", "a;q=%s", "*,%s"])
+)
+@example("\xb2", "gzip;q=%s")
+@example("1e5", "application/json;q=%s")
+def test_any_header_that_forms_an_answer_is_answered(
+    shared_client: Client, text: str, form: str
+) -> None:
+    names = ("ACCEPT", "ACCEPT_ENCODING", "IF_NONE_MATCH", "SEC_FETCH_MODE", "COOKIE")
+    for name in names:
+        assert shared_client.get("/errors.json", **{name: form % text}).status == 200
+
+
+# Visits
+
+
+def visit(client: Client, path: str = "/errors", **headers: str) -> str:
+    """Open a page and return the value of the visit's cookie that is set, if any."""
+    found = [one for one in client.get(path, **headers).cookies if miniapm.VISIT_COOKIE in one]
+    if not found:
+        return ""
+    client.cookie, _, rest = found[0].partition(";")
+    for text in ("HttpOnly", "SameSite=lax", f"Path={client.prefix or '/'}", "Max-Age=31536000"):
+        assert text.lower() in rest.lower()
+    return client.cookie.partition("=")[2]
+
+
+def test_visit_ends_after_half_an_hour(client: Client, clock: Clock, monkeypatch: Any) -> None:
+    client.report()
+    assert visit(client) == f"0.{NOW_MS}"
+    assert values_of(client, monkeypatch, "/errors")["seen_ms"] is None
+    clock.seconds += 1_800
+    last_ms = NOW_MS + 1_800_000
+    assert visit(client, SEC_FETCH_MODE="navigate") == f"0.{last_ms}"
+    clock.seconds += 1_801
+    assert values_of(client, monkeypatch, "/errors")["seen_ms"] == last_ms
+    poll = {"SEC_FETCH_MODE": "cors"}
+    assert values_of(client, monkeypatch, "/errors", **poll)["seen_ms"] is None
+    assert visit(client) == f"{last_ms}.{last_ms + 1_801_000}"
+    assert values_of(client, monkeypatch, "/errors", **poll)["seen_ms"] == last_ms
+
+
+def test_visit_is_noted_for_people_on_the_list_only(client: Client) -> None:
+    client.report()
+    assert visit(client, "/errors?q=user:")
+    for mode in ("cors", "same-origin", "no-cors"):
+        assert visit(client, SEC_FETCH_MODE=mode) == ""
+    assert visit(client, ACCEPT="application/json") == ""
+    for path in ("/errors.json", "/errors/1", "/errors/1.md", "/setup", "/errors?status=x"):
+        assert visit(client, path) == ""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "x",
+        "5",
+        "5.",
+        ".5",
+        "-1.5",
+        "9.5",
+        f"5.{NOW_MS + 1}",
+        "9" * 400 + ".1",
+        "5.6.7",
+        "\u0661.2",
+    ],
+)
+def test_cookie_of_a_visit_that_is_none_is_ignored(
+    client: Client, monkeypatch: Any, value: str
+) -> None:
+    client.report()
+    client.cookie = f"{miniapm.VISIT_COOKIE}={value}".encode().decode("latin-1")
+    assert values_of(client, monkeypatch, "/errors")["seen_ms"] is None
+    client.cookie += f"; {miniapm.VISIT_COOKIE}=5.{NOW_MS}; a=b"
+    assert values_of(client, monkeypatch, "/errors")["seen_ms"] == 5
 
 
 # Sentry
@@ -12140,10 +13079,10 @@ def test_dashboard_behind_nginx_is_used_as_any_other(proxy: Proxy) -> None:
     assert f"{proxy.url}{path}" in proxy.get(path + ".md").text
     assert proxy.get(path + ".json").json()["error"]["url"] == url
     done = proxy.post(path, {"action": "resolve"})
-    assert (done.url, done.status_code) == (proxy.url + path, 200)
+    assert (done.url.partition("?done=")[0], done.status_code) == (proxy.url + path, 200)
     assert proxy.get(path + ".json").json()["error"]["status"] == "resolved"
     done = proxy.post("/errors", {"action": "delete", "id": listed[0]["id"]})
-    assert done.url == proxy.url + "/errors"
+    assert done.url.partition("?done=")[0] == proxy.url + "/errors"
     assert proxy.get(path).status_code == 404
     assert proxy.post("/logout", {}).url == proxy.url + "/login"
     assert proxy.get("/errors").url.startswith(proxy.url + "/login")
@@ -15420,6 +16359,8 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
             "test_secrets_are_compared_in_constant_time_only",
             "test_guess_each_second_is_soon_one_a_minute",
             "test_guesses_from_many_addresses_are_limited_together",
+            "test_wrong_bearers_are_slowed_down_as_wrong_logins_are",
+            "test_right_bearers_do_not_make_others_guesses_quicker",
             "test_guesses_at_once_hold_up_neither_reports_nor_the_owner",
         ),
     ),
@@ -15716,8 +16657,8 @@ def test_browser_triages_several(
         for box in page.locator("input[name=id]").all():
             box.check()
     page.click("text=Delete…")
-    page.click("text=Delete selected for good")
-    assert [error["exception_class"] for error in server.errors()] == ["BError"]
+    page.click("text=Delete selected for good")  # which does not wait for the answer
+    wait_until(lambda: [error["exception_class"] for error in server.errors()] == ["BError"])
 
 
 def test_browser_executes_nothing_hostile(
@@ -16493,6 +17434,59 @@ def test_how_a_report_is_processed_names_what_the_file_has() -> None:
     assert len(names) > 5
     assert [name for name in names if not operator.attrgetter(name)(miniapm)] == []
     assert f"{miniapm.MAX_FAST_BYTES // 1024} KiB" in text
+
+
+EXAMPLES = re.findall(r"^curl .*", README.partition("### The dashboard as JSON")[2], re.MULTILINE)
+OUTPUTS = [
+    '{"id":1,"exception_class":"RuntimeError","users":2}\n{"id":2,',
+    '"open"\n[{"value":"1.2","count":3}]\n"m2"',
+    "# `RuntimeError`\n\n```\nm2\n```",
+    '"/errors/1/occurrences.json?limit=2&after=2"\n"m2"\n"m1"',
+    '{"position":1,"kept":3,"newer_url":"/errors/1/occurrences/2"}',
+    "# `RuntimeError`",
+    '{"name":"default","open":2}',
+    r'"20\d\d-.*Z"',
+    '"Ask Ann & Bob"',
+    "2\n",
+    "1\n",
+    '{"open":0,"resolved":2,"ignored":0,"all":2}',
+]
+
+
+def test_examples_of_the_dashboard_as_json_work_as_shown(start: Callable[..., Server]) -> None:
+    for tool in ("curl", "jq"):
+        need(tool)
+    assert len(EXAMPLES) == len(OUTPUTS)
+    password = {"MINI_APM_PASSWORD": "open sesame $x"}
+    server = start()
+    for number in range(3):
+        server.report(message=f"m{number}", release="1.2", user_id=str(number % 2))
+    server.report(fingerprint="other")
+    for command, expected in zip(EXAMPLES, OUTPUTS, strict=True):
+        if "MINI_APM_PASSWORD" in command:
+            server.stop()
+            server = start(**password)
+        text = command.replace("http://127.0.0.1:3000", server.url).replace("| jq", "| jq -ec")
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            env=clean_environ() | password,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if "\\d" in expected:
+            assert re.match(expected, done.stdout), command
+        else:
+            assert done.stdout.startswith(expected), command
+
+
+def test_readme_has_an_example_of_each_address_for_programs() -> None:
+    for path in ("errors.json", "errors/1.json", "errors/1.md", "errors/1/occurrences.json"):
+        assert any(f":3000/{path}" in command for command in EXAMPLES)
+    for path in ("occurrences/1.json", "occurrences/1.md", "projects.json", "undo"):
+        assert any(f"/{path}" in command for command in EXAMPLES)
+    for name in (*miniapm.LIST_PARAMETERS, "for", "count", "note", "return", "history", "tags"):
+        assert re.search(rf"`{name}[`=]", README)
 
 
 @pytest.fixture
