@@ -61,6 +61,7 @@ import logging
 import math
 import operator
 import os
+import posixpath
 import queue
 import re
 import secrets
@@ -415,6 +416,42 @@ def _read_names(text: str) -> tuple[str, ...]:
     return names
 
 
+EDITORS = {  # the URLs that editors register
+    **{
+        name: f"{name}://file/{{path}}:{{line}}:{{column}}"
+        for name in ("vscode", "vscode-insiders", "vscodium", "cursor", "windsurf", "zed")
+    },
+    **{
+        name: f"{name}://open?file={{path}}&line={{line}}&column={{column}}"
+        for name in ("idea", "pycharm", "phpstorm", "webstorm", "rubymine", "goland")
+    },
+    "sublime": "subl://open?url=file://{path}&line={line}&column={column}",
+    "none": "",
+}
+
+
+_IN_EDITOR_URL = {"{path}", "{line}", "{column}"}
+
+
+def _read_editor(text: str) -> str:
+    is_url = re.fullmatch(r"(?ai)(?!(?:javascript|data|vbscript):)[a-z][a-z0-9+.-]*:[!-~]+", text)
+    braces = set(re.findall(r"\{[^{}]*\}|[{}]", text))
+    if text not in EDITORS and not (is_url and {"{path}"} <= braces <= _IN_EDITOR_URL):
+        raise ValueError(text)
+    return text
+
+
+def _read_path_map(text: str) -> tuple[tuple[str, str], ...]:
+    form = r"\s*([^=,\s][^=,]*?)\s*=\s*((?:[/\\]|[A-Za-z]:[\\/])[^=,]*?)\s*"
+    found = [re.fullmatch(form, pair) for pair in text.split(",")]
+    pairs = tuple((one[1], one[2]) for one in found if one)
+    if len(pairs) < len(found) or re.search(
+        r"[\x00-\x1f\x7f]|(?:^|[/\\=,])\.\.(?:$|[/\\=,])", text
+    ):
+        raise ValueError(text)
+    return pairs
+
+
 def _setting(
     default: Any, reader: tuple[Callable[[str], Any], str], help: str, *, is_secret: bool = False
 ) -> Any:
@@ -503,6 +540,19 @@ class Config:
         (),
         (_read_names, f"names of 2 to {MAX_NAME_CHARS} letters and digits, separated by commas"),
         "names whose values are never stored, in addition to the built-in ones",
+    )
+    editor: str = _setting(
+        "vscode",
+        (
+            _read_editor,
+            f"one of {', '.join(EDITORS)}, or a URL with {{path}} and perhaps {{line}}, {{column}}",
+        ),
+        "editor in which links on pages open source files; or its URL, with {path} and {line}",
+    )
+    path_map: tuple[tuple[str, str], ...] = _setting(
+        (),
+        (_read_path_map, "pairs FROM=TO separated by commas, each TO a path from the root"),
+        "where paths of reports lie on your machine: /app=/home/me/app,.=/home/me/shop",
     )
     verbose: bool = _setting(False, (_read_switch, "1 or 0"), "log every request, on stderr")
 
@@ -1682,7 +1732,8 @@ _CLASS_NAME = (
     " superclass, such as StandardError"
 )
 _FRAME_FIELDS: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("text", "file", "function", "module", "context_line"), (str, "a string")),
+    **dict.fromkeys(("text", "file", "root", "function", "module"), (str, "a string")),
+    "context_line": (str, "a string"),
     **dict.fromkeys(("lineno", "column"), (int, "a whole number from 0")),
     **dict.fromkeys(("pre_context", "post_context"), (list, "an array of strings")),
     "own": (bool, "true or false"),
@@ -2042,6 +2093,7 @@ class Frame:
     source: SourceContext | None = None
     locals: Json | None = None
     language: str | None = None  # of the form in which a line was written
+    root: str = ""  # what stands before `file` in its path on disk, if that is known
 
     @property
     def is_call(self) -> bool:
@@ -2541,7 +2593,8 @@ def _frame_of_json(said: Json | str, *, bare: bool = False) -> Frame:
         around = (said.get(name) or () for name in ("pre_context", "post_context"))
         before, after = (tuple(map(_one_line, lines)) for lines in around)
         source = SourceContext(file or "", lineno or 0, _one_line(line), before, after)
-    return Frame(said.get("text") or "", *call, source, variables or None)
+    root = said.get("root") or ""
+    return Frame(said.get("text") or "", *call, source, variables or None, root=root)
 
 
 def _chain_of_json(exceptions: Iterable[Json]) -> tuple[ChainedException, ...]:
@@ -3082,6 +3135,10 @@ def _exceptions_of(event: Json, name: str, message: str) -> list[Json]:
         for sent, frame in calls:
             path = _text(sent.get("abs_path")) or frame.get("file")
             frame["own"] = is_own_code(path, _text(sent.get("module")), frame.get("function"))
+    for sent, frame in calls:
+        path, file = sent.get("abs_path") if frame["own"] else None, frame.get("file", "")
+        if isinstance(path, str) and path.endswith(file) and file not in ("", path):
+            frame["root"] = path.removesuffix(file)
     return found if len(found) > 1 or found[0]["frames"] else []
 
 
@@ -7886,6 +7943,200 @@ def line_and_column_of(frame: Frame) -> str:
     return f":{frame.lineno}{column}" if frame.lineno and frame.place else ""
 
 
+# Texts that stand where a file's path would, and characters that no link should carry.
+_NO_FILE = re.compile(
+    r"[<>\x00-\x1f\x7f-\x9f\u2400-\u2426\ufffd\ud800-\udfff]|^internal/.*\.[cm]?js$"
+    r"|^\((?:eval|irb|pry|erb)\b|eval\(\)'d|^\[native code\]$|\.(?:so|dylib|dll|exe)$"
+    r"|\[FILTERED\]|… \[[\d,]+ more cut\]"
+)
+_URL_START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # one letter would be a drive
+
+
+def _path_to_compare(text: str) -> str:
+    """Return a path, or a URL that stands for one, in the form in which paths are compared."""
+    if _URL_START.match(text):
+        text = urllib.parse.unquote(re.sub(r"[?#].*", "", text, flags=re.DOTALL))
+        return re.sub(r"(?i)^file://(?:localhost)?(?:/(?=[A-Za-z]:/)|(?=/))", "", text)
+    if not text.startswith("/"):
+        text = re.sub(r"^(?:\./+)+", "", text.replace("\\", "/"))
+    return text[:1].upper() + text[1:] if text[1:3] == ":/" else text
+
+
+@dataclass(frozen=True)
+class Editor:
+    """Makes the links that open a frame's file; `template` is a name in EDITORS or a URL.
+
+    `path_map` says where files lie on the reader's machine. Nothing looks at a file.
+    """
+
+    template: str
+    path_map: tuple[tuple[str, str], ...] = ()
+
+    def link(self, frame: Frame) -> str:
+        """Return the URL that opens a frame's file at its line, empty if its path is not known."""
+        template, path = EDITORS.get(self.template, self.template), self._path_of(frame)
+        if not path:
+            return ""
+        drive = "" if path.startswith("/") else path[:2]
+        path = drive + urllib.parse.quote(path[len(drive) :], safe="/")
+        values = {"line": str(max(1, frame.lineno or 1)), "column": str(max(1, frame.column or 1))}
+
+        def value_of(found: re.Match[str]) -> str:
+            if found[1] != "path":
+                return values[found[1]]
+            before = template[: found.start()]
+            if before.endswith("://"):
+                return "/" + path.removeprefix("/")
+            return path.removeprefix("/") if before.endswith("/") else path
+
+        return re.sub(r"\{(path|line|column)\}", value_of, template)
+
+    def _path_of(self, frame: Frame) -> str:
+        """Return where a frame's file lies, by the longest FROM that begins its path."""
+        file = frame.file or ""
+        found: list[tuple[bool, int, str, str]] = []
+        for path in map(_path_to_compare, dict.fromkeys((frame.root + file, file))):
+            if not file or _NO_FILE.search(path):
+                return ""
+            drive = path[:3] if re.match("[A-Z]:/", path) else ""
+            is_relative = not (drive or path.startswith("/") or _URL_START.match(path))
+            for source, target in self.path_map:
+                start = _path_to_compare(source)
+                start = "" if start in ("", ".") else f"{start.removesuffix('/')}/"
+                if f"{path}/".startswith(start) and (start or is_relative):
+                    found.append((True, len(start), target, path[len(start) :]))
+            if drive or re.match("/(?!/)", path):  # not //server: a click would log in there
+                found.append((False, 0, drive or "/", path[len(drive) :]))
+        if not found:
+            return ""
+        _, _, target, rest = max(found, key=operator.itemgetter(0, 1))
+        rest = posixpath.normpath(rest.lstrip("/"))
+        is_outside = rest.split("/")[0] == ".."
+        whole = f"{_path_to_compare(target).rstrip('/')}/{rest}"
+        return "" if is_outside else whole.removesuffix("/.")
+
+
+_CURL_SETS = {"host", "content-length", "connection", "accept-encoding", "transfer-encoding"}
+_CURL_SETS |= {"keep-alive", "te", "upgrade", "expect"}
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+
+
+def _is_scrubbed(value: Any) -> bool:
+    return isinstance(value, str) and FILTERED in urllib.parse.unquote(value).upper()
+
+
+def _pairs_left(value: Any) -> list[tuple[str, str]]:
+    """Return the names and texts of an object or a list of pairs, without those scrubbed.
+
+    A list as a value gives a pair for each of its items.
+    """
+    pairs = value if isinstance(value, list) else _object(value).items()
+    found = [
+        (_text(pair[0]), _text(one))
+        for pair in pairs
+        if isinstance(pair, list | tuple) and len(pair) == 2
+        for one in (pair[1] if isinstance(pair[1], list) else [pair[1]])
+    ]
+    return [
+        (name, text) for name, text in found if not _is_scrubbed(name) and not _is_scrubbed(text)
+    ]
+
+
+def _json_left(value: Any) -> Any:
+    """Return a JSON value without the texts in it that were scrubbed."""
+    if isinstance(value, list):
+        return [_json_left(one) for one in value if not _is_scrubbed(one)]
+    if isinstance(value, dict):
+        return {name: _json_left(one) for name, one in value.items() if not _is_scrubbed(one)}
+    return value
+
+
+def _joined_left(text: str, separator: str) -> str:
+    """Return a text of pairs, such as a query, without the pairs that were scrubbed."""
+    return separator.join(one for one in text.split(separator) if not _is_scrubbed(one))
+
+
+def _request_of(occurrence: Occurrence) -> Json:
+    """Return what a report says of the request that failed; empty if that is unknown.
+
+    A url alone, outside a `request`, may be any argument: it needs a method beside it.
+    """
+    params, extra = occurrence.params or {}, occurrence.extra
+    for said in map(_object, (extra.get("request"), params.get("request"), extra, params)):
+        named = {name: said.get(name) or said.get(f"request_{name}") for name in ("url", "method")}
+        named["method"] = named["method"] or said.get("http_method")
+        is_sure = named["method"] or (said is not extra and said is not params)
+        if is_sure and re.match(r"(?i)https?://[^/?#\s]", _text(named["url"])):
+            return said | named
+    return {}
+
+
+def _url_of(request: Json) -> str:
+    """Return a request's URL as curl takes it."""
+    head, _, query = _text(request["url"]).partition("#")[0].partition("?")
+    more = request.get("query_string")
+    if not query:
+        query = more if isinstance(more, str) else urllib.parse.urlencode(_pairs_left(more))
+    query = _joined_left(query.removeprefix("?"), "&")
+    user, at, rest = head.partition("://")[2].partition("@")
+    if at and "/" not in user and _is_scrubbed(user):
+        head = f"{head.partition('://')[0]}://{rest}"
+    return urllib.parse.quote(f"{head}?{query}" if query else head, safe="!#$%&'()*+,/:;=?@[]_{|}~")
+
+
+def _curl_body(data: Any, kind: str) -> list[tuple[str, str]]:
+    """Return curl's options for a request's body of the given Content-Type."""
+    if data in (None, "", {}, []):
+        return []
+    is_text, is_form = isinstance(data, str), "form-urlencoded" in kind
+    if not is_text and "multipart/" in kind:
+        return [("--form-string", f"{name}={text}") for name, text in _pairs_left(data)]
+    if is_form:
+        text = _joined_left(data, "&") if is_text else urllib.parse.urlencode(_pairs_left(data))
+    elif is_text and not _is_scrubbed(data):
+        text = data
+    else:
+        try:
+            said = _json_left(json.loads(data) if is_text else data)
+            text = json.dumps(said, ensure_ascii=False)
+        except ValueError:
+            text = ""
+    is_json = not kind and text[:1] in ("{", "[")
+    typed = [("-H", "Content-Type: application/json")] if is_json else []
+    return [*typed, ("--data-raw", text)] if text and not _is_scrubbed(text) else []
+
+
+def curl_of(occurrence: Occurrence) -> str:
+    """Return a shell command that repeats the request that failed, without what was scrubbed.
+
+    Empty when the report has no request with a URL.
+    """
+    if not (request := _request_of(occurrence)):
+        return ""
+    url, method = _url_of(request), _text(request["method"]).upper()
+    headers = [one for one in _pairs_left(request.get("headers")) if _HEADER_NAME.fullmatch(one[0])]
+    known = {name.lower(): text.lower() for name, text in headers}
+    kind = known.get("content-type") or ("form-urlencoded" if request.get("form") else "")
+    body = _curl_body(request.get("data") or request.get("body") or request.get("form"), kind)
+    if (cookies := request.get("cookies")) and not known.get("cookie"):
+        pairs = "; ".join(map("=".join, _pairs_left(cookies)))
+        text = _joined_left(cookies, ";") if isinstance(cookies, str) else pairs
+        headers += [("Cookie", text)] if text else []
+    left_out = _CURL_SETS | ({"content-type"} if "--form-string" in dict(body) else set())
+    options = ["-g"] if re.search(r"[][{}]", url) else []  # or curl would take them for a pattern
+    options += ["--path-as-is"] if re.search(r"/\.\.?(?:[/?]|$)", url) else []
+    if method == "HEAD":
+        options, body = [*options, "--head"], []
+    elif re.fullmatch("[A-Z]+", method) and method != ("POST" if body else "GET"):
+        options += ["-X", method]
+    lines = [["curl", *options, url]]
+    for name, text in headers:
+        if name.lower() not in left_out:
+            text = " ".join(text.split())
+            lines.append(["-H", f"{name}: {text}" if text else f"{name};"])
+    return " \\\n  ".join(map(shlex.join, [*lines, *body]))
+
+
 def group_frames(
     frames: Sequence[Frame], location: Frame | None
 ) -> list[tuple[str, tuple[Frame, ...], bool]]:
@@ -8067,6 +8318,7 @@ def frame_json(frame: Frame) -> Json | str:
     found: Json = {
         "text": None if frame.place or frame.function else frame.text,
         "file": frame.file,
+        "root": frame.root or None,
         "lineno": frame.lineno,
         "column": frame.column,
         "function": frame.function,
@@ -11001,7 +11253,7 @@ def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> M
     if client is None or not isinstance(client.destination, StoreDestination):
         raise BadSetting(f"at={at!r} shows a database: call init() with the path of one first")
     names = ("password", "allowed_hosts", "max_body_bytes", "max_held_bytes", "scrub_also")
-    config = load_config({}, os.environ, names)
+    config = load_config({}, os.environ, (*names, "editor", "path_map"))
     named = [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts
     given_hosts = load_config({"allowed_hosts": ",".join(named) or None}, {}).allowed_hosts
     hosts = (*config.allowed_hosts, *given_hosts)

@@ -47,6 +47,7 @@ import re
 import resource
 import runpy
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -521,7 +522,7 @@ def test_settings_are_the_documented_ones() -> None:
     assert SETTINGS == [
         *("host", "port", "db", "api_key", "password", "allowed_hosts", "public_url"),
         *("max_body_bytes", "max_held_bytes", "retention_days", "max_occurrences", "scrub_also"),
-        "verbose",
+        *("editor", "path_map", "verbose"),
     ]
     assert Config() == Config(
         host="127.0.0.1", port=3000, db="miniapm.db", retention_days=30, max_occurrences=1000
@@ -554,6 +555,15 @@ def test_setting_flag_beats_variable_beats_default() -> None:
         ("retention_days", "7", 7),
         ("max_occurrences", "5", 5),
         ("scrub_also", "Email, date-of-birth", ("email", "date-of-birth")),
+        *[("editor", text, text) for text in ("none", "zed", "Vim://{path}:{line}:{column}")],
+        (
+            "editor",
+            "http://localhost:63342/api/file/{path}",
+            "http://localhost:63342/api/file/{path}",
+        ),
+        ("path_map", "/app=/home/me/app", (("/app", "/home/me/app"),)),
+        ("path_map", r" C:\a b\=D:/x , .=/ ", (("C:\\a b\\", "D:/x"), (".", "/"))),
+        ("path_map", "webpack:///./=/home/me/web/", (("webpack:///./", "/home/me/web/"),)),
         ("verbose", "1", True),
         ("verbose", "0", False),
     ],
@@ -602,6 +612,26 @@ def test_setting_is_read_from_flag_and_variable(name: str, text: str, value: Any
         *[("max_occurrences", text) for text in ("0", "many")],
         *[("scrub_also", text) for text in ("", "x", "e*mail", "a b c-", "é1", "-x", "x" * 33)],
         *[("db", text) for text in ("", "a\0b")],
+        *[
+            ("editor", text)
+            for text in ("", "word", "x://open", "x://{file}", "{path}", "//{path}")
+        ],
+        *[
+            ("editor", f"x://{text}{{path}}")
+            for text in ("{", "}", "{}", "{lines}", "a b", "\n", "\xe9")
+        ],
+        *[
+            ("editor", f"{text}:{{path}}")
+            for text in ("javascript", "JavaScript", "data", "vbscript")
+        ],
+        *[
+            ("path_map", text)
+            for text in ("", "/app", "=/x", "/app=", "/app=x", "/app=./x", "a=b,")
+        ],
+        *[
+            ("path_map", text)
+            for text in ("/a=/b=/c", "/app=/x/..", "../a=/x", "/a\n=/x", "/a=/x,,")
+        ],
         *[("verbose", text) for text in ("yes", "", "2")],
         ("password", ""),
         ("host", ""),
@@ -628,6 +658,7 @@ def test_config_does_not_show_its_secrets() -> None:
 def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
     defaults = {"api_key": "generated", "password": "none", "allowed_hosts": "none"}
     defaults |= {"verbose": "`0`", "public_url": "none", "scrub_also": "none"}
+    defaults |= {"path_map": "none"}
     for setting in dataclasses.fields(Config):
         default = defaults.get(setting.name, f"`{setting.default}`")
         flag, variable = miniapm.flag_of(setting.name), miniapm.variable_of(setting.name)
@@ -2682,6 +2713,13 @@ def test_any_event_becomes_an_occurrence(said: dict[str, Any]) -> None:
 
 
 EVENTS = data_file("events.json")
+
+
+def test_fingerprints_and_locations_of_events_stay_as_they_are() -> None:
+    found = [miniapm.occurrence_from_sentry(one["event"], NOW_MS) for one in EVENTS]
+    said = [[one.fingerprint, one.grouping_key.hex(), miniapm.locate(one)] for one in found]
+    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    assert digest.startswith("0819f247006c3584")  # another one makes new errors of known ones
 
 
 @pytest.mark.parametrize("number", range(len(EVENTS)), ids=lambda n: EVENTS[n]["name"])
@@ -9150,6 +9188,437 @@ def test_escaped_text_round_trips(heading: str, text: str) -> None:
     assert text in page.found or not text
     expected = {"a", "body", "footer", "h1", "head", "header", "html", "img", "link", "main"}
     assert page.tags == expected | {"meta", "nav", "p", "script", "section", "title"}
+
+
+MAP = (("/app", "/home/me/app"), ("/app/lib/", "/home/me/lib"), (".", "/home/me/shop"))
+WEB = (("webpack:///./", "/home/me/web/"), ("app:///", "/w"), ("http://x.test/static", "/s"))
+
+
+@pytest.mark.parametrize(
+    ("template", "link"),
+    [
+        *[
+            (name, f"{name}://file/home/me/a%20b.py:7:3")
+            for name in ("vscode", "vscode-insiders", "vscodium", "cursor", "windsurf", "zed")
+        ],
+        *[
+            (name, f"{name}://open?file=/home/me/a%20b.py&line=7&column=3")
+            for name in ("idea", "pycharm", "phpstorm", "webstorm", "rubymine", "goland")
+        ],
+        ("sublime", "subl://open?url=file:///home/me/a%20b.py&line=7&column=3"),
+        ("none", ""),
+        ("vim://open?file={path}&line={line}", "vim://open?file=/home/me/a%20b.py&line=7"),
+        ("x:{path}", "x:/home/me/a%20b.py"),
+        ("x://{path}", "x:///home/me/a%20b.py"),
+        ("x:///{path}#{line}", "x:///home/me/a%20b.py#7"),
+        ("x://file/{path}?{path}", "x://file/home/me/a%20b.py?/home/me/a%20b.py"),
+    ],
+)
+def test_editor_link_has_the_editor_s_form(template: str, link: str) -> None:
+    assert miniapm.Editor(template).link(miniapm.Frame("", "/home/me/a b.py", 7, 3)) == link
+
+
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [
+        ("/srv/a#?%\"'&+\xe9\\:{line}.py", "/srv/a%23%3F%25%22%27%26%2B%C3%A9%5C%3A%7Bline%7D.py"),
+        (r"C:\src\a b\x.cs", "/C:/src/a%20b/x.cs"),
+        ("c:/src/x:y.cs", "/C:/src/x%3Ay.cs"),
+        ("file:///srv/a%20b/%41.mjs?v=1#x", "/srv/a%20b/A.mjs"),
+        ("file://localhost/srv/a.mjs", "/srv/a.mjs"),
+        ("file:///C:/src/a.mjs", "/C:/src/a.mjs"),
+        ("/srv/./a/../b.py", "/srv/b.py"),
+        *[(file, "") for file in (None, "", "app/x.py", "./x.py", r"app\x.py", "x.py")],
+        *[(file, "") for file in ("<frozen os>", "<string>", "<stdin>", "[native code]", "(irb)")],
+        *[(file, "") for file in ("internal/process/task_queues.js", "node:fs", "node:internal/x")],
+        *[(file, "") for file in ("webpack:///./src/a.js", "http://x.test/a.js", "app:///a.js")],
+        *[(file, "") for file in ("file://server/share/a.js", "//server/a.py", r"\\server\a.py")],
+        *[
+            (file, "")
+            for file in ("/srv/a\n.py", "/srv/a\x85.py", "/srv/a\udc80.py", "/srv/\u2400.py")
+        ],
+        *[
+            (file, "")
+            for file in (
+                "/../x.py",
+                "C:/../x",
+                "/lib/x.so",
+                "/a.php(3) : eval()'d code",
+                "file:///%00",
+            )
+        ],
+    ],
+)
+def test_editor_link_needs_a_path_from_the_root(file: str | None, path: str) -> None:
+    link = miniapm.Editor("vscode").link(miniapm.Frame("", file, 0))
+    assert link == (f"vscode://file{path}:1:1" if path else "")
+
+
+@pytest.mark.parametrize(
+    ("path_map", "file", "path"),
+    [
+        (MAP, "/app/a.py", "/home/me/app/a.py"),
+        (MAP, "/app//lib/a.py", "/home/me/app/lib/a.py"),
+        (MAP, "/app/lib/a.py", "/home/me/lib/a.py"),
+        (MAP, "/app/library/a.py", "/home/me/app/library/a.py"),
+        (MAP, "/application/a.py", "/application/a.py"),
+        (MAP, "/srv/app/a.py", "/srv/app/a.py"),
+        (MAP, "app/a.py", "/home/me/shop/app/a.py"),
+        (MAP, r".\app\a.py", "/home/me/shop/app/a.py"),
+        (MAP, "app/x/../a.py", "/home/me/shop/app/a.py"),
+        (MAP, "/app", "/home/me/app"),
+        *[(MAP, file, "") for file in ("../a.py", "a/../../b.py", "/app/../etc/passwd", "..")],
+        *[(MAP, file, "") for file in ("<string>", "internal/timers.js", "node:fs", "app:///a.js")],
+        (((".", "C:\\shop\\"),), "app/a.py", "/C:/shop/app/a.py"),
+        ((("./app", "/x"),), "app/a.py", "/x/a.py"),
+        ((("app", "/x"), (".", "/y")), "app/a.py", "/x/a.py"),
+        ((("c:/src", "/x"),), r"C:\src\a.cs", "/x/a.cs"),
+        ((("/", r"\\wsl$\Ubuntu"),), "/srv/a.py", "//wsl%24/Ubuntu/srv/a.py"),
+        (WEB, "webpack:///./src/a.vue?12ab", "/home/me/web/src/a.vue"),
+        (WEB, "webpack:///../a.js", ""),
+        (WEB, "webpack:///./%2e%2e/a.js", ""),
+        (WEB, "app:///a.js", "/w/a.js"),
+        (WEB, "http://x.test/static/a%20b.js?v=1", "/s/a%20b.js"),
+        (WEB, "http://x.test/statics/a.js", ""),
+        (WEB, "http://x.test.evil/static/a.js", ""),
+    ],
+)
+def test_editor_link_follows_the_path_map(path_map: Any, file: str, path: str) -> None:
+    link = miniapm.Editor("vscode", path_map).link(miniapm.Frame("", file, 1))
+    assert link == (f"vscode://file{path}:1:1" if path else "")
+
+
+@pytest.mark.parametrize(
+    ("sent", "path", "mapped"),
+    [
+        (
+            {"filename": "shop/a.py", "abs_path": "/app/shop/a.py"},
+            "/app/shop/a.py",
+            "/me/shop/a.py",
+        ),
+        ({"filename": "/Cart.php", "abs_path": "/app/Cart.php"}, "/app/Cart.php", "/me/Cart.php"),
+        ({"filename": "A.cs", "abs_path": r"C:\src\A.cs"}, "/C:/src/A.cs", "/dot/A.cs"),
+        ({"filename": "b/a.rb", "abs_path": "/srv/b/a.rb"}, "/srv/b/a.rb", "/dot/b/a.rb"),
+        ({"filename": "a.rb", "abs_path": "/srv/b.rb"}, "", "/dot/a.rb"),
+        ({"abs_path": "/srv/main.go"}, "/srv/main.go", "/srv/main.go"),
+        ({"filename": "/srv/a.js"}, "/srv/a.js", "/srv/a.js"),
+    ],
+)
+def test_editor_link_of_a_sentry_frame_uses_its_absolute_path(
+    sent: Any, path: str, mapped: str
+) -> None:
+    event = {"exception": [{"type": "E", "stacktrace": {"frames": [sent | {"in_app": True}]}}]}
+    found = miniapm.occurrence_from_sentry(event, NOW_MS)
+    loaded = miniapm.load_occurrence(miniapm.dump_occurrence(found), found.grouping_key)
+    (frame,) = frames_of(loaded)
+    for path_map, expected in ((), path), ((("/app", "/me"), (".", "/dot")), mapped):
+        link = miniapm.Editor("vscode", path_map).link(frame)
+        assert link == (f"vscode://file{expected}:1:1" if expected else "")
+
+
+@pytest.mark.parametrize("number", range(len(EVENTS)), ids=lambda n: EVENTS[n]["name"])
+def test_editor_link_leads_to_what_the_sdk_named(number: int) -> None:
+    event = EVENTS[number]["event"]
+    sent = {
+        path for path in re.findall(r'"(?:abs_path|filename|package)": "(.*?)"', json.dumps(event))
+    }
+    for frame in frames_of(miniapm.occurrence_from_sentry(event, NOW_MS)):
+        link = miniapm.Editor("x:{path}").link(frame)
+        path = urllib.parse.unquote(link.removeprefix("x:"))
+        assert not link or path in {json.loads(f'"{one}"').replace("\\", "/") for one in sent}
+
+
+def test_editor_links_open_what_the_program_ran(tmp_path: Path) -> None:
+    (tmp_path / "my shop").mkdir()
+    (tmp_path / "my shop/shop.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport miniapm\n"
+        "miniapm.init('x.db')\n1 / 0\n"
+    )
+    command = [sys.executable, "shop.py"]
+    subprocess.run(
+        command, cwd=tmp_path / "my shop", env=clean_environ(), capture_output=True, check=False
+    )
+    with contextlib.closing(Store(str(tmp_path / "my shop/x.db"))) as store:
+        stored = store.occurrence(only_error(store).id)
+        assert stored
+        (frame,) = frames_of(stored.occurrence)
+    expected = urllib.parse.quote(f"{tmp_path}/my shop/shop.py")
+    assert miniapm.Editor("zed").link(frame) == f"zed://file{expected}:5:1"
+
+
+@pytest.fixture
+def repeat(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Return a function that runs what curl_of says in a shell and returns what a server got."""
+    got: list[Any] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def handle_one_request(self) -> None:
+            self.raw_requestline = self.rfile.readline(65_537)
+            if self.raw_requestline and self.parse_request():
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                got.append((self.command, self.path, self.headers, body.decode()))
+                self.send_response(204)
+                self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    site, folder = f"http://127.0.0.1:{server.server_port}", tmp_path / "shell"
+    folder.mkdir()
+    (folder / "secret").write_text("hunter2=1")
+
+    def repeat(fields: dict[str, Any]) -> Any:
+        text = json.dumps(fields).replace("SITE", site)
+        occurrence = miniapm.parse_occurrence(report() | json.loads(text), NOW_MS)
+        command = miniapm.curl_of(occurrence)
+        environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "no_proxy": "*"}
+        shell = ["sh", "-c", command.replace("curl ", f"{need('curl')} -s -m 10 ", 1)]
+        subprocess.run(shell, cwd=folder, env=environ, timeout=20, check=True, capture_output=True)
+        assert os.listdir(folder) == ["secret"]  # nothing else was run
+        (one,) = got
+        return got.clear() or one
+
+    yield repeat
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("said", "method", "path", "body"),
+    [
+        ({"url": "SITE/a?b=1#c"}, "GET", "/a?b=1", ""),
+        ({"url": "SITE", "method": "delete"}, "DELETE", "/", ""),
+        ({"url": "SITE/a", "method": "HEAD", "data": "x"}, "HEAD", "/a", ""),
+        ({"url": "SITE/a", "method": "POST"}, "POST", "/a", ""),
+        ({"url": "SITE/a", "method": "GET", "data": "x"}, "GET", "/a", "x"),
+        ({"url": "SITE/a", "method": "-K secret"}, "GET", "/a", ""),
+        (
+            {"url": "SITE/a", "method": None, "data": {"n": [1, None]}},
+            "POST",
+            "/a",
+            '{"n": [1, null]}',
+        ),
+        ({"url": "SITE/a", "query_string": "?b=1&c"}, "GET", "/a?b=1&c", ""),
+        ({"url": "SITE/a?x=1", "query_string": "x=1"}, "GET", "/a?x=1", ""),
+        (
+            {"url": "SITE/a", "query_string": {"b": [1, "x y"], "c": True}},
+            "GET",
+            "/a?b=1&b=x+y&c=true",
+            "",
+        ),
+        (
+            {"url": "SITE/a", "query_string": [["b", "1"], ["b", "\u00e9"]]},
+            "GET",
+            "/a?b=1&b=%C3%A9",
+            "",
+        ),
+        ({"url": "SITE/a?token=hunter2hunter2&b=1"}, "GET", "/a?b=1", ""),
+        ({"url": "SITE/{a,b}[1-3]?c[]=1&d={x}"}, "GET", "/{a,b}[1-3]?c[]=1&d={x}", ""),
+        ({"url": "SITE/a/../b/./c"}, "GET", "/a/../b/./c", ""),
+        (
+            {"url": "SITE/a b\u00e9'\"$(touch x)`touch x`;touch x&\n"},
+            "GET",
+            "/a%20b%C3%A9'%22$(touch%20x)%60touch%20x%60;touch%20x&%0A",
+            "",
+        ),
+        *[
+            ({"url": "SITE/", "data": text}, "POST", "/", text)
+            for text in (
+                "@secret",
+                "-d x",
+                "a\nb\n",
+                "'; touch x; '",
+                '\\\n$(touch x)"`',
+                "\u00e9!!",
+                "&=",
+            )
+        ],
+    ],
+)
+def test_curl_command_repeats_the_request(
+    repeat: Callable[..., Any], said: Any, method: str, path: str, body: str
+) -> None:
+    assert repeat({"request": said})[:2] == (method, path)
+    got = repeat({"params": {"request": said}})
+    assert (got[0], got[1], got[3]) == (method, path, body)
+
+
+@pytest.mark.parametrize(
+    ("said", "headers"),
+    [
+        ({"headers": {"Accept": "a/b", "X-Id": ["1", "2"]}}, {"Accept": "a/b", "X-Id": "1"}),
+        ({"headers": [["accept", "a/b"], ["X-Empty", ""]]}, {"Accept": "a/b", "X-Empty": ""}),
+        ({"headers": {"Accept": ["a/b", "c/d"]}, "cookies": {"a": "1"}}, {"Accept": "a/b"}),
+        (
+            {"headers": {"Host": "evil", "content-length": "9", "Connection": "x"}},
+            {"Connection": None},
+        ),
+        (
+            {"headers": {"Accept-Encoding": "br", "Authorization": "Bearer x"}},
+            {"Accept-Encoding": None},
+        ),
+        ({"headers": {"X-A: 1\r\nX-B": "1", "@secret": "1", "X C": "1"}}, {"X-B": None, "X": None}),
+        ({"headers": {"X-A": "1\r\nX-B: 2", "-K secret": "1"}}, {"X-B": None}),
+        ({"headers": {"X-A": "'; touch x; '"}}, {"X-A": "'; touch x; '"}),
+        ({"headers": {"Authorization": "Bearer hunter2", "X-Token": "hunter2"}}, {"X-Token": None}),
+        (
+            {"headers": {"Accept": "[Filtered]", "X-A": "[FILTERED]"}},
+            {"Accept": "*/*", "X-A": None},
+        ),
+        ({"data": {"a": 1}}, {"Content-Type": "application/json"}),
+        ({"data": '{"a": 1}'}, {"Content-Type": "application/json"}),
+        ({"data": "x", "headers": {"content-type": "text/x"}}, {"Content-Type": "text/x"}),
+    ],
+)
+def test_curl_command_has_the_request_s_headers(
+    repeat: Callable[..., Any], said: Any, headers: dict[str, str | None]
+) -> None:
+    _, _, got, _ = repeat({"request": said | {"url": "SITE/"}})
+    assert {name: got.get(name) for name in headers} == headers
+    assert got["Host"].startswith("127.0.0.1:")
+    assert "hunter2" not in str(got)
+    assert "FILTERED" not in str(got).upper()
+
+
+FORM_HEADERS = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+@pytest.mark.parametrize(
+    ("said", "body"),
+    [
+        (
+            {"data": {"a": ["1", "x y"], "password": "hunter2"}, "headers": FORM_HEADERS},
+            "a=1&a=x+y",
+        ),
+        ({"form": {"a": "1", "b": {"c": 2}}}, "a=1&b=%7B%22c%22%3A+2%7D"),
+        ({"data": "a=1&password=hunter2&b=2", "headers": FORM_HEADERS}, "a=1&b=2"),
+        ({"data": {"a": {"password": "hunter2", "b": [1, "[Filtered]"]}}}, '{"a": {"b": [1]}}'),
+        ({"data": '{"password": "hunter2", "b": 2}'}, '{"b": 2}'),
+        ({"data": "<password>hunter2</password>"}, ""),
+        ({"data": '"[Filtered]"'}, ""),
+        ({"body": ["a", {"\u00e9": 1.5}]}, '["a", {"\u00e9": 1.5}]'),
+    ],
+)
+def test_curl_command_sends_the_body_without_secrets(
+    repeat: Callable[..., Any], said: Any, body: str
+) -> None:
+    assert repeat({"request": said | {"url": "SITE/", "method": "PUT"}})[3] == body
+
+
+def test_curl_command_sends_a_multipart_form(repeat: Callable[..., Any]) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=old"}
+    fields = {"a": "@secret", "b": "<secret;type=x", "c\r\nX: 1": "1"}
+    _, _, got, body = repeat({"request": {"url": "SITE/", "headers": headers, "data": fields}})
+    form = miniapm.Form(got["Content-Type"], body.encode()).fields()
+    assert (form["a"], form["b"]) == ("@secret", "<secret;type=x")
+    assert "hunter2" not in body
+    assert "\nX: 1" not in body
+
+
+def test_curl_command_has_the_cookies_that_are_left(repeat: Callable[..., Any]) -> None:
+    plain = {"cookies": {"theme": "dark", "session": "hunter2"}}  # kept where its name is harmless
+    occurrence = dataclasses.replace(parse(), extra={"request": {"url": "http://a/", **plain}})
+    assert "-H 'Cookie: theme=dark; session=hunter2'" in miniapm.curl_of(occurrence)
+    assert "hunter2" not in miniapm.curl_of(parse(request={"url": "http://a/", **plain}))
+    for said in ("a=1; b=[Filtered]; c=3", [["a", "1"], ["b", "[Filtered]"], ["c", "3"]]):
+        request = {"url": "http://a/", "cookies": said}
+        occurrence = dataclasses.replace(parse(), extra={"request": request})
+        assert "-H 'Cookie: a=1; c=3'" in miniapm.curl_of(occurrence)
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_known"),
+    [
+        ({"params": {"url": "http://a/", "method": "GET"}}, True),
+        ({"url": "http://a/", "http_method": "GET"}, True),
+        ({"request_url": "http://a/", "request_method": "PUT"}, True),
+        ({"request": {"url": "https://a.test"}}, True),
+        ({"params": {"url": "http://a/"}}, False),  # may be any argument
+        *[
+            ({"request": {"url": url}}, False)
+            for url in ("/a", "//a/b", "a.test/b", "-K x", "http://")
+        ],
+        *[({"request": {"url": url}}, False) for url in ("file:///etc/passwd", "ws://a/", 7, None)],
+        *[({"request": value}, False) for value in ("http://a/", [], None, {"method": "GET"})],
+        ({}, False),
+    ],
+)
+def test_curl_command_needs_the_request_s_url(fields: Any, is_known: bool) -> None:
+    assert miniapm.curl_of(parse(**fields)).startswith("curl ") is is_known
+    assert bool(miniapm.curl_of(parse(**fields))) is is_known
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["url", "method", "headers", "data", "cookies", "query_string", "a"]
+                )
+                | st.text(),
+                inner,
+                max_size=5,
+            )
+        ),
+        max_leaves=20,
+    )
+)
+def test_curl_command_of_any_request_is_one_command(said: Any) -> None:
+    fields = said if isinstance(said, dict) else {"data": said}
+    request = {"url": "http://a.test/"} | {k: v for k, v in fields.items() if k != "url"}
+    words = shlex.split(miniapm.curl_of(parse(request=request)).replace(" \\\n  ", " "))
+    options = {"-g", "-X", "-H", "--head", "--path-as-is", "--data-raw", "--form-string"}
+    assert words[0] == "curl"
+    rest = iter(words[1:])
+    for word in rest:
+        assert word in options or word.startswith("http://a.test/")
+        if word in {"-X", "-H", "--data-raw", "--form-string"}:
+            value = next(rest)
+            assert word != "-H" or re.match(r"[!#$%&'*+.^_`|~\w-]+(?::[^\n]|;$)", value, re.ASCII)
+
+
+@pytest.mark.parametrize("kind", ["wsgi", "asgi"])
+def test_curl_command_repeats_a_captured_request(repeat: Callable[..., Any], kind: str) -> None:
+    headers = {
+        "HOST": "SITE",
+        "CONTENT_TYPE": FORM_HEADERS["Content-Type"],
+        "COOKIE": "a=1",
+        "X_A": "1",
+    }
+    if kind == "wsgi":
+        environ = {f"HTTP_{name}": text for name, text in headers.items() if name != "CONTENT_TYPE"}
+        environ |= {
+            "CONTENT_TYPE": headers["CONTENT_TYPE"],
+            "HTTP_HOST": "h.test",
+            "QUERY_STRING": "b=%20&password=x",
+        }
+        environ |= {"REQUEST_METHOD": "PATCH", "wsgi.url_scheme": "http", "PATH_INFO": "/a b"}
+        request: miniapm.Request = miniapm.WsgiRequest(environ)
+    else:
+        pairs = [
+            (name.lower().replace("_", "-").encode(), text.encode())
+            for name, text in headers.items()
+        ]
+        scope = {
+            "headers": [(b"host", b"h.test"), *pairs[1:]],
+            "method": "PATCH",
+            "path": "/a b",
+        }
+        request = miniapm.AsgiRequest(
+            scope | {"query_string": b"b=%20&password=x", "scheme": "http"}
+        )
+    request.keep(b"c=1&c=2&token=hunter2")
+    said = request.describe()["request"]
+    said = said | {
+        "form": said["form"].fields(),
+        "url": said["url"].replace("http://h.test", "SITE"),
+    }
+    method, path, got, body = repeat({"request": said})
+    assert (method, path, body) == ("PATCH", "/a%20b?b=%20", "c=1&c=2")
+    assert (got["X-A"], got["Cookie"]) == ("1", None)
 
 
 def test_library_frames_are_folded_together() -> None:
@@ -16571,25 +17040,150 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+NODE_PACKAGES = [
+    *("@sentry/node@11.12.0", "@sentry/browser@11.12.0", "esbuild@0.28.2", "axe-core@4.14.1"),
+]
+
+
+@pytest.fixture(scope="session")
+def npm(tmp_path_factory: Any) -> Path:
+    """Return a folder with the JavaScript SDKs, a bundler and a checker of accessibility."""
+    folder: Path = tmp_path_factory.mktemp("npm")
+    command = [need("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder)]
+    done = subprocess.run(
+        [*command, *NODE_PACKAGES], timeout=240, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        missing(f"the npm packages ({done.stderr.strip()[-200:]})")
+    return folder
+
+
+@pytest.fixture
+def axe(npm: Path) -> Callable[..., list[str]]:
+    """Return a function that lists what axe-core finds wrong on a page, a line for each element.
+
+    Its script is evaluated by the debugger, which the page's Content-Security-Policy lets pass.
+    """
+    script = (npm / "node_modules/axe-core/axe.min.js").read_text(encoding="utf-8")
+
+    def violations(page: Any) -> list[str]:
+        page.evaluate(f"() => {{ {script} }}")
+        found = page.evaluate("axe.run(document, {preload: false})")["violations"]
+        return [
+            f"{one['id']} ({one['impact']}): {' '.join(map(str, node['target']))}: {one['help']}"
+            for one in found
+            for node in one["nodes"]
+        ]
+
+    return violations
+
+
+def watch(page: Any) -> list[str]:
+    """Return a list that grows by all that goes wrong on a page from now on.
+
+    Chromium's console also tells violations of the Content-Security-Policy and answers from 400.
+    """
+    found: list[str] = []
+    page.on("console", lambda message: found.append(message.text))
+    page.on("pageerror", lambda error: found.append(str(error)))
+    page.on("crash", lambda _: found.append("the page has crashed"))
+
+    def note_failure(request: Any) -> None:
+        if request.failure != "net::ERR_ABORTED":  # by the way to another page
+            found.append(f"{request.url}: {request.failure}")
+
+    page.on("requestfailed", note_failure)
+    return found
+
+
 @pytest.fixture
 def browse(chromium: Any) -> Iterator[Callable[..., Any]]:
-    """Return a function that opens a page; what its console says fails the test."""
+    """Return a function that opens a page; what goes wrong on it fails the test."""
     contexts: list[Any] = []
-    complaints: list[str] = []
+    complaints: list[list[str]] = []
 
     def opener(**options: Any) -> Any:
         context = chromium.new_context(**options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        complaints.append(watch(page))
         return page
 
     yield opener
     for context in contexts:
         context.close()
-    assert complaints == []
+    assert list(itertools.chain(*complaints)) == []
+
+
+def corpus() -> Any:
+    """Return the module that fills a database with errors of many kinds."""
+    return types.SimpleNamespace(**runpy.run_path(str(HERE / ".ci" / "corpus.py")))
+
+
+@pytest.fixture
+def looks(tmp_path: Path) -> dict[str, int]:
+    """Fill the database of the servers that `start` starts; return the errors' ids by name."""
+    with contextlib.closing(Store(str(tmp_path / "miniapm.db"))) as store:
+        found: dict[str, int] = corpus().fill(miniapm, store)
+    return found
+
+
+def test_corpus_has_errors_of_many_kinds_and_every_page_shows_them(
+    client: Client, store: Store
+) -> None:
+    ids = corpus().fill(miniapm, store)
+    errors = rows(store, "SELECT project_id, status, occurrence_count, regressed_ms FROM errors")
+    assert len(errors) == len(set(ids.values())) >= 60
+    assert len({project for project, *_ in errors}) == 4
+    assert {status for _, status, *_ in errors} == {"open", "resolved", "ignored"}
+    assert max(count for _, _, count, _ in errors) == 10_000_000
+    assert len([ms for *_, ms in errors if ms]) == 1
+    assert len(client.errors()) == miniapm.PAGE_ERRORS
+    stored = store.occurrence(ids["deep"])
+    assert stored
+    assert len([one for one in frames_of(stored.occurrence) if one.source and one.locals]) == 50
+    assert client.get("/errors?status=all").status == 200
+    for error_id in ids.values():
+        for suffix in ("", ".json", ".md"):
+            assert client.get(f"/errors/{error_id}{suffix}").status == 200
+
+
+def test_browser_pages_are_watched(chromium: Any) -> None:
+    page = chromium.new_page()
+    complaints = watch(page)
+    bodies = {
+        "/": "<script>window.ran = 1</script><img src='/gone'><script src='/fails.js'></script>"
+        "<script src='/throws.js'></script>",
+        "/throws.js": "console.warn('a warning'); throw new Error('thrown');",
+    }
+
+    def answer(route: Any) -> None:
+        path = urllib.parse.urlsplit(route.request.url).path
+        if path == "/fails.js":
+            return route.abort()
+        headers = {"Content-Security-Policy": "script-src 'self'", "Content-Type": "text/html"}
+        headers |= {"Content-Type": "text/javascript"} if path.endswith(".js") else {}
+        status = 200 if path in bodies else 404
+        return route.fulfill(status=status, body=bodies.get(path, ""), headers=headers)
+
+    page.route("**/*", answer)
+    page.goto("http://watched.test/")
+    page.close()
+    told = "\n".join(complaints)
+    for part in ("Content Security Policy", "404", "fails.js: ", "a warning", "thrown"):
+        assert part in told, part
+
+
+def test_browser_s_axe_finds_what_is_wrong_and_breaks_no_rule_of_the_page(
+    start: Callable[..., Server], browse: Callable[..., Any], axe: Callable[..., list[str]]
+) -> None:
+    page = browse()
+    page.goto(start().url)  # a violation of its policy would fail the test
+    before = axe(page)
+    page.evaluate("document.querySelector('main').append(document.createElement('button'))")
+    found = set(axe(page)) - set(before)
+    assert [line.partition(" (")[0] for line in found] == ["button-name"]
 
 
 WIDTHS = [{"width": 1280, "height": 900}, {"width": 390, "height": 800}]
@@ -17167,22 +17761,6 @@ os._exit(0)
         command, cwd=tmp_path, env=clean_environ(), timeout=60, capture_output=True, check=True
     )
     assert 2 <= int(done.stdout) <= 6
-
-
-NODE_PACKAGES = ["@sentry/node@11.12.0", "@sentry/browser@11.12.0", "esbuild@0.28.2"]
-
-
-@pytest.fixture(scope="session")
-def npm(tmp_path_factory: Any) -> Path:
-    """Return a folder into which the JavaScript SDKs and a bundler have been installed."""
-    folder: Path = tmp_path_factory.mktemp("npm")
-    command = [need("npm"), "install", "--no-audit", "--no-fund", "--prefix", str(folder)]
-    done = subprocess.run(
-        [*command, *NODE_PACKAGES], timeout=240, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        missing(f"the npm packages ({done.stderr.strip()[-200:]})")
-    return folder
 
 
 JAVASCRIPT_SDK = """\

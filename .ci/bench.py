@@ -17,7 +17,8 @@ varies less than rates and times do when other programs load the machine. With T
 disk has no part in it either.
 
 - ingest: reports a second and their 99th percentile by wrk, CPU, memory and bytes on disk;
-- pages: with a million reports stored, also against ten thousand;
+- pages: with a million reports stored, also against ten thousand; and what it takes to render the
+  list and the page of a deep chain, called in process with the errors of corpus.py;
 - start: until the first 202;
 - capture: importing miniapm against bottle; one record_error on the calling thread against one
   logging.exception to a file; a request to a WSGI application wrapped against plain;
@@ -533,6 +534,38 @@ def compare_pages(bench: Bench) -> None:
         }
         bench.alternate(lambda version: page_costs(bench, *servers[version]))
         bench.alternate(lambda version: busy_costs(bench, *servers[version]))
+    compare_renders(bench)
+
+
+def compare_renders(bench: Bench) -> None:
+    """Compare what rendering costs: pages that are called in process, with the same errors."""
+    sys.path.insert(0, str(ROOT / ".ci"))
+    import corpus
+
+    works: dict[Version, dict[str, Callable[[], Any]]] = {}
+    stores = []
+    for version in bench.versions:
+        tracker = version.load()
+        stores.append(tracker.Store(str(version.folder / "corpus.db")))
+        ids = corpus.fill(tracker, stores[-1])
+        app = tracker.App(stores[-1], tracker.Config())
+        works[version] = {
+            "list page, 50 rows": call(app, "/errors"),
+            "error page, 50 frames with source and variables": call(app, f"/errors/{ids['deep']}"),
+        }
+
+    def measure(version: Version) -> dict[str, float]:
+        found = {}
+        for name, work in works[version].items():
+            began_s = time.thread_time()
+            for _ in range(20):
+                work()
+            found[f"{name}, in process: CPU ms"] = (time.thread_time() - began_s) * 1_000 / 20
+        return found
+
+    bench.alternate(measure)
+    for store in stores:
+        store.close()
 
 
 def first_answer(version: Version, *command: str) -> tuple[float, float]:
@@ -619,13 +652,16 @@ def plain_app(environ: dict[str, Any], start_response: Callable[..., Any]) -> li
     return [body]
 
 
-def call(app: Callable[..., Any]) -> Callable[[], Any]:
-    """Return a call of an application in process."""
-    environ: dict[str, Any] = {"PATH_INFO": "/cart", "REMOTE_ADDR": "127.0.0.1"}
+def call(app: Callable[..., Any], path: str = "/cart") -> Callable[[], Any]:
+    """Return a call of an application in process; an answer other than 200 raises."""
+    environ: dict[str, Any] = {"PATH_INFO": path, "REMOTE_ADDR": "127.0.0.1"}
     wsgiref.util.setup_testing_defaults(environ)
 
+    def start_response(status: str, *_: Any) -> None:
+        assert status.startswith("200"), status
+
     def once() -> None:
-        list(app(environ | {"wsgi.input": io.BytesIO()}, lambda *_: None))
+        list(app(environ | {"wsgi.input": io.BytesIO()}, start_response))
 
     return once
 
