@@ -147,7 +147,7 @@ MAX_BREADCRUMB_CHARS = 4 * _KIBIBYTE
 MAX_PAIRS = 200  # tags, headers, cookies
 MAX_FINGERPRINT_PARTS = 50
 
-# What is longer is cut with a visible mark, never refused.
+# Longer values are cut with a visible mark, never refused.
 MAX_CLASS_CHARS = 500
 MAX_MESSAGE_CHARS = 10_000
 MAX_FINGERPRINT_CHARS = 1_000  # as shown; grouping goes by all of it
@@ -179,6 +179,7 @@ MAX_USERS = 10_000  # an error remembers this many users, the newest
 MAX_NOTE_CHARS = 2_000
 MAX_HISTORY = 100  # changes that an error remembers, the newest
 MAX_UNDO_MS = 60_000  # what a person did can be undone for this long
+MAX_COUNTED_ERRORS = 10_000  # of a project and status, whose values are counted to filter by
 MAX_CHOICE_COUNT = 1_000  # where counting the errors with one value of a filter stops
 MAX_TREND_HOURS = 31 * 24  # reports up to this old are counted by the hour, older ones by the day
 MAX_DAILY_HOURS = 10 * 366 * 24  # reports older than this are counted in blocks of 366 days
@@ -416,38 +417,26 @@ def _read_names(text: str) -> tuple[str, ...]:
     return names
 
 
-EDITORS = {  # the URLs that editors register
-    **{
-        name: f"{name}://file/{{path}}:{{line}}:{{column}}"
-        for name in ("vscode", "vscode-insiders", "vscodium", "cursor", "windsurf", "zed")
-    },
-    **{
-        name: f"{name}://open?file={{path}}&line={{line}}&column={{column}}"
-        for name in ("idea", "pycharm", "phpstorm", "webstorm", "rubymine", "goland")
-    },
-    "sublime": "subl://open?url=file://{path}&line={line}&column={column}",
-    "none": "",
-}
-
-
-_IN_EDITOR_URL = {"{path}", "{line}", "{column}"}
+_LIKE_VSCODE = ("vscode", "vscode-insiders", "vscodium", "cursor", "windsurf", "zed")
+_IDES = ("idea", "pycharm", "phpstorm", "webstorm", "rubymine", "goland")
+EDITORS = {one: f"{one}://file/{{path}}:{{line}}:{{column}}" for one in _LIKE_VSCODE}
+EDITORS |= {one: f"{one}://open?file={{path}}&line={{line}}&column={{column}}" for one in _IDES}
+EDITORS |= {"sublime": "subl://open?url=file://{path}&line={line}&column={column}", "none": ""}
 
 
 def _read_editor(text: str) -> str:
-    is_url = re.fullmatch(r"(?ai)(?!(?:javascript|data|vbscript):)[a-z][a-z0-9+.-]*:[!-~]+", text)
-    braces = set(re.findall(r"\{[^{}]*\}|[{}]", text))
-    if text not in EDITORS and not (is_url and {"{path}"} <= braces <= _IN_EDITOR_URL):
+    scheme = "(?!(?i:javascript|data|vbscript):)[A-Za-z][A-Za-z0-9+.-]*:"
+    is_url = re.fullmatch(scheme + r"(?:[!-z|~]|\{(?:path|line|column)\})+", text)
+    if text not in EDITORS and not (is_url and "{path}" in text):
         raise ValueError(text)
     return text
 
 
 def _read_path_map(text: str) -> tuple[tuple[str, str], ...]:
-    form = r"\s*([^=,\s][^=,]*?)\s*=\s*((?:[/\\]|[A-Za-z]:[\\/])[^=,]*?)\s*"
-    found = [re.fullmatch(form, pair) for pair in text.split(",")]
-    pairs = tuple((one[1], one[2]) for one in found if one)
-    if len(pairs) < len(found) or re.search(
-        r"[\x00-\x1f\x7f]|(?:^|[/\\=,])\.\.(?:$|[/\\=,])", text
-    ):
+    text = re.sub(" *([=,]) *", r"\1", text.strip(" "))
+    pairs = tuple(re.findall(r"([^=,]+)=((?:[A-Za-z]:)?[/\\][^=,]*)", text))
+    is_whole = pairs and ",".join(map("=".join, pairs)) == text and text.isprintable()
+    if not is_whole or ".." in re.split(r"[/\\=,]", text):
         raise ValueError(text)
     return pairs
 
@@ -545,14 +534,14 @@ class Config:
         "vscode",
         (
             _read_editor,
-            f"one of {', '.join(EDITORS)}, or a URL with {{path}} and perhaps {{line}}, {{column}}",
+            f"one of {', '.join(EDITORS)}, or a URL with {{path}}, perhaps {{line}} and {{column}}",
         ),
-        "editor in which links on pages open source files; or its URL, with {path} and {line}",
+        "editor that links on pages open source files in; or its URL, with {path} and {line}",
     )
     path_map: tuple[tuple[str, str], ...] = _setting(
         (),
-        (_read_path_map, "pairs FROM=TO separated by commas, each TO a path from the root"),
-        "where paths of reports lie on your machine: /app=/home/me/app,.=/home/me/shop",
+        (_read_path_map, "pairs FROM=TO separated by commas, each TO an absolute path without .."),
+        "where the files named in reports are on your machine: /app=/home/me/app,.=/home/me/shop",
     )
     verbose: bool = _setting(False, (_read_switch, "1 or 0"), "log every request, on stderr")
 
@@ -2072,6 +2061,17 @@ def breadcrumbs_of(occurrence: Occurrence) -> list[Json]:
     return [one for one in crumbs if isinstance(one, dict)] if isinstance(crumbs, list) else []
 
 
+def _object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str:
+    """Return a value as text; None and empty containers give an empty one."""
+    if isinstance(value, str):
+        return value
+    return "" if value in (None, {}, []) else json.dumps(value, ensure_ascii=False)
+
+
 # --- 5. Stack traces ------------------------------------------------------------------------------
 
 
@@ -2830,22 +2830,11 @@ def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | 
 # --- 6. Sentry ------------------------------------------------------------------------------------
 
 
-def _object(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
 def _objects(value: Any, most: int) -> list[Json]:
     """Return the last objects of a list that SDKs send bare or within `values`."""
     values = value.get("values") if isinstance(value, dict) else value
     values = values[-most:] if isinstance(values, list) else []
     return [one for one in values if isinstance(one, dict)]
-
-
-def _text(value: Any) -> str:
-    """Return a value as text; None and empty containers give an empty one."""
-    if isinstance(value, str):
-        return value
-    return "" if value in (None, {}, []) else json.dumps(value, ensure_ascii=False)
 
 
 def _pairs(value: Any) -> Json:
@@ -3469,7 +3458,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             detail TEXT NOT NULL, by_whom TEXT NOT NULL, before TEXT)""",
         "CREATE INDEX history_by_error ON history (error_id)",
         "CREATE INDEX history_by_action ON history (action)",
-        # The list goes by the number that it shows, at most MAX_USERS: cursors are made of it.
+        # The list sorts by the number it shows, at most MAX_USERS; cursors hold that number.
         """ALTER TABLE errors ADD COLUMN shown_users INTEGER
             GENERATED ALWAYS AS (MIN(user_count, 10000)) VIRTUAL""",
         "CREATE INDEX errors_by_users ON errors (project_id, status, shown_users)",
@@ -3524,7 +3513,8 @@ RECORD_FACET = """
     INSERT OR IGNORE INTO error_facets (error_id, name, value, first_ms)
     VALUES (:error_id, :name, :value, :first_ms)"""
 COUNT_FACET = """
-    UPDATE error_facets SET count = count + ? WHERE error_id = ? AND name = ? AND value = ?"""
+    UPDATE error_facets SET count = count + ?, first_ms = MIN(first_ms, ?)
+    WHERE error_id = ? AND name = ? AND value = ?"""
 FORGET_FACETS = """
     DELETE FROM error_facets WHERE id IN
         (SELECT id FROM error_facets WHERE error_id = :error_id AND name = :name
@@ -3539,52 +3529,37 @@ _ERROR_COLUMNS = f"""id, project_id,
     has_more_users OR user_count > {MAX_USERS} AS has_more_users, status, status_ms, regressed_ms,
     note, wake_ms, wake_count, uncounted"""
 SELECT_ERROR = f"SELECT {_ERROR_COLUMNS} FROM errors WHERE id = :id AND status <> 'deleted'"
-SELECT_OCCURRENCE = """
-    SELECT occurrences.id, error_id, received_ms, body, grouping_key, hex(event_id) AS event_id,
-        (SELECT body FROM samples WHERE samples.error_id = occurrences.error_id) AS sample,
-        (SELECT MIN(id) FROM occurrences WHERE error_id = :error_id) AS first_id,
-        (SELECT MAX(id) FROM occurrences WHERE error_id = :error_id AND id < :id) AS older_id,
-        (SELECT MIN(id) FROM occurrences WHERE error_id = :error_id AND id > :id) AS newer_id,
-        (SELECT MAX(id) FROM occurrences WHERE error_id = :error_id) AS newest_id,
+_OCCURRENCES = """
+    SELECT occurrences.id, error_id, received_ms, body, grouping_key, event_id,
+        (SELECT body FROM samples WHERE samples.error_id = errors.id) AS sample,
+        (SELECT MIN(id) FROM occurrences WHERE error_id = errors.id) AS first_id,
+        (SELECT MAX(id) FROM occurrences AS older
+            WHERE older.error_id = errors.id AND older.id < occurrences.id) AS older_id,
+        (SELECT MIN(id) FROM occurrences AS newer
+            WHERE newer.error_id = errors.id AND newer.id > occurrences.id) AS newer_id,
+        (SELECT MAX(id) FROM occurrences WHERE error_id = errors.id) AS newest_id,
+        stored_count - (SELECT COUNT(*) FROM occurrences AS newer
+            WHERE newer.error_id = errors.id AND newer.id > occurrences.id) AS position,
         stored_count AS kept
     FROM occurrences JOIN errors ON errors.id = error_id
-    WHERE occurrences.id = :id AND error_id = :error_id AND status <> 'deleted'"""
-COUNT_NEWER = "SELECT COUNT(*) FROM occurrences WHERE error_id = :error_id AND id > :id"
-SELECT_OLDER_IDS = """
-    SELECT id FROM occurrences WHERE error_id = :error_id AND id < :id
-    ORDER BY id DESC LIMIT :limit"""
-SELECT_NEWER_IDS = """
-    SELECT id FROM occurrences WHERE error_id = :error_id AND id > :id ORDER BY id LIMIT :limit"""
+    WHERE error_id = :error_id AND status <> 'deleted' AND occurrences.id"""
+SELECT_OLDER = f"{_OCCURRENCES} < :id ORDER BY occurrences.id DESC LIMIT :limit"
+SELECT_NEWER = f"{_OCCURRENCES} > :id ORDER BY occurrences.id LIMIT :limit"
 SELECT_TALLIES = "SELECT name, value, count, first_ms FROM error_facets WHERE error_id = :id"
-SELECT_NEWEST_ID = "SELECT MAX(id) FROM occurrences WHERE error_id = :error_id"
 SELECT_BUCKETS = """
     SELECT error_id, hour, count FROM json_each(:ids) JOIN buckets ON error_id = json_each.value
     WHERE hour >= :since_hour"""
-# Goes from one value to the next in the index, however many errors share it; 10,000 at most.
-SELECT_FACETS = """
-    WITH RECURSIVE found (value) AS (
-        SELECT MIN(value) FROM error_facets WHERE name = :name AND name <> 'tag'
-        UNION ALL
-        SELECT (SELECT MIN(value) FROM error_facets
-            WHERE name = :name AND name <> 'tag' AND value > found.value)
-        FROM found WHERE value IS NOT NULL LIMIT 10000)
-    SELECT value FROM found WHERE value IS NOT NULL
-    ORDER BY (SELECT MAX(id) FROM error_facets
-        WHERE name = :name AND name <> 'tag' AND value = found.value) DESC LIMIT :most"""
-# How many errors of a project and status have a value: a query for few errors, one for many.
-COUNT_PART = """
-    SELECT COUNT(*) FROM (SELECT 1 FROM errors WHERE project_id = :project_id AND status = :status
-        LIMIT :most + 1)"""
-COUNT_FACETS = """
-    SELECT name, value, COUNT(*) FROM
-        (SELECT id FROM errors WHERE project_id = :project_id AND status = :status) AS part
+# The errors seen last stand for the rest: reading more would take seconds.
+COUNT_FACETS = f"""
+    SELECT name, value, COUNT(*) AS count, MAX(error_facets.id) AS newest_id FROM
+        (SELECT id FROM errors WHERE project_id = :project_id AND status = :status
+        ORDER BY last_seen_ms DESC LIMIT {MAX_COUNTED_ERRORS}) AS part
         CROSS JOIN error_facets ON error_id = part.id
     WHERE name IN ('level', 'environment', 'release') GROUP BY name, value"""
-COUNT_WITH_FACET = """
-    SELECT COUNT(*) FROM (SELECT 1 FROM error_facets CROSS JOIN errors ON errors.id = error_id
-        WHERE name = :name AND name <> 'tag' AND value = :value
-            AND project_id = :project_id AND status = :status
-        LIMIT :most)"""
+COUNT_PROJECTS = """
+    SELECT id, name, (SELECT COUNT(*) FROM (SELECT 1 FROM errors WHERE project_id = projects.id
+        AND status IN (SELECT value FROM json_each(:statuses)) LIMIT :most))
+    FROM projects ORDER BY id"""
 
 _IS_CHANGED = """id IN (SELECT value FROM json_each(:ids)) AND status <> 'deleted' AND
     (status <> :status OR wake_ms IS NOT :wake_ms OR wake_count IS NOT occurrence_count + :more)"""
@@ -3620,26 +3595,29 @@ SELECT_DUE = """
     WHERE wake_ms <= :now_ms AND status = 'ignored' LIMIT :step"""
 _IS_LAST_CHANGE = """NOT EXISTS
     (SELECT 1 FROM history AS later WHERE error_id = history.error_id AND id > history.id)"""
+_IS_RECENT = f"action = :id AND before IS NOT NULL AND ABS(:now_ms - at_ms) < {MAX_UNDO_MS}"
 SELECT_ACTION = f"""
-    SELECT action AS id, what, COUNT(*) AS count, at_ms FROM history
-    WHERE action = :id AND before IS NOT NULL AND ABS(:now_ms - at_ms) < {MAX_UNDO_MS}
+    SELECT action AS id, what, COUNT(*) AS count, at_ms FROM history WHERE {_IS_RECENT}
     GROUP BY action HAVING SUM({_IS_LAST_CHANGE})"""
 SELECT_UNDOABLE = f"""
     SELECT history.id AS change_id, error_id AS id, project_id, before
     FROM history JOIN errors ON errors.id = error_id
-    WHERE action = :id AND before IS NOT NULL AND {_IS_LAST_CHANGE}"""
+    WHERE {_IS_RECENT} AND {_IS_LAST_CHANGE}"""
 RESTORE_ERROR = """
     UPDATE errors SET status = :status, status_ms = :status_ms, regressed_ms = :regressed_ms,
-        wake_ms = :wake_ms, wake_count = :wake_count, grouping_key = :grouping_key
+        wake_ms = :wake_ms, wake_count = MAX(:wake_count, occurrence_count + 1),
+        grouping_key = :grouping_key
     WHERE id = :id"""
 FORGET_CHANGE = "DELETE FROM history WHERE id = :change_id"
 _DISCARD = "UPDATE errors SET status = 'deleted', status_ms = 0, grouping_key = NULL"
 DISCARD_ERROR = f"{_DISCARD} WHERE id = :id"
 SELECT_KEPT = """
-    SELECT occurrences.id, occurrences.body, hex(event_id) AS event_id, samples.body AS sample
+    SELECT occurrences.body, event_id, samples.body AS sample
     FROM occurrences LEFT JOIN samples USING (error_id)
-    WHERE occurrences.error_id = :error_id AND occurrences.id > :after_id
-    ORDER BY occurrences.id LIMIT :step"""
+    WHERE occurrences.error_id = :error_id ORDER BY occurrences.id"""
+KEEP_NOTE = """
+    UPDATE errors SET note = (SELECT note FROM errors WHERE id = :newer_id)
+    WHERE id = :id AND note = ''"""
 SET_NOTE = "UPDATE errors SET note = :note WHERE id = :id AND status <> 'deleted'"
 
 SELECT_PROJECTS = """
@@ -3710,21 +3688,17 @@ DELETE_EMPTY = f"""
     {_DISCARD} WHERE id IN
         (SELECT id FROM errors WHERE stored_count = 0 AND status IN ('open', 'resolved')
         LIMIT :step)"""
-# Those that were deleted a moment ago can be restored.
+# A recent deletion can still be undone.
 SELECT_DELETED = f"""
     SELECT id FROM errors WHERE status = 'deleted' AND ABS(:now_ms - status_ms) >= {MAX_UNDO_MS}
     ORDER BY status_ms LIMIT 1"""
-SELECT_OLDEST_DELETION = "SELECT MIN(status_ms) FROM errors WHERE status = 'deleted'"
-DELETE_BUCKETS = """
-    DELETE FROM buckets WHERE error_id = :error_id AND hour IN
-        (SELECT hour FROM buckets WHERE error_id = :error_id LIMIT :step)"""
-DELETE_USERS = """
-    DELETE FROM error_users WHERE id IN
-        (SELECT id FROM error_users WHERE error_id = :error_id LIMIT :step)"""
-DELETE_FACETS = """
-    DELETE FROM error_facets WHERE id IN
-        (SELECT id FROM error_facets WHERE error_id = :error_id LIMIT :step)"""
-DELETE_HISTORY = "DELETE FROM history WHERE error_id = :error_id"
+DELETE_VALUES = tuple(
+    f"""
+    DELETE FROM {table} WHERE error_id = :error_id AND {key} IN
+        (SELECT {key} FROM {table} WHERE error_id = :error_id LIMIT :step)"""
+    for key, *tables in (("hour", "buckets"), ("id", "error_users", "error_facets", "history"))
+    for table in tables
+)
 DELETE_SAMPLE = "DELETE FROM samples WHERE error_id = :error_id"
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
 
@@ -3737,7 +3711,7 @@ CHECK_ERRORS = """
     FROM errors WHERE status <> 'deleted'
         AND (occurrence_count <> hours OR stored_count <> kept OR user_count <> users)"""
 CHECK_REPORTS = """
-    SELECT occurrences.id, occurrences.body, grouping_key, samples.body AS sample
+    SELECT occurrences.id, occurrences.body, event_id, grouping_key, samples.body AS sample
     FROM occurrences JOIN errors ON errors.id = occurrences.error_id
     LEFT JOIN samples ON samples.error_id = errors.id
     WHERE status <> 'deleted' ORDER BY occurrences.error_id"""
@@ -3851,10 +3825,8 @@ class ErrorPage:
 
 
 def _duration(duration_ms: int) -> str:
-    units = (("w", 7 * DAY_MS), ("d", DAY_MS), ("h", HOUR_MS), ("min", 60_000), ("s", 1_000))
-    fitting = ((duration_ms // size, unit) for unit, size in units if duration_ms % size == 0)
-    number, unit = next(fitting, (duration_ms, "ms"))
-    return f"{number:,} {unit}"
+    units = {"w": 7 * DAY_MS, "d": DAY_MS, "h": HOUR_MS, "min": 60_000, "s": 1_000, "ms": 1}
+    return next(f"{duration_ms // n:,} {unit}" for unit, n in units.items() if not duration_ms % n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -3899,7 +3871,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What a person did to errors with one click: resolved, ignored, reopened or deleted them."""
+    """One step, by a person or a program, that resolved, ignored, reopened or deleted errors."""
 
     id: int
     what: str
@@ -3909,7 +3881,7 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A value to filter by, and how many errors have it; more than MAX_CHOICE_COUNT aren't told."""
+    """A value to filter by, and how many errors have it, up to MAX_CHOICE_COUNT."""
 
     value: str
     label: str
@@ -4283,8 +4255,8 @@ def _run_in_savepoint(work: Work, db: sqlite3.Connection) -> tuple[Any, Exceptio
 def lack_of_space(path: str) -> str:
     """Say that the disk of a database is nearly full, empty if it is not.
 
-    What is left then is for deleting, which needs room in SQLite's log, and for what the log
-    holds already and is yet to be copied into the database.
+    The rest is kept for deleting, which needs room in SQLite's log, and for copying that log into
+    the database.
     """
     try:
         disk = shutil.disk_usage(os.path.dirname(path))
@@ -4685,7 +4657,7 @@ def _error_values_of(error: _Known | None, group: Sequence[_Report]) -> tuple[st
 def _open_again(
     error: sqlite3.Row, group: Sequence[_Report], now_ms: int, db: sqlite3.Connection
 ) -> None:
-    """Open an error that is resolved, or ignored until now, because reports have come."""
+    """Open an error to which reports have come, if it is resolved or no longer to be ignored."""
     if error["status"] == "resolved":
         release = facet_of(group[0][1], "release")
         detail = f"in release {release}" if release else ""
@@ -4711,7 +4683,7 @@ class _Recorder:
         self._data_version = -1
 
     def forget(self) -> None:
-        """Forget all: what a transaction wrote that was undone is not there."""
+        """Forget everything, because an undone transaction may have written it."""
         self._known.clear()
         self._known_bytes = 0
 
@@ -4750,7 +4722,7 @@ class _Recorder:
         block = last_id // REQUEST_BLOCK_IDS << 32
         occurrences: list[tuple[int, int, bytes, int, bytes | None, int | None]] = []
         hours: dict[tuple[int, int], int] = collections.defaultdict(int)
-        tallies: collections.Counter[tuple[int, str, str]] = collections.Counter()
+        tallies: list[tuple[int, int, int, str, str]] = []
         for error, group in self._record_errors(groups, received_ms, db):
             for project_id, one, text in group:
                 hours[error.id, one.occurred_ms // HOUR_MS] += 1
@@ -4762,7 +4734,7 @@ class _Recorder:
             self._record_users(error, group, received_ms // DAY_MS, db)
             self._record_facets(error, group, tallies, db)
         db.executemany(RECORD_OCCURRENCE, occurrences)
-        db.executemany(COUNT_FACET, [(count, *value) for value, count in tallies.items()])
+        db.executemany(COUNT_FACET, tallies)
         now_hour = received_ms // HOUR_MS
         db.executemany(
             RECORD_BUCKET,
@@ -4836,31 +4808,33 @@ class _Recorder:
         self,
         error: _Known,
         group: Sequence[_Report],
-        tallies: collections.Counter[tuple[int, str, str]],
+        tallies: list[tuple[int, int, int, str, str]],
         db: sqlite3.Connection,
     ) -> None:
-        """Remember the values of reports, and add to `tallies` what is to be counted of them."""
-        found = [(facets_of(one), one.occurred_ms) for _, one, _ in group]
-        for facets, _ in found:
-            if facets is not _FACETS_BY_DEFAULT:
-                tallies.update({(error.id, *pair) for pair in facets if pair[0] != "level"})
+        """Remember the values of reports, and add the parameters of COUNT_FACET to `tallies`."""
+        found: dict[tuple[str, str], tuple[int, int]] = {}  # the newest last
+        has_default = error.seen.issuperset(_FACETS_BY_DEFAULT)
+        for _, one, _ in group:
+            if has_default and not one.extra:
+                continue
+            for pair in dict.fromkeys(facets_of(one)):
+                count, first_ms = found.pop(pair, (0, one.occurred_ms))
+                found[pair] = count + 1, min(first_ms, one.occurred_ms)
+        tallies += [(*said, error.id, *pair) for pair, said in found.items() if pair[0] != "level"]
         is_new, error.is_new = error.is_new, False
-        if all(error.seen.issuperset(facets) for facets, _ in found):
+        if error.seen.issuperset(found):
             return
-        first = {pair: time_ms for facets, time_ms in reversed(found) for pair in facets}
-        for name in dict.fromkeys(pair[0] for pair in first if pair not in error.seen):
-            # The last one's last value comes first.
-            values = (pair for facets, _ in reversed(found) for pair in reversed(facets))
-            newest = [*dict.fromkeys(pair for pair in values if pair[0] == name)]
-            # What occurs again must not be driven out by what is different in each report.
-            newest.sort(key=lambda pair: tallies[error.id, *pair] < 2)
-            again = sum(tallies[error.id, *pair] >= 2 for pair in newest)
+        for name in dict.fromkeys(pair[0] for pair in found if pair not in error.seen):
+            newest = [pair for pair in reversed(found) if pair[0] == name]
+            # Values that recur must not be driven out by those that differ in each report.
+            newest.sort(key=lambda pair: found[pair][0] < 2)
+            again = sum(found[pair][0] >= 2 for pair in newest)
             newest = newest[: MAX_REMEMBERED[name]]
             lasting = newest[: again + MAX_TAGS]
             part = {"error_id": error.id, "name": name}
             db.executemany(
                 RECORD_FACET,
-                [part | {"value": pair[1], "first_ms": first[pair]} for pair in newest[::-1]],
+                [part | {"value": pair[1], "first_ms": found[pair][1]} for pair in newest[::-1]],
             )
             part |= {"most": MAX_REMEMBERED[name], "seen": json.dumps([one for _, one in lasting])}
             if not is_new and db.execute(FORGET_FACETS, part).rowcount:
@@ -4869,54 +4843,46 @@ class _Recorder:
             self._add_seen(error, newest)
 
 
-def _stored_occurrence(
-    body: bytes | str, sample: bytes | None, key: bytes, event_id: str | None = None
-) -> Occurrence:
-    """Return the occurrence that a row holds; `sample` is the error's, compressed."""
+def _occurrence_in(row: sqlite3.Row, key: bytes) -> Occurrence:
+    """Return the occurrence that a row holds."""
+    body, sample, event_id = row["body"], row["sample"], row["event_id"]
     if isinstance(body, bytes):  # a text is from before reports were compressed
         body = unpack(body, sample and zlib.decompress(sample))
-    return load_occurrence(body, key, event_id)
+    return load_occurrence(body, key, event_id and event_id.hex())
 
 
-def _record_again(
-    recorder: _Recorder, error_id: int, project_id: int, key: bytes, db: sqlite3.Connection
-) -> None:
-    """Record the kept occurrences of a discarded error under the error that has its key now."""
-    values = {"error_id": error_id, "after_id": 0, "step": SWEEP_STEP_ROWS}
-    while rows := db.execute(SELECT_KEPT, values).fetchall():
-        values["after_id"] = rows[-1]["id"]
-        for row in rows:
-            event_id = row["event_id"].lower() or None
-            one = _stored_occurrence(row["body"], row["sample"], key, event_id)
-            recorder.write_together([(project_id, one, dump_occurrence(one))], db)
+def _stored_occurrence(row: sqlite3.Row) -> StoredOccurrence:
+    values = dict(row)
+    for name in ("body", "sample", "event_id", "grouping_key"):
+        del values[name]
+    return StoredOccurrence(**values, occurrence=_occurrence_in(row, row["grouping_key"]))
 
 
 def _restore(row: sqlite3.Row, recorder: _Recorder, db: sqlite3.Connection) -> None:
-    """Give an error the state it had before a change, and remove that from its history.
+    """Give an error the state it had before a change, and remove the change from its history.
 
-    Where reports have made a new error while this one was deleted, the older of the two gets the
-    occurrences of both.
+    If reports have created a new error while this one was deleted, the older of the two gets
+    the occurrences of both.
     """
-    before = json.loads(row["before"])
+    before, project_id = json.loads(row["before"]), row["project_id"]
     before["grouping_key"] = key = bytes.fromhex(before["grouping_key"])
-    taken = db.execute(SELECT_BY_KEY, (row["project_id"], key)).fetchone()
-    ids = {row["id"], taken["id"] if taken else row["id"]}
-    newer = max(ids) if len(ids) > 1 else None
-    if newer is not None:
-        db.execute(DISCARD_ERROR, {"id": newer})
-    if row["id"] != newer:
-        db.execute(RESTORE_ERROR, before | {"id": row["id"]})
+    taken = db.execute(SELECT_BY_KEY, (project_id, key)).fetchone()
+    kept_id, *newer_ids = sorted({row["id"], taken["id"] if taken else row["id"]})
+    for newer_id in newer_ids:
+        db.execute(KEEP_NOTE, {"id": kept_id, "newer_id": newer_id})
+        db.execute(DISCARD_ERROR, {"id": newer_id})
+    if row["id"] == kept_id:
+        db.execute(RESTORE_ERROR, before | {"id": kept_id})
     db.execute(FORGET_CHANGE, {"change_id": row["change_id"]})
-    if newer is not None:
-        _record_again(recorder, newer, row["project_id"], key, db)
+    for newer_id in newer_ids:
+        rows = db.execute(SELECT_KEPT, {"error_id": newer_id}).fetchall()
+        moved = [_occurrence_in(one, key) for one in rows]
+        recorder.write_together([(project_id, one, dump_occurrence(one)) for one in moved], db)
 
 
 def undo_action(action_id: int, now_ms: int, recorder: _Recorder, db: sqlite3.Connection) -> int:
-    """Restore the errors that an action changed last; return how many, 0 when it is too late."""
-    if db.execute(SELECT_ACTION, {"id": action_id, "now_ms": now_ms}).fetchone() is None:
-        return 0
-    rows = db.execute(SELECT_UNDOABLE, {"id": action_id}).fetchall()
-    recorder.forget()
+    """Restore errors that have not changed since an action; return how many, 0 if too late."""
+    rows = db.execute(SELECT_UNDOABLE, {"id": action_id, "now_ms": now_ms}).fetchall()
     try:
         for row in rows:
             _restore(row, recorder, db)
@@ -4941,7 +4907,7 @@ def faults_of(db: sqlite3.Connection) -> Iterator[str]:
         )
     for row in db.execute(CHECK_REPORTS):
         try:
-            _stored_occurrence(row["body"], row["sample"], row["grouping_key"])
+            _occurrence_in(row, row["grouping_key"])
         except (ValueError, TypeError, KeyError, zlib.error, MiniAPMError) as error:
             yield f"report {row['id']} can't be read: {error}"
 
@@ -4983,6 +4949,18 @@ class Readers:
         self._idle: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         self._all: list[sqlite3.Connection] = []  # lent or idle
         self._is_abandoned = False  # closed while one was lent
+        self._lock = threading.Lock()
+        self._watching: sqlite3.Connection | None = None  # a count is of one connection
+        self._prefix = secrets.token_hex(8)  # the counts of another process mean nothing here
+
+    def version(self) -> str:
+        """Return a text that changes with every commit of any process; takes microseconds."""
+        try:
+            with self._lock:
+                self._watching = self._watching or _connect(self._path)
+                return f"{self._prefix}.{_pragma(self._watching, 'data_version')}"
+        except sqlite3.Error as error:
+            raise _refusal_of(error) from error
 
     @contextlib.contextmanager
     def lend(self, *, one_statement: bool = False) -> Iterator[sqlite3.Connection]:
@@ -5010,6 +4988,9 @@ class Readers:
     def close(self, timeout_s: float) -> None:
         """Close every connection; one still lent after `timeout_s` is closed on its return."""
         end_s = time.monotonic() + timeout_s
+        with self._lock:
+            if self._watching is not None:
+                self._watching.close()
         try:
             while self._all:
                 reader = self._idle.get(timeout=max(0.0, end_s - time.monotonic()))
@@ -5017,31 +4998,6 @@ class Readers:
                 reader.close()
         except queue.Empty:
             self._is_abandoned = True
-
-
-class Version:
-    """Tells whether anything in a database was changed, by whatever process."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._db: sqlite3.Connection | None = None
-        self._prefix = secrets.token_hex(8)  # the numbers of another process mean nothing here
-
-    def current(self) -> str:
-        """Return a text that changes with every commit."""
-        try:
-            with self._lock:
-                self._db = self._db or _connect(self._path)
-                return f"{self._prefix}.{_pragma(self._db, 'data_version')}"
-        except sqlite3.Error as error:
-            raise _refusal_of(error) from error
-
-    def close(self) -> None:
-        """Close the connection."""
-        with self._lock:
-            if self._db is not None:
-                self._db.close()
 
 
 class _KeyCache:
@@ -5084,73 +5040,38 @@ def _search_deadline(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def _parts_of(db: sqlite3.Connection, wanted: ErrorFilter) -> list[Json]:
-    """Return the pairs of a project and a status that a list has its errors from."""
+    """Return the pairs of a project and a status from which a list takes its errors."""
     statuses = STATUSES if wanted.status == "all" else (wanted.status,)
     ids = [row["id"] for row in db.execute("SELECT id FROM projects")]
     ids = ids if wanted.project_id is None else [wanted.project_id]
     return [{"project_id": one, "status": status} for one in ids for status in statuses]
 
 
-def _select_occurrences(
-    db: sqlite3.Connection, error_id: int, ids: Sequence[int]
-) -> list[StoredOccurrence]:
-    """Return those of an error's occurrences that are kept; `ids` has no gap, the newest first."""
-    found: list[StoredOccurrence] = []
-    newer = 0
-    for occurrence_id in ids:
-        part = {"error_id": error_id, "id": occurrence_id}
-        if (row := db.execute(SELECT_OCCURRENCE, part).fetchone()) is None:
-            continue
-        if not found:  # only the first one's place has to be counted
-            newer = db.execute(COUNT_NEWER, part).fetchone()[0]
-        values = dict(row) | {"position": row["kept"] - newer - len(found)}
-        event_id = values.pop("event_id").lower() or None
-        body, sample, key = (values.pop(name) for name in ("body", "sample", "grouping_key"))
-        occurrence = _stored_occurrence(body, sample, key, event_id)
-        found.append(StoredOccurrence(**values, occurrence=occurrence))
-    return found
-
-
 def _choices_of(db: sqlite3.Connection, wanted: ErrorFilter) -> dict[str, tuple[Choice, ...]]:
-    projects = {row["id"]: row["name"] for row in db.execute("SELECT id, name FROM projects")}
-    values: dict[str, list[str]] = {}
-    for name in FACETS:
-        rows = db.execute(SELECT_FACETS, {"name": name, "most": MAX_FACET_VALUES})
+    statuses = STATUSES if wanted.status == "all" else (wanted.status,)
+    limits = {"statuses": json.dumps(statuses), "most": MAX_CHOICE_COUNT}
+    projects = db.execute(COUNT_PROJECTS, limits)
+    choices = {"project": tuple(Choice(str(one), name, count) for one, name, count in projects)}
+    rows = [row for part in _parts_of(db, wanted) for row in db.execute(COUNT_FACETS, part)]
+    rows.sort(key=operator.itemgetter("newest_id"), reverse=True)
+    counts: dict[str, dict[str, int]] = {name: {} for name in FACETS}
+    for name, value, count, _ in rows:
+        counts[name][value] = counts[name].get(value, 0) + count
+    for name, found in counts.items():
         chosen = getattr(wanted, name)
-        values[name] = [*dict.fromkeys([row["value"] for row in rows] + [chosen] * bool(chosen))]
-    counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    for part in _parts_of(db, dataclasses.replace(wanted, project_id=None)):
-        limits = part | {"most": MAX_CHOICE_COUNT}
-        size = db.execute(COUNT_PART, limits).fetchone()[0]
-        counts["project", str(part["project_id"])] += size
-        if wanted.project_id not in (None, part["project_id"]):
-            continue
-        if size <= MAX_CHOICE_COUNT:
-            for name, value, count in db.execute(COUNT_FACETS, part):
-                counts[name, value] += count
-            continue
-        for pair in ((name, value) for name in FACETS for value in values[name]):
-            one = limits | dict(zip(("name", "value"), pair, strict=True))
-            counts[pair] += db.execute(COUNT_WITH_FACET, one).fetchone()[0]
-    labels = {"project": {str(one): name for one, name in projects.items()}}
-    labels |= {name: {value: value for value in found} for name, found in values.items()}
-    return {
-        name: tuple(
-            Choice(value, label, min(counts[name, value], MAX_CHOICE_COUNT))
-            for value, label in found.items()
-            if name == "project" or counts[name, value] or value == getattr(wanted, name)
+        values = dict.fromkeys([*found][:MAX_FACET_VALUES] + [chosen] * bool(chosen))
+        choices[name] = tuple(
+            Choice(one, one, min(found.get(one, 0), MAX_CHOICE_COUNT)) for one in values
         )
-        for name, found in labels.items()
-    }
+    return choices
 
 
 class Triage:
-    """What people see of errors and do to them: the part of Store that pages use."""
+    """The part of Store that pages use: reads errors and changes their state."""
 
     now_ms: Callable[[], int]
     reading: Callable[[], contextlib.AbstractContextManager[sqlite3.Connection]]
     write: Callable[..., Any]
-    has_surplus: threading.Event
     _recorder: _Recorder
 
     def errors(self, wanted: ErrorFilter) -> ErrorPage:
@@ -5180,20 +5101,21 @@ class Triage:
     def neighbours(self, wanted: ErrorFilter, error: ErrorGroup) -> tuple[int | None, int | None]:
         """Return the ids of the errors before and after one in a list; None where there is none.
 
-        The error itself need not be in the list any more. None as well when that takes too long.
+        The error itself need not be in the list any more. If the search is invalid or takes too
+        long, there are none.
         """
         here = getattr(error, SORTS[wanted.sort]), error.id
-        found: list[int | None] = []
-        with contextlib.suppress(Unavailable), self.reading() as db, _search_deadline(db):
-            for after, before in ((None, here), (here, None)):
+        found: list[int | None] = [None, None]
+        problems = contextlib.suppress(BadRequest, Unavailable)
+        with problems, self.reading() as db, _search_deadline(db):
+            for side, (after, before) in enumerate(((None, here), (here, None))):
                 step = dataclasses.replace(wanted, limit=1, after=after, before=before)
                 statement, values = list_statement(step, self.now_ms())
                 parts = [values | part for part in _parts_of(db, wanted)]
                 rows = [row for part in parts for row in db.execute(statement, part)]
                 page = _page_of([ErrorGroup(**row) for row in rows], {}, step)
-                found.append(page.errors[0].id if page.errors else None)
-            return found[0], found[1]
-        return None, None
+                found[side] = page.errors[0].id if page.errors else None
+        return found[0], found[1]
 
     def error(self, error_id: int) -> ErrorGroup:
         """Return one error; NotFound if there is none."""
@@ -5207,26 +5129,23 @@ class Triage:
         self, error_id: int, occurrence_id: int | None = None
     ) -> StoredOccurrence | None:
         """Return an occurrence of an error, by default the newest; None if it is not kept."""
-        with self.reading() as db:
-            newest_id = db.execute(SELECT_NEWEST_ID, {"error_id": error_id}).fetchone()[0]
-            wanted_id = newest_id if occurrence_id is None else occurrence_id
-            found = _select_occurrences(db, error_id, [wanted_id])
-        return found[0] if found else None
+        after = None if occurrence_id is None else occurrence_id + 1
+        found = self.occurrences(error_id, after=after, limit=1)
+        return found[0] if found and occurrence_id in (None, found[0].id) else None
 
     def occurrences(
         self, error_id: int, *, before: int | None = None, after: int | None = None, limit: int
     ) -> tuple[StoredOccurrence, ...]:
         """Return a page of an error's kept occurrences, the newest first.
 
-        It begins with the newest, ends before the id `before`, or begins after the id `after`.
-        The last one's `older_id` and the first one's `newer_id` tell whether there are more.
+        It starts with the newest, or right after the id `after`, or ends right before the id
+        `before`. The last one's `older_id` and the first one's `newer_id` say if there are more.
         """
-        at = 2**63 - 1 if after is None else after
-        values = {"error_id": error_id, "id": at if before is None else before, "limit": limit}
+        values: Json = {"error_id": error_id, "id": before or after or 2**63 - 1, "limit": limit}
         with self.reading() as db:
-            rows = db.execute(SELECT_OLDER_IDS if before is None else SELECT_NEWER_IDS, values)
-            ids = sorted((row["id"] for row in rows), reverse=True)
-            return tuple(_select_occurrences(db, error_id, ids))
+            rows = db.execute(SELECT_NEWER if before else SELECT_OLDER, values).fetchall()
+        rows.sort(key=operator.itemgetter("id"), reverse=True)
+        return tuple(map(_stored_occurrence, rows))
 
     def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
         """Return how often each error occurred in each hour since 1970, zeros left out."""
@@ -5241,12 +5160,10 @@ class Triage:
         """Return the values that an error came with, by name, those that occurred most first."""
         with self.reading() as db:
             rows = db.execute(SELECT_TALLIES, {"id": error_id}).fetchall()
-        found = [
-            Tally(
-                *(row["value"].partition(":")[::2] if row["name"] == "tag" else row[:2]), *row[2:]
-            )
-            for row in rows
-        ]
+        found = []
+        for name, value, *rest in rows:
+            pair = value.partition(":")[::2] if name == "tag" else (name, value)
+            found.append(Tally(*pair, *rest))
         return tuple(sorted(found, key=lambda one: (one.name, -one.count, one.value)))
 
     def history(self, error_id: int) -> tuple[Change, ...]:
@@ -5255,10 +5172,12 @@ class Triage:
             return tuple(Change(**row) for row in db.execute(SELECT_HISTORY, {"id": error_id}))
 
     def facets(self, wanted: ErrorFilter) -> dict[str, tuple[Choice, ...]]:
-        """Return the projects, levels, environments and releases to choose from, the newest first.
+        """Return the projects, levels, environments and releases to choose from.
 
-        Counts are of the filter's status, those of values also of its project. Values that no
-        such error has are left out, except the filter's own. Raises Unavailable like errors().
+        All count the errors with the filter's status. Levels, environments and releases, the
+        newest first, count only those in its project, of which the MAX_COUNTED_ERRORS seen last
+        are read. Values without errors are left out, except the filter's own. Raises
+        Unavailable like errors().
         """
         with self.reading() as db, _search_deadline(db):
             return _choices_of(db, wanted)
@@ -5278,12 +5197,10 @@ class Triage:
     def delete(self, error_ids: Sequence[int], *, by: str = "") -> int:
         """Delete errors, at once for every reader; return the action's id, 0 if nothing changed.
 
-        Retention removes their rows once it can't be undone any more.
+        Retention removes their rows once the deletion can't be undone any more.
         """
         change = functools.partial(change_status, by=by)
-        action_id: int = self.write(lambda db: change(db, error_ids, "deleted", self.now_ms()))
-        self.has_surplus.set()
-        return action_id
+        return int(self.write(lambda db: change(db, error_ids, "deleted", self.now_ms())))
 
     def action(self, action_id: int) -> Action | None:
         """Return what one click did; None when that is unknown, undone or too old to be undone."""
@@ -5335,7 +5252,6 @@ class Store(Triage):
         self.path = os.path.realpath(path)
         self.now = now
         self._readers = Readers(self.path)
-        self._version = Version(self.path)
         db = open_database(self.path)
         self._writer = Writer(db, self.path, threads=threads, wait_s=wait_s)
         self.write = self._writer.run if threads else self._writer.run_alone
@@ -5368,7 +5284,6 @@ class Store(Triage):
         """Finish what is being written and read, and close every connection."""
         self._writer.close(timeout_s)
         self._readers.close(timeout_s)
-        self._version.close()
 
     def reading(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
         """Lend a connection that sees one consistent state."""
@@ -5378,7 +5293,7 @@ class Store(Triage):
     def version(self) -> str:
         """Return a text that changes with every commit of any process; takes microseconds."""
         self._writer.refuse_if_closed()
-        return self._version.current()
+        return self._readers.version()
 
     # Reports
 
@@ -5496,17 +5411,14 @@ def _remove_counted(db: sqlite3.Connection, statement: str, discount: str, value
 
 
 def _remove_deleted(db: sqlite3.Connection, step: int, now_ms: int) -> int:
-    """Remove a step of the rows of deleted errors that can't be restored; return how many."""
+    """Remove some rows of errors whose deletion can't be undone any more; return how many."""
     left = step
     while left > 0 and (error := db.execute(SELECT_DELETED, {"now_ms": now_ms}).fetchone()):
         values = {"error_id": error["id"], "step": left}
         left -= _remove_counted(db, DELETE_OLDEST, DISCOUNT_STORED, values)
-        left -= db.execute(DELETE_BUCKETS, values).rowcount
-        left -= db.execute(DELETE_USERS, values).rowcount
-        left -= db.execute(DELETE_FACETS, values).rowcount
+        left -= sum(db.execute(statement, values).rowcount for statement in DELETE_VALUES)
         if left > 0:  # so nothing of it is left
             db.execute(DELETE_SAMPLE, values)
-            left -= db.execute(DELETE_HISTORY, values).rowcount
             left -= db.execute(DELETE_ERROR, values).rowcount
     return step - left
 
@@ -5553,23 +5465,12 @@ class Retention:
     def _run(self) -> None:
         _is_busy_here.set(True)
         while not self._is_stopped:
-            pause_s = SWEEP_INTERVAL_S
             try:
                 self.sweep()
-                pause_s = self._pause_s()
             except MiniAPMError as error:
                 print_line(f"miniapm: retention will try again: {error}", sys.stderr)
-            self._store.has_surplus.wait(pause_s)
+            self._store.has_surplus.wait(SWEEP_INTERVAL_S)
             self._store.has_surplus.clear()
-
-    def _pause_s(self) -> float:
-        """Return when to sweep again: early if a deletion can't be undone any more before that."""
-        with self._store.reading() as db:
-            deleted_ms: int | None = db.execute(SELECT_OLDEST_DELETION).fetchone()[0]
-        if deleted_ms is None:
-            return SWEEP_INTERVAL_S
-        left_s = (deleted_ms + MAX_UNDO_MS - self._store.now_ms()) / 1000
-        return min(SWEEP_INTERVAL_S, max(1.0, left_s))
 
     def sweep(self) -> None:
         """Remove all that is to be removed now and give the space back to the disk.
@@ -7769,37 +7670,68 @@ def watch_error_handlers() -> None:
 
 # --- 10. Pages ------------------------------------------------------------------------------------
 
-SPANS = {
-    "24h": (24, 1),
-    "7d": (28, 6),
-    "30d": (30, 24),
-    "1y": (53, 168),
-}  # bars of a trend, hours per bar
+# Bars of a trend, hours per bar
+SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24), "1y": (53, 7 * 24)}
+_SPAN_WORDS = {
+    "24h": ("24 hours", "hour"),
+    "7d": ("7 days", "6 hours"),
+    "30d": ("30 days", "day"),
+    "1y": ("53 weeks", "week"),
+}
+MAX_USUAL_DELAY_MS = 60_000  # a report received later than this shows both times
+MAX_SHOWN_RELEASES = 5
+MIN_RISING = 5  # an error with fewer occurrences in the last day is not called rising
+_MARKED = ("resolved", "regressed", "release")
+# How long an error may be ignored: what the menu says, and the time in ms
+SNOOZES = {
+    "forever": ("Forever", None),
+    "1h": ("For 1 hour", HOUR_MS),
+    "1d": ("For 1 day", DAY_MS),
+    "1w": ("For 1 week", 7 * DAY_MS),
+}
+SORT_LABELS = {
+    "count": "Count",
+    "users": "Users",
+    "first_seen": "First seen",
+    "last_seen": "Last seen",
+}
+LEADING_SECTIONS = ("Request", "Params")  # shown before the breadcrumbs
 
 
 def time_ago(time_ms: int, now_ms: int) -> str:
-    """Return how long ago a time was: `3 h ago`."""
-    seconds = (now_ms - time_ms) // 1000
-    for size, unit in ((31_557_600, "y"), (86_400, "d"), (3600, "h")):
-        if seconds >= size:
-            return f"{seconds // size:,} {unit} ago"
-    return f"{max(1, seconds // 60)} min ago" if seconds >= 45 else "just now"
+    """Return how far from now a time is: `3 h ago`, `in 2 d`."""
+    seconds = abs(now_ms - time_ms) // 1000
+    if seconds < 45:
+        return "just now"
+    units = ((31_557_600, "y"), (86_400, "d"), (3600, "h"))
+    fitting = (f"{seconds // size:,} {unit}" for size, unit in units if seconds >= size)
+    text = next(fitting, f"{max(1, seconds // 60)} min")
+    return f"{text} ago" if time_ms < now_ms else f"in {text}"
 
 
-def exact_time(time_ms: int, chars: int = 19) -> str:
-    """Return a time as `2026-11-20 08:00:00 UTC`; 16 `chars` leave out the seconds."""
-    return f"{iso_time(time_ms)[:chars].replace('T', ' ')} UTC"
+def exact_time(time_ms: int) -> str:
+    """Return a time as `2026-11-20 08:00:00 UTC`."""
+    return f"{iso_time(time_ms)[:19].replace('T', ' ')} UTC"
 
 
 def trend(buckets: Mapping[int, int], span: str, now_ms: int) -> list[tuple[int, int]]:
     """Return (start of the bar in ms, count) for each bar of a span, the newest last."""
     bars, hours = SPANS[span]
     end = (now_ms // HOUR_MS // hours + 1) * hours
-    starts = range(end - bars * hours, end, hours)
-    return [
-        (start * HOUR_MS, sum(buckets.get(hour, 0) for hour in range(start, start + hours)))
-        for start in starts
-    ]
+    counts = dict.fromkeys(range(end - bars * hours, end, hours), 0)
+    for hour, count in buckets.items():
+        if (start := hour // hours * hours) in counts:
+            counts[start] += count
+    return [(start * HOUR_MS, count) for start, count in counts.items()]
+
+
+def trend_text(series: Sequence[tuple[int, int]], span: str) -> str:
+    """Say how many occurrences a trend shows, and how many its highest bar."""
+    counts, (time, part) = [count for _, count in series], _SPAN_WORDS[span]
+    if not any(counts):
+        return f"None in the last {time}"
+    busiest = f", {max(counts):,} in the busiest {part}" if max(counts) > 1 else ""
+    return f"{sum(counts):,} in the last {time}{busiest}"
 
 
 def shortest_span(buckets: Mapping[int, int], since_ms: int, now_ms: int) -> str:
@@ -7808,21 +7740,59 @@ def shortest_span(buckets: Mapping[int, int], since_ms: int, now_ms: int) -> str
     return next(spans, [*SPANS][-1])
 
 
-def trend_bars(series: Sequence[tuple[int, int]]) -> list[tuple[str, float]]:
-    """Return (label, height) of each bar in a chart 100 units high."""
-    most = max(count for _, count in series) or 1
-    heights = [round(max(4.0, 100 * count / most), 1) if count else 0.0 for _, count in series]
-    labels = [f"{exact_time(start_ms, 16)}: {count:,}" for start_ms, count in series]
-    return list(zip(labels, heights, strict=True))
+def bars_path(series: Sequence[tuple[int, int]]) -> tuple[str, int]:
+    """Return the SVG path of a bar chart, bars from 0 to each count at x = 2, 6, …; its height."""
+    bars = [(4 * i + 2, count) for i, (_, count) in enumerate(series) if count]
+    path = "".join([f"M{x} 0V-{count}" for x, count in bars])
+    return path, max([count for _, count in bars], default=1)
 
 
-def sparkline(series: Sequence[tuple[int, int]]) -> str:
-    """Return the points of a line 92 wide and 24 high."""
-    most = max(count for _, count in series) or 1
-    return " ".join(
-        f"{position * 4},{22 - round(20 * count / most, 1)}"
-        for position, (_, count) in enumerate(series)
+def span_of(series: Sequence[tuple[int, int]]) -> str:
+    """Return the start of a trend's first bar and the length of a bar, in ms, for the script."""
+    return f"{series[0][0]} {series[1][0] - series[0][0]}"
+
+
+def is_rising(error: ErrorGroup, buckets: Mapping[int, int], now_ms: int) -> bool:
+    """Tell whether an error occurred at least twice as often in the last day as the day before."""
+    day = now_ms // HOUR_MS - 24
+    last = sum(count for hour, count in buckets.items() if hour > day)
+    before = sum(count for hour, count in buckets.items() if day - 24 < hour <= day)
+    return last >= max(MIN_RISING, 2 * before) and now_ms - error.first_seen_ms > DAY_MS
+
+
+def change_text(change: Change) -> str:
+    """Say a line of an error's history: `Ignored for 1 h by Ann`."""
+    what = "Opened again" if change.what == "woke" else change.what.capitalize()
+    return " ".join(filter(None, (what, change.detail, change.by and f"by {change.by}")))
+
+
+def events_of(
+    error: ErrorGroup, history: Sequence[Change], tallies: Sequence[Tally]
+) -> list[tuple[int, str, str]]:
+    """Return (time in ms, kind, text) of what happened to an error, the newest first.
+
+    Of the releases that it occurred in, the newest MAX_SHOWN_RELEASES are told.
+    """
+    releases = sorted(
+        (one.first_ms, "release", f"First seen in release {one.value}")
+        for one in tallies
+        if one.name == "release" and one.first_ms is not None
     )
+    events = [(one.at_ms, one.what, change_text(one)) for one in history]
+    events += releases[-MAX_SHOWN_RELEASES:]
+    if not any(at_ms == error.first_seen_ms for at_ms, kind, _ in events if kind == "release"):
+        events.append((error.first_seen_ms, "created", "First seen"))
+    return sorted(events, reverse=True)
+
+
+def chart_marks(
+    events: Sequence[tuple[int, str, str]], series: Sequence[tuple[int, int]]
+) -> list[tuple[float, str, str]]:
+    """Return (x in a chart, kind, text) of an error's events within a trend."""
+    (start_ms, _), (next_ms, _), *_ = series
+    scale = 4 / (next_ms - start_ms)
+    shown = [one for one in events if one[0] >= start_ms and one[1] in _MARKED]
+    return [(round(scale * (at_ms - start_ms), 1), kind, text) for at_ms, kind, text in shown]
 
 
 def _parse_cursor(name: str, text: str) -> tuple[int, int] | None:
@@ -7899,32 +7869,108 @@ def tag_query(name: str, value: str) -> str:
     return filter_query(ErrorFilter("all", f'"{text}"'))
 
 
-def list_choices(
-    wanted: ErrorFilter,
-    projects: Sequence[Project],
-    facets: Mapping[str, Sequence[Choice]] | None,
-) -> dict[str, dict[Any, str]]:
-    """Return the values that each menu of the list offers, and their labels.
+def value_query(name: str, value: str) -> str:
+    """Return the query string that finds every error with a tag, environment or release."""
+    if name not in FACETS:
+        return tag_query(name, value)
+    return filter_query(ErrorFilter("all"), **{name: value})
 
-    A menu needs something to choose from: a second project, a level other than error.
+
+def shares_of(
+    error: ErrorGroup, tallies: Sequence[Tally]
+) -> dict[str, list[tuple[str, int, str, str]]]:
+    """Return, by name, (value, percent, percent as text, query) of what an error came with.
+
+    The percent is of the occurrences that carry the value; values that were never counted have no
+    text. Environments and releases come first, then the tags.
     """
-    menus: dict[str, dict[Any, str]] = {}
-    if len(projects) > 1:
-        menus["project"] = {None: "All projects"} | {one.id: one.name for one in projects}
-    for name, found in (facets or {}).items():
-        if name == "project":
-            continue
-        chosen, values = getattr(wanted, name), tuple(one.value for one in found)
-        if chosen or values not in ((), ("error",)):
-            shown = {value: value for value in (*values, chosen) if value}
-            menus[name] = {"": f"Any {name}"} | shown
-    menus["sort"] = {name: name.replace("_", " ").capitalize() for name in SORTS}
-    return menus
+    total = max(1, error.occurrence_count - error.uncounted)
+    shares: dict[str, list[tuple[str, int, str, str]]] = {"environment": [], "release": []}
+    for one in tallies:
+        percent = min(100, round(100 * one.count / total))
+        said = f"{percent or '<1'} %" if one.count else ""
+        share = (one.value, percent, said, value_query(one.name, one.value))
+        shares.setdefault(one.name, []).append(share)
+    return {name: values for name, values in shares.items() if values and name != "level"}
 
 
-def is_new(error: ErrorGroup, now_ms: int) -> bool:
-    """Tell whether an open error was first seen within the last day."""
-    return error.status == "open" and now_ms - error.first_seen_ms < DAY_MS
+def choice_query(wanted: ErrorFilter, name: str, value: str) -> str:
+    """Return the query string of a filter with one of its choices taken."""
+    change: Json = {"project_id": int(value)} if name == "project" else {name: value}
+    return filter_query(wanted, **change)
+
+
+def sort_query(wanted: ErrorFilter, name: str) -> str:
+    """Return the query string that sorts the list by a column, or reverses the current sort."""
+    is_reversed = name == wanted.sort and wanted.order == "desc"
+    return filter_query(wanted, sort=name, order="asc" if is_reversed else "desc")
+
+
+def hidden_fields(wanted: ErrorFilter) -> list[tuple[str, str]]:
+    """Return the parameters that a form for another search keeps."""
+    return urllib.parse.parse_qsl(filter_query(wanted, search="").lstrip("?"))
+
+
+def active_filters(
+    wanted: ErrorFilter, projects: Sequence[Project]
+) -> list[tuple[str, str, str, str]]:
+    """Return the chips of the filters in use, except status and search; a click removes it."""
+    chips = [
+        (filter_query(wanted, **{name: ""}), name, value, " ×")
+        for name in FACETS
+        if (value := getattr(wanted, name))
+    ]
+    if (project := wanted.project_id) is not None:
+        names = {one.id: one.name for one in projects}
+        rest = filter_query(wanted, project_id=None)
+        chips.insert(0, (rest, "project", names.get(project, str(project)), " ×"))
+    return chips
+
+
+def filter_choices(
+    wanted: ErrorFilter, facets: Mapping[str, Sequence[Choice]]
+) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Return (title, choices) for each column of the filters; a choice is (query, label, count).
+
+    One project is no choice.
+    """
+    columns = [
+        (
+            name.capitalize(),
+            [
+                (
+                    choice_query(wanted, name, one.value),
+                    one.label,
+                    f"{one.count:,}{'+' if one.count == MAX_CHOICE_COUNT else ''}",
+                )
+                for one in choices
+            ],
+        )
+        for name, choices in facets.items()
+        if len(choices) > (name == "project")
+    ]
+    sorts = [(sort_query(wanted, name), label, "") for name, label in SORT_LABELS.items()]
+    return [*columns, ("Sort", sorts)]
+
+
+def counted_text(wanted: ErrorFilter, page: ErrorPage) -> str:
+    """Say which errors the numbers beside the choices of a filter count."""
+    status = "any status" if wanted.status == "all" else f"the status {wanted.status}"
+    project = " in this project" if wanted.project_id else ""
+    is_part = page.counts[wanted.status] > MAX_COUNTED_ERRORS
+    recent = f" All but the {MAX_COUNTED_ERRORS:,} seen last may be missing." if is_part else ""
+    return f"The numbers count errors with {status}{project}.{recent}"
+
+
+def empty_text(wanted: ErrorFilter, problem: str) -> str:
+    """Say why a list is empty."""
+    if problem:
+        return "The search is invalid."
+    if filter_query(wanted, status="open", sort="last_seen", order="desc"):
+        return "Nothing matches."
+    if wanted.status == "open":
+        return "No open errors. Everything reported so far is resolved or ignored."
+    return "No errors." if wanted.status == "all" else f"No {wanted.status} errors."
 
 
 def is_regressed(error: ErrorGroup) -> bool:
@@ -7932,9 +7978,44 @@ def is_regressed(error: ErrorGroup) -> bool:
     return error.status == "open" and error.regressed_ms is not None
 
 
+def badges_of(
+    error: ErrorGroup, hidden: Collection[str] = (), new_since_ms: float = math.inf
+) -> list[tuple[str, str]]:
+    """Return (kind, text) of an error's badges; a `hidden` status has none."""
+    badges = [] if error.status in hidden else [(error.status, error.status)]
+    if is_regressed(error):
+        badges.append(("regressed", "regressed"))
+    elif error.status == "open" and error.first_seen_ms > new_since_ms:
+        badges.append(("new", "new"))
+    if error.level not in ("", "error"):
+        kind = error.level if error.level in ("fatal", "warning") else "level"
+        badges.append((kind, error.level))
+    return badges
+
+
 def user_count_text(error: ErrorGroup) -> str:
     """Return the number of an error's users for display, with a + if there were more."""
     return f"{error.user_count:,}{'+' if error.has_more_users else ''}"
+
+
+def facts_of(error: ErrorGroup) -> dict[str, str]:
+    """Return the facts about an error by name, except times."""
+    status, kept = error.status.capitalize(), error.stored_count
+    if error.wake_count is not None:
+        status += f" {Snooze(count=error.wake_count - error.occurrence_count).text}"
+    count = f"{error.occurrence_count:,}"
+    return {
+        "Status": status,
+        "Project": error.project,
+        "Occurrences": count if kept == error.occurrence_count else f"{count} ({kept:,} kept)",
+        "Users": user_count_text(error),
+    }
+
+
+def times_of(error: ErrorGroup) -> dict[str, int]:
+    """Return the times in ms that an error's page shows, by name."""
+    times = {"First seen": error.first_seen_ms, "Last seen": error.last_seen_ms}
+    return times if error.wake_ms is None else {"Opens again": error.wake_ms} | times
 
 
 def line_and_column_of(frame: Frame) -> str:
@@ -7944,197 +8025,129 @@ def line_and_column_of(frame: Frame) -> str:
 
 
 # Texts that stand where a file's path would, and characters that no link should carry.
-_NO_FILE = re.compile(
-    r"[<>\x00-\x1f\x7f-\x9f\u2400-\u2426\ufffd\ud800-\udfff]|^internal/.*\.[cm]?js$"
-    r"|^\((?:eval|irb|pry|erb)\b|eval\(\)'d|^\[native code\]$|\.(?:so|dylib|dll|exe)$"
-    r"|\[FILTERED\]|… \[[\d,]+ more cut\]"
+_NO_FILE = (
+    r"[<>\x00-\x1f\x7f-\x9f\u2400-\u2426\ufffd\ud800-\udfff]|^\./internal/.*\.[cm]?js$"
+    r"|^\./\((?:eval|irb|pry|erb)\b|eval\(\)'d|^\./\[native code\]$|\.(?:so|dylib|dll|exe)$"
+    r"|\[FILTERED\]|… \[[\d,]+ more cut\]|\\"
 )
-_URL_START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # one letter would be a drive
 
 
 def _path_to_compare(text: str) -> str:
-    """Return a path, or a URL that stands for one, in the form in which paths are compared."""
-    if _URL_START.match(text):
-        text = urllib.parse.unquote(re.sub(r"[?#].*", "", text, flags=re.DOTALL))
-        return re.sub(r"(?i)^file://(?:localhost)?(?:/(?=[A-Za-z]:/)|(?=/))", "", text)
-    if not text.startswith("/"):
-        text = re.sub(r"^(?:\./+)+", "", text.replace("\\", "/"))
-    return text[:1].upper() + text[1:] if text[1:3] == ":/" else text
+    """Return a path as `/a`, `C:/a` or `./a`, and a URL decoded and without its query."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:", text):  # one letter would be a drive
+        text = urllib.parse.unquote(re.sub(r"(?s)[?#].*", "", text))
+        text = re.sub("(?i)^file://(?:localhost)?(?=/)", "", text)
+    elif not text.startswith("/"):
+        text = text.replace("\\", "/")
+    text = re.sub("^/?([A-Za-z]):/", lambda found: f"{found[1].upper()}:/", text)
+    is_whole = re.match(r"/|[A-Za-z][A-Za-z0-9+.-]*:", text)
+    return text if is_whole else "./" + re.sub(r"^(\.(/+|$))+", "", text)
 
 
 @dataclass(frozen=True)
 class Editor:
-    """Makes the links that open a frame's file; `template` is a name in EDITORS or a URL.
-
-    `path_map` says where files lie on the reader's machine. Nothing looks at a file.
-    """
+    """Makes the links that open frames in an editor, by a name in EDITORS or a URL's template."""
 
     template: str
-    path_map: tuple[tuple[str, str], ...] = ()
+    path_map: tuple[tuple[str, str], ...] = ()  # pairs (FROM, TO)
 
     def link(self, frame: Frame) -> str:
         """Return the URL that opens a frame's file at its line, empty if its path is not known."""
-        template, path = EDITORS.get(self.template, self.template), self._path_of(frame)
-        if not path:
-            return ""
-        drive = "" if path.startswith("/") else path[:2]
-        path = drive + urllib.parse.quote(path[len(drive) :], safe="/")
-        values = {"line": str(max(1, frame.lineno or 1)), "column": str(max(1, frame.column or 1))}
-
-        def value_of(found: re.Match[str]) -> str:
-            if found[1] != "path":
-                return values[found[1]]
-            before = template[: found.start()]
-            if before.endswith("://"):
-                return "/" + path.removeprefix("/")
-            return path.removeprefix("/") if before.endswith("/") else path
-
-        return re.sub(r"\{(path|line|column)\}", value_of, template)
+        path = re.sub("^([A-Z])%3A", r"\1:", urllib.parse.quote(self._path_of(frame)))
+        url = EDITORS.get(self.template, self.template).replace("://{path}", ":///{path}")
+        url = url.replace("/{path}", "/" + path.removeprefix("/")).replace("{path}", path)
+        url = url.replace("{line}", str(max(1, frame.lineno or 1)))
+        return url.replace("{column}", str(max(1, frame.column or 1))) if path else ""
 
     def _path_of(self, frame: Frame) -> str:
         """Return where a frame's file lies, by the longest FROM that begins its path."""
         file = frame.file or ""
-        found: list[tuple[bool, int, str, str]] = []
-        for path in map(_path_to_compare, dict.fromkeys((frame.root + file, file))):
-            if not file or _NO_FILE.search(path):
-                return ""
-            drive = path[:3] if re.match("[A-Z]:/", path) else ""
-            is_relative = not (drive or path.startswith("/") or _URL_START.match(path))
-            for source, target in self.path_map:
-                start = _path_to_compare(source)
-                start = "" if start in ("", ".") else f"{start.removesuffix('/')}/"
-                if f"{path}/".startswith(start) and (start or is_relative):
-                    found.append((True, len(start), target, path[len(start) :]))
-            if drive or re.match("/(?!/)", path):  # not //server: a click would log in there
-                found.append((False, 0, drive or "/", path[len(drive) :]))
-        if not found:
+        paths = [_path_to_compare(frame.root + file), _path_to_compare(file)]
+        if not file or any(re.search(_NO_FILE, path) for path in paths):
             return ""
-        _, _, target, rest = max(found, key=operator.itemgetter(0, 1))
-        rest = posixpath.normpath(rest.lstrip("/"))
-        is_outside = rest.split("/")[0] == ".."
-        whole = f"{_path_to_compare(target).rstrip('/')}/{rest}"
-        return "" if is_outside else whole.removesuffix("/.")
-
-
-_CURL_SETS = {"host", "content-length", "connection", "accept-encoding", "transfer-encoding"}
-_CURL_SETS |= {"keep-alive", "te", "upgrade", "expect"}
-_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
-
-
-def _is_scrubbed(value: Any) -> bool:
-    return isinstance(value, str) and FILTERED in urllib.parse.unquote(value).upper()
-
-
-def _pairs_left(value: Any) -> list[tuple[str, str]]:
-    """Return the names and texts of an object or a list of pairs, without those scrubbed.
-
-    A list as a value gives a pair for each of its items.
-    """
-    pairs = value if isinstance(value, list) else _object(value).items()
-    found = [
-        (_text(pair[0]), _text(one))
-        for pair in pairs
-        if isinstance(pair, list | tuple) and len(pair) == 2
-        for one in (pair[1] if isinstance(pair[1], list) else [pair[1]])
-    ]
-    return [
-        (name, text) for name, text in found if not _is_scrubbed(name) and not _is_scrubbed(text)
-    ]
-
-
-def _json_left(value: Any) -> Any:
-    """Return a JSON value without the texts in it that were scrubbed."""
-    if isinstance(value, list):
-        return [_json_left(one) for one in value if not _is_scrubbed(one)]
-    if isinstance(value, dict):
-        return {name: _json_left(one) for name, one in value.items() if not _is_scrubbed(one)}
-    return value
-
-
-def _joined_left(text: str, separator: str) -> str:
-    """Return a text of pairs, such as a query, without the pairs that were scrubbed."""
-    return separator.join(one for one in text.split(separator) if not _is_scrubbed(one))
+        pairs = [(_path_to_compare(start).removesuffix("/"), to) for start, to in self.path_map]
+        pairs.sort(key=lambda pair: -len(pair[0]))
+        roots = [re.match("/(?!/)|[A-Z]:/", path) for path in paths]  # a click on //server logs in
+        pairs += [(root[0][:-1], root[0]) for root in roots if root]
+        for (start, target), path in itertools.product(pairs, paths):
+            if f"{path}/".startswith(f"{start}/"):
+                rest = posixpath.normpath(path[len(start) :].lstrip("/"))
+                whole = f"{_path_to_compare(target).rstrip('/')}/{rest}".removesuffix("/.")
+                return "" if f"{rest}/".startswith("../") else whole
+        return ""
 
 
 def _request_of(occurrence: Occurrence) -> Json:
-    """Return what a report says of the request that failed; empty if that is unknown.
-
-    A url alone, outside a `request`, may be any argument: it needs a method beside it.
-    """
+    """Return what a report says of the request that failed, empty unless that has a URL."""
     params, extra = occurrence.params or {}, occurrence.extra
-    for said in map(_object, (extra.get("request"), params.get("request"), extra, params)):
-        named = {name: said.get(name) or said.get(f"request_{name}") for name in ("url", "method")}
-        named["method"] = named["method"] or said.get("http_method")
-        is_sure = named["method"] or (said is not extra and said is not params)
-        if is_sure and re.match(r"(?i)https?://[^/?#\s]", _text(named["url"])):
-            return said | named
-    return {}
+    plain = [said for said in (extra, params) if said.get("method")]  # else url may be an argument
+    requests = map(_object, (extra.get("request"), params.get("request"), *plain))
+    is_url = re.compile(r"(?i)https?://[^/?#\s]").match
+    return next((said for said in requests if is_url(_text(said.get("url")))), {})
+
+
+def _pairs_left(value: Any) -> list[tuple[str, str]]:
+    """Return the pairs of an object or a list, one for each item of a list, but none scrubbed."""
+    pairs = value if isinstance(value, list) else map(list, _object(value).items())
+    return [
+        (_text(pair[0]), _text(one))
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2
+        for one in (pair[1] if isinstance(pair[1], list) else [pair[1]])
+        if FILTERED not in f"{pair[0]} {one}".upper()
+    ]
 
 
 def _url_of(request: Json) -> str:
-    """Return a request's URL as curl takes it."""
-    head, _, query = _text(request["url"]).partition("#")[0].partition("?")
-    more = request.get("query_string")
-    if not query:
-        query = more if isinstance(more, str) else urllib.parse.urlencode(_pairs_left(more))
-    query = _joined_left(query.removeprefix("?"), "&")
-    user, at, rest = head.partition("://")[2].partition("@")
-    if at and "/" not in user and _is_scrubbed(user):
-        head = f"{head.partition('://')[0]}://{rest}"
-    return urllib.parse.quote(f"{head}?{query}" if query else head, safe="!#$%&'()*+,/:;=?@[]_{|}~")
+    """Return a request's URL with its query, encoded where curl needs it."""
+    url, query = request["url"].partition("#")[0], request.get("query_string")
+    if query and "?" not in url:
+        query = query if isinstance(query, str) else urllib.parse.urlencode(_pairs_left(query))
+        url = f"{url}?{query.removeprefix('?')}"
+    return urllib.parse.quote(url, safe="!#$%&'()*+,/:;=?@[]_{|}~")
 
 
-def _curl_body(data: Any, kind: str) -> list[tuple[str, str]]:
+def _headers_of(request: Json) -> list[tuple[str, str]]:
+    """Return the headers to send, without those that curl sets itself."""
+    set_by_curl = {"host", "content-length", "connection", "accept-encoding", "transfer-encoding"}
+    headers, cookies = _pairs_left(request.get("headers")), request.get("cookies")
+    if cookies and {"cookie"}.isdisjoint(name.lower() for name, _ in headers):
+        pairs = "; ".join(map("=".join, _pairs_left(cookies)))
+        headers += _pairs_left({"Cookie": cookies if isinstance(cookies, str) else pairs})
+    return [
+        (name, " ".join(text.split()))
+        for name, text in headers
+        if re.fullmatch(r"(?a)[\w!#$%&'*+.^`|~-]+", name) and name.lower() not in set_by_curl
+    ]
+
+
+def _body_of(request: Json, kind: str) -> list[list[str]]:
     """Return curl's options for a request's body of the given Content-Type."""
-    if data in (None, "", {}, []):
-        return []
-    is_text, is_form = isinstance(data, str), "form-urlencoded" in kind
-    if not is_text and "multipart/" in kind:
-        return [("--form-string", f"{name}={text}") for name, text in _pairs_left(data)]
-    if is_form:
-        text = _joined_left(data, "&") if is_text else urllib.parse.urlencode(_pairs_left(data))
-    elif is_text and not _is_scrubbed(data):
-        text = data
-    else:
-        try:
-            said = _json_left(json.loads(data) if is_text else data)
-            text = json.dumps(said, ensure_ascii=False)
-        except ValueError:
-            text = ""
-    is_json = not kind and text[:1] in ("{", "[")
-    typed = [("-H", "Content-Type: application/json")] if is_json else []
-    return [*typed, ("--data-raw", text)] if text and not _is_scrubbed(text) else []
+    data = request.get("data") or request.get("body") or request.get("form")
+    if "form-data" in kind:
+        return [["--form-string", f"{name}={text}"] for name, text in _pairs_left(data)]
+    if "form-urlencoded" in kind and not isinstance(data, str):
+        data = urllib.parse.urlencode(_pairs_left(data))
+    text = _text(data)
+    typed = [] if kind or text[:1] not in ("{", "[") else [["-H", "Content-Type: application/json"]]
+    return [*typed, ["--data-raw", text]] if text else []
 
 
 def curl_of(occurrence: Occurrence) -> str:
-    """Return a shell command that repeats the request that failed, without what was scrubbed.
-
-    Empty when the report has no request with a URL.
-    """
+    """Return a shell command that repeats the request that failed, empty if its URL is unknown."""
     if not (request := _request_of(occurrence)):
         return ""
-    url, method = _url_of(request), _text(request["method"]).upper()
-    headers = [one for one in _pairs_left(request.get("headers")) if _HEADER_NAME.fullmatch(one[0])]
+    url, headers = _url_of(request), _headers_of(request)
     known = {name.lower(): text.lower() for name, text in headers}
-    kind = known.get("content-type") or ("form-urlencoded" if request.get("form") else "")
-    body = _curl_body(request.get("data") or request.get("body") or request.get("form"), kind)
-    if (cookies := request.get("cookies")) and not known.get("cookie"):
-        pairs = "; ".join(map("=".join, _pairs_left(cookies)))
-        text = _joined_left(cookies, ";") if isinstance(cookies, str) else pairs
-        headers += [("Cookie", text)] if text else []
-    left_out = _CURL_SETS | ({"content-type"} if "--form-string" in dict(body) else set())
+    kind = known.get("content-type", "form-urlencoded" if request.get("form") else "")
+    body, method = _body_of(request, kind), _text(request.get("method")).upper()
     options = ["-g"] if re.search(r"[][{}]", url) else []  # or curl would take them for a pattern
-    options += ["--path-as-is"] if re.search(r"/\.\.?(?:[/?]|$)", url) else []
     if method == "HEAD":
-        options, body = [*options, "--head"], []
+        options, body = [*options, "-I"], []
     elif re.fullmatch("[A-Z]+", method) and method != ("POST" if body else "GET"):
         options += ["-X", method]
-    lines = [["curl", *options, url]]
-    for name, text in headers:
-        if name.lower() not in left_out:
-            text = " ".join(text.split())
-            lines.append(["-H", f"{name}: {text}" if text else f"{name};"])
-    return " \\\n  ".join(map(shlex.join, [*lines, *body]))
+    sent = [["-H", f"{name}: {text}"] for name, text in headers if "form-data" not in text.lower()]
+    return " \\\n  ".join(map(shlex.join, [["curl", *options, url], *sent, *body]))
 
 
 def group_frames(
@@ -8202,10 +8215,57 @@ def logged_as(occurrence: Occurrence) -> str:
     return said if isinstance(said, str) and said != occurrence.message else ""
 
 
-def sections_of(occurrence: Occurrence) -> list[tuple[str, Json]]:
+def other_messages(occurrence: Occurrence, error: ErrorGroup) -> list[tuple[str, str]]:
+    """Return (label, text) of the messages that an error's page does not show above."""
+    own = occurrence.exception_class, occurrence.message
+    messages = [own] if own != (error.exception_class, error.message) else []
+    if logged := logged_as(occurrence):
+        messages.append(("Logged as", logged))
+    return messages
+
+
+def clock_text(occurrence: Occurrence) -> str:
+    """Say that a report's time was not believed, empty if it was."""
+    if occurrence.disbelieved_timestamp is None:
+        return ""
+    said = (
+        f"The report gave the time {occurrence.disbelieved_timestamp}, over an hour ahead of this"
+    )
+    return f"{said} server's clock. The time of receipt is used instead."
+
+
+def order_text(chain: Sequence[ChainedException]) -> str:
+    """Say in which order the frames of a chain are shown."""
+    if not any(one.frames for one in chain):
+        return "The report has no stack trace."
+    has_calls = any(frame.is_call for one in chain for frame in one.frames)
+    return "Most recent call first" if has_calls else ""
+
+
+def occurrence_times(stored: StoredOccurrence) -> list[tuple[str, int]]:
+    """Return (label, time in ms) of an occurrence; its receipt only if that was much later."""
+    occurred_ms, received_ms = stored.occurrence.occurred_ms, stored.received_ms
+    is_late = abs(received_ms - occurred_ms) > MAX_USUAL_DELAY_MS
+    return [("", occurred_ms), *([("· received", received_ms)] if is_late else [])]
+
+
+def shown_tags(occurrence: Occurrence) -> Json:
+    """Return the tags by which an occurrence's error is found."""
+    return dict(itertools.islice(tags_of(occurrence).items(), MAX_TAGS))
+
+
+def tag_chips(occurrence: Occurrence) -> list[tuple[str, str, str, str]]:
+    """Return the chips of an occurrence's tags; each leads to the errors that have the tag."""
+    return [(tag_query(*tag), *tag, "") for tag in shown_tags(occurrence).items()]
+
+
+def sections_of(
+    occurrence: Occurrence, only: tuple[str, ...] = ("",), without: tuple[str, ...] = ()
+) -> list[tuple[str, Json]]:
     """Return (title, values) for each table of what an occurrence holds besides its backtrace.
 
-    Tags, breadcrumbs and the log message are left out, since pages show them in other ways.
+    Tags that are found, breadcrumbs and the log message are left out, since pages show them in
+    other ways. `only` and `without` choose by the start of the title.
     """
     ids = {"user_id": occurrence.user_id, "request_id": occurrence.request_id}
     overview: Json = {name: value for name, value in ids.items() if value is not None}
@@ -8221,12 +8281,19 @@ def sections_of(occurrence: Occurrence) -> list[tuple[str, Json]]:
             continue
         if not isinstance(value, dict) or not value:
             overview[name] = value
-        elif all(isinstance(part, dict) and part for part in value.values()):
-            sections |= {f"{title}: {part_name}": part for part_name, part in value.items()}
-        else:
-            sections[title] = sections.get(title, {}) | value
-    found = [("Overview", overview), *sections.items()]
-    return [(title, values) for title, values in found if values]
+            continue
+        parts = {key: part for key, part in value.items() if isinstance(part, dict) and part}
+        if name == "request":  # SDKs send every part, whether or not there is something in it
+            value = {key: part for key, part in value.items() if part not in ("", None, [], {})}
+        elif len(parts) < len(value):
+            parts = {}
+        if rest := {key: part for key, part in value.items() if key not in parts}:
+            sections[title] = sections.get(title, {}) | rest
+        sections |= {f"{title}: {key}": part for key, part in parts.items()}
+    more_tags = dict([*tags_of(occurrence).items()][MAX_TAGS:])
+    found = [("Overview", overview), *sections.items(), ("More tags", more_tags)]
+    chosen = [one for one in found if one[0].startswith(only) and not one[0].startswith(without)]
+    return [(title, values) for title, values in chosen if values]
 
 
 _SNIPPETS = {
@@ -8449,7 +8516,8 @@ def detail_json(details: ErrorDetails, now_ms: int, root: str) -> Json:
     """Return an error, its trend in every span, its history, tags and an occurrence as JSON."""
     tags: dict[str, list[Json]] = {}
     for one in details.tallies:
-        tags.setdefault(one.name, []).append({"value": one.value, "count": one.count})
+        if one.name != "level":  # of which nothing is counted
+            tags.setdefault(one.name, []).append({"value": one.value, "count": one.count})
     return {
         "error": error_json(details.error, root),
         "trend": {
@@ -8519,7 +8587,7 @@ def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
     if crumbs := [crumb_of(crumb) for crumb in breadcrumbs_of(occurrence)]:
         text = "\n".join(" ".join(filter(None, crumb)) for crumb in crumbs)
         yield f"## Breadcrumbs\n\n{_fenced(text)}"
-    for title, values in [("Tags", tags_of(occurrence)), *sections_of(occurrence)]:
+    for title, values in [("Tags", shown_tags(occurrence)), *sections_of(occurrence)]:
         if values:
             # Punctuation may be Markdown's own.
             heading = title if re.fullmatch(r"[A-Za-z0-9 :-]+", title) else _code(title)
@@ -8530,7 +8598,7 @@ MAX_MARKDOWN_CHANGES = 10
 
 
 def _triage_markdown(error: ErrorGroup, history: Sequence[Change]) -> Iterator[str]:
-    """Yield the note, until when the error is ignored, and what was done to it."""
+    """Yield lines that say how long the error is ignored and how its status changed."""
     if error.wake_ms is not None:
         yield f"- ignored until {iso_time(error.wake_ms)}"
     if error.wake_count is not None:
@@ -8573,23 +8641,74 @@ def markdown(details: ErrorDetails, url: str) -> str:
     return "\n".join(parts)
 
 
+def with_query(query: str, **changes: str) -> str:
+    """Return a query string with some parameters changed; an empty one is left out."""
+    found = urllib.parse.parse_qsl(query.removeprefix("?"))
+    pairs = {name: value for name, value in found if name not in changes} | changes
+    query = urllib.parse.urlencode({name: value for name, value in pairs.items() if value})
+    return f"?{query}" if query else ""
+
+
+_MACROS = """\
+% def show_time(at_ms, is_ahead=False):
+<time datetime="{{iso_time(at_ms)}}" title="{{exact_time(at_ms)}}">\
+{{time_ago(at_ms if is_ahead else min(at_ms, now_ms), now_ms)}}</time>
+% end
+% def show_link(name, href, rel=""):
+% if href:
+<a rel="{{rel}}" href="{{href}}">{{name}}</a>
+% else:
+<span>{{name}}</span>
+% end
+% end
+% def show_chips(label, chips):
+<ul class="chips" aria-label="{{label}}">
+% for href, name, value, sign in chips:
+<li><a href="{{root}}/errors{{href}}"><span>{{name}}</span> <bdi>{{value}}</bdi>{{sign}}</a></li>
+% end
+</ul>
+% end
+% def show_badges(badges):
+% for kind, text in badges:
+<em class="{{kind}}">{{text}}</em>
+% end
+% end
+% def show_chart(series, label, marks=()):
+% path, most = bars_path(series)
+<svg class="chart" viewBox="{{f"0 -{most} {4 * len(series)} {most}"}}" preserveAspectRatio="none" \
+role="img" tabindex="0" aria-label="{{label}}"><path d="{{path}}"/>
+% for x, kind, text in marks:
+<line class="{{kind}}" x1="{{x}}" x2="{{x}}" y1="-{{most}}"><title>{{text}}</title></line>
+% end
+</svg>
+% end
+% def show_ignore_menu(has_count=False):
+<details class="menu"><summary>Ignore</summary><div>
+% for name, (text, _) in SNOOZES.items():
+<button name="for" value="{{name}}">{{text}}</button>
+% end
+% if has_count:
+<label>Until it occurs <input form="snooze" type="number" name="count" min="1" max="1000000"
+ required aria-label="Number of occurrences"> more times <button form="snooze">Set</button></label>
+% end
+</div></details>
+% end
+"""
+
 _TEMPLATE_SOURCES = {
     "layout": """\
 <!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
+<html lang="en"><head>
+<meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>{{title}} · MiniAPM</title>
-<link rel="icon" href="{{root}}/assets/{{ASSET_NAME}}.svg">
-<link rel="stylesheet" href="{{root}}/assets/{{ASSET_NAME}}.css">
-<script src="{{root}}/assets/{{ASSET_NAME}}.js" defer></script>
-</head>
-<body>
-<header class="bar">
-<a class="brand" href="{{root}}/errors"><img src="{{root}}/assets/{{ASSET_NAME}}.svg" alt=""
- width="22" height="22">MiniAPM</a>
+% assets = f"{root}/assets/{ASSET_NAME}"
+<link rel="icon" href="{{assets}}.svg">
+<link rel="stylesheet" href="{{assets}}.css">
+<script src="{{assets}}.js" defer></script>
+</head><body><a class="skip" href="#main">Skip to the content</a>
+<header class="bar"><a class="brand" href="{{root}}/errors">
+<img src="{{assets}}.svg" alt="" width="20" height="20">MiniAPM</a>
 % if show_nav:
 <nav aria-label="Main"><a href="{{root}}/errors">Errors</a><a href="{{root}}/setup">Setup</a></nav>
 % end
@@ -8597,134 +8716,121 @@ _TEMPLATE_SOURCES = {
 <form method="post" action="{{root}}/logout"><button class="plain">Log out</button></form>
 % end
 </header>
-<main>
+<main id="main">
 % if trouble:
-<p class="trouble" role="alert">Reports are not stored now: {{trouble}}.</p>
+<p class="notice trouble" role="alert">Reports are not stored now: {{trouble}}.</p>
+% end
+% if done:
+<form class="done" method="post" action="{{root}}/undo" role="status">
+<input type="hidden" name="id" value="{{done.id}}">
+<input type="hidden" name="return" value="{{here}}">
+{{done.what.capitalize()}} {{f"{done.count:,}"}} <button class="plain">Undo</button></form>
 % end
 {{!base}}
-</main>
-<footer>MiniAPM {{__version__}}</footer>
-</body>
-</html>
+</main><footer>MiniAPM {{__version__}}</footer></body></html>
 """,
     "errors": """\
 % rebase("layout", title="Errors")
-<div class="head"><h1>Errors</h1>
-<nav class="tabs" aria-label="Status">
+% home, query = f"{root}/errors", filter_query(wanted, after=wanted.after, before=wanted.before)
+% page_query = lambda name, cursor: home + filter_query(wanted, **{name: cursor})
+% def show_row(error):
+% series = trend(buckets[error.id], "24h", now_ms)
+<tr id="e{{error.id}}">
+<td class="pick"><input type="checkbox" name="id" value="{{error.id}}"
+ aria-label="Select {{clip(error.exception_class, 80)}}, error {{error.id}}"></td>
+<td class="what"><a href="{{f"{home}/{error.id}{query}"}}">
+<b dir="auto">{{clip(error.exception_class, 120)}}</b>
+<span dir="auto">{{clip(" ".join(error.message.split()), 120)}}</span></a><small>
+% show_badges(badges_of(error, ("open", wanted.status), seen_ms or now_ms - DAY_MS))
+<code>{{clip(error.location, 120)}}</code>
+<bdi>{{error.project if len(projects) > 1 else ""}}</bdi></small></td>
+<td class="trend">
+% show_chart(series, trend_text(series, "24h"))
+% if is_rising(error, buckets[error.id], now_ms):
+<b title="At least twice as often as the day before">▲</b>
+% end
+</td>
+<td class="count">{{f"{error.occurrence_count:,}"}}</td>
+<td class="users">{{user_count_text(error)}}</td>
+<td class="first_seen">
+% show_time(error.first_seen_ms)
+</td><td class="last_seen">
+% show_time(error.last_seen_ms)
+</td></tr>
+% end
+<div class="head"><h1>Errors</h1><nav class="tabs" aria-label="Status" data-live="status">
 % for status, count in page.counts.items():
-<a href="{{root}}/errors{{filter_query(wanted, status=status)}}"
+<a href="{{home}}{{filter_query(wanted, status=status)}}"
  {{'aria-current=page' if status == wanted.status else ''}}>{{status.capitalize()}}
 <b>{{f"{count:,}"}}</b></a>
 % end
-</nav></div>
-<form class="filters" method="get" action="{{root}}/errors" role="search">
-% if wanted.status != "open":
-<input type="hidden" name="status" value="{{wanted.status}}">
+</nav>
+<form class="search" action="{{home}}" role="search">
+% for name, value in hidden_fields(wanted):
+<input type="hidden" name="{{name}}" value="{{value}}">
 % end
-<input type="search" name="q" value="{{wanted.search}}" maxlength="200" aria-label="Search"
- placeholder='words, "a phrase", -not, user:7, since:2d'>
-% for name, choices in list_choices(wanted, projects, facets).items():
-% chosen = wanted.project_id if name == "project" else getattr(wanted, name)
-<select name="{{name}}" aria-label="{{'Sort by' if name == 'sort' else name.capitalize()}}">
-% for value, label in choices.items():
-<option value="{{value}}" {{'selected' if value == chosen else ''}}>
-{{label}}</option>
-% end
-</select>
-% end
-<button>Apply</button>
-</form>
-% if problem:
+<input type="search" name="q" value="{{wanted.search}}" maxlength="200" dir="auto"
+ aria-label="Search" placeholder='words, "a phrase", -not, user:7, since:2d'>
+<button>Search</button>
+<a class="button" href="{{home}}{{with_query(query, filters='' if facets else '1')}}">
+{{"Close" if facets else "Filter"}}</a></form></div>
 <p class="notice" role="alert">{{problem}}</p>
+% if facets is not None:
+<section class="card filters" aria-label="Filters">
+<p>{{counted_text(wanted, page)}}</p>
+% for title, choices in filter_choices(wanted, facets):
+<div><h2>{{title}}</h2><ul tabindex="0" aria-label="{{title}}">
+% for found, label, count in choices:
+<li><a href="{{home}}{{found}}" dir="auto">{{label}}</a> {{count}}</li>
 % end
+</ul></div>
+% end
+</section>
+% end
+% if chosen := active_filters(wanted, projects): show_chips("Filters in use", chosen); end
 <div id="live" data-view="list">
 % if not page.errors:
-<p class="empty">
-% if problem:
-The search is invalid. <a href="{{root}}/errors">Start over</a>.
-% elif filter_query(wanted, status="open", sort="last_seen"):
-Nothing matches.
-<a href="{{root}}/errors{{filter_query(wanted, status='all')}}">Look in every status</a>
- or <a href="{{root}}/errors">start over</a>.
-% elif wanted.status == "open":
-No open errors. Everything reported so far is resolved or ignored.
-% else:
-Nothing here.
+<p class="empty">{{empty_text(wanted, problem)}}
+% if filter_query(wanted, status="open", sort="last_seen", order="desc"):
+<a href="{{home}}{{filter_query(wanted, status='all')}}">Look in every status</a>
+ or <a href="{{home}}">start over</a>.
 % end
 </p>
 % else:
-<form method="post" action="{{root}}/errors">
-<input type="hidden" name="return"
- value="/errors{{filter_query(wanted, after=wanted.after, before=wanted.before)}}">
-<div class="tools">
-<label class="pick-all"><input type="checkbox" id="pick-all"> Select all</label>
-<span class="hint">With selected:</span>
-<button name="action" value="resolve">Resolve</button>
-<button name="action" value="ignore">Ignore</button>
+<form method="post" action="{{home}}">
+<input type="hidden" name="return" value="/errors{{query}}">
+<table class="errors" data-span="{{span_of(trend({}, '24h', now_ms))}}">
+<thead><tr><td class="pick"><input type="checkbox" id="pick-all" aria-label="Select all"></td>
+<th>Error</th><th>Last 24 h</th>
+% for name, label in SORT_LABELS.items():
+% order = f"{wanted.order}ending" if name == wanted.sort else "none"
+<th class="{{name}}" aria-sort="{{order}}"><a href="{{home}}{{sort_query(wanted, name)}}">\
+{{label}}</a></th>
+% end
+</tr></thead><tbody>
+% for error in page.errors: show_row(error); end
+</tbody></table>
+<div class="bulk"><b></b><button name="action" value="resolve">Resolve</button>
+% show_ignore_menu()
 <button name="action" value="reopen">Reopen</button>
-<details class="confirm"><summary>Delete…</summary>
-<button class="danger" name="action" value="delete">Delete selected for good</button></details>
-</div>
-<table class="errors">
-<thead><tr><th><span class="hidden">Select</span></th><th>Error</th><th>Last 24 h</th>
-<th class="number">Count</th><th class="number">Users</th><th class="number">Last seen</th></tr>
-</thead>
-<tbody>
-% for error in page.errors:
-% count, users = error.occurrence_count, error.user_count
-% series = trend(buckets[error.id], "24h", now_ms)
-<tr>
-<td class="pick"><input type="checkbox" name="id" value="{{error.id}}"
- aria-label="Select error {{error.id}}"></td>
-<td class="what"><a class="class" href="{{root}}/errors/{{error.id}}">{{error.exception_class}}</a>
-% if is_regressed(error):
-<span class="badge regressed">regressed</span>
-% elif is_new(error, now_ms):
-<span class="badge new">new</span>
-% end
-% if error.level not in ("", "error"):
-<span class="badge level">{{error.level}}</span>
-% end
-% if error.status != wanted.status and error.status != "open":
-<span class="badge {{error.status}}">{{error.status}}</span>
-% end
-<span class="message">{{clip(" ".join(error.message.split()), 300)}}</span>
-<span class="where">
-% if error.location:
-<code>{{error.location}}</code>
-% end
-% if len(projects) > 1:
-<span class="project">{{error.project}}</span>
-% end
-</span></td>
-<td class="trend"><svg viewBox="0 0 92 24" role="img" preserveAspectRatio="none"><title>
-{{sum(count for _, count in series)}} in the last 24 hours</title>
-<polyline points="{{sparkline(series)}}"/></svg></td>
-<td class="number count" data-label="{{'time' if count == 1 else 'times'}}">{{f"{count:,}"}}</td>
-<td class="number users"
- data-label="{{'user' if users == 1 else 'users'}}">{{user_count_text(error)}}</td>
-<td class="number seen"><time datetime="{{iso_time(error.last_seen_ms)}}"
- title="{{exact_time(error.last_seen_ms)}}">{{time_ago(error.last_seen_ms, now_ms)}}</time></td>
-</tr>
-% end
-</tbody>
-</table>
-</form>
+<button class="danger" name="action" value="delete">Delete</button></div></form>
 % end
 % if page.previous or page.next:
 <nav class="pager" aria-label="Pages">
-% if page.previous:
-<a rel="prev" href="{{root}}/errors{{filter_query(wanted, before=page.previous)}}">← Previous</a>
-% end
-% if page.next:
-<a rel="next" href="{{root}}/errors{{filter_query(wanted, after=page.next)}}">Next →</a>
-% end
+% show_link("← Previous", page.previous and page_query("before", page.previous), "prev")
+% show_link("Next →", page.next and page_query("after", page.next), "next")
 </nav>
 % end
 </div>
 """,
     "error": """\
 % rebase("layout", title=error.exception_class)
+% query = filter_query(wanted, after=wanted.after, before=wanted.before)
+% page = f"{root}/errors/{error.id}"
+% shown = f"{page}/occurrences/{stored.id}" if stored and stored.newer_id else page
+% def show_message(text):
+<pre class="message" tabindex="0" dir="auto">{{text}}</pre>
+% end
 % def show_values(values, kind=""):
 <table class="values {{kind}}">
 % for name, value in values.items():
@@ -8732,230 +8838,201 @@ Nothing here.
 % end
 </table>
 % end
-% def show_frame(frame, kind, is_open):
-% if frame.source or frame.locals:
-<details class="frame {{kind}}" {{'open' if is_open else ''}}><summary>
-% else:
-<div class="frame {{kind}}">
+% def show_section(title, values):
+<details class="part" {{'open' if len(values) <= 12 else ''}}><summary><h3>{{title}}</h3></summary>
+% show_values(values)
+</details>
 % end
-% if frame.place:
-<code>{{frame.place}}<b>{{line_and_column_of(frame)}}</b></code>
+% def show_frame(frame, kind, is_open):
+% if frame.is_own and (link := editor.link(frame)):
+<a class="edit" href="{{link}}" aria-label="Open {{frame.place}} in the editor">open</a>
+% end
+% has_more = frame.source or frame.locals
+% tag, head = ("details", "summary") if has_more else ("div", "span")
+<{{tag}} class="frame {{kind}}" {{'open' if is_open and has_more else ''}}><{{head}}>
+% if frame.place or not frame.function:
+<code>{{frame.place or frame.text}}<b>{{line_and_column_of(frame)}}</b></code>
 % end
 % if frame.function:
-<span>{{"in " if frame.place else ""}}<code>{{frame.function}}</code></span>
-% elif not frame.place:
-<code>{{frame.text}}</code>
+<i>{{"in " if frame.place else ""}}<code>{{frame.function}}</code></i>
 % end
-% if frame.source or frame.locals:
-</summary>
+</{{head}}>
 % if frame.source:
-<div class="source" tabindex="0"><table>
+<div class="source" tabindex="0" role="group" aria-label="Source of {{frame.place}}"><table>
 % for number, line, is_failing in numbered_source(frame.source):
 <tr{{' class=failing' if is_failing else ''}}><th>{{number}}</th><td>{{line}}</td></tr>
 % end
 </table></div>
 % end
-% if frame.locals:
-% show_values(frame.locals, "locals")
+% if frame.locals: show_values(frame.locals, "locals"); end
+</{{tag}}>
 % end
-</details>
+% def show_frames(frames, failing):
+<ol class="frames">
+% for kind, run, is_open in group_frames(frames, failing):
+<li>
+% if kind == "text":
+<div class="frame text"><pre>{{run[0].text.strip()}}</pre></div>
+% elif kind == "own":
+% show_frame(run[0], "own failing" if run[0] is failing else "own", is_open)
 % else:
-</div>
+<details {{'open' if is_open else ''}}><summary>{{len(run)}} library
+ frame{{'' if len(run) == 1 else 's'}} <code>{{run[0].place or run[0].function}}</code></summary>
+% for frame in run: show_frame(frame, "library", is_open=False); end
+</details>
 % end
+</li>
 % end
-<p class="crumbs"><a href="{{root}}/errors">Errors</a> / {{error.id}}</p>
-<section class="card summary">
-<div class="badges"><span class="badge {{error.status}}">{{error.status}}</span>
-% if is_regressed(error):
-<span class="badge regressed" title="{{exact_time(error.regressed_ms)}}">regressed
-{{time_ago(error.regressed_ms, now_ms)}}</span>
-% elif is_new(error, now_ms):
-<span class="badge new">new</span>
+</ol>
 % end
-% if error.level not in ("", "error"):
-<span class="badge level">{{error.level}}</span>
+% def show_steps(older, newer):
+<nav class="steps" aria-label="Occurrences">
+% steps = {"First": older and stored.first_id, "Older": older, "": None, "Newer": newer}
+% for name, target in (steps | {"Last": newer and stored.newest_id}).items():
+% text = name or f"{stored.position:,} of {stored.kept:,}"
+% show_link(text, target and f"{page}/occurrences/{target}{query}")
 % end
-</div>
-<h1>{{error.exception_class}}</h1>
-<pre class="message">{{error.message}}</pre>
-% if error.location:
-<p class="where"><code>{{error.location}}</code></p>
+</nav>
 % end
-<form class="tools" method="post" action="{{root}}/errors/{{error.id}}">
+% def show_shares(values):
+<ul class="shares">
+% for value, percent, said, found in values:
+<li><a href="{{root}}/errors{{found}}" dir="auto">{{value}}</a> {{said}}
+<svg aria-hidden="true"><rect width="{{percent}}%" height="3"/></svg></li>
+% end
+</ul>
+% end
+<nav class="crumbs" aria-label="Errors"><a href="{{root}}/errors{{query}}">← Errors</a>
+% older, newer = (target and f"{root}/errors/{target}{query}" for target in neighbours)
+% show_link("Previous", older, "prev")
+% show_link("Next", newer, "next")
+</nav>
+<header class="summary"><h1 dir="auto">{{error.exception_class}}</h1>
+<p class="badges" data-live="badges">
+% show_badges(badges_of(error))
+<code>{{error.location}}</code></p>
+% show_message(error.message)
+<form class="tools" method="post" action="{{page}}" data-live="tools">
+<input type="hidden" name="return" value="{{here}}">
 % if error.status != "resolved":
 <button class="primary" name="action" value="resolve">Resolve</button>
 % end
 % if error.status != "open":
 <button name="action" value="reopen">Reopen</button>
 % end
-% if error.status != "ignored":
-<button name="action" value="ignore">Ignore</button>
-% end
-<details class="confirm"><summary>Delete…</summary>
-<button class="danger" name="action" value="delete">Delete this error for good</button></details>
-<span class="links"><a href="{{root}}/errors/{{error.id}}.md">Markdown</a>
-<a href="{{root}}/errors/{{error.id}}.json">JSON</a></span>
-</form>
-</section>
+% if error.status != "ignored": show_ignore_menu(has_count=True); end
+<button class="copy" type="button" data-copy="{{shown}}.md" hidden>Copy as Markdown</button>
+<details class="menu"><summary>More</summary><div>
+<button class="copy" type="button" data-copy="{{shown}}" hidden>Copy link</button>
+<a href="{{shown}}.md">Markdown</a><a href="{{shown}}.json">JSON</a>
+<button class="danger" name="action" value="delete">Delete</button></div></details></form>
+<form id="snooze" method="post" action="{{page}}">
+<input type="hidden" name="return" value="{{here}}"></form></header>
+<div class="columns" id="live" data-view="error" data-count="{{error.occurrence_count}}">
+<section class="card trace" id="occurrence">
 % if stored is None:
-<section class="card"><p class="empty">No occurrence of this error is kept any more,
- only its counts.</p></section>
+<p class="empty">No occurrence of this error is kept any more, only its counts.</p>
 % else:
 % occurrence = stored.occurrence
 % chain = chain_of(occurrence)
-<section class="card" id="occurrence">
-<div class="head"><h2>{{"Occurrence" if stored.newer_id else "Newest occurrence"}}</h2>
-<nav class="steps" aria-label="Occurrences">
-% first = stored.older_id and stored.first_id
-% last = stored.newer_id and stored.newest_id
-% steps = {"First": first, "Older": stored.older_id, "Newer": stored.newer_id, "Last": last}
-% for name, target in steps.items():
-% if target:
-<a href="{{root}}/errors/{{error.id}}/occurrences/{{target}}#occurrence">{{name}}</a>
-% else:
-<span>{{name}}</span>
-% end
-% end
-</nav></div>
+<div class="head"><h2>Occurrence</h2>
+% if stored.older_id or stored.newer_id: show_steps(stored.older_id, stored.newer_id); end
 <p class="when">
-% times = (("Occurred", occurrence.occurred_ms, ","), ("received", stored.received_ms, " ·"))
-% for label, at_ms, end in times:
-{{label}} <time datetime="{{iso_time(at_ms)}}" title="{{time_ago(at_ms, now_ms)}}">
-{{exact_time(at_ms)}}</time>{{end}}
+% for label, at_ms in occurrence_times(stored):
+{{label}} <time datetime="{{iso_time(at_ms)}}">{{exact_time(at_ms)}}</time>
 % end
-<a href="{{root}}/errors/{{error.id}}/occurrences/{{stored.id}}">link to this occurrence</a></p>
-% if occurrence.disbelieved_timestamp is not None:
-<p class="notice">The report gave the time {{occurrence.disbelieved_timestamp}}, over an hour ahead
- of this server's clock. The time of receipt is used instead.</p>
+</p></div>
+<p class="notice">{{clock_text(occurrence)}}</p>
+% for label, text in other_messages(occurrence, error):
+<p class="other">{{label}}</p>
+% show_message(text)
 % end
-% if occurrence.message != error.message or occurrence.exception_class != error.exception_class:
-<p class="other"><b>{{occurrence.exception_class}}</b></p>
-<pre class="message">{{occurrence.message}}</pre>
-% end
-% if logged_as(occurrence):
-<p class="other">Logged as</p><pre class="message">{{logged_as(occurrence)}}</pre>
-% end
-% if any(frame.is_call for part in chain for frame in part.frames):
-<p class="order">Most recent call first</p>
-% end
-% if any(part.frames for part in chain):
+<p class="other">{{order_text(chain)}}</p>
 % failing = location_frame_of_chain(chain)
 % for one in chain:
 % if one.relation in RELATIONS:
-<h4><span>{{RELATIONS[one.relation]}}</span> {{one.exception_class}}</h4>
-% if one.message:
-<pre class="message">{{one.message}}</pre>
+<h3 class="cause"><span>{{RELATIONS[one.relation]}}</span> <bdi>{{one.exception_class}}</bdi></h3>
+% if one.message: show_message(one.message); end
 % end
+% if one.frames: show_frames(one.frames, failing); end
 % end
-% if one.frames:
-<ol class="frames">
-% for kind, frames, is_open in group_frames(one.frames, failing):
-<li>
-% if kind == "text":
-<div class="frame text"><pre>{{frames[0].text.strip()}}</pre></div>
-% elif kind == "own":
-% show_frame(frames[0], "own failing" if frames[0] is failing else "own", is_open)
-% else:
-<details {{'open' if is_open else ''}}>
-<summary>{{len(frames)}} library frame{{'' if len(frames) == 1 else 's'}}
-<code>{{frames[0].place or frames[0].function}}</code></summary>
-% for frame in frames:
-% show_frame(frame, "library", is_open=False)
-% end
-</details>
-% end
-</li>
-% end
-</ol>
-% end
-% end
-% else:
-<p class="empty">The report has no stack trace.</p>
 % end
 </section>
+<aside aria-label="About this error">
+<section class="card"><dl class="facts" data-live="facts">
+% for name, value in facts_of(error).items():
+<div><dt>{{name}}</dt><dd dir="auto">{{value}}</dd></div>
 % end
-<section class="card" id="trend">
-<dl class="facts">
-<div><dt>First seen</dt><dd title="{{exact_time(error.first_seen_ms)}}">
-{{time_ago(error.first_seen_ms, now_ms)}}</dd></div>
-<div><dt>Last seen</dt><dd title="{{exact_time(error.last_seen_ms)}}">
-{{time_ago(error.last_seen_ms, now_ms)}}</dd></div>
-<div><dt>Occurrences</dt><dd title="all ever reported">
-{{f"{error.occurrence_count:,}"}}</dd></div>
-<div><dt>Kept</dt><dd title="occurrences that you can open">
-{{f"{error.stored_count:,}"}}</dd></div>
-<div><dt>Users</dt><dd title="distinct user ids">{{user_count_text(error)}}</dd></div>
-<div><dt>Project</dt><dd title="">{{error.project}}</dd></div>
-<div><dt>{{error.status.capitalize()}} since</dt><dd title="{{exact_time(error.status_ms)}}">
-{{time_ago(error.status_ms, now_ms)}}</dd></div>
-</dl>
-<p class="fingerprint"><span>Fingerprint</span> <code>{{error.fingerprint}}</code></p>
-<div class="head"><h2>Trend</h2><nav class="tabs" aria-label="Span">
+% for label, at_ms in times_of(error).items():
+<div><dt>{{label}}</dt><dd>
+% show_time(at_ms, is_ahead=label == "Opens again")
+</dd></div>
+% end
+</dl></section>
+<section class="card" id="trend"><div class="head"><h2>Trend</h2>
+<nav class="tabs" aria-label="Span">
 % for name in SPANS:
-<a href="{{here}}?trend={{name}}#trend" {{'aria-current=page' if name == span else ''}}>{{name}}</a>
+<a href="{{shown}}{{with_query(query, trend=name)}}#trend"
+ {{'aria-current=page' if name == span else ''}}>{{name}}</a>
 % end
 </nav></div>
-% counts = [count for _, count in series]
-<svg class="chart" viewBox="0 0 {{len(series) * 10}} 100" preserveAspectRatio="none" role="img"
- aria-label="{{f'{sum(counts):,}'}} occurrences in {{span}}">
-% for position, (label, height) in enumerate(trend_bars(series)):
-<g><title>{{label}}</title><rect class="hit" x="{{10 * position}}" y="0" width="10" height="100"/>
-<rect x="{{10 * position + 1}}" y="{{round(100 - height, 1)}}" width="8" height="{{height}}"/></g>
-% end
-</svg>
-<p class="axis"><span>{{exact_time(series[0][0], 16)}}</span>
-<span>{{f"{sum(counts):,}"}} in {{span}}, at most {{f"{max(counts):,}"}} per bar</span>
-<span>now</span></p>
-</section>
-% if stored is not None:
-<section class="card" id="details">
-% tags = tags_of(occurrence)
-% if tags:
-<ul class="chips" aria-label="Tags">
-% for position, (name, value) in enumerate(tags.items()):
-% if position < MAX_TAGS:
-<li><a href="{{root}}/errors{{tag_query(name, value)}}"><span>{{name}}</span> {{value}}</a></li>
-% else:
-<li><b><span>{{name}}</span> {{value}}</b></li>
-% end
-% end
-</ul>
-% end
-% crumbs = breadcrumbs_of(occurrence)
-% if crumbs:
-<h3>Breadcrumbs</h3>
-<ol class="timeline">
-% for time, kind, level, text, details in map(crumb_of, crumbs):
-<li class="{{'bad' if level in ('error', 'fatal', 'warning') else ''}}">
-<span class="time">{{time}}</span>
-<b>{{kind}}</b>
-% if level not in ("", "info"):
-<i>{{level}}</i>
-% end
-<span>{{text}}</span>
-% if details:
-<code>{{details}}</code>
-% end
-</li>
-% end
-</ol>
-% end
-% for title, values in sections_of(occurrence):
-% is_long = len(values) > 25
-% if is_long:
-<details class="long"><summary>{{title}} ({{len(values)}})</summary>
-% else:
-<h3>{{title}}</h3>
-% end
-% show_values(values)
-% if is_long:
+<div data-live="trend" data-span="{{span_of(series)}}">
+% events = events_of(error, history, tallies)
+% show_chart(series, trend_text(series, span), chart_marks(events, series))
+<p>{{trend_text(series, span)}}</p></div></section>
+% shares = shares_of(error, tallies)
+<section class="card" data-live="values" {{'' if shares else 'hidden'}}>
+% for name, values in shares.items():
+<h2>{{name}}</h2>
+% show_shares(values[:4])
+% if values[4:]:
+<details><summary>{{len(values) - 4}} more</summary>
+% show_shares(values[4:])
 </details>
 % end
 % end
-<details class="raw"><summary>Raw JSON</summary>
-<pre>{{indented(to_payload(occurrence))}}</pre></details>
 </section>
+<section class="card"><h2>History</h2><ol class="history" data-live="history">
+% for at_ms, kind, text in events:
+<li class="{{kind}}">{{text}} ·
+% show_time(at_ms)
+</li>
 % end
+</ol></section>
+<section class="card"><h2>Note</h2>
+% if error.note: show_message(error.note); end
+<details><summary>{{"Edit" if error.note else "Add a note"}}</summary>
+<form method="post" action="{{page}}"><input type="hidden" name="return" value="{{here}}">
+<textarea name="note" aria-label="Note" maxlength="{{MAX_NOTE_CHARS}}" dir="auto">
+{{error.note}}</textarea><button name="action" value="note">Save</button></form></details>
+<h2>Fingerprint</h2><code>{{error.fingerprint}}</code></section></aside>
+% if stored is not None:
+<section class="card details" aria-label="Details of the occurrence">
+% for section in sections_of(occurrence, LEADING_SECTIONS): show_section(*section); end
+% if curl := curl_of(occurrence):
+<div class="snippet"><button class="copy" type="button" hidden>Copy as curl</button>
+<details><summary>The request as a curl command</summary>
+<pre tabindex="0">{{curl}}</pre></details></div>
+% end
+% if crumbs := breadcrumbs_of(occurrence):
+<h3>Breadcrumbs</h3><ol class="timeline">
+% for time, kind, level, text, details in map(crumb_of, crumbs):
+<li class="{{'bad' if level in ('error', 'fatal', 'warning') else ''}}">
+<span class="time">{{time}}</span> <b>{{kind}}</b> <i>{{"" if level == "info" else level}}</i>
+<span dir="auto">{{text}}</span>
+<code>{{details}}</code></li>
+% end
+</ol>
+% end
+% if tags := tag_chips(occurrence):
+<h3>Tags</h3>
+% show_chips("Tags", tags)
+% end
+% for section in sections_of(occurrence, without=LEADING_SECTIONS): show_section(*section); end
+<details class="part raw"><summary><h3>Raw JSON</h3></summary>
+<pre tabindex="0">{{indented(to_payload(occurrence))}}</pre></details></section>
+% end
+</div>
 """,
     "setup": """\
 % rebase("layout", title="Setup")
@@ -8969,34 +9046,30 @@ Nothing here.
 <code>{{url}}/ingest/errors/batch</code>, with a project's key.</p>
 % end
 % if rejections:
-<section class="card" id="rejections">
-<h2>Refused since the start</h2>
-<table class="rejections">
+<section class="card" id="rejections"><h2>Refused since the start</h2><table class="rejections">
 <thead><tr><th>Count</th><th>Status</th><th>Reason</th><th>Last</th></tr></thead>
-<tbody>
 % for one in rejections:
-<tr><td>{{f"{one.count:,}"}}</td><td>{{one.status}}</td><td>{{one.reason}}</td>
-<td><time datetime="{{iso_time(one.last_ms)}}" title="{{exact_time(one.last_ms)}}">
-{{time_ago(one.last_ms, now_ms)}}</time></td></tr>
+<tr><td>{{f"{one.count:,}"}}</td><td>{{one.status}}</td><td>{{one.reason}}</td><td>
+% show_time(one.last_ms)
+</td></tr>
 % end
-</tbody></table></section>
+</table></section>
 % end
 % if dropped:
 <p id="dropped">Accepted since the start but not kept, because MiniAPM stores only errors:
 {{", ".join(f"{kind} ({count:,})" for kind, count in dropped)}}.</p>
 % end
 % for project, keys, ways in projects:
-<section class="card">
-<h2>{{project.name}}</h2>
+<section class="card"><h2>{{project.name}}</h2>
 % for label, text in keys:
 <p class="key"><span>{{label}}</span> <code>{{text}}</code></p>
 % end
-% if ways:
 % for name, text in ways:
 <details class="snippet" {{'open' if name == 'curl' else ''}}><summary>{{name}}</summary>
-<div><button class="copy" type="button" hidden>Copy</button><pre>{{text}}</pre></div></details>
+<div><button class="copy" type="button" hidden>Copy</button><pre tabindex="0">{{text}}</pre></div>
+</details>
 % end
-% else:
+% if not ways:
 <p>This project has no key, so its reports are refused. To make one:</p>
 <pre>python miniapm.py keys create {{shlex.quote(project.name)}}</pre>
 % end
@@ -9008,18 +9081,16 @@ Nothing here.
 """,
     "login": """\
 % rebase("layout", title="Log in")
-<form class="card login" method="post" action="{{root}}/login">
-<h1>Log in</h1>
-% if problem:
+<form class="card login" method="post" action="{{root}}/login"><h1>Log in</h1>
 <p class="notice" role="alert">{{problem}}</p>
-% end
 <input type="hidden" name="next" value="{{next}}">
 <input name="username" value="miniapm" autocomplete="username" hidden>
 <label for="password">Password</label>
 <input id="password" type="password" name="password" autocomplete="current-password" required
  autofocus>
-<button class="primary">Log in</button>
-</form>
+<label for="name">Your name <small>(optional, for the history of errors)</small></label>
+<input id="name" name="name" maxlength="60" autocomplete="name">
+<button class="primary">Log in</button></form>
 """,
     "message": """\
 % rebase("layout", title=heading)
@@ -9030,7 +9101,10 @@ Nothing here.
 
 
 def _compile_templates() -> dict[str, bottle.SimpleTemplate]:
-    templates = {name: bottle.SimpleTemplate(text) for name, text in _TEMPLATE_SOURCES.items()}
+    templates = {
+        name: bottle.SimpleTemplate(text if name == "layout" else _MACROS + text)
+        for name, text in _TEMPLATE_SOURCES.items()
+    }
     for template in templates.values():
         template.cache = templates  # where rebase() looks for the layout
         template.defaults = globals()  # a template may call any function of this file
@@ -9040,240 +9114,564 @@ def _compile_templates() -> dict[str, bottle.SimpleTemplate]:
 TEMPLATES = _compile_templates()
 
 STYLE = """\
-:root { color-scheme: light dark; --bg: #f6f6f4; --card: #fff; --text: #1d2126; --muted: #5c6570;
-  --line: #dfe0dc; --soft: #efefec; --accent: #a83a1c; --on-accent: #fff; --mark: #fbe3da;
-  --resolved: #1d6f42; --new: #2456a6; --back: #8a5300; }
-@media (prefers-color-scheme: dark) { :root { --bg: #131518; --card: #1b1e23; --text: #e6e8eb;
-  --muted: #9aa4af; --line: #30353c; --soft: #24282e; --accent: #ff9472; --on-accent: #1b1009;
-  --mark: #4a2418; --resolved: #6fcf97; --new: #86b4ff; --back: #f0b45a; } }
+:root { color-scheme: light dark; --bg: #f6f7f8; --card: #fff; --text: #1b1f24; --muted: #5b636d;
+  --line: #e1e4e8; --soft: #eff1f4; --accent: #2f54c4; --on-accent: #fff; --bars: #8394c9;
+  --red: #b42318; --mark: #fdeae8; --green: #1a7044; --amber: #8a5300; }
+@media (prefers-color-scheme: dark) { :root { --bg: #121417; --card: #1a1d21; --text: #e6e8eb;
+  --muted: #9aa3ad; --line: #2d3238; --soft: #23272d; --accent: #93b1ff; --on-accent: #0e1530;
+  --bars: #6f83be; --red: #ff8b80; --mark: #43211f; --green: #6fcf97; --amber: #f0b45a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 table { width: 100%; border-collapse: collapse; }
-code, pre, .locals th, .source td, .source th {
-  font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+code, pre, textarea, .locals th, .source td, .source th {
+  font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { margin: 0; white-space: pre-wrap; } code, pre { overflow-wrap: anywhere; }
 a { color: var(--accent); text-underline-offset: 2px; }
-h1 { font-size: 22px; line-height: 1.3; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 0; overflow-wrap: anywhere; }
-h3 { font-size: 14px; margin: 24px 0 8px; }
+h1 { font-size: 20px; line-height: 1.3; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 14px; margin: 0; overflow-wrap: anywhere; }
+h3 { font-size: 13px; margin: 20px 0 4px; overflow-wrap: anywhere; }
+ul, ol { list-style: none; margin: 0; padding: 0; }
+em, i { font-style: normal; } small { font-size: 12px; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.hidden { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
+.hidden, .skip:not(:focus) { position: absolute; clip-path: inset(50%); width: 1px; height: 1px;
+  overflow: hidden; white-space: nowrap; }
+.skip { position: absolute; z-index: 3; margin: 8px; padding: 8px 12px; background: var(--card); }
 [hidden] { display: none !important; }
-.bar { display: flex; align-items: center; gap: 24px; padding: 10px 24px;
-  background: var(--card); border-bottom: 1px solid var(--line); }
+
+input, select, button, textarea, .button { font: inherit; color: inherit; max-width: 100%;
+  padding: 5px 10px; background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
+button, .button, summary { cursor: pointer; } .button { text-decoration: none; }
+button:hover, .button:hover, .menu > summary:hover { background: var(--soft); }
+button.primary, button.primary:hover { background: var(--accent); border-color: var(--accent);
+  color: var(--on-accent); }
+button.danger { color: var(--red); }
+button.plain { border: 0; background: none; color: var(--accent); padding: 2px 4px; }
+button.plain:hover { text-decoration: underline; }
+.menu { position: relative; } .menu > summary { list-style: none; padding: 5px 10px;
+  background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
+.menu > summary::-webkit-details-marker { display: none; } .menu > summary::after { content: " ▾"; }
+.menu > div { position: absolute; z-index: 2; top: calc(100% + 4px); left: 0; padding: 6px;
+  min-width: 180px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  box-shadow: 0 6px 24px #0003; display: grid; gap: 2px; }
+.menu > div > :is(button, a, label) { border: 0; text-align: left; padding: 5px 8px;
+  border-radius: 5px; text-decoration: none; white-space: nowrap; background: none; }
+.menu a:hover { background: var(--soft); }
+
+.bar { display: flex; align-items: center; gap: 24px; padding: 8px 24px; background: var(--card);
+  border-bottom: 1px solid var(--line); }
 .bar nav { display: flex; gap: 18px; flex: 1; }
 .bar nav a { color: var(--text); text-decoration: none; }
 .bar nav a:hover { text-decoration: underline; }
 .brand { display: flex; align-items: center; gap: 8px; color: var(--text); font-weight: 650;
   text-decoration: none; }
-main { max-width: 1160px; margin: 0 auto; padding: 24px; }
-footer { max-width: 1160px; margin: 0 auto; padding: 0 24px 32px; color: var(--muted);
-  font-size: 13px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 20px; margin: 0 0 16px; }
-.trouble { background: var(--mark); border: 1px solid var(--accent); border-radius: 10px;
-  padding: 10px 16px; margin: 0 0 16px; overflow-wrap: anywhere; }
+main { max-width: 1440px; margin: 0 auto; padding: 16px 24px; }
+footer { max-width: 1440px; margin: 0 auto; padding: 0 24px 24px; color: var(--muted);
+  font-size: 12px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 14px 16px; margin: 0 0 12px; }
+.notice { border-left: 3px solid var(--amber); background: var(--soft); padding: 8px 12px;
+  margin: 0 0 12px; overflow-wrap: anywhere; }
+.trouble { border-color: var(--red); background: var(--mark); }
+.done { background: var(--soft); border-radius: 6px; padding: 6px 12px; margin: 0 0 12px; }
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 20px; margin-bottom: 12px; }
-.tabs { display: flex; flex-wrap: wrap; gap: 4px; }
-.tabs a { padding: 4px 10px; border-radius: 7px; color: var(--muted); text-decoration: none; }
-.tabs a b { font-weight: 500; font-size: 13px; opacity: .85; }
+.tabs { display: flex; flex-wrap: wrap; gap: 2px; }
+.tabs a { padding: 3px 9px; border-radius: 6px; color: var(--muted); text-decoration: none; }
+.tabs a b { font-weight: 500; font-size: 12px; font-variant-numeric: tabular-nums; }
 .tabs a:hover { background: var(--soft); }
 .tabs a[aria-current] { background: var(--soft); color: var(--text); font-weight: 600; }
-.filters { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 12px; }
-.filters input[type=search] { flex: 1 1 320px; min-width: 0; }
-.filters select { max-width: 200px; }
-input, select, button, summary { font: inherit; }
-input[type=search], input[type=password], select { color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: 7px; padding: 6px 10px; max-width: 100%; }
-button { padding: 6px 12px; color: inherit; background: var(--card); cursor: pointer;
-  border: 1px solid var(--line); border-radius: 7px; }
-button:hover { background: var(--soft); }
-button.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-button.danger { color: var(--accent); border-color: var(--accent); }
-button.plain { border: 0; background: none; color: var(--muted); padding: 4px; }
-.tools { display: flex; flex-wrap: wrap; align-items: center; gap: 8px; margin: 0 0 12px; }
-.tools .hint, .pick-all { color: var(--muted); font-size: 14px; }
-.pick-all { margin-right: 8px; } @media (scripting: none) { .pick-all { display: none; } }
-.confirm summary { list-style: none; cursor: pointer; padding: 6px 12px; color: var(--muted); }
-.confirm summary::-webkit-details-marker { display: none; }
-.confirm[open] { display: flex; flex-wrap: wrap; align-items: center; }
-.links { display: flex; gap: 14px; margin-left: auto; font-size: 14px; }
-.badge { display: inline-block; padding: 0 8px; border: 1px solid; border-radius: 99px;
-  font-size: 12px; line-height: 19px; vertical-align: 2px; white-space: nowrap; }
-.badge.open { color: var(--accent); } .badge.resolved { color: var(--resolved); }
-.badge.ignored, .badge.level { color: var(--muted); } .badge.new { color: var(--new); }
-.badge.regressed { color: var(--back); }
-.errors { border-collapse: separate; border-spacing: 0; background: var(--card);
-  border: 1px solid var(--line); border-radius: 10px; table-layout: fixed; }
-.errors th { text-align: left; font-weight: 500; font-size: 13px; color: var(--muted);
-  padding: 8px 10px; }
-.errors td { padding: 11px 10px; border-top: 1px solid var(--line); vertical-align: top; }
-.errors tbody tr:hover { background: var(--soft); }
-.errors th:nth-child(1) { width: 40px; } .errors th:nth-child(3) { width: 112px; }
-.errors th:nth-child(4), .errors th:nth-child(5) { width: 84px; }
-.errors th:nth-child(6) { width: 104px; }
-.errors th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.pick { padding-left: 14px !important; }
-.what .class { font-weight: 600; color: var(--text); text-decoration: none;
-  overflow-wrap: anywhere; display: -webkit-inline-box; -webkit-box-orient: vertical;
-  -webkit-line-clamp: 2; overflow: hidden; vertical-align: bottom; }
-.what .class:hover { text-decoration: underline; }
-.what .message, .what .where { display: block; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; }
-.what .where, .project, .seen { color: var(--muted); }
-.what .where code { font-size: 12px; }
-.project { margin-left: 8px; font-size: 13px; }
-.trend svg { width: 92px; height: 24px; display: block; }
-polyline { fill: none; stroke: var(--accent); stroke-width: 1.5;
-  vector-effect: non-scaling-stroke; }
-.errors td.number { white-space: nowrap; } .errors td.seen { font-size: 14px; }
-.empty { color: var(--muted); padding: 28px 0; text-align: center; margin: 0; }
-.pager { display: flex; justify-content: center; gap: 24px; padding: 16px; }
-.crumbs { margin: 0 0 10px; color: var(--muted); font-size: 14px; }
-.badges { margin-bottom: 6px; }
-pre.message { margin: 8px 0; font-size: 14px; max-height: 20em; overflow: auto; }
-.summary .where { margin: 8px 0 16px; color: var(--muted); }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 12px;
-  margin: 16px 0; }
-#trend .facts { margin-top: 0; } .fingerprint + .head { margin-top: 20px; }
-#details > :first-child { margin-top: 0; }
-.facts dt, .fingerprint span, .key span { color: var(--muted); font-size: 13px; }
-.facts dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.fingerprint { margin: 0; max-height: 6em; overflow: auto; }
-.chart { width: 100%; height: 110px; display: block; border-bottom: 1px solid var(--line); }
-.chart rect { fill: var(--accent); } .chart .hit { fill: transparent; }
-.chart g:hover .hit { fill: var(--soft); }
-.axis { display: flex; justify-content: space-between; gap: 12px; color: var(--muted);
-  font-size: 13px; margin: 6px 0 0; }
-.steps { display: flex; gap: 14px; font-size: 14px; flex-wrap: wrap; }
-.steps span { color: var(--muted); opacity: .7; }
-.when { color: var(--muted); font-size: 14px; margin: 0; }
-.notice { border-left: 3px solid var(--back); background: var(--soft); padding: 8px 12px;
-  margin: 12px 0; }
-.source { border: 1px solid var(--line); border-radius: 8px; overflow-x: auto; }
-.source td, .source th { line-height: 1.6; white-space: pre; padding: 0 12px; }
-.source th { width: 1px; text-align: right; color: var(--muted); user-select: none; }
-.source .failing { background: var(--mark); } .source .failing th { color: var(--accent); }
-.frames { list-style: none; margin: 0; padding: 0; border: 1px solid var(--line);
-  border-radius: 8px; overflow: hidden; }
-.frames li { border-top: 1px solid var(--line); } .frames li:first-child { border-top: 0; }
-.frame { padding: 7px 12px; } .frame code b { font: inherit; }
-.frame.own > code, .frame.own > summary > code { font-weight: 600; }
-.frame span { color: var(--muted); font-size: 14px; }
-.frame pre { margin-top: 2px; padding-left: 12px; }
-.frame.own { border-left: 3px solid var(--accent); }
-div.failing, .failing > summary { background: var(--mark); }
-.frame.library, .frame.text { border-left: 3px solid transparent; color: var(--muted); }
-.frame.text pre { padding: 0; margin: 0; }
-.order { margin: 12px 0 6px; color: var(--muted); font-size: 13px; }
-h4 { font-size: 15px; margin: 20px 0 0; overflow-wrap: anywhere; }
-h4 span { color: var(--muted); font-weight: 400; }
-details.frame > summary { margin: -7px -12px; padding: 7px 12px; color: inherit; font-size: 15px; }
-details.frame > .source { margin: 14px 0 4px; } .locals { margin-top: 10px; }
-details > .frame { border-top: 1px solid var(--line); }
-.frames summary, .raw summary, .snippet summary { cursor: pointer; padding: 6px 12px;
-  color: var(--muted); font-size: 14px; }
-.frames summary code { font-size: 12px; }
-.chips { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 12px 0; padding: 0; }
-.chips a, .chips b { display: block; font-weight: 400; padding: 1px 10px;
-  border: 1px solid var(--line); border-radius: 99px;
-  background: var(--soft); color: var(--text); text-decoration: none; font-size: 13px;
-  overflow-wrap: anywhere; }
+.search { display: flex; gap: 8px; flex: 1 1 420px; min-width: 0;
+  justify-content: flex-end; }
+.search input { flex: 0 1 420px; min-width: 0; }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; margin: 0 0 12px; }
+.chips a, .chips b { display: block; font-weight: 400; padding: 1px 10px; font-size: 13px;
+  border: 1px solid var(--line); border-radius: 99px; background: var(--card); color: var(--text);
+  text-decoration: none; overflow-wrap: anywhere; }
 .chips a:hover { border-color: var(--accent); } .chips span { color: var(--muted); }
-.timeline { list-style: none; margin: 0; padding: 0 0 0 5px; font-size: 14px; }
-.timeline li { position: relative; padding: 3px 0 7px 18px; border-left: 2px solid var(--line);
+.filters { display: grid; gap: 12px 24px;
+  grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+.filters p { grid-column: 1 / -1; margin: 0; color: var(--muted); font-size: 13px; }
+.filters ul { max-height: 180px; overflow: auto; font-size: 13px; color: var(--muted); }
+.filters li { display: flex; justify-content: space-between; gap: 8px; padding: 2px 4px 2px 0; }
+.filters li a { overflow-wrap: anywhere; }
+
+.notice:empty, code:empty, bdi:empty, .timeline i:empty { display: none; }
+em { display: inline-block; padding: 0 7px; border: 1px solid; border-radius: 99px; flex: none;
+  font-size: 11.5px; line-height: 17px; white-space: nowrap; color: var(--muted); }
+em.resolved { color: var(--green); } em.new { color: var(--accent); }
+em.regressed, em.warning { color: var(--amber); } em.fatal { color: var(--red); }
+em.level { max-width: 12em; overflow: hidden; text-overflow: ellipsis; }
+.errors { border-collapse: separate; border-spacing: 0; table-layout: fixed;
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.errors th { text-align: right; font-weight: 500; font-size: 12px; width: 100px;
+  padding: 6px 10px; }
+.errors th, .errors th a { color: var(--muted); text-decoration: none; white-space: nowrap; }
+.errors th a:hover, .errors th[aria-sort$=ending] a { color: var(--text); }
+.errors th[aria-sort=descending] a::after { content: " ↓"; }
+.errors th[aria-sort=ascending] a::after { content: " ↑"; }
+.errors th:nth-child(2) { text-align: left; width: auto; padding-left: 4px; }
+.errors th:nth-child(3) { text-align: left; width: 124px; } .errors th.users { width: 72px; }
+.errors td { padding: 8px 10px; border-top: 1px solid var(--line); text-align: right;
+  vertical-align: middle; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.errors thead td { border: 0; padding-top: 6px; padding-bottom: 2px; }
+.errors tbody tr:hover, .errors tr:focus-within { background: var(--soft); }
+.errors td.pick { width: 40px; padding: 8px 4px 8px 14px; text-align: left; }
+.pick input { width: 15px; height: 15px; margin: 0; vertical-align: middle; }
+@media (scripting: none) { #pick-all { display: none; } }
+.errors td.what { text-align: left; padding-left: 4px; }
+.what a { display: flex; align-items: center; gap: 8px; color: var(--text); text-decoration: none; }
+.what a:hover b { text-decoration: underline; }
+.what a b, .what a span, .what code { overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.what a b { font-weight: 620; max-width: 60%; flex: none; } .what a span { min-width: 0; }
+.what small { display: flex; align-items: center; gap: 8px; color: var(--muted); min-height: 21px; }
+.what code { font-size: 12px; } .what bdi { flex: none; max-width: 30%; overflow: hidden;
+  text-overflow: ellipsis; }
+.errors td.first_seen, .errors td.last_seen { color: var(--muted); font-size: 13px; }
+.errors td.trend { text-align: left; } .trend b { color: var(--amber); font-size: 11px; }
+.chart { width: 88px; height: 24px; vertical-align: middle; border-bottom: 1px solid var(--line); }
+.chart path { stroke: var(--bars); stroke-width: 3; }
+.bulk { position: sticky; bottom: 12px; z-index: 1; display: none; align-items: center; gap: 8px;
+  width: fit-content; max-width: 100%; margin: 12px auto; padding: 8px 12px; flex-wrap: wrap;
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  box-shadow: 0 6px 24px #0003; }
+form:has(.pick input:checked) .bulk { display: flex; }
+@supports not selector(:has(a)) { .bulk { display: flex; } }
+.bulk .menu > div { top: auto; bottom: calc(100% + 4px); }
+.empty { color: var(--muted); padding: 28px 0; text-align: center; margin: 0; }
+.pager { display: flex; justify-content: center; gap: 24px; padding: 12px; }
+.fresh { position: fixed; top: 8px; left: 50%; transform: translateX(-50%); z-index: 1;
+  border-color: var(--accent); color: var(--accent); }
+
+.crumbs { display: flex; gap: 16px; margin-bottom: 8px; font-size: 13px; }
+.crumbs a:first-child { margin-right: auto; } .crumbs span, .steps span { color: var(--muted); }
+.summary { margin-bottom: 14px; }
+.badges { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 8px; margin: 4px 0;
+  color: var(--muted); }
+pre.message { margin: 6px 0; max-height: 12em; overflow: auto; font-size: 13.5px; }
+.tools { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 10px; }
+.tools input { padding: 2px 6px; width: 6em; }
+.columns { display: grid; grid-template-columns: minmax(0, 1fr) 300px; gap: 0 16px;
+  grid-template-rows: auto 1fr; align-items: start; }
+.columns > * { min-width: 0; } .columns > aside { grid-row: 1 / 3; grid-column: 2; }
+.trace .head { margin-bottom: 4px; } .steps { display: flex; gap: 12px; font-size: 13px; }
+.when { color: var(--muted); font-size: 13px; margin: 0 0 0 auto; }
+.other, .order { margin: 8px 0 4px; color: var(--muted); font-size: 12px; }
+.cause { font-size: 14px; margin: 16px 0 0; } .cause span { color: var(--muted); font-weight: 400; }
+.frames { border: 1px solid var(--line); border-radius: 6px; overflow: hidden; margin-top: 6px; }
+.frames li { position: relative; border-top: 1px solid var(--line); }
+.frames li:first-child { border-top: 0; }
+.frame { padding: 5px 10px; border-left: 3px solid transparent; color: var(--muted); }
+.frame.own { border-color: var(--accent); color: inherit; padding-right: 60px; }
+.frame code b { font: inherit; }
+.frame.own > :first-child > code { font-weight: 600; }
+.frame i { color: var(--muted); font-size: 13px; }
+div.failing, .failing > summary { background: var(--mark); }
+.frame.failing { border-color: var(--red); }
+details.frame.own { padding-right: 10px; }
+details.frame > summary { margin: -5px -10px; padding: 5px 60px 5px 10px; }
+details > .frame { border-top: 1px solid var(--line); }
+.frames summary { padding: 5px 10px; } .frames li > details:not(.frame) > summary {
+  color: var(--muted); font-size: 13px; }
+.edit { position: absolute; right: 10px; top: 5px; font-size: 13px; }
+.source { overflow-x: auto; margin: 9px -10px 0; } .source td, .source th { white-space: pre;
+  padding: 0 12px; }
+.source th { width: 1px; text-align: right; color: var(--muted); user-select: none;
+  font-weight: 400; }
+.source .failing { background: var(--mark); } .source .failing th { color: var(--red); }
+.values { table-layout: fixed; } .values th, .values td { text-align: left; vertical-align: top;
+  padding: 3px 12px 3px 0; border-top: 1px solid var(--line); }
+.values th { width: 190px; font-weight: 400; font-size: 13px; color: var(--muted);
   overflow-wrap: anywhere; }
-.timeline li::before { content: ""; position: absolute; left: -6px; top: 10px; width: 10px;
-  height: 10px; border-radius: 50%; background: var(--muted); border: 2px solid var(--card); }
-.timeline .bad::before { background: var(--accent); } .timeline .bad i { color: var(--accent); }
-.timeline .time { color: var(--muted); font-size: 13px; margin-right: 6px;
-  font-variant-numeric: tabular-nums; }
+.locals { margin-top: 8px; }
+
+.facts div { display: flex; justify-content: space-between; gap: 12px; padding: 2px 0; }
+.facts dt, aside h2 { color: var(--muted); font-weight: 400; font-size: 13px; }
+.facts { margin: 0; } .facts dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
+aside section > h2:not(:first-child) { margin-top: 12px; }
+#trend .chart { width: 100%; height: 72px; margin-top: 8px; } #trend p { margin: 6px 0 0;
+  color: var(--muted); font-size: 12px; }
+.chart line { stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke;
+  stroke-dasharray: 3 2; }
+.chart .resolved { stroke: var(--green); } .chart .regressed { stroke: var(--amber); }
+.history { font-size: 12px; color: var(--muted); } .history .release { color: var(--accent); }
+.history .resolved { color: var(--green); } .history .regressed { color: var(--amber); }
+.shares li { position: relative; display: flex; justify-content: space-between; gap: 8px;
+  padding: 2px 0 5px; font-size: 13px; overflow-wrap: anywhere; }
+.shares svg { position: absolute; left: 0; bottom: 0; width: 100%; height: 3px; }
+.shares svg { background: var(--soft); } .shares rect { fill: var(--bars); }
+.history li { padding: 2px 0; } aside summary { color: var(--muted); font-size: 13px; }
+aside textarea { width: 100%; min-height: 80px; margin: 6px 0; }
+.timeline { padding-left: 5px; font-size: 13px; }
+.timeline li { position: relative; padding: 2px 0 6px 16px; border-left: 2px solid var(--line);
+  overflow-wrap: anywhere; }
+.timeline li::before { content: ""; position: absolute; left: -5px; top: 8px; width: 8px;
+  height: 8px; border-radius: 50%; background: var(--muted); }
+.timeline .bad::before { background: var(--red); } .timeline .bad i { color: var(--red); }
+.timeline .time { color: var(--muted); margin-right: 6px; font-variant-numeric: tabular-nums; }
 .timeline code { display: block; color: var(--muted); }
-.rejections th, .rejections td { text-align: left; vertical-align: top; padding: 6px 16px 6px 0; }
+.details h3 { margin: 0; } .part h3 { display: inline; }
+.part, .details .chips { margin: 6px 0 14px; }
+.part > summary { margin-bottom: 4px; font-size: 13px; }
+.raw pre, .snippet pre, section > pre { background: var(--soft);
+  border-radius: 6px; padding: 10px 12px; margin-top: 6px; }
+
+.rejections th, .rejections td { text-align: left; vertical-align: top; padding: 5px 16px 5px 0; }
 .rejections td { border-top: 1px solid var(--line); overflow-wrap: anywhere; }
-.rejections th { color: var(--muted); font-size: 13px; font-weight: 500; }
+.rejections th { color: var(--muted); font-size: 12px; font-weight: 500; }
 .rejections time { white-space: nowrap; }
-.long { margin-top: 24px; } .long summary { font-size: 14px; font-weight: 650; cursor: pointer; }
-.values { table-layout: fixed; }
-.values th, .values td { text-align: left; vertical-align: top; padding: 6px 12px 6px 0;
-  border-top: 1px solid var(--line); }
-.values th { width: 200px; font-weight: 500; color: var(--muted); overflow-wrap: anywhere; }
-.raw { margin-top: 20px; } .raw summary, .snippet summary { padding-left: 0; }
-.raw pre, .snippet pre, section > pre { background: var(--soft); border-radius: 8px;
-  padding: 12px; }
-.lead { margin: 0 0 16px; } .key { margin: 6px 0; }
-.snippet div { position: relative; } .snippet pre { white-space: pre; overflow-x: auto; }
-.copy { position: absolute; top: 6px; right: 6px; font-size: 13px; padding: 2px 10px; }
-.login { max-width: 360px; margin: 8vh auto; display: grid; gap: 12px; }
+.lead { margin: 0 0 16px; } .key { margin: 6px 0; } .key span { color: var(--muted); }
+.snippet summary { padding: 5px 0; color: var(--muted); }
+.snippet div, .details .snippet { position: relative; }
+.snippet pre { white-space: pre; overflow-x: auto; }
+.snippet .copy { position: absolute; top: 6px; right: 6px; font-size: 13px; padding: 2px 10px; }
+.login { max-width: 340px; margin: 8vh auto; display: grid; gap: 10px; }
 .login .notice { margin: 0; } .message-page { text-align: center; padding: 48px 20px; }
+.tip, .toast { position: fixed; z-index: 4; padding: 3px 8px; font-size: 12px; border-radius: 5px;
+  background: var(--text); color: var(--bg); pointer-events: none; white-space: nowrap; }
+.toast { bottom: 20px; left: 50%; transform: translateX(-50%); font-size: 14px; padding: 8px 14px; }
+dialog { color: inherit; background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; padding: 20px 24px; } dialog::backdrop { background: #0006; }
+dialog dl { display: grid; grid-template-columns: auto 1fr; gap: 4px 16px; margin: 12px 0; }
+dialog dd { margin: 0; } kbd { padding: 0 6px; border: 1px solid var(--line); border-radius: 4px; }
+
+@media (max-width: 1000px) { .errors :is(th, td).first_seen { display: none; }
+  .columns { grid-template-columns: minmax(0, 1fr) 250px; } }
+@media (max-width: 860px) { .columns { display: block; }
+  aside { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 0 12px; }
+  .errors :is(th, td).users { display: none; } }
 @media (max-width: 720px) {
-  .bar { padding: 10px 16px; gap: 16px; } main { padding: 16px; } footer { padding: 0 16px 24px; }
-  .filters select { flex: 1 1 40%; min-width: 0; max-width: 100%; }
-  .card { padding: 14px; } .tabs { gap: 0; } .tabs a { padding: 4px 8px; }
-  .errors thead { display: none; }
-  .errors, .errors tbody { display: block; }
-  .errors tr { display: grid; grid-template-columns: 32px auto auto auto 1fr; gap: 2px 12px;
-    padding: 10px 12px; border-top: 1px solid var(--line); align-items: center; }
-  .errors tr:first-child { border-top: 0; }
-  .errors td { padding: 0; border: 0; font-size: 13px; }
-  .errors td.number:not(.seen) { white-space: normal; }
-  .errors td.pick { padding: 0 !important; grid-row: 1 / span 2; align-self: start; }
-  .errors td.what { grid-column: 2 / -1; font-size: 15px; min-width: 0; }
-  .errors td.trend { grid-column: 2; } .trend svg { width: 64px; }
-  td[data-label]::after { content: " " attr(data-label); color: var(--muted); }
-  .snippet pre { padding-top: 48px; }
-  .links { margin-left: 0; } .values th { width: 38%; }
-  .pick input, #pick-all { width: 18px; height: 18px; }
+  .bar { padding: 8px 16px; gap: 16px; } main { padding: 12px 16px; }
+  footer { padding: 0 16px 20px; }
+  .card { padding: 12px; } .search { flex-basis: 100%; } .search input { flex: 1; }
+  .tools { position: relative; } .menu { position: static; }
+  .menu > div { right: 0; } .menu > div > label { white-space: normal; }
+  .errors thead { display: none; } .errors, .errors tbody { display: block; }
+  .errors tr { display: grid; grid-template-columns: 22px auto auto 1fr; gap: 4px 10px;
+    padding: 9px 12px; border-top: 1px solid var(--line); align-items: center; }
+  .errors tr:first-child { border-top: 0; } .errors td, .errors td.pick { padding: 0; border: 0; }
+  .errors td.pick { grid-row: 1 / span 2; align-self: start; width: auto; }
+  .errors td.what { grid-column: 2 / -1; min-width: 0; padding: 0; }
+  .what a { flex-wrap: wrap; gap: 0 8px; }
+  .what a b { max-width: 100%; flex: 0 1 auto; } .what a span { flex-basis: 100%; }
+  .errors td.trend { grid-column: 2; }
+  .errors .trend .chart { width: min(64px, 14vw); height: 18px; }
+  .errors td.count { font-size: 13px; } td.count::after { content: " ×"; color: var(--muted); }
+  .pick input { width: 18px; height: 18px; } .snippet pre { padding-top: 44px; }
+  .values th { width: 38%; } .when { margin: 0; width: 100%; }
 }
+@media print { .bar, .skip, .tools, .crumbs, .steps, .tabs, .search, .bulk, .pick, .pager, .edit,
+  footer, .fresh, .toast, .copy, form:not(:has(table)) { display: none !important; }
+  body { background: none; } .card, .frames { border-color: #999; break-inside: auto; }
+  .columns { display: block; } pre.message, .filters ul { max-height: none; } }
 """
 
 SCRIPT = """\
 "use strict";
-// The pages work without this script, which saves clicks and reloads.
-for (const button of document.querySelectorAll(".copy")) {
-  if (!navigator.clipboard) break;
-  button.hidden = false;
-  button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(button.nextElementSibling.textContent);
-    button.textContent = "Copied";
-    setTimeout(() => { button.textContent = "Copy"; }, 1500);
-  });
-}
+// The pages work without this script. It adds copying, keys, local times, and what comes in live.
+const $ = (selector, within = document) => within.querySelector(selector);
+const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];
+const make = (tag, more) => Object.assign(document.createElement(tag), more);
 
-const boxes = () => [...document.querySelectorAll("input[name=id]")];
-const live = document.getElementById("live");
-document.addEventListener("change", ({target}) => {
-  if (target.id === "pick-all") boxes().forEach((box) => { box.checked = target.checked; });
+// Messages that go away
+
+const toast = document.body.appendChild(make("p", {className: "toast", hidden: true}));
+toast.setAttribute("role", "status");
+function showToast(text) {
+  toast.textContent = text;
+  toast.hidden = false;
+  clearTimeout(showToast.timer);
+  showToast.timer = setTimeout(() => { toast.hidden = true; }, 2000);
+}
+setTimeout(() => $(".done")?.remove(), 60000);  // the server no longer undoes it then
+
+// Copying
+
+async function copy(button) {
+  const {copy: url} = button.dataset;
+  const told = button.textContent.replace(/^Copy/, "Copied");
+  let text = url && new URL(url, location).href;
+  if (!url) text = $("pre", button.parentElement).textContent;
+  else if (url.endsWith(".md")) {
+    const answer = await fetch(url);
+    if (!answer.ok) throw new Error(answer.statusText);
+    text = await answer.text();
+  }
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+  } else {  // not on localhost and without https
+    const area = document.body.appendChild(make("textarea", {value: text}));
+    area.select();
+    const isCopied = document.execCommand("copy");
+    area.remove();
+    if (!isCopied) throw new Error("copy");
+  }
+  showToast(told);
+}
+document.addEventListener("click", (event) => {
+  const button = event.target.closest(".copy");
+  if (button) copy(button).catch(() => showToast("Copying failed"));
+  for (const menu of $$(".menu[open]")) menu.open = menu.contains(event.target) && !button;
 });
 
-// Refresh the list, except while somebody uses it.
-if (live) {
-  setInterval(async () => {
-    const inUse = boxes().some((box) => box.checked)
-      || live.querySelector("details[open], :focus-visible");
-    if (document.hidden || inUse) return;
-    try {
-      const answer = await fetch(location.href, {headers: {"Accept": "text/html"}});
-      if (!answer.ok || answer.redirected) return;
-      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-      if (page.getElementById("live")?.dataset.view !== live.dataset.view) {
-        location.reload();
-        return;
-      }
-      for (const part of ["#live", ".head"]) {
-        document.querySelector(part).replaceChildren(...page.querySelector(part).childNodes);
-      }
-    } catch { /* the server is away: the next round tries again */ }
-  }, 5000);
+// Times in the visitor's zone
+
+const minutes = {year: "numeric", month: "short", day: "numeric", hour: "2-digit",
+  minute: "2-digit"};
+const hour = new Intl.DateTimeFormat(undefined, minutes);
+const clock = new Intl.DateTimeFormat(undefined,
+  {...minutes, second: "2-digit", timeZoneName: "short"});
+function ago(time) {
+  const seconds = Math.abs(Date.now() - time) / 1000;
+  if (seconds < 45) return "just now";
+  const [size, unit] = [[31557600, "y"], [86400, "d"], [3600, "h"], [60, "min"]].find(
+    ([size]) => seconds >= size) ?? [60, "min"];
+  const text = `${Math.max(1, Math.floor(seconds / size)).toLocaleString("en")} ${unit}`;
+  return time < Date.now() ? `${text} ago` : `in ${text}`;
+}
+function showTimes(within = document) {
+  for (const element of $$("time", within)) {
+    const time = new Date(element.dateTime);
+    const isAhead = element.textContent.startsWith("in ");
+    if (element.title) element.textContent = ago(isAhead ? time : Math.min(time, Date.now()));
+    else element.textContent = clock.format(time);
+    if (element.title) element.title = clock.format(time);
+  }
+}
+function enhance(within) {
+  $$(".copy", within).forEach((button) => { button.hidden = false; });
+  showTimes(within);
+}
+
+// Charts: a bar's time and count, under the pointer or by the arrow keys
+
+const tip = document.body.appendChild(make("p", {className: "tip", hidden: true}));
+function countsOf(chart) {
+  const counts = Array(chart.viewBox.baseVal.width / 4).fill(0);
+  const path = $("path", chart).getAttribute("d");
+  for (const [, x, count] of path.matchAll(/M(\\d+) 0V-(\\d+)/g)) counts[(x - 2) / 4] = +count;
+  return counts;
+}
+function showBar(chart, position) {
+  const counts = countsOf(chart);
+  const [start, step] = chart.closest("[data-span]").dataset.span.split(" ").map(Number);
+  chart.bar = Math.min(Math.max(position, 0), counts.length - 1);
+  const time = hour.format(start + chart.bar * step);
+  tip.textContent = `${time}: ${counts[chart.bar].toLocaleString()}`;
+  tip.hidden = false;
+  const {left, top, width} = chart.getBoundingClientRect();
+  const x = left + (width * (chart.bar + 0.5)) / counts.length - tip.offsetWidth / 2;
+  tip.style.left = `${Math.min(Math.max(x, 4), innerWidth - tip.offsetWidth - 4)}px`;
+  tip.style.top = `${top - tip.offsetHeight - 4}px`;
+}
+document.addEventListener("pointermove", ({target, clientX}) => {
+  const chart = target.closest?.(".chart");
+  if (!chart) {
+    tip.hidden = tip.hidden || !document.activeElement.matches(".chart");
+    return;
+  }
+  const {left, width} = chart.getBoundingClientRect();
+  showBar(chart, Math.floor(((clientX - left) / width) * countsOf(chart).length));
+});
+document.addEventListener("focusin", ({target}) => {
+  if (target.matches(".chart")) showBar(target, Infinity);
+});
+document.addEventListener("focusout", () => { tip.hidden = true; });
+
+// Selecting errors in the list
+
+const list = () => $("#live form:has(.errors)");
+const boxes = () => $$(".errors input[name=id]");
+function countSelected() {
+  const count = boxes().filter((box) => box.checked).length;
+  const bulk = $(".bulk b");
+  if (bulk) bulk.textContent = `${count} selected`;
+}
+document.addEventListener("change", ({target}) => {
+  if (target.id === "pick-all") boxes().forEach((box) => { box.checked = target.checked; });
+  countSelected();
+});
+
+// Keys
+
+const row = () => document.activeElement.closest?.(".errors tbody tr");
+function move(step) {
+  const rows = $$(".errors tbody tr");
+  const position = rows.indexOf(row());
+  const next = rows[position < 0 ? 0 : position + step];
+  const target = next ?? row();
+  if (target) $("a", target).focus();
+}
+function applyAction(action) {
+  const form = list();
+  if (form && !boxes().some((box) => box.checked)) {
+    const box = row() && $("input[name=id]", row());
+    if (!box) return;
+    box.checked = true;
+    sessionStorage.row = $$(".errors tbody tr").indexOf(row());
+  }
+  const scope = form ?? $("form.tools");
+  const wanted = {resolve: "[value=resolve]", reopen: "[value=reopen]", ignore: "[name=for]"};
+  const button = scope && $(`button${wanted[action]}`, scope);
+  if (button) button.form.requestSubmit(button);
+}
+const KEYS = {
+  j: ["the next error in the list", () => move(1)],
+  k: ["the previous error in the list", () => move(-1)],
+  Enter: ["open it"],
+  x: ["select it", () => row() && $("input[name=id]", row()).click()],
+  e: ["resolve", () => applyAction("resolve")],
+  i: ["ignore", () => applyAction("ignore")],
+  o: ["reopen", () => applyAction("reopen")],
+  c: ["copy as Markdown", copyError],
+  "/": ["search", () => { $("[type=search]")?.focus(); $("[type=search]")?.select(); }],
+  "[": ["the previous error or page", () => $("[rel=prev]")?.click()],
+  "]": ["the next error or page", () => $("[rel=next]")?.click()],
+  "?": ["these keys", showKeys],
+};
+function copyError() {
+  const button = $(".tools .copy");
+  const link = row() && $("a", row());
+  if (button) button.click();
+  else if (link) copy({dataset: {copy: `${link.pathname}.md`}, textContent: "Copy as Markdown"});
+}
+function showKeys() {
+  const dialog = document.body.appendChild(make("dialog"));
+  const names = dialog.appendChild(make("dl"));
+  dialog.setAttribute("aria-label", "Keys");
+  for (const [key, [text]] of Object.entries(KEYS)) {
+    names.appendChild(make("dt")).appendChild(make("kbd", {textContent: key}));
+    names.appendChild(make("dd", {textContent: text}));
+  }
+  const close = dialog.appendChild(make("button", {textContent: "Close"}));
+  close.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("close", () => dialog.remove());
+  dialog.showModal();
+}
+document.addEventListener("keydown", (event) => {
+  const {target, key} = event;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.repeat && !["j", "k", "ArrowLeft", "ArrowRight"].includes(key)) return;
+  if (key === "Escape") {
+    $$(".menu[open]").forEach((menu) => { menu.open = false; });
+    if (target.matches("[type=search]")) target.blur();
+  }
+  if (target.matches("input:not([type=checkbox]), textarea, select") || $("dialog")) return;
+  const step = {ArrowLeft: -1, ArrowRight: 1}[key];
+  if (step && target.matches(".chart")) showBar(target, target.bar + step);
+  else if (key === "Enter" && target.matches("[name=id]")) $("a", row()).click();
+  else if (!KEYS[key]?.[1]) return;
+  else KEYS[key][1]();
+  event.preventDefault();
+});
+
+// An update must not move what the reader looks at: parts that are not in use are replaced in
+// place, and the rest waits behind a button.
+
+const title = document.title;
+const icon = $("link[rel=icon]");
+const raw = new WeakMap();  // elements as the server sent them, before their times were changed
+const livePartsOf = (page) => new Map($$("[data-live], .errors tbody td:not(.pick)", page).map(
+  (part) => [part.dataset.live ?? part.parentElement.id + part.className, part]));
+function remember(page) {
+  for (const part of livePartsOf(page).values()) raw.set(part, part.outerHTML);
+}
+function isInUse(element) {
+  const selection = getSelection();
+  return element.contains(document.activeElement) || Boolean($("details[open]", element))
+    || (!selection.isCollapsed && selection.containsNode(element, true));
+}
+function replacePart(old, fresh) {  // returns whether what is shown is up to date
+  if (raw.get(old) === fresh.outerHTML) return true;
+  if (isInUse(old)) return false;
+  const copy = fresh.cloneNode(true);  // the page that it comes from may be shown as a whole later
+  raw.set(copy, fresh.outerHTML);
+  enhance(copy);
+  old.replaceWith(copy);
+  return true;
+}
+function announce(count, show) {
+  document.title = count ? `(${count}) ${title}` : title;
+  icon.href = icon.href.replace(/(-dot)?\\.svg$/, count ? "-dot.svg" : ".svg");
+  const button = $(".fresh") ?? make("button", {className: "fresh"});
+  if (!count) return button.remove();
+  Object.assign(button, {textContent: `${count} new · show`, onclick: show});
+  if (!button.isConnected) $("#live").before(button);
+}
+function updateList(page) {
+  const [table, fresh] = [$(".errors tbody"), $(".errors tbody", page)];
+  const show = (click) => {
+    const selected = boxes().filter((box) => box.checked).map((box) => box.value);
+    $("#live").replaceWith($("#live", page));
+    boxes().forEach((box) => { box.checked = selected.includes(box.value); });
+    remember(document);
+    enhance(document);
+    countSelected();
+    announce(0);
+    if (click) $(".errors tbody a")?.focus();
+  };
+  if (!table || !fresh) {
+    if (Boolean(table) !== Boolean(fresh) && !isInUse($("#live"))) show();
+    return;
+  }
+  $(".errors").dataset.span = $(".errors", page).dataset.span;
+  const known = new Set([...table.rows].map((one) => one.id));
+  announce([...fresh.rows].filter((one) => !known.has(one.id)).length, show);
+}
+function update(page) {
+  const [live, fresh] = [$("#live"), $("#live", page)];
+  if (live.dataset.view !== fresh?.dataset.view) return location.reload();
+  const [old, changed] = [livePartsOf(document), livePartsOf(page)];
+  if (live.dataset.view === "list") updateList(page);
+  else announce(Math.max(0, fresh.dataset.count - live.dataset.count), showNewest);
+  const shown = [...changed].filter(([name]) => old.has(name));
+  return shown.map(([name, part]) => replacePart(old.get(name), part)).every(Boolean);
+}
+function showNewest() {
+  location.assign(location.pathname.replace(/\\/occurrences\\/\\d+$/, "") + location.search);
+}
+let [tag, isPolling] = ['""', false];  // a tag, though none of ours, says that this is no visit
+async function poll() {
+  if (document.hidden || isPolling) return;
+  isPolling = true;
+  try {
+    const url = new URL(location);
+    for (const name of ["done", "filters"]) url.searchParams.delete(name);
+    const answer = await fetch(url, {headers: {Accept: "text/html", "If-None-Match": tag}});
+    if (answer.redirected) {
+      clearInterval(poll.timer);
+      showToast("Log in again to see what comes in");
+    }
+    if (answer.status !== 200 || answer.redirected) return;
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    tag = (update(page) && answer.headers.get("ETag")) || '""';
+  } catch { /* the server is away: the next round tries again */
+  } finally {
+    isPolling = false;
+  }
+}
+
+remember(document);
+enhance(document);
+countSelected();
+setInterval(showTimes, 30000);
+if (sessionStorage.row) {
+  const rows = $$(".errors tbody tr");
+  if (rows.length) $("a", rows[Math.min(sessionStorage.row, rows.length - 1)]).focus();
+  sessionStorage.removeItem("row");
+}
+if ($("#live")) {
+  poll.timer = setInterval(poll, 2500);
+  document.addEventListener("visibilitychange", poll);
 }
 """
 
 ICON = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="8"
- fill="#a83a1c"/><path d="M5 18h5l3-9 5 15 3-9 1.5 3H27" fill="none" stroke="#fff"
+ fill="#2f54c4"/><path d="M5 18h5l3-9 5 15 3-9 1.5 3H27" fill="none" stroke="#fff"
  stroke-width="2.5" stroke-linecap="round" stroke-linejoin="round"/></svg>
 """
+DOTTED_ICON = ICON.replace("</svg>", '<circle cx="25" cy="7" r="7" fill="#e5484d"/></svg>')
 
 
 ASSET_NAME = f"miniapm-{hashlib.sha256((STYLE + SCRIPT + ICON).encode()).hexdigest()[:12]}"
@@ -9281,6 +9679,7 @@ ASSETS = {
     f"{ASSET_NAME}.css": ("text/css; charset=utf-8", STYLE),
     f"{ASSET_NAME}.js": ("text/javascript; charset=utf-8", SCRIPT),
     f"{ASSET_NAME}.svg": ("image/svg+xml", ICON),
+    f"{ASSET_NAME}-dot.svg": ("image/svg+xml", DOTTED_ICON),
 }
 
 # --- 11. HTTP -------------------------------------------------------------------------------------
@@ -9308,10 +9707,13 @@ CORS_HEADERS = [
     ("Access-Control-Max-Age", "86400"),
 ]
 SESSION_COOKIE = "miniapm_session"
+SESSION_PATTERN = r"[0-9]+\.(?:(?:[0-9a-f]{2})+\.)?[0-9a-f]{64}"
 LIST_TREND_HOURS = 2 * 24
-ERROR_TREND_HOURS = 54 * 7 * 24  # the longest span, and as much as its first bar may begin before
-API_PERSON = "API"  # who sends the password itself and no cookie
-MAX_SESSION_COOKIES = 50  # checked for each request
+ERROR_TREND_HOURS = (
+    54 * 7 * 24
+)  # the longest span, and the part of its first bar that lies before it
+API_PERSON = "API"  # the name, if a request sends the password and no cookie
+MAX_COOKIES = 50  # of one name, checked for each request
 MIN_GZIP_BYTES = _KIBIBYTE
 GZIP_LEVEL = 1  # 0.05 ms for a page of 48 KB, a third of level 6; 5 % larger
 PUBLIC_URL = "miniapm.public_url"  # key of the environ: the setting, if there is one
@@ -9321,15 +9723,15 @@ _FORWARDING_HEADER = (
     "HTTP_(?:VIA|CDN_LOOP|.*FORWARDED.*|CF_.+|X_(?:ORIGINAL|PROXY|ENVOY|REAL|REWRITE)_.+"
     "|X_(?:HOST|SCHEME|PROTO)|FRONT_END_HTTPS|.*(?:IP|ADDR|ADDRESS))"
 )
-# same-site is not enough: every port of localhost is the same site.
 VISIT_COOKIE = "miniapm_visit"
-VISIT_PAUSE_MS = 30 * 60_000  # without the list for so long, the next look is a new visit
+VISIT_PAUSE_MS = 30 * 60_000  # a visit ends when the list was not opened for this long
 MAX_VISIT_COOKIE_S = 365 * 24 * 3600
+# same-site is not enough: every port of localhost is the same site.
 OWN_SITES = (None, "same-origin", "none")  # Sec-Fetch-Site if no other site's page sends this
 ACTIONS = {"resolve": "resolved", "ignore": "ignored", "reopen": "open"}
 WHAT_IS_DONE = ACTIONS | {"reopen": "reopened", "delete": "deleted"}
-SNOOZES = {"forever": None, "1h": HOUR_MS, "1d": DAY_MS, "1w": 7 * DAY_MS}
 MAX_SNOOZE_COUNT = 1_000_000
+MARKDOWN_TYPE = "text/markdown; charset=utf-8"
 LIST_PARAMETERS = ("status", "q", "project", *FACETS, "sort", "order", "limit", "after", "before")
 
 
@@ -9365,7 +9767,7 @@ def read_body(environ: Environ, limit: int) -> bytes:
     while remaining > 0 and (part := environ["wsgi.input"].read(remaining)):
         parts.append(part)
         remaining -= len(part)
-    # Who reads it again, as Sentry's integration for Bottle does, must not wait for ever.
+    # A second read, such as by Sentry's integration for Bottle, must not block.
     environ["wsgi.input"] = io.BytesIO()
     body = b"".join(parts)
     if len(body) > limit:
@@ -9376,7 +9778,7 @@ def read_body(environ: Environ, limit: int) -> bytes:
 _CROWDED = "too many large reports arrive at once"
 # Keys of the environ
 REFUSAL_KEY = "miniapm.refusal"  # why the body was not kept, or can't be taken
-PERSON_KEY = "miniapm.person"  # who sends it, once that was checked
+PERSON_KEY = "miniapm.person"  # the name of the sender, once checked
 DELIVERY_KEY = "miniapm.delivery"  # the reports, where they have been read already
 ADMITTED_KEY = "miniapm.admitted"  # there if the body has a valid API key
 
@@ -9575,7 +9977,7 @@ def decode_body(raw: bytes, encoding: str, limit: int) -> bytes | bytearray:
     return decoded
 
 
-def read_form(environ: Environ, limit: int = MAX_FORM_BYTES) -> dict[str, list[str]]:
+def read_form(environ: Environ, limit: int) -> dict[str, list[str]]:
     """Return the fields of a submitted form."""
     try:
         text = read_body(environ, limit).decode("utf-8", "replace")
@@ -9599,23 +10001,19 @@ def weights_of(environ: Environ, name: str) -> dict[str, float]:
     for item in re.sub(r"\s", "", environ.get(name, "").lower()).split(","):
         value, *parameters = item.split(";")
         said = next((one[2:] for one in parameters if one.startswith("q=")), "1")
-        is_weight = re.fullmatch(r"(?a:[01](?:\.[0-9]*)?|\.[0-9]+)", said)
-        weights[value] = float(said) if is_weight else 0.0
+        weights[value] = float(said) if re.fullmatch(r"[01](\.[0-9]*)?|\.[0-9]+", said) else 0.0
     return weights
 
 
 def prefers_json(environ: Environ) -> bool:
-    """Tell whether a client names JSON in Accept and likes no page better; browsers do not."""
+    """Tell whether Accept names JSON and prefers it to a page; that of browsers does not."""
     weights = weights_of(environ, "HTTP_ACCEPT")
-    json_weight = weights.get("application/json", 0.0)
-    page_weight = weights.get("text/html", weights.get("text/*"))
-    if page_weight is not None:
-        return json_weight > page_weight
-    return json_weight > 0 and json_weight >= weights.get("*/*", 0.0)
+    page_weight = weights.get("text/html", weights.get("text/*", 0.0))
+    return weights.get("application/json", 0.0) > page_weight
 
 
 def form_of(environ: Environ) -> str:
-    """Return the form in which a client of the dashboard wants to be refused."""
+    """Return the form in which the dashboard refuses a request."""
     ending = re.search(r"\.(json|md)$", environ["PATH_INFO"])
     return ending[1] if ending else "json" if prefers_json(environ) else "html"
 
@@ -9770,7 +10168,7 @@ def check_host(environ: Environ, hosts: Collection[str]) -> None:
 
 
 def check_peer(environ: Environ) -> None:
-    """Refuse other machines: what has no password is for this one only."""
+    """Refuse other machines: without a password the dashboard is for this one only."""
     is_forwarded = any(
         map(re.compile(_FORWARDING_HEADER).fullmatch, environ)
     )  # by a proxy on this machine
@@ -9944,8 +10342,8 @@ class PasswordGate:
     def check(self, password: str, address: str, *, is_login: bool = True) -> None:
         """Raise Unauthorized for a wrong password, TooManyRequests for one that comes too soon.
 
-        Does not wait for another one's scrypt. An address that has logged in before is not slowed
-        by others' failures. Only a login makes its own failures forgotten.
+        Does not wait while another password is hashed. An address that has logged in before is not
+        slowed by others' failures. Only a login clears the failures of its address.
         """
         network = _network_of(address)
         turn = self._checking[network in self._known]
@@ -10024,11 +10422,11 @@ def is_large(environ: Environ) -> bool:
 
 
 def is_search(environ: Environ) -> bool:
-    """Tell whether a request searches in the errors, which may read all of them."""
+    """Tell whether a request searches or counts in the errors, which may read all of them."""
     path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
     # An error's page looks for its neighbours in the list one came from.
     is_list = re.search(r"/errors(?:\.json|/[0-9]+(?:/occurrences/[0-9]+)?)?\Z", path)
-    return bool(is_list and not is_ingest(path) and re.search("(?:^|&)q=.", query))
+    return bool(is_list and not is_ingest(path) and re.search("(?:^|&)(?:q|filters)=.", query))
 
 
 def is_machine_path(path: str) -> bool:
@@ -10036,7 +10434,7 @@ def is_machine_path(path: str) -> bool:
     return path == "/health" or is_ingest(path)
 
 
-_LOCAL_PATH = re.compile(
+_LOCAL_PATH = (
     r"(?a:(?:/setup|/errors(?:/[0-9]{1,18}(?:/occurrences/[0-9]{1,18})?)?)"
     r"(?:\?(?!.*//)[\w./?=&%+~:*-]*)?)"
 )
@@ -10044,21 +10442,7 @@ _LOCAL_PATH = re.compile(
 
 def local_path(text: str, default: str = "/errors") -> str:
     """Return the path and query of a page to go to, the default for anything else."""
-    return text if _LOCAL_PATH.fullmatch(text) else default
-
-
-def with_done(path: str, action_id: int) -> str:
-    """Return a path with the id of the last action, which its page then offers to undo."""
-    path, _, query = path.partition("?")
-    pairs = [pair for pair in query.split("&") if pair and not pair.startswith("done=")]
-    pairs += [f"done={action_id}"] if action_id else []
-    return "?".join(filter(None, (path, "&".join(pairs))))
-
-
-def done_of(environ: Environ) -> int:
-    """Return the id of the last action, as the query string says it; 0 without one."""
-    found = re.search("(?:^|&)done=([0-9]{1,18})(?=&|$)", environ.get("QUERY_STRING", ""))
-    return int(found[1]) if found else 0
+    return text if re.fullmatch(_LOCAL_PATH, text) else default
 
 
 def root_of(environ: Environ) -> str:
@@ -10127,13 +10511,13 @@ def snooze_of(form: Mapping[str, list[str]]) -> Snooze:
     if all(said.values()):
         raise BadRequest("ignore takes for or count, not both", field="count")
     count = number_of(said, "count", MAX_SNOOZE_COUNT, None)
-    return Snooze(SNOOZES[one_of(said, "for", SNOOZES)], count)
+    return Snooze(SNOOZES[one_of(said, "for", SNOOZES)][1], count)
 
 
 def apply_action(
     store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]], by: str
 ) -> tuple[int, str]:
-    """Apply the action that a form names to errors; return its id, 0 without effect, and what."""
+    """Apply a form's action to errors; return its id (0 if nothing changed) and what was done."""
     # A button has one name: those that say how long to ignore can't also name the action.
     is_snooze = field_of(form, "for") or field_of(form, "count")
     action = field_of(form, "action") or ("ignore" if is_snooze else "")
@@ -10147,12 +10531,11 @@ def apply_action(
     return action_id, WHAT_IS_DONE[action]
 
 
-def sessions_of(environ: Environ) -> list[str]:
-    """Return possible session cookies; other paths and programs may have set some too."""
-    value = r"[0-9]+\.(?:(?:[0-9a-f]{2})+\.)?[0-9a-f]{64}"
-    pattern = rf"(?:^|;)\s*{SESSION_COOKIE}=({value})(?=\s*(?:;|$))"
+def cookies_of(environ: Environ, name: str, value: str) -> list[str]:
+    """Return a cookie's values that match a pattern; other paths and programs may set it too."""
+    pattern = rf"(?:^|;)\s*{name}=({value})(?=\s*(?:;|$))"
     found = re.finditer(pattern, environ.get("HTTP_COOKIE", ""), re.ASCII)
-    return [one[1] for one in itertools.islice(found, MAX_SESSION_COOKIES)]
+    return [one[1] for one in itertools.islice(found, MAX_COOKIES)]
 
 
 def checked_person(text: str) -> str:
@@ -10192,16 +10575,15 @@ def with_cookie(
 
 def is_navigation(environ: Environ) -> bool:
     """Tell whether a person opens a page; scripts and programs that poll it do not."""
-    is_opened = environ.get("HTTP_SEC_FETCH_MODE") in (None, "navigate")
-    return is_opened and not prefers_json(environ)
+    # Over plain http, browsers tell the mode to this machine only. Our script always sends a tag.
+    is_poll = "HTTP_IF_NONE_MATCH" in environ or prefers_json(environ)
+    return environ.get("HTTP_SEC_FETCH_MODE") in (None, "navigate") and not is_poll
 
 
 def visit_of(environ: Environ, now_ms: int) -> tuple[int, int]:
     """Return when the visit before this one ended, 0 for never, and the latest time of this one."""
-    value = r"([0-9]{1,15})\.([0-9]{1,15})"
-    pattern = rf"(?:^|;)\s*{VISIT_COOKIE}={value}(?=\s*(?:;|$))"
-    visits = re.finditer(pattern, environ.get("HTTP_COOKIE", ""), re.ASCII)
-    known = ((int(one[1]), int(one[2])) for one in visits)
+    visits = cookies_of(environ, VISIT_COOKIE, r"[0-9]{1,15}\.[0-9]{1,15}")
+    known = (tuple(map(int, one.split("."))) for one in visits)
     ended_ms, latest_ms = next((one for one in known if one[0] <= one[1] <= now_ms), (0, 0))
     if is_navigation(environ):
         if now_ms - latest_ms > VISIT_PAUSE_MS:
@@ -10222,11 +10604,14 @@ def has_tag(environ: Environ, tag: str) -> bool:
     return tag.removeprefix("W/") in known
 
 
-def answer_markdown(
-    text: str, status: int = 200, headers: Mapping[str, str] | None = None
+def answer_text(
+    text: str, kind: str, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> bottle.HTTPResponse:
-    """Answer with a Markdown text."""
-    more = {"Content-Type": "text/markdown; charset=utf-8", "Cache-Control": "no-store"}
+    """Answer with a text of a Content-Type."""
+    more = {"Content-Type": kind}
+    if not is_ingest(bottle.request.environ["PATH_INFO"]):
+        # Chromium never ends a request whose no-store answer is not read; SDKs don't read it.
+        more["Cache-Control"] = "no-store"
     return bottle.HTTPResponse(text, status, more | dict(headers or {}))
 
 
@@ -10239,18 +10624,16 @@ def answer_json(
     value: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> bottle.HTTPResponse:
     """Answer with a JSON value."""
-    more = {"Content-Type": "application/json"}
-    if not is_ingest(bottle.request.environ["PATH_INFO"]):
-        # Chromium never ends a request whose no-store answer is not read; SDKs don't read it.
-        more["Cache-Control"] = "no-store"
     text = json.dumps(value, ensure_ascii=False)
-    return bottle.HTTPResponse(text, status, more | dict(headers or {}))
+    return answer_text(text, "application/json", status, headers)
 
 
 def compressed(answer: bottle.HTTPResponse) -> bottle.HTTPResponse:
     """Return an answer of the dashboard compressed, if that is worth it and the client takes it."""
     environ = bottle.request.environ
-    if is_machine_path(environ["PATH_INFO"]) or len(body := answer.body.encode()) <= MIN_GZIP_BYTES:
+    if is_machine_path(environ["PATH_INFO"]):
+        return answer
+    if len(body := answer.body.encode()) <= MIN_GZIP_BYTES:
         return answer
     weights = weights_of(environ, "HTTP_ACCEPT_ENCODING")
     answer.add_header("Vary", "Accept-Encoding")
@@ -10513,40 +10896,37 @@ class Ingest:
 
 
 class View:
-    """What the dashboard's handlers share: the data, who asks for it, and how pages are made."""
+    """The base of the dashboard's handlers: checks who asks, reads the data and makes pages."""
 
-    def __init__(self, store: Store, gate: PasswordGate | None, rejections: Rejections) -> None:
-        self._store = store
-        self._gate = gate
-        self._rejections = rejections
-
-    def _person_of_cookie(self, environ: Environ) -> str | None:
-        if self._gate is None:
-            return ""
-        known = filter(self._gate.accepts, sessions_of(environ))
-        return next(map(person_in, known), None)
+    def __init__(
+        self, store: Store, gate: PasswordGate | None, rejections: Rejections, editor: Editor
+    ) -> None:
+        self._store, self._gate, self._rejections, self._editor = store, gate, rejections, editor
 
     def person_of(self, environ: Environ) -> str | None:
-        """Return the name of who may see pages, empty if unknown; None for anybody else."""
-        return environ[PERSON_KEY] if PERSON_KEY in environ else self._person_of_cookie(environ)
+        """Return the name of a person who may see pages, empty if unknown; None for anybody else.
 
-    def has_session(self, environ: Environ) -> bool:
-        """Tell whether a request may see pages; without a password, all may."""
-        return self.person_of(environ) is not None
+        Without a password everybody may.
+        """
+        person: str | None = environ.get(PERSON_KEY, "" if self._gate is None else None)
+        if person is None and self._gate is not None:
+            sessions = cookies_of(environ, SESSION_COOKIE, SESSION_PATTERN)
+            person = next(map(person_in, filter(self._gate.accepts, sessions)), None)
+        return person
 
     def form_limit(self, environ: Environ) -> int:
-        """Return how many bytes a form may have: fewer while the password is not checked."""
-        if self._person_of_cookie(environ) is not None:
-            return MAX_FORM_BYTES
-        return MAX_BEARER_FORM_BYTES if bearer_of(environ) else 0
+        """Return how many bytes a form may have: fewer if its password is not checked yet."""
+        if self._gate is not None and bearer_of(environ):
+            return MAX_BEARER_FORM_BYTES
+        return MAX_FORM_BYTES if self.person_of(environ) is not None else 0
 
     def admit(self, environ: Environ) -> None:
-        """Refuse a request that has neither a session nor the password, as a wrong login."""
+        """Refuse a request without a session or password; a wrong one counts as a wrong login."""
         if (person := self.person_of(environ)) is None:
             assert self._gate is not None
             if not (password := bearer_of(environ)):
                 raise Unauthorized("log in first")
-            if owner_of(password, self._store.keys()) is not None:  # a mistake, but no guess
+            if owner_of(password, self._store.keys()) is not None:  # a mistake, not a guess
                 raise Unauthorized("this is an API key; the dashboard needs its password")
             self._gate.check(password, client_address(environ), is_login=False)
             person = API_PERSON
@@ -10560,9 +10940,11 @@ class View:
         **values: Any,
     ) -> bottle.HTTPResponse:
         """Answer with a page."""
-        show_nav = self.has_session(bottle.request.environ)
+        environ = bottle.request.environ
+        show_nav = self.person_of(environ) is not None
         text = TEMPLATES[template].render(
-            root=root_of(bottle.request.environ),
+            root=root_of(environ),
+            here=environ["PATH_INFO"] + with_query(environ.get("QUERY_STRING", ""), done=""),
             now_ms=self._store.now_ms(),
             show_nav=show_nav,
             show_logout=show_nav and self._gate is not None,
@@ -10570,26 +10952,27 @@ class View:
             done=self._action_done() if show_nav else None,
             **values,
         )
-        more = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-store"}
-        return bottle.HTTPResponse(text, status, more | dict(headers or {}))
+        return answer_text(text, "text/html; charset=utf-8", status, headers)
 
     def _action_done(self) -> Action | None:
         with contextlib.suppress(MiniAPMError):  # a refusal may be about the database
-            return self._store.action(done_of(bottle.request.environ))
+            query = read_query(bottle.request.environ)
+            return self._store.action(number_of(query, "done", MAX_ID, 0))
         return None
 
     def tag(self, environ: Environ) -> str:
-        """Return the ETag of a page or document: another one whenever what it shows changes."""
+        """Return the ETag of a page or document, which changes with everything that it shows."""
         path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
         now_ms = self._store.now_ms()
-        # Times relative to now are shown to the hour, but these are looked up to the second.
-        is_of_now = re.search("since|until|done=", urllib.parse.unquote(query).lower())
+        # A page changes with the hour, one with a relative search or an undo sooner.
+        is_relative = re.search("since|until", urllib.parse.unquote(query).lower())
+        step_ms = 1_000 if "done=" in query else 60_000 if is_relative else HOUR_MS
         shown = (
             self._store.version(),
             *(url_of_request(environ), path, query, ASSET_NAME),
             *(self.person_of(environ), visit_of(environ, now_ms)[0]),
             *(self._store.trouble, self._rejections.listed(), self._rejections.dropped()),
-            now_ms // (1000 if is_of_now else HOUR_MS),
+            now_ms // step_ms,
         )
         return f'W/"{hashlib.sha256(repr(shown).encode()).hexdigest()[:32]}"'
 
@@ -10619,8 +11002,8 @@ class Login(View):
     def login(self) -> bottle.HTTPResponse:
         """Show the login form."""
         target = local_path(read_query(bottle.request.environ).get("next", ""))
-        has_session = self.has_session(bottle.request.environ)
-        return redirect(target) if has_session else self._login_form(target)
+        is_known = self.person_of(bottle.request.environ) is not None
+        return redirect(target) if is_known else self._login_form(target)
 
     def _login_form(self, target: str, problem: MiniAPMError | None = None) -> bottle.HTTPResponse:
         status = problem.status if problem else 200
@@ -10685,8 +11068,8 @@ class Dashboard(View):
         if not problem and not page.counts["all"] and wanted == ErrorFilter():
             return self._setup("Waiting for the first error", is_welcome=True)
         if not problem and not page.errors and (wanted.after or wanted.before):  # it has emptied
-            done = done_of(bottle.request.environ)
-            return redirect(with_done("/errors" + filter_query(wanted), done))
+            query_string = bottle.request.query_string
+            return redirect("/errors" + with_query(query_string, after="", before=""))
         return self.html(
             "errors",
             wanted=wanted,
@@ -10705,33 +11088,21 @@ class Dashboard(View):
         error, buckets = details.error, details.buckets
         default = shortest_span(buckets, error.last_seen_ms, now_ms)
         span = one_of({"trend": default} | query, "trend", SPANS)
-        return self._error(details, span, trend(buckets, span, now_ms), query)
-
-    def _error(
-        self,
-        details: ErrorDetails,
-        span: str,
-        series: Sequence[tuple[int, int]],
-        query: Mapping[str, str],
-    ) -> bottle.HTTPResponse:
         try:
             wanted = parse_filter(query)
-            neighbours = self._store.neighbours(wanted, details.error)
-        except BadRequest:  # where one came from is no reason to fail
+        except BadRequest:  # a wrong list query must not hide the error
             wanted = ErrorFilter()
-            neighbours = self._store.neighbours(wanted, details.error)
-        environ = bottle.request.environ
         return self.html(
             "error",
-            here=root_of(environ) + environ["PATH_INFO"],
+            editor=self._editor,
             error=details.error,
             stored=details.stored,
             wanted=wanted,
-            neighbours=neighbours,
+            neighbours=self._store.neighbours(wanted, details.error),
             history=details.history,
             tallies=details.tallies,
             span=span,
-            series=series,
+            series=trend(buckets, span, now_ms),
         )
 
     def setup(self) -> bottle.HTTPResponse:
@@ -10789,7 +11160,8 @@ class Documents(View):
     def markdown(self, error_id: int, occurrence_id: int | None = None) -> bottle.HTTPResponse:
         """Give an error with its newest occurrence, or the one asked for, as Markdown."""
         url = f"{url_of_request(bottle.request.environ)}/errors/{error_id}"
-        return answer_markdown(markdown(self._details(error_id, occurrence_id), url))
+        text = markdown(self._details(error_id, occurrence_id), url)
+        return answer_text(text, MARKDOWN_TYPE)
 
     def occurrences(self, error_id: int) -> bottle.HTTPResponse:
         """Give one page of the kept occurrences of an error as JSON, the newest first."""
@@ -10812,7 +11184,7 @@ class Documents(View):
 
 
 class Actions(View):
-    """The handlers of what people and programs do to errors."""
+    """The handlers of actions on errors."""
 
     def _form(self) -> dict[str, list[str]]:
         environ = bottle.request.environ
@@ -10824,7 +11196,8 @@ class Actions(View):
         """Lead people back to where they were; tell programs what was done."""
         if prefers_json(bottle.request.environ):
             return answer_json(said)
-        return redirect(with_done(local_path(field_of(form, "return"), default), action_id))
+        path, _, query = local_path(field_of(form, "return"), default).partition("?")
+        return redirect(path + with_query(query, done=str(action_id or "")))
 
     def _apply(
         self, error_ids: Sequence[int], form: Mapping[str, list[str]], default: str
@@ -10841,9 +11214,8 @@ class Actions(View):
         if not ids and not prefers_json(bottle.request.environ):
             return self._answer(form, "/errors", 0, {})
         if not ids or not all(re.fullmatch("[0-9]{1,18}", one) for one in ids):
-            raise BadRequest("id must be the id of an error, for each error", field="id")
-        known = [self._store.error(error_id).id for error_id in dict.fromkeys(map(int, ids))]
-        return self._apply(known, form, "/errors")
+            raise BadRequest("send an id for each error, such as id=1&id=2", field="id")
+        return self._apply(list(map(int, ids)), form, "/errors")
 
     def triage_one(self, error_id: int) -> bottle.HTTPResponse:
         """Do one action to one error, or write its note."""
@@ -10860,7 +11232,7 @@ class Actions(View):
     def _note(self, error_id: int, form: Mapping[str, list[str]]) -> bottle.HTTPResponse:
         if "note" not in form:
             raise BadRequest("note is missing", field="note")
-        self._store.set_note(error_id, form["note"][0].replace("\r\n", "\n"))
+        self._store.set_note(error_id, form["note"][0])
         root = root_of(bottle.request.environ)
         said = {"error": error_json(self._store.error(error_id), root)}
         return self._answer(form, f"/errors/{error_id}", 0, said)
@@ -10904,7 +11276,7 @@ class App:
         self.rejections = Rejections(store.now_ms, log)
         self.intake = Intake(store, config, self.rejections, self._public_url)
         self._ingest = Ingest(store, self.intake, self.rejections)
-        shared = store, gate, self.rejections
+        shared = store, gate, self.rejections, Editor(config.editor, config.path_map)
         self._dashboard, self._login = Dashboard(*shared), Login(*shared)
         self._documents, self._actions = Documents(*shared), Actions(*shared)
         self._large_turn, self._search_turn = (threading.Semaphore(n) for n in (1, MAX_SEARCHES))
@@ -11081,7 +11453,7 @@ class App:
             return answer_json(refusal_json(refusal), status, headers)
         heading, text = http.HTTPStatus(status).phrase, str(refusal)
         if form == "md":
-            return answer_markdown(f"# {heading}\n\n{_fenced(text)}", status, headers)
+            return answer_text(f"# {heading}\n\n{_fenced(text)}", MARKDOWN_TYPE, status, headers)
         if isinstance(refusal, Unauthorized):
             query = f"?{request.query_string}" if request.query_string else ""
             return redirect(f"/login?{urllib.parse.urlencode({'next': path + query})}")
@@ -11184,7 +11556,7 @@ class Mount:
         }
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Answer a request of WSGI; what goes wrong is not recorded, for it is our own."""
+        """Answer a WSGI request; our own failures are not recorded."""
         with _own_work():
             try:
                 app = self._app()

@@ -88,6 +88,7 @@ SOURCE = (HERE / "miniapm.py").read_text(encoding="utf-8")
 README = (HERE / "README.md").read_text(encoding="utf-8")
 NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 NOW_MS = int(NOW_S * 1000)
+DAY_MS = 86_400_000
 KEY = "proj_" + "0123456789abcdef" * 2
 EVENT_ID = "0123456789abcdef" * 2
 
@@ -564,6 +565,7 @@ def test_setting_flag_beats_variable_beats_default() -> None:
         ("path_map", "/app=/home/me/app", (("/app", "/home/me/app"),)),
         ("path_map", r" C:\a b\=D:/x , .=/ ", (("C:\\a b\\", "D:/x"), (".", "/"))),
         ("path_map", "webpack:///./=/home/me/web/", (("webpack:///./", "/home/me/web/"),)),
+        ("path_map", "a b = /c d", (("a b", "/c d"),)),
         ("verbose", "1", True),
         ("verbose", "0", False),
     ],
@@ -630,7 +632,7 @@ def test_setting_is_read_from_flag_and_variable(name: str, text: str, value: Any
         ],
         *[
             ("path_map", text)
-            for text in ("/a=/b=/c", "/app=/x/..", "../a=/x", "/a\n=/x", "/a=/x,,")
+            for text in ("/a=/b=/c", "/app=/x/..", "../a=/x", "/a\n=/x", "/a=/x,,", "/a=/\udc80")
         ],
         *[("verbose", text) for text in ("yes", "", "2")],
         ("password", ""),
@@ -4033,6 +4035,28 @@ def test_deletion_by_a_clock_that_was_ahead_is_not_held_for_ever(
     assert rows(store, "SELECT COUNT(*) FROM errors") == [(0,)]
 
 
+def test_undone_snooze_whose_count_has_passed_wakes_with_the_next_report(store: Store) -> None:
+    record(store)
+    store.set_status([1], "ignored", snooze=miniapm.Snooze(count=5))
+    reopening = store.set_status([1], "open")
+    for _ in range(8):
+        record(store)
+    store.undo(reopening)
+    error = store.error(1)
+    assert (error.status, error.wake_count) == ("ignored", error.occurrence_count + 1)
+    record(store)
+    assert store.error(1).status == "open"
+
+
+def test_undone_deletion_keeps_the_note_that_was_written_meanwhile(store: Store) -> None:
+    record(store)
+    deletion = store.delete([1])
+    record(store)
+    store.set_note(2, "look at the log")
+    store.undo(deletion)
+    assert store.error(1).note == "look at the log"
+
+
 def test_undo_leaves_what_changed_again(store: Store) -> None:
     store.record(1, [parse(fingerprint=str(n)) for n in range(6)])
     number = store.set_status([1, 2, 3, 4, 5], "resolved")
@@ -4438,12 +4462,12 @@ def test_every_occurrence_counts_for_its_values(store: Store, clock: Clock) -> N
         record(store)
         clock.seconds += 60
     found = [(one.name, one.value, one.count, one.first_ms) for one in store.tallies(1)]
-    new_year_ms = miniapm.parse_timestamp("2026-01-01")
+    earliest_ms = miniapm.parse_timestamp("2025-01-01")  # though it was not the first to arrive
     assert found == [
-        ("a", "b:c:d", 8, new_year_ms),
-        ("environment", "live", 8, new_year_ms),
-        ("level", "error", 0, new_year_ms),
-        ("region", "eu", 10, new_year_ms),
+        ("a", "b:c:d", 8, earliest_ms),
+        ("environment", "live", 8, earliest_ms),
+        ("level", "error", 0, earliest_ms),
+        ("region", "eu", 10, earliest_ms),
         ("region", "us", 2, NOW_MS),
         ("release", "1.0", 4, NOW_MS),
     ]
@@ -4529,15 +4553,14 @@ def test_facets_count_the_errors_of_the_status_and_the_project(store: Store) -> 
     }
 
 
-@pytest.mark.parametrize("most", [0, 3, 5, 100])
+@pytest.mark.parametrize("most", [3, 5, 100])
 def test_facets_stop_counting(store: Store, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr(miniapm, "MAX_CHOICE_COUNT", most)
     store.record(1, [parse(fingerprint=str(n), release=str(n // 5)) for n in range(11)])
     found = store.facets(ErrorFilter())
-    assert [one.count for one in found["level"]] == [11 if most == 100 else most] * (most > 0)
+    assert [one.count for one in found["level"]] == [min(11, most)]
     assert [one.count for one in found["project"]] == [min(11, most)]
-    counts = [min(count, most) for count in (1, 5, 5)] if most else []
-    assert [one.count for one in found["release"]] == counts
+    assert [one.count for one in found["release"]] == [min(count, most) for count in (1, 5, 5)]
 
 
 def test_deleted_error_leaves_nothing_behind(store: Store, clock: Clock) -> None:
@@ -5417,30 +5440,19 @@ def test_retention_lets_the_log_shrink(store: Store) -> None:
     assert os.path.getsize(store.path) < 3 * 2**20
 
 
-def test_retention_thread_sweeps_when_a_deletion_is_final_and_stops(
+def test_retention_thread_removes_deletions_that_are_final_and_stops(
     store: Store, clock: Clock
 ) -> None:
     retention = miniapm.Retention(store, 30, 1_000)
-    pauses: list[float] = []
-    pause_s = retention._pause_s
-
-    def spy() -> float:
-        pauses.append(pause_s())
-        clock.seconds += 0.0 if pauses[-1] == miniapm.SWEEP_INTERVAL_S else pauses[-1]
-        return pauses[-1] / 1_000
-
-    retention._pause_s = spy  # type: ignore[method-assign]
     record(store, fingerprint="a")
     record(store, fingerprint="b")
     store.delete([1])
-    clock.seconds += 20
+    clock.seconds += miniapm.MAX_UNDO_MS / 1_000
     store.delete([2])
     retention.start()
-    wait_until(lambda: rows(store, "SELECT COUNT(*) FROM errors") == [(0,)])
-    wait_until(lambda: len(pauses) > 3)
+    wait_until(lambda: rows(store, "SELECT id FROM errors") == [(2,)])
     retention.stop()
     assert not retention._thread.is_alive()
-    assert pauses[:3] == [40.0, 20.0, miniapm.SWEEP_INTERVAL_S]
 
 
 def test_retention_thread_sweeps_while_reports_pour_in(store: Store) -> None:
@@ -7030,7 +7042,7 @@ def test_readme_web_example_records_and_shows(tmp_path: Path, number: int, serve
         assert "ZeroDivisionError" in page.text
         crawl(url, "/errors/errors")
         moved = requests.post(url + "/errors/errors/1", data={"action": "resolve"}, timeout=10)
-        assert "badge resolved" in moved.text
+        assert '<em class="resolved">' in moved.text
         assert requests.get(url + "/errorsome", timeout=10).status_code == 404
     (found,) = reports_in(tmp_path / "errors.db")
     assert (found["request_id"], found["request"]["url"]) == ("req-1", url + "/")
@@ -7047,6 +7059,8 @@ def crawl(url: str, start: str) -> None:
             continue
         for target in re.findall(r'(?:href|src|action)="([^"]*)"', answer.text):
             target = html.unescape(target).partition("#")[0]
+            if not target or target.startswith("vscode:"):
+                continue
             assert target.startswith("/errors/"), (path, target)
             if target not in seen:
                 seen.add(target)
@@ -8205,7 +8219,8 @@ def test_log_text_and_extra_are_shown_with_the_exception(recorder: Recorder) -> 
     assert report["context"] == {"order": {"id": 7}, "logger": "pay"}
     client = Client(mounted(), "")
     page = client.get("/errors/errors/1").text
-    assert '<p class="other">Logged as</p><pre class="message">Payment 42 stuck</pre>' in page
+    logged = '<p class="other">Logged as</p>\n<pre class="message" tabindex="0" dir="auto">'
+    assert f"{logged}Payment 42 stuck</pre>" in page
     assert "## Logged as\n\n```\nPayment 42 stuck\n```" in client.get("/errors/errors/1.md").text
 
 
@@ -9094,6 +9109,10 @@ def test_cell_of_ipython_that_fails_is_recorded_and_shown(tmp_path: Path) -> Non
 )
 def test_time_is_shown_by_its_distance(seconds: int, ago: str) -> None:
     assert miniapm.time_ago(NOW_MS - seconds * 1000, NOW_MS) == ago
+    ahead = miniapm.time_ago(NOW_MS + abs(seconds) * 1000, NOW_MS)
+    assert ahead == re.sub(
+        "(.*) ago", r"in \1", miniapm.time_ago(NOW_MS - abs(seconds) * 1000, NOW_MS)
+    )
 
 
 @pytest.mark.parametrize("span", sorted(miniapm.SPANS))
@@ -9106,14 +9125,152 @@ def test_trend_counts_every_hour_of_its_span_once(span: str, buckets: Any) -> No
     first = series[0][0] // 3_600_000
     assert sum(n for _, n in series) == sum(n for h, n in buckets.items() if hour + h >= first)
     assert series[-1][0] <= NOW_MS < series[-1][0] + hours * 3_600_000
-    for (_, count), (_, height) in zip(series, miniapm.trend_bars(series), strict=True):
-        assert 4 <= height <= 100 if count else height == 0
+    path, most = miniapm.bars_path(series)
+    drawn = re.findall(r"M(\d+) 0V-(\d+)", path)
+    assert most == max([1, *(count for _, count in series)])
+    assert {(int(x) - 2) // 4: int(count) for x, count in drawn} == {
+        i: count for i, (_, count) in enumerate(series) if count
+    }
 
 
-def test_trend_bars_are_in_proportion() -> None:
-    bars = miniapm.trend_bars([(0, 0), (3_600_000, 5), (7_200_000, 10)])
-    assert [height for _, height in bars] == [0.0, 50.0, 100.0]
-    assert bars[2][0] == "1970-01-01 02:00 UTC: 10"
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ((0, 0), "None in the last 24 hours"),
+        ((1, 1), "2 in the last 24 hours"),
+        ((1, 5_000), "5,001 in the last 24 hours, 5,000 in the busiest hour"),
+    ],
+)
+def test_trend_is_told_in_words(counts: tuple[int, ...], text: str) -> None:
+    assert miniapm.trend_text([(0, count) for count in counts], "24h") == text
+
+
+def shown_error(**changes: Any) -> miniapm.ErrorGroup:
+    """Return an error with 100 occurrences that was first seen ten days ago."""
+    times = {"first_seen_ms": NOW_MS - 10 * DAY_MS, "last_seen_ms": NOW_MS, "status_ms": NOW_MS}
+    texts = dict.fromkeys(("fingerprint", "exception_class", "message", "location"), "x")
+    counts = {"occurrence_count": 100, "stored_count": 100, "user_count": 3, "uncounted": 0}
+    unset = dict.fromkeys(("regressed_ms", "wake_ms", "wake_count"))
+    said: Any = {"status": "open", "level": "error", "project": "shop", "note": "", **texts}
+    said |= {"id": 1, "project_id": 1, "has_more_users": False, **times, **counts, **unset}
+    return miniapm.ErrorGroup(**said | changes)
+
+
+@pytest.mark.parametrize(
+    ("counts_by_hour", "days_known", "expected"),
+    [
+        ({0: 10, -24: 5}, 10, True),
+        ({0: 10, -24: 6}, 10, False),
+        ({-23: 10, -47: 5, -48: 9}, 10, True),
+        ({0: 4}, 10, False),  # too few to say
+        ({0: 50}, 0.5, False),  # there was no day before
+    ],
+)
+def test_error_rises_when_it_has_doubled_in_a_day(
+    counts_by_hour: dict[int, int], days_known: float, expected: bool
+) -> None:
+    error = shown_error(first_seen_ms=NOW_MS - int(days_known * DAY_MS))
+    buckets = {NOW_MS // 3_600_000 + hour: count for hour, count in counts_by_hour.items()}
+    assert miniapm.is_rising(error, buckets, NOW_MS) == expected
+
+
+def test_events_of_an_error_are_told_newest_first_and_marked_in_its_trend() -> None:
+    day = [NOW_MS - days * DAY_MS for days in range(11)]
+    history = [
+        miniapm.Change(2, day[1], "regressed", "in release 2", ""),
+        miniapm.Change(1, day[3], "ignored", "for 1 h", "Ann"),
+        miniapm.Change(0, day[5], "resolved", "", "Ann"),
+    ]
+    tallies = [miniapm.Tally("release", f"{n}", 1, day[10 - n]) for n in range(1, 8)]
+    tallies += [miniapm.Tally("release", "old", 9, None), miniapm.Tally("region", "eu", 9, 1)]
+    events = miniapm.events_of(shown_error(), history, tallies)
+    assert [(NOW_MS - at_ms) // DAY_MS for at_ms, *_ in events] == [1, 3, 3, 4, 5, 5, 6, 7, 10]
+    assert [text for _, _, text in events][:2] == [
+        "Regressed in release 2",
+        "First seen in release 7",
+    ]
+    assert "Ignored for 1 h by Ann" in [text for _, _, text in events]
+    assert events[-1] == (day[10], "created", "First seen")
+    series = miniapm.trend({}, "7d", NOW_MS)
+    marks = miniapm.chart_marks(events, series)
+    assert {kind for _, kind, _ in marks} == {"regressed", "release", "resolved"}
+    assert all(0 <= x <= 4 * len(series) for x, *_ in marks)
+    x = next(x for x, kind, _ in marks if kind == "regressed")
+    bar_ms = series[int(x) // 4][0]
+    assert bar_ms <= day[1] < bar_ms + 6 * 3_600_000
+
+
+def test_created_event_names_the_release_that_it_came_with() -> None:
+    error = shown_error()
+    tally = miniapm.Tally("release", "1.0", 5, error.first_seen_ms)
+    events = miniapm.events_of(error, [], [tally])
+    assert events == [(error.first_seen_ms, "release", "First seen in release 1.0")]
+
+
+def test_shares_are_of_the_occurrences_whose_values_were_counted() -> None:
+    said = [
+        ("level", "error", 0),
+        ("release", "2", 50),
+        ("region", "eu", 48),
+        ("region", "us", 0),
+        ("environment", "dev", 1),
+        ("id", "x", 1),
+    ]
+    tallies = [miniapm.Tally(name, value, count, None) for name, value, count in said]
+    error = shown_error(occurrence_count=1_050, uncounted=1_000)
+    shares = miniapm.shares_of(error, tallies)
+    assert list(shares) == ["environment", "release", "region", "id"]
+    assert [share[:3] for share in shares["region"]] == [("eu", 96, "96 %"), ("us", 0, "")]
+    assert shares["release"] == [("2", 100, "100 %", "?status=all&release=2")]
+    more = miniapm.shares_of(shown_error(occurrence_count=1_000), tallies)
+    assert more["id"][0][1:] == (0, "<1 %", "?status=all&q=%22id%3Ax%22")
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "Open"),
+        ({"status": "ignored"}, "Ignored"),
+        ({"wake_count": 101, "status": "ignored"}, "Ignored until it occurs once more"),
+        ({"wake_count": 1_200, "status": "ignored"}, "Ignored until it occurs 1,100 more times"),
+    ],
+)
+def test_facts_say_on_what_an_error_wakes(changes: dict[str, Any], status: str) -> None:
+    facts = miniapm.facts_of(shown_error(**changes, stored_count=7))
+    assert facts == {
+        "Status": status,
+        "Project": "shop",
+        "Occurrences": "100 (7 kept)",
+        "Users": "3",
+    }
+
+
+def test_columns_sort_the_greatest_first_and_then_the_other_way() -> None:
+    once = miniapm.sort_query(ErrorFilter("all", search="x"), "count")
+    assert once == "?status=all&q=x&sort=count"
+    wanted = miniapm.parse_filter(dict(urllib.parse.parse_qsl(once[1:])))
+    assert miniapm.sort_query(wanted, "count") == "?status=all&q=x&sort=count&order=asc"
+    assert miniapm.sort_query(wanted, "users") == "?status=all&q=x&sort=users"
+
+
+def test_query_is_changed_without_losing_the_rest() -> None:
+    assert miniapm.with_query("?a=1&b=%26&c=", b="", trend="7d") == "?a=1&trend=7d"
+    assert miniapm.with_query("?q=a%26b&done=3", done="4") == "?q=a%26b&done=4"
+    assert miniapm.with_query("done=3", done="") == ""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [
+        (ErrorFilter(), "No open errors. Everything reported so far is resolved or ignored."),
+        (ErrorFilter("ignored", release="1"), "Nothing matches."),
+        (ErrorFilter("resolved"), "No resolved errors."),
+        (ErrorFilter("all", sort="count", order="asc"), "No errors."),
+    ],
+)
+def test_empty_list_says_why(wanted: ErrorFilter, text: str) -> None:
+    assert miniapm.empty_text(wanted, "") == text
+    assert miniapm.empty_text(wanted, "since: needs a value") == "The search is invalid."
 
 
 @given(
@@ -9182,7 +9339,7 @@ class Texts(html.parser.HTMLParser):
 @given(st.text(), st.text())
 def test_escaped_text_round_trips(heading: str, text: str) -> None:
     page = Texts()
-    shown = {"root": "", "trouble": "", "show_nav": True, "show_logout": False}
+    shown = {"root": "", "trouble": "", "show_nav": True, "show_logout": False, "done": None}
     page.feed(miniapm.TEMPLATES["message"].render(shown, heading=heading, text=text))
     page.close()
     assert text in page.found or not text
@@ -9221,7 +9378,9 @@ def test_editor_link_has_the_editor_s_form(template: str, link: str) -> None:
 @pytest.mark.parametrize(
     ("file", "path"),
     [
-        ("/srv/a#?%\"'&+\xe9\\:{line}.py", "/srv/a%23%3F%25%22%27%26%2B%C3%A9%5C%3A%7Bline%7D.py"),
+        ("/srv/a#?%\"'&+\xe9:{line}.py", "/srv/a%23%3F%25%22%27%26%2B%C3%A9%3A%7Bline%7D.py"),
+        ("/\\server/share/x.py", ""),  # on Windows, a click would log in there
+        ("/x/../\\\\server/y", ""),
         (r"C:\src\a b\x.cs", "/C:/src/a%20b/x.cs"),
         ("c:/src/x:y.cs", "/C:/src/x%3Ay.cs"),
         ("file:///srv/a%20b/%41.mjs?v=1#x", "/srv/a%20b/A.mjs"),
@@ -9273,6 +9432,8 @@ def test_editor_link_needs_a_path_from_the_root(file: str | None, path: str) -> 
         ((("./app", "/x"),), "app/a.py", "/x/a.py"),
         ((("app", "/x"), (".", "/y")), "app/a.py", "/x/a.py"),
         ((("c:/src", "/x"),), r"C:\src\a.cs", "/x/a.cs"),
+        ((("C:/src", "/x"), (".", "/y")), "file:///c:/src/a.js", "/x/a.js"),
+        ((("/app", "/x"), (".", "/y"), ("/", "/z")), "/srv/a.py", "/z/srv/a.py"),
         ((("/", r"\\wsl$\Ubuntu"),), "/srv/a.py", "//wsl%24/Ubuntu/srv/a.py"),
         (WEB, "webpack:///./src/a.vue?12ab", "/home/me/web/src/a.vue"),
         (WEB, "webpack:///../a.js", ""),
@@ -9413,9 +9574,8 @@ def repeat(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             "/a?b=1&b=%C3%A9",
             "",
         ),
-        ({"url": "SITE/a?token=hunter2hunter2&b=1"}, "GET", "/a?b=1", ""),
+        ({"url": "SITE/a?token=hunter2hunter2&b=1"}, "GET", "/a?token=[FILTERED]&b=1", ""),
         ({"url": "SITE/{a,b}[1-3]?c[]=1&d={x}"}, "GET", "/{a,b}[1-3]?c[]=1&d={x}", ""),
-        ({"url": "SITE/a/../b/./c"}, "GET", "/a/../b/./c", ""),
         (
             {"url": "SITE/a b\u00e9'\"$(touch x)`touch x`;touch x&\n"},
             "GET",
@@ -9448,7 +9608,7 @@ def test_curl_command_repeats_the_request(
     ("said", "headers"),
     [
         ({"headers": {"Accept": "a/b", "X-Id": ["1", "2"]}}, {"Accept": "a/b", "X-Id": "1"}),
-        ({"headers": [["accept", "a/b"], ["X-Empty", ""]]}, {"Accept": "a/b", "X-Empty": ""}),
+        ({"headers": [["accept", "a/b"], ["X-Empty", ""]]}, {"Accept": "a/b", "X-Empty": None}),
         ({"headers": {"Accept": ["a/b", "c/d"]}, "cookies": {"a": "1"}}, {"Accept": "a/b"}),
         (
             {"headers": {"Host": "evil", "content-length": "9", "Connection": "x"}},
@@ -9492,11 +9652,12 @@ FORM_HEADERS = {"Content-Type": "application/x-www-form-urlencoded"}
             "a=1&a=x+y",
         ),
         ({"form": {"a": "1", "b": {"c": 2}}}, "a=1&b=%7B%22c%22%3A+2%7D"),
-        ({"data": "a=1&password=hunter2&b=2", "headers": FORM_HEADERS}, "a=1&b=2"),
-        ({"data": {"a": {"password": "hunter2", "b": [1, "[Filtered]"]}}}, '{"a": {"b": [1]}}'),
-        ({"data": '{"password": "hunter2", "b": 2}'}, '{"b": 2}'),
-        ({"data": "<password>hunter2</password>"}, ""),
-        ({"data": '"[Filtered]"'}, ""),
+        (
+            {"data": "a=1&password=hunter2&b=2", "headers": FORM_HEADERS},
+            "a=1&password=[FILTERED]&b=2",
+        ),
+        ({"data": {"a": {"password": "hunter2"}}}, '{"a": {"password": "[FILTERED]"}}'),
+        ({"data": '{"password": "hunter2", "b": 2}'}, '{"password": "[FILTERED]", "b": 2}'),
         ({"body": ["a", {"\u00e9": 1.5}]}, '["a", {"\u00e9": 1.5}]'),
     ],
 )
@@ -9521,18 +9682,21 @@ def test_curl_command_has_the_cookies_that_are_left(repeat: Callable[..., Any]) 
     occurrence = dataclasses.replace(parse(), extra={"request": {"url": "http://a/", **plain}})
     assert "-H 'Cookie: theme=dark; session=hunter2'" in miniapm.curl_of(occurrence)
     assert "hunter2" not in miniapm.curl_of(parse(request={"url": "http://a/", **plain}))
-    for said in ("a=1; b=[Filtered]; c=3", [["a", "1"], ["b", "[Filtered]"], ["c", "3"]]):
+    for said, left in (
+        ([["a", "1"], ["b", "[Filtered]"], ["c", "3"]], "-H 'Cookie: a=1; c=3'"),
+        ("a=1; c=3", "-H 'Cookie: a=1; c=3'"),
+        ("a=1; b=[Filtered]", "http://a/"),
+    ):
         request = {"url": "http://a/", "cookies": said}
         occurrence = dataclasses.replace(parse(), extra={"request": request})
-        assert "-H 'Cookie: a=1; c=3'" in miniapm.curl_of(occurrence)
+        assert miniapm.curl_of(occurrence).endswith(left)
 
 
 @pytest.mark.parametrize(
     ("fields", "is_known"),
     [
         ({"params": {"url": "http://a/", "method": "GET"}}, True),
-        ({"url": "http://a/", "http_method": "GET"}, True),
-        ({"request_url": "http://a/", "request_method": "PUT"}, True),
+        ({"url": "http://a/", "method": "GET"}, True),
         ({"request": {"url": "https://a.test"}}, True),
         ({"params": {"url": "http://a/"}}, False),  # may be any argument
         *[
@@ -9570,14 +9734,14 @@ def test_curl_command_of_any_request_is_one_command(said: Any) -> None:
     fields = said if isinstance(said, dict) else {"data": said}
     request = {"url": "http://a.test/"} | {k: v for k, v in fields.items() if k != "url"}
     words = shlex.split(miniapm.curl_of(parse(request=request)).replace(" \\\n  ", " "))
-    options = {"-g", "-X", "-H", "--head", "--path-as-is", "--data-raw", "--form-string"}
+    options = {"-g", "-I", "-X", "-H", "--data-raw", "--form-string"}
     assert words[0] == "curl"
     rest = iter(words[1:])
     for word in rest:
         assert word in options or word.startswith("http://a.test/")
         if word in {"-X", "-H", "--data-raw", "--form-string"}:
             value = next(rest)
-            assert word != "-H" or re.match(r"[!#$%&'*+.^_`|~\w-]+(?::[^\n]|;$)", value, re.ASCII)
+            assert word != "-H" or re.match(r"[!#$%&'*+.^_`|~\w-]+:[^\n]", value, re.ASCII)
 
 
 @pytest.mark.parametrize("kind", ["wsgi", "asgi"])
@@ -9617,7 +9781,11 @@ def test_curl_command_repeats_a_captured_request(repeat: Callable[..., Any], kin
         "url": said["url"].replace("http://h.test", "SITE"),
     }
     method, path, got, body = repeat({"request": said})
-    assert (method, path, body) == ("PATCH", "/a%20b?b=%20", "c=1&c=2")
+    assert (method, path, body) == (
+        "PATCH",
+        "/a%20b?b=%20&password=[FILTERED]",
+        "c=1&c=2",
+    )
     assert (got["X-A"], got["Cookie"]) == ("1", None)
 
 
@@ -10036,6 +10204,8 @@ def test_every_link_of_every_page_leads_somewhere(client: Client) -> None:
             continue
         for target in re.findall(r'(?:href|src|action)="([^"]*)"', answer.text):
             target = html.unescape(target)
+            if target.startswith(("#", "vscode:")):
+                continue
             assert target.startswith(client.prefix + "/"), (path, target)
             local = target.removeprefix(client.prefix).partition("#")[0]
             if local not in seen and not local.startswith("/logout"):
@@ -10098,56 +10268,54 @@ def test_list_shows_what_a_row_must_tell(client: Client, clock: Clock) -> None:
     clock.seconds += 120
     client.report(message="line one\nline two", user_id="2")
     page = client.get("/errors").text
-    for text in ("RuntimeError", "line one line two", "app/models/user.rb:42 in save", "<polyline"):
+    for text in ("RuntimeError", "line one line two", "app/models/user.rb:42 in save"):
         assert text in page
-    assert re.search(r'class="number count"[^>]*>2<', page)
-    assert re.search(r'class="number users"[^>]*>2<', page)
+    assert 'aria-label="1 in the last 24 hours"><path d="M94 0V-1"/>' in page
+    assert '<td class="count">2</td>' in page
+    assert '<td class="users">2</td>' in page
     assert 'title="2027-01-15 08:02:00 UTC">just now</time>' in page
 
 
 def test_list_marks_new_and_regressed(client: Client, store: Store) -> None:
     client.report(fingerprint="old", timestamp="2026-06-01")
-    assert "badge new" not in client.get("/errors").text
+    assert '<em class="new">' not in client.get("/errors").text
     client.report(fingerprint="new")
-    assert "badge new" in client.get("/errors").text
+    assert '<em class="new">new</em>' in client.get("/errors").text
     store.set_status([1], "resolved")
     client.report(fingerprint="old")
-    assert "badge regressed" in client.get("/errors").text
+    assert '<em class="regressed">regressed</em>' in client.get("/errors").text
 
 
-def test_list_default_hides_resolved_and_ignored(client: Client, store: Store) -> None:
-    for name in ("A", "B", "C"):
-        client.report(fingerprint=name, exception_class=f"Error{name}")
-    store.set_status([2], "resolved")
-    store.set_status([3], "ignored")
-    for query, shown in (("", "A"), ("?status=resolved", "B"), ("?status=ignored", "C")):
-        page = client.get("/errors" + query).text
-        assert [name for name in "ABC" if f">Error{name}<" in page] == [shown]
-    assert len(client.errors()) == 3
-
-
-def test_list_filters_by_project_when_there_are_two(client: Client, store: Store) -> None:
+def test_list_marks_what_is_new_since_the_last_visit(client: Client, clock: Clock) -> None:
     client.report()
-    assert 'name="project"' not in client.get("/errors").text
-    key = store.create_key("shop")
-    client.post_json("/ingest/errors", report(exception_class="ShopError"), key=key)
-    page = client.get("/errors?project=2").text
-    assert 'name="project"' in page
-    assert "ShopError" in page
-    assert "RuntimeError" not in page
+    visit = client.get("/errors").headers["Set-Cookie"].partition(";")[0]
+    clock.seconds += 31 * 60
+    client.report(fingerprint="later")
+    page = client.get("/errors", COOKIE=visit).text
+    assert page.count('<em class="new">new</em>') == 1
+    assert page.index('<em class="new">') < page.index('id="e1"')
 
 
 def test_list_offers_the_facets_there_are(client: Client) -> None:
     client.report()
-    assert 'name="level"' not in client.get("/errors").text
+    assert "Level" not in client.get("/errors").text
     client.report(level="warning", environment="te<st", fingerprint="other")
-    page = client.get("/errors?level=warning&environment=te%3Cst&filters=1").text
-    assert page.count('<a class="class"') == 1
-    assert '<option value="warning" selected>' in page
-    assert '<option value="te&lt;st" selected>\nte&lt;st</option>' in page
-    assert 'name="release"' not in page
-    assert 'value="9" selected' in client.get("/errors?release=9&filters=1").text
-    assert '<span class="badge level">warning</span>' in page
+    page = client.get("/errors?filters=1").text
+    assert "The numbers count errors with the status open." in page
+    choices = re.findall(r'href="[^"]*\?([^"]*)" dir="auto">([^<]*)</a>\s*([\d,+]+)<', page)
+    assert sorted(choices) == [
+        ("environment=te%3Cst", "te&lt;st", "1"),
+        ("level=error", "error", "1"),
+        ("level=warning", "warning", "1"),
+    ]
+    page = client.get("/errors?level=warning&environment=te%3Cst").text
+    assert page.count('<tr id="e') == 1
+    chips = re.findall(r'href="([^"]*)"><span>(\w+)</span> <bdi>[^<]*</bdi> ×', page)
+    assert [(html.unescape(path).partition("?")[2], name) for path, name in chips] == [
+        ("environment=te%3Cst", "level"),
+        ("level=warning", "environment"),
+    ]
+    assert '<em class="warning">warning</em>' in page
     assert "environment=te%3Cst" in page[page.index("Resolved") - 200 : page.index("Resolved")]
     assert "Nothing matches" in client.get("/errors?level=fatal").text
     assert client.errors("?level=warning")[0]["level"] == "warning"
@@ -10166,14 +10334,14 @@ def test_error_page_shows_tags_and_breadcrumbs(client: Client) -> None:
     )
     page = client.get("/errors/1").text
     assert f'href="{client.prefix}/errors?status=all&amp;q=%22shop%3Ae%3Cu%3E%22"' in page
-    assert "<span>shop</span> e&lt;u&gt;</a>" in page
-    assert "<span>n</span> 5</a>" in page
+    assert "<span>shop</span> <bdi>e&lt;u&gt;</bdi></a>" in page
+    assert "<span>n</span> <bdi>5</bdi></a>" in page
     timeline = page[page.index('<ol class="timeline">') :]
     for text in ("10:11:12.500", "<b>ui</b>", "clicked &lt;b&gt;", "<i>error</i>", "data: text"):
         assert text in timeline
     assert "url: /x; status_code: 500" in timeline
-    assert "<h3>Contexts: runtime</h3>" in page
-    assert "<summary>Modules (40)</summary>" in page
+    assert '<details class="part" open><summary><h3>Contexts: runtime</h3>' in page
+    assert '<details class="part" ><summary><h3>Modules</h3></summary>' in page
     assert page.count("clicked") == 2  # the timeline and the raw JSON
     markdown = client.get("/errors/1.md").text
     assert '## Tags\n\n```json\n{\n  "shop": "e<u>",' in markdown
@@ -10196,9 +10364,10 @@ def test_error_page_links_the_tags_that_can_be_searched_for(client: Client) -> N
     page = client.get("/errors/1").text
     links = re.findall(r'href="[^"]*(/errors\?[^"]*q=[^"]*)"><span>(t\d+)', page)
     assert len(links) == miniapm.MAX_TAGS
-    assert "<b><span>t59</span> v</b>" in page
+    assert "<h3>More tags</h3>" in page
+    assert "<th>t59</th>" in page
     for path, _ in links[::7]:
-        assert '<a class="class"' in client.get(path.replace("&amp;", "&")).text
+        assert '<tr id="e1"' in client.get(path.replace("&amp;", "&")).text
     for text in ("<th>place</th>", "<th>user_id</th>", "<th>a</th>"):
         assert text in page  # though a field is called overview
 
@@ -10279,12 +10448,19 @@ def test_triage_deletes(client: Client) -> None:
     assert client.get("/errors/1").status == 404
 
 
+def test_triage_of_many_passes_over_errors_that_are_gone(client: Client) -> None:
+    client.report()
+    answer = client.post_form("/errors", id=[9, 1], action="resolve")
+    assert answer.status == 303
+    assert client.errors("?status=all")[0]["status"] == "resolved"
+    assert client.post_form("/errors", id=9, action="resolve").status == 303
+
+
 def test_triage_refuses_what_it_does_not_know(client: Client) -> None:
     client.report()
     assert client.post_form("/errors/1", action="explode").status == 400
     assert client.post_form("/errors/9", action="resolve").status == 404
     assert client.post_form("/errors", action="resolve", id="x").status == 400
-    assert client.post_form("/errors", action="resolve", id=[1, 9]).status == 404
     assert client.errors()[0]["status"] == "open"
     evil = {"return": "//evil.example"}
     target = client.post_form("/errors", id=1, action="resolve", **evil).headers["Location"]
@@ -10639,7 +10815,7 @@ def test_error_page_tells_everything(client: Client) -> None:
     page = html.unescape(client.get("/errors/1").text)
     for text in (
         *("RuntimeError", "Something went wrong", "user_save_runtime_error", "user-7", "req-8"),
-        *("raise 'Invalid' unless valid?", "v1.2.3", "unparsed line", "1 library frame", "999"),
+        *("raise 'Invalid' unless valid?", "v1.2.3", "unparsed line", "1 library\n frame", "999"),
         *("over an hour ahead", "2030-01-01T00:00:00Z", "Raw JSON", '"nested": {', "First seen"),
     ):
         assert text in page
@@ -10651,8 +10827,9 @@ def test_error_page_tells_everything(client: Client) -> None:
 def test_error_page_shows_the_trend_by_span(client: Client, span: str, bars: int) -> None:
     client.report()
     page = client.get(f"/errors/1?trend={span}").text
-    assert page.count('class="hit"') == bars
-    assert re.search(r"1 in\s+" + span, page)
+    assert f'viewBox="0 -1 {4 * bars} 1"' in page
+    assert f'<path d="M{4 * bars - 2} 0V-1"/>' in page
+    assert f"<p>{miniapm.trend_text([(0, 1)], span)}</p>" in page
     assert client.get("/errors/1?trend=9d").status == 400
 
 
@@ -10660,8 +10837,9 @@ def test_error_page_steps_through_occurrences(client: Client) -> None:
     for name in ("first", "second", "third"):
         client.report(message=name)
     page = client.get("/errors/1/occurrences/2").text
-    steps = dict(re.findall(r'occurrences/(\d)#occurrence">(\w+)<', page))
-    assert set(steps) == {"1", "3"}
+    steps = re.findall(r'occurrences/(\d)">(\w+)<', page)
+    assert steps == [("1", "First"), ("1", "Older"), ("3", "Newer"), ("3", "Last")]
+    assert "<span>2 of 3</span>" in page
     assert "second" in page
     assert ">First</a>" not in client.get("/errors/1/occurrences/1").text
     assert client.get("/errors/1/occurrences/9").status == 404
@@ -10942,7 +11120,7 @@ def test_session_is_looked_for_among_so_many_cookies(guarded: Client, monkeypatc
     monkeypatch.setattr(miniapm.PasswordGate, "accepts", lambda _, one: looked.append(one))
     guarded.cookie = f"{NAME}=1.{'0' * 64};" * 5_000 + session
     assert guarded.get("/errors").status == 303
-    assert len(looked) <= 2 * miniapm.MAX_SESSION_COOKIES
+    assert len(looked) <= 2 * miniapm.MAX_COOKIES
 
 
 def test_wrong_passwords_are_slowed_down(guarded: Client, clock: Clock) -> None:
@@ -11201,10 +11379,10 @@ def test_nothing_selected_leads_people_back_and_tells_programs(client: Client) -
 
 def test_ids_that_are_none_change_nothing(client: Client) -> None:
     client.report()
-    for ids, status in ((["1", "9"], 404), (["x", "1"], 400), (["1", str(10**18)], 400)):
+    for ids in (["x", "1"], ["1", str(10**18)]):
         body = urllib.parse.urlencode({"id": ids, "action": "delete"}, doseq=True).encode()
-        assert client.request("POST", "/errors", body, **JSON).status == status
-        assert client.request("POST", "/errors", body).status == status
+        assert client.request("POST", "/errors", body, **JSON).status == 400
+        assert client.request("POST", "/errors", body).status == 400
     for text in ("", "x", "0", "-1"):
         answer = client.request("POST", "/undo", f"id={text}".encode(), **JSON)
         assert (answer.status, answer.json()["field"]) == (400, "id")
@@ -11379,7 +11557,8 @@ def test_error_page_takes_a_bad_filter_for_none(
 ) -> None:
     client.report()
     given = values_of(client, monkeypatch, f"/errors/1?{query}")
-    assert given["wanted"] == (ErrorFilter() if query != "q=%22" else ErrorFilter(search='"'))
+    search = urllib.parse.unquote(query[2:]) if query.startswith("q=") else ""
+    assert given["wanted"] == ErrorFilter(search=search)
     assert given["neighbours"] == (None, None)
 
 
@@ -11563,7 +11742,7 @@ def test_projects_are_told_without_their_keys(client: Client, store: Store) -> N
         ("text/html, application/json;q=0.9", False),
         ("text/*, application/json;q=0.9", False),
         ("application/json;q=0, */*", False),
-        ("application/json;q=0.5, */*", False),
+        ("application/json;q=0.5, */*", True),
         ("application/json;q=nan", False),
         ("application/jsonx", False),
     ],
@@ -11717,6 +11896,22 @@ def test_form_with_a_bearer_reaches_a_server(start: Callable[..., Server]) -> No
     assert (again.status_code, again.content) == (304, b"")
 
 
+@pytest.mark.parametrize("framing", ["sized", "chunked"])
+def test_form_with_a_bearer_that_is_too_long_changes_nothing(
+    start: Callable[..., Server], framing: str
+) -> None:
+    server = start(MINI_APM_PASSWORD="open sesame")
+    for name in range(12):
+        server.report(fingerprint=f"{name}")
+    begin = "action=delete&id=11&x="
+    form = begin + "x" * (miniapm.MAX_BEARER_FORM_BYTES - len(begin) - 4) + "&id=12"
+    headers = {"Authorization": "Bearer open sesame"}
+    data: Any = form if framing == "sized" else iter([form.encode()])
+    answer = requests.post(server.url + "/errors", data=data, headers=headers, timeout=20)
+    assert answer.status_code == 413
+    assert len(server.errors(**headers)) == 12
+
+
 @pytest.mark.parametrize("size", [30_000, 33_000])
 def test_form_with_a_bearer_is_bounded_and_never_cut(
     guarded: Client, store: Store, size: int
@@ -11724,7 +11919,7 @@ def test_form_with_a_bearer_is_bounded_and_never_cut(
     record(store)
     body = b"action=resolve&id=1&x=" + b"x" * (size - 22)
     answer = guarded.request("POST", "/errors", body, **BEARER, **JSON)
-    assert answer.status == (200 if size < 32_768 else 413)
+    assert answer.status == (200 if size < miniapm.MAX_BEARER_FORM_BYTES else 413)
     app = guarded.app.__closure__[0].cell_contents  # below the validator
     environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/errors", "CONTENT_LENGTH": str(size)}
     for path in ("/errors", "/errors/1", "/undo"):
@@ -11850,10 +12045,12 @@ def test_tag_of_what_depends_on_the_moment_does_not_outlive_it(
     client: Client, clock: Clock
 ) -> None:
     client.report()
-    for query in ("q=since:30m", "q=%73ince%3A30m", "q=UNTIL:2d", "done=1"):
+    for query, seconds in (
+        *(("q=since:30m", 60), ("q=%73ince%3A30m", 60), ("q=UNTIL:2d", 60), ("done=1", 1)),
+    ):
         tag = client.get(f"/errors?{query}").headers["ETag"]
         assert client.get(f"/errors?{query}", IF_NONE_MATCH=tag).status == 304
-        clock.seconds += 1
+        clock.seconds += seconds
         assert client.get(f"/errors?{query}", IF_NONE_MATCH=tag).status == 200
 
 
@@ -15822,7 +16019,8 @@ def check_html(name: str, answer: requests.Response) -> set[tuple[str, ...]]:
     assert answer.status_code == 200, name
     assert len(answer.content) < MAX_SHOWN_BYTES, name
     elements = Elements(answer.text)
-    assert all(one.startswith("/") and one[1:2] != "/" for one in elements.addresses), name
+    local = re.compile("/(?!/)|#main$|vscode://file/")
+    assert all(map(local.match, elements.addresses)), name
     assert not {one for one in elements.found if one[-1].startswith("on") or one[-1] == "style"}
     assert answer.text.count("<script") == answer.text.count('<script src="/assets/') == 1, name
     assert not miniapm._UNSAFE.search(answer.text), name
@@ -15896,7 +16094,8 @@ def check_shown(server: Server, way: str, said_by_name: dict[str, dict[str, Any]
         word = urllib.parse.quote(said["exception_class"][:50].encode("utf-8", "replace"))
         pages = [f"/errors/{number}", "/errors?status=all", f"/errors?q={word}&level={word}"]
         for path in pages:
-            assert check_html(name, get(server.url + path)) <= known, (name, path)
+            found = check_html(name, get(server.url + path)) - {("section", "hidden")}
+            assert found <= known, (name, path)
         check_markdown(name, get(f"{server.url}/errors/{number}.md"))
         for path in (f"/errors/{number}.json", f"/errors.json?q={word}&status=all"):
             check_json(name, get(server.url + path))
@@ -16700,6 +16899,17 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     (
+        (
+            "What a person resolves, ignores or deletes can be undone for a minute, with all that "
+            "was reported meanwhile."
+        ),
+        (
+            "test_undo_restores_what_an_action_changed",
+            "test_undo_is_possible_for_a_minute",
+            "test_undone_deletion_takes_the_reports_that_came_meanwhile",
+        ),
+    ),
+    (
         "An older database is brought up to date in place, and kept beside it as it was.",
         ("test_old_database_is_kept_beside_the_one_that_is_brought_up_to_date",),
     ),
@@ -17008,7 +17218,8 @@ def test_setup_snippets_work_as_they_are(start: Callable[..., Server]) -> None:
     need_module("sentry_sdk")
     server = start()
     page = html.unescape(requests.get(server.url + "/setup", timeout=10).text)
-    texts = re.findall(r"hidden>Copy</button><pre>(.*?)</pre></div>", page, re.DOTALL)
+    pattern = r'hidden>Copy</button><pre tabindex="0">(.*?)</pre></div>'
+    texts = re.findall(pattern, page, re.DOTALL)
     shell = ["sh", "-c"]
     commands = [shell, [sys.executable, "-c"], [need("node"), "-e"], shell]
     environ = clean_environ()
@@ -17066,9 +17277,10 @@ def axe(npm: Path) -> Callable[..., list[str]]:
     """
     script = (npm / "node_modules/axe-core/axe.min.js").read_text(encoding="utf-8")
 
-    def violations(page: Any) -> list[str]:
+    def violations(page: Any, rules: list[str] | None = None) -> list[str]:
         page.evaluate(f"() => {{ {script} }}")
-        found = page.evaluate("axe.run(document, {preload: false})")["violations"]
+        options = {"preload": False} | ({"runOnly": rules} if rules else {})
+        found = page.evaluate("(options) => axe.run(document, options)", options)["violations"]
         return [
             f"{one['id']} ({one['impact']}): {' '.join(map(str, node['target']))}: {one['help']}"
             for one in found
@@ -17186,73 +17398,448 @@ def test_browser_s_axe_finds_what_is_wrong_and_breaks_no_rule_of_the_page(
     assert [line.partition(" (")[0] for line in found] == ["button-name"]
 
 
-WIDTHS = [{"width": 1280, "height": 900}, {"width": 390, "height": 800}]
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start servers for tests to which it makes no difference how reports are taken."""
+    running: list[Server] = []
+
+    def starter(**environ: str) -> Server:
+        running.append(Server(tmp_path, **environ))
+        return running[-1]
+
+    yield starter
+    for server in running:
+        server.stop()
 
 
-@pytest.mark.parametrize("viewport", WIDTHS, ids=["1280", "390"])
-@pytest.mark.parametrize("script", [True, False], ids=["script", "no script"])
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory: Any) -> Iterator[tuple[Server, dict[str, int]]]:
+    """Start a server with the corpus, for tests that only look; return it and the errors' ids."""
+    folder = tmp_path_factory.mktemp("gallery")
+    with contextlib.closing(Store(str(folder / "miniapm.db"))) as store:
+        ids = corpus().fill(miniapm, store)
+    server = Server(folder)
+    yield server, ids
+    server.stop()
+
+
+SCRIPTS = pytest.mark.parametrize("script", [True, False], ids=["script", "no script"])
+ROWS = "tbody tr[id^=e]"
+
+
+def classes(page: Any) -> list[str]:
+    """Return the class of each error in the list, from the top."""
+    found: list[str] = page.locator(f"{ROWS} a b").all_inner_texts()
+    return found
+
+
+def facts(page: Any) -> dict[str, str]:
+    """Return what stands in the column of an error's page, by label."""
+    texts = page.locator("aside dl").first.locator("dt, dd").all_inner_texts()
+    return dict(zip(texts[::2], (" ".join(text.split()) for text in texts[1::2]), strict=True))
+
+
+def press(page: Any, name: str, menu: str = "") -> None:
+    """Click a button, in a menu if it is in one."""
+    if menu:
+        page.locator("summary", has_text=re.compile(f"^{menu}")).click()
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def tick(page: Any, *names: str) -> None:
+    for name in names:
+        page.locator(ROWS, has_text=name).get_by_role("checkbox").check()
+
+
+def box_of(locator: Any) -> dict[str, float]:
+    """Return an element's x, y, width and height, and its right and bottom edge."""
+    box = locator.bounding_box()
+    assert box, locator
+    return box | {"right": box["x"] + box["width"], "bottom": box["y"] + box["height"]}  # type: ignore[no-any-return]
+
+
+def record_past(server: Server, hours: float, **changes: Any) -> None:
+    """Record an error in a server's database as if it had occurred some hours ago."""
+    with contextlib.closing(Store(str(server.db))) as store:
+        now_ms = store.now_ms()
+        occurrence = miniapm.parse_occurrence(report(**changes), now_ms)
+        at_ms = now_ms - int(hours * 3_600_000)
+        assert store.record(1, [dataclasses.replace(occurrence, occurred_ms=at_ms)]) == [None]
+
+
+def query_of(url: str) -> dict[str, str]:
+    return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query))
+
+
+# Errors are triaged, with a script and without
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@SCRIPTS
 def test_browser_error_is_resolved_and_regresses(
-    start: Callable[..., Server], browse: Callable[..., Any], viewport: Any, script: bool
+    serve: Callable[..., Server], browse: Callable[..., Any], width: int, script: bool
 ) -> None:
-    server = start()
+    server = serve()
     server.report()
-    page = browse(viewport=viewport, java_script_enabled=script)
+    page = browse(viewport={"width": width, "height": 800}, java_script_enabled=script)
     page.goto(server.url)
     page.click("text=RuntimeError")
-    page.click("button:text('Resolve')")
-    assert page.inner_text(".badges") == "resolved"
+    press(page, "Resolve")
+    assert facts(page)["Status"] == "Resolved"
     page.goto(server.url)
     assert page.locator("text=No open errors").is_visible()
     server.report()
     page.goto(server.url)
-    assert page.inner_text(".badge.regressed") == "regressed"
+    assert page.locator(ROWS).get_by_text("regressed", exact=True).is_visible()
     page.click("text=RuntimeError")
-    assert "regressed just now" in page.inner_text(".badges")
+    assert facts(page)["Status"] == "Open"
+    assert page.locator("header").get_by_text("regressed", exact=True).is_visible()
 
 
-def test_browser_searches(start: Callable[..., Server], browse: Callable[..., Any]) -> None:
-    server = start()
-    for name in ("Apple", "Pear"):
-        server.report(exception_class=f"{name}Error", fingerprint=name)
-    page = browse()
-    page.goto(server.url)
-    page.fill("input[type=search]", "pear")
-    page.keyboard.press("Enter")
-    page.wait_for_url("**/errors?q=pear**")
-    assert page.locator(".what .class").all_inner_texts() == ["PearError"]
-    assert page.input_value("input[type=search]") == "pear"
-    page.fill("input[type=search]", "plum")
-    page.click("text=Apply")
-    assert page.locator("text=Nothing matches").is_visible()
-
-
-@pytest.mark.parametrize("script", [True, False], ids=["script", "no script"])
+@SCRIPTS
 def test_browser_triages_several(
-    start: Callable[..., Server], browse: Callable[..., Any], script: bool
+    serve: Callable[..., Server], browse: Callable[..., Any], script: bool
 ) -> None:
-    server = start()
+    server = serve()
     for name in "ABCD":
         server.report(exception_class=f"{name}Error", fingerprint=name)
     page = browse(java_script_enabled=script)
     page.goto(server.url)
-    assert page.locator("#pick-all").is_visible() == script
-    for name in "AB":
-        page.locator("tr", has_text=f"{name}Error").locator("input").check()
-    page.click("button:text('Ignore')")
-    assert sorted(page.locator(".what .class").all_inner_texts()) == ["CError", "DError"]
-    page.click("text=Ignored")
-    assert sorted(page.locator(".what .class").all_inner_texts()) == ["AError", "BError"]
-    page.locator("tr", has_text="AError").locator("input").check()
-    page.click("button:text('Reopen')")
+    everything, resolve = (
+        page.get_by_label("Select all"),
+        page.get_by_role("button", name="Resolve"),
+    )
+    assert (everything.is_visible(), resolve.is_visible()) == (script, False)
+    tick(page, "AError")
+    assert resolve.is_visible()
+    tick(page, "BError")
+    assert page.get_by_text("2 selected").is_visible() == script
+    press(page, "For 1 hour", menu="Ignore")
+    assert sorted(classes(page)) == ["CError", "DError"]
+    assert "Ignored 2" in page.get_by_role("status").first.inner_text()
+    page.get_by_role("link", name="Ignored").click()
+    assert sorted(classes(page)) == ["AError", "BError"]
+    tick(page, "AError")
+    press(page, "Reopen")
     page.goto(server.url)
     if script:
-        page.check("#pick-all")
+        everything.check()
     else:
-        for box in page.locator("input[name=id]").all():
-            box.check()
-    page.click("text=Delete…")
-    page.click("text=Delete selected for good")  # which does not wait for the answer
-    wait_until(lambda: [error["exception_class"] for error in server.errors()] == ["BError"])
+        tick(page, "AError", "CError", "DError")
+    press(page, "Delete")
+    assert "Deleted 3" in page.get_by_role("status").first.inner_text()
+    assert [error["exception_class"] for error in server.errors()] == ["BError"]
+
+
+@SCRIPTS
+def test_browser_does_nothing_to_no_error(
+    serve: Callable[..., Server], browse: Callable[..., Any], script: bool
+) -> None:
+    server = serve()
+    server.report()
+    page = browse(java_script_enabled=script)
+    for action in ("resolve", "delete"):
+        page.goto(server.url + "/errors?status=all&q=Runtime")
+        form = page.locator("form", has=page.locator("table"))
+        with page.expect_navigation():
+            form.evaluate(
+                "(form, action) => form.requestSubmit(form.querySelector(`[value=${action}]`))",
+                action,
+            )
+        assert query_of(page.url) == {"status": "all", "q": "Runtime"}
+        assert classes(page) == ["RuntimeError"]
+    assert server.errors()[0]["status"] == "open"
+
+
+@SCRIPTS
+def test_browser_undoes_each_action(
+    serve: Callable[..., Server], browse: Callable[..., Any], script: bool
+) -> None:
+    server = serve()
+    server.report()
+    server.report(fingerprint="other", exception_class="OtherError")
+    page = browse(java_script_enabled=script)
+    for where in ("/errors", "/errors/1"):
+        is_list = where == "/errors"
+        for button, menu, text, status in (
+            ("Resolve", "", "Resolved 1", "resolved"),
+            ("For 1 week", "Ignore", "Ignored 1", "ignored"),
+            ("Delete", "" if is_list else "More", "Deleted 1", ""),
+        ):
+            page.goto(server.url + where)
+            if is_list:
+                tick(page, "RuntimeError")
+            press(page, button, menu)
+            assert text in page.get_by_role("status").first.inner_text(), (where, button)
+            assert classes(page) == ["OtherError"] if is_list or not status else True
+            left = {error["id"]: error["status"] for error in server.errors()}
+            assert left.get(1, "") == status
+            press(page, "Undo")
+            assert {error["id"]: error["status"] for error in server.errors()}[1] == "open"
+            assert page.get_by_role("button", name="Undo").count() == 0
+
+
+def test_browser_offers_to_undo_for_a_minute(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = serve()
+    server.report()
+    page = browse()
+    page.clock.install()
+    page.goto(server.url + "/errors/1")
+    press(page, "Resolve")
+    page.get_by_role("button", name="Copy as Markdown").wait_for()  # the script has run
+    page.clock.run_for(59_000)
+    undo = page.get_by_role("button", name="Undo")
+    assert undo.is_visible()
+    page.clock.run_for(2_000)
+    undo.wait_for(state="detached")
+
+
+@SCRIPTS
+def test_browser_ignores_for_as_long_as_wanted(
+    serve: Callable[..., Server], browse: Callable[..., Any], script: bool
+) -> None:
+    server = serve()
+    server.report()
+    page = browse(java_script_enabled=script)
+    for choice, opens in (
+        ("Forever", None),
+        ("For 1 hour", "in 59 min"),
+        ("For 1 day", "in 23 h"),
+        ("For 1 week", "in 6 d"),
+    ):
+        page.goto(server.url + "/errors/1")
+        press(page, choice, menu="Ignore")
+        assert facts(page)["Status"] == "Ignored"
+        assert facts(page).get("Opens again") == opens
+        press(page, "Undo")
+    page.locator("summary", has_text="Ignore").click()
+    page.get_by_label("Number of occurrences").fill("2")
+    press(page, "Set")
+    assert facts(page)["Status"] == "Ignored until it occurs 2 more times"
+    server.report()
+    page.reload()
+    assert facts(page)["Status"] == "Ignored until it occurs once more"
+    server.report()
+    page.goto(server.url + "/errors/1")
+    assert facts(page)["Status"] == "Open"
+    lines = page.locator("li", has_text="ago").or_(page.locator("li", has_text="just now"))
+    assert "after 2 more occurrences" in lines.first.inner_text()
+
+
+@SCRIPTS
+def test_browser_history_says_who_did_it(
+    serve: Callable[..., Server], browse: Callable[..., Any], script: bool
+) -> None:
+    server = serve(MINI_APM_PASSWORD="open sesame")
+    server.report()
+    page = browse(java_script_enabled=script)
+    page.goto(server.url + "/errors/1?status=all")
+    page.get_by_label("Password").fill("open sesame")
+    page.get_by_label("Your name").fill("Ann <b>Ó</b>")
+    press(page, "Log in")
+    assert page.url == server.url + "/errors/1?status=all"
+    press(page, "Resolve")
+    bearer = {"Authorization": "Bearer open sesame", "Accept": "application/json"}
+    url = server.url + "/errors/1"
+    assert requests.post(url, {"action": "reopen"}, headers=bearer, timeout=10).ok
+    page.goto(url)
+    lines = page.locator("section", has_text="History").last.locator("li").all_inner_texts()
+    said = [" ".join(line.split()) for line in lines]
+    expected = ["Reopened by API", "Resolved by Ann <b>Ó</b>", "First seen"]
+    assert [line.removesuffix(" · just now") for line in said] == expected
+    press(page, "Log out")
+    page.goto(url)
+    assert page.get_by_label("Password").is_visible()
+
+
+@SCRIPTS
+def test_browser_keeps_a_note_as_plain_text(
+    serve: Callable[..., Server], browse: Callable[..., Any], script: bool
+) -> None:
+    server = serve()
+    server.report()
+    page = browse(java_script_enabled=script)
+    page.goto(server.url + "/errors/1")
+    for summary, text in (
+        ("Add a note", "Ann looks.\n\n</pre></textarea><script>window.hacked = 1</script> & {{x}}"),
+        ("Edit", "second\n  <b>"),
+    ):
+        page.locator("summary", has_text=summary).click()
+        page.get_by_label("Note").fill(text)
+        press(page, "Save")
+        shown = page.locator("section", has_text="Note").last.locator("pre")
+        assert shown.inner_text() == text
+        assert page.get_by_label("Note", exact=True).input_value() == text
+        assert (
+            requests.get(server.url + "/errors/1.json", timeout=9).json()["error"]["note"] == text
+        )
+    assert page.evaluate("window.hacked") is None
+    page.locator("summary", has_text="Edit").click()
+    page.get_by_label("Note", exact=True).fill("")
+    press(page, "Save")
+    assert page.locator("summary", has_text="Add a note").is_visible()
+
+
+# Finding errors
+
+
+@SCRIPTS
+def test_browser_searches(
+    serve: Callable[..., Server], browse: Callable[..., Any], script: bool
+) -> None:
+    server = serve()
+    for name in ("Apple", "Pear"):
+        server.report(exception_class=f"{name}Error", fingerprint=name)
+    page = browse(java_script_enabled=script)
+    page.goto(server.url)
+    search = page.get_by_role("searchbox")
+    search.fill("pear")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/errors?q=pear**")
+    assert classes(page) == ["PearError"]
+    assert search.input_value() == "pear"
+    search.fill("plum")
+    press(page, "Search")
+    assert page.locator("text=Nothing matches").is_visible()
+
+
+@SCRIPTS
+def test_browser_filters_by_values_and_takes_them_back(
+    serve: Callable[..., Server], browse: Callable[..., Any], script: bool
+) -> None:
+    server = serve()
+    for number in range(3):
+        environment = "staging" if number else "production"
+        server.report(
+            exception_class=f"E{number}",
+            fingerprint=str(number),
+            environment=environment,
+            level="info",
+        )
+    page = browse(java_script_enabled=script)
+    page.goto(server.url + "/errors?q=went")
+    panel = page.get_by_role("region", name="Filters")
+    assert panel.count() == 0
+    page.get_by_role("link", name="Filter").click()
+    assert "count errors with the status open" in panel.inner_text()
+    lines = {" ".join(line.split()) for line in panel.locator("li").all_inner_texts()}
+    assert {"staging 2", "production 1", "info 3"} <= lines
+    panel.get_by_role("link", name="staging").click()
+    assert sorted(classes(page)) == ["E1", "E2"]
+    assert query_of(page.url) == {"q": "went", "environment": "staging"}
+    assert panel.count() == 0
+    page.get_by_role("link", name="Filter", exact=True).click()
+    panel.get_by_role("link", name="info").click()
+    chips = page.get_by_role("list", name="Filters in use").get_by_role("link")
+    assert chips.count() == 2
+    page.get_by_role("link", name="environment staging").click()
+    assert query_of(page.url) == {"q": "went", "level": "info"}
+    assert len(classes(page)) == 3
+    chips.click()
+    assert query_of(page.url) == {"q": "went"}
+
+
+def test_browser_sorts_by_the_columns_heads_and_turns_pages_without_a_script(
+    gallery: tuple[Server, Any], browse: Callable[..., Any]
+) -> None:
+    server, _ = gallery
+    page = browse(java_script_enabled=False)
+    page.goto(server.url + "/errors?status=all")
+    assert (
+        page.get_by_role("columnheader", name="Last seen").get_attribute("aria-sort")
+        == "descending"
+    )
+    for name, order in itertools.product(("Count", "Users", "First seen", "Last seen"), (1, 2)):
+        head = page.get_by_role("columnheader", name=name)
+        head.get_by_role("link").click()
+        said = "descending" if order == 1 else "ascending"
+        assert head.get_attribute("aria-sort") == said
+        assert page.locator("[aria-sort]:not([aria-sort=none])").count() == 1
+        shown = page.locator(
+            f"{ROWS} td:nth-child({head.evaluate('(head) => head.cellIndex + 1')})"
+        )
+        if "seen" in name:
+            values: list[Any] = [
+                one.get_attribute("datetime") for one in shown.locator("time").all()
+            ]
+        else:
+            values = [int(re.sub(r"\D", "", text)) for text in shown.all_inner_texts()]
+        assert values == sorted(values, reverse=order == 1), (name, said)
+        assert len(set(values)) > 3
+    page.get_by_role("link", name="Count").click()
+    first = classes(page)
+    assert len(first) == miniapm.PAGE_ERRORS
+    page.get_by_role("link", name="Next →").click()
+    assert not page.get_by_role("link", name="Next →").count()
+    assert 0 < len(classes(page)) < miniapm.PAGE_ERRORS
+    page.get_by_role("link", name="← Previous").click()
+    assert classes(page) == first
+
+
+def test_browser_keeps_the_filter_on_every_way(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = serve()
+    for name in "ABCD":
+        for _ in range(3):
+            environment = "staging" if name == "D" else "production"
+            server.report(exception_class=f"{name}E", fingerprint=name, environment=environment)
+    page = browse(java_script_enabled=False)
+    kept = {"status": "all", "q": "went", "environment": "production", "order": "asc"}
+    page.goto(f"{server.url}/errors?{urllib.parse.urlencode(kept)}")
+    assert classes(page) == ["AE", "BE", "CE"]
+
+    def is_at(path: str) -> None:
+        assert urllib.parse.urlsplit(page.url).path == path
+        assert {k: v for k, v in query_of(page.url).items() if k not in ("done", "trend")} == kept
+
+    crumbs = page.get_by_role("navigation", name="Errors")
+    page.get_by_role("link", name="AE").click()
+    is_at("/errors/1")
+    assert crumbs.get_by_role("link").all_inner_texts() == ["← Errors", "Next"]
+    crumbs.get_by_role("link", name="Next").click()
+    is_at("/errors/2")
+    crumbs.get_by_role("link", name="Next").click()
+    is_at("/errors/3")
+    assert crumbs.get_by_role("link", name="Next").count() == 0
+    crumbs.get_by_role("link", name="Previous").click()
+    is_at("/errors/2")
+    steps = page.get_by_role("navigation", name="Occurrences")
+    assert "Older 3 of 3 Newer" in " ".join(steps.inner_text().split())
+    steps.get_by_role("link", name="Older").click()
+    assert "Older 2 of 3 Newer" in " ".join(steps.inner_text().split())
+    path = urllib.parse.urlsplit(page.url).path
+    assert path.startswith("/errors/2/occurrences/")
+    is_at(path)
+    page.get_by_role("navigation", name="Span").get_by_role("link", name="30d").click()
+    is_at(path)
+    assert "trend=30d" in page.url
+    press(page, "Resolve")
+    is_at(path)
+    press(page, "Undo")
+    is_at(path)
+    page.locator("summary", has_text="Add a note").click()
+    page.get_by_label("Note").fill("x")
+    press(page, "Save")
+    is_at(path)
+    press(page, "For 1 day", menu="Ignore")
+    is_at(path)
+    crumbs.get_by_role("link", name="← Errors").click()
+    is_at("/errors")
+    page.get_by_role("link", name="BE").click()
+    press(page, "Delete", menu="More")
+    is_at("/errors")
+    assert classes(page) == ["AE", "CE"]
+    tick(page, "CE")
+    press(page, "Resolve")
+    is_at("/errors")
+    press(page, "Undo")
+    is_at("/errors")
+
+
+# What pages look like
 
 
 def test_browser_executes_nothing_hostile(
@@ -17272,96 +17859,728 @@ def test_browser_executes_nothing_hostile(
     assert "<script>window.hacked" in page.inner_text("h1")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", WIDTHS, ids=["1280", "390"])
-def test_browser_pages_fit_and_follow_the_scheme(
-    start: Callable[..., Server], browse: Callable[..., Any], viewport: Any, scheme: str
+def test_browser_shows_the_most_of_an_error_above_the_fold(
+    gallery: tuple[Server, dict[str, int]], browse: Callable[..., Any]
 ) -> None:
-    server = start()
-    page = browse(viewport=viewport, color_scheme=scheme)
+    server, ids = gallery
+    page = browse(viewport={"width": 1280, "height": 900})
+    page.goto(f"{server.url}/errors/{ids['deep']}")
+    header, trace = page.locator("main header"), page.locator("#occurrence")
+    above = {
+        "class": page.get_by_role("heading", level=1),
+        "message": header.get_by_text("order 7 could not be completed"),
+        "location": header.get_by_text("/srv/shop/orders/step_0.py:40"),
+        "failing line": trace.get_by_text("return self.step_1(cart, depth=30)"),
+        "its number": trace.locator("th", has_text="40").first,
+        "frame": trace.locator("code", has_text="step_0.py").first,
+        "next frame": trace.locator("code", has_text="step_1.py").first,
+        "status": page.locator("dt", has_text="Status"),
+        "count": page.locator("dd", has_text="98,765"),
+        "last seen": page.locator("dt", has_text="Last seen"),
+        "trend": page.locator("aside").get_by_role("img"),
+    }
+    for name, part in above.items():
+        assert 0 <= box_of(part)["y"] < box_of(part)["bottom"] <= 900, name
+    assert above["failing line"].evaluate(
+        "(node) => getComputedStyle(node).backgroundColor != getComputedStyle("
+        "node.closest('tr').previousElementSibling.cells[1]).backgroundColor"
+        " || getComputedStyle(node.parentElement).backgroundColor != 'rgba(0, 0, 0, 0)'"
+    )
+    column = page.get_by_role("complementary")
+    assert box_of(column)["x"] >= box_of(trace)["right"]
+    assert abs(box_of(column)["y"] - box_of(trace)["y"]) < 4
+    assert box_of(column)["width"] <= 400
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert box_of(trace)["bottom"] <= box_of(column)["y"]
+    assert box_of(column)["bottom"] <= box_of(page.get_by_label("Details of the occurrence"))["y"]
+
+
+@pytest.mark.parametrize(
+    ("name", "span"), [("deep", "24h"), ("nine days ago", "30d"), ("sixty days ago", "1y")]
+)
+def test_browser_opens_the_trend_that_has_something_to_show(
+    gallery: tuple[Server, dict[str, int]], browse: Callable[..., Any], name: str, span: str
+) -> None:
+    server, ids = gallery
+    page = browse(java_script_enabled=False)
+    page.goto(f"{server.url}/errors/{ids[name]}")
+    spans = page.get_by_role("navigation", name="Span")
+    assert spans.locator("[aria-current=page]").inner_text() == span
+    chart = page.locator("aside").get_by_role("img")
+    assert not chart.get_attribute("aria-label").startswith("None")
+    spans.get_by_role("link", name="7d").click()
+    assert spans.locator("[aria-current=page]").inner_text() == "7d"
+    assert "in the last 7 days" in chart.get_attribute("aria-label").replace("None", "0")
+
+
+def text_of(source: str) -> str:
+    """Return a page's text, with single spaces."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", source)).split())
+
+
+def test_page_of_an_error_tells_what_it_came_with_and_what_happened(
+    client: Client, store: Store, clock: Clock
+) -> None:
+    def tell(release: str, region: str, environment: str = "production") -> None:
+        client.report(release=release, environment=environment, tags={"region": region})
+
+    tell("1.0", "eu")
+    clock.seconds += 3 * 3_600
+    tell("1.1", "eu")
+    store.set_status([1], "resolved", by="Ann")
+    clock.seconds += 3_600
+    tell("1.2", "us")
+    tell("1.2", "eu", "staging")
+    page = client.get("/errors/1").text
+    aside = text_of(page[page.index("<aside") :])
+    for part in (
+        *("Status Open", "Project default", "Occurrences 4", "Users 0", "First seen 4 h ago"),
+        *("Last seen just now", "environment production 75 % staging 25 %"),
+        *("release 1.2 50 % 1.0 25 % 1.1 25 %", "region eu 75 % us 25 %"),
+        "Resolved by Ann · 1 h ago",
+        "Regressed in release 1.2 · just now",
+    ):
+        assert part in aside, part
+    marks = re.findall(r'<line class="(\w+)" x1="([\d.]+)".*?<title>(.*?)</title>', page)
+    assert {(kind, text) for kind, _, text in marks} == {
+        *((("release", f"First seen in release 1.{n}")) for n in range(3)),
+        ("resolved", "Resolved by Ann"),
+        ("regressed", "Regressed in release 1.2"),
+    }
+    assert {x for kind, x, _ in marks if kind == "regressed"} == {"92.0"}
+    assert {x for kind, x, _ in marks if kind == "resolved"} == {"88.0"}
+    for query in ("region%3Aeu", "environment=staging", "release=1.0"):
+        assert query in page
+
+
+@pytest.mark.parametrize("has_clipboard", [True, False], ids=["clipboard", "no clipboard"])
+def test_browser_copies_in_one_click(
+    gallery: tuple[Server, dict[str, int]], browse: Callable[..., Any], has_clipboard: bool
+) -> None:
+    server, ids = gallery
+    page = browse()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    reader = page.context.new_page()  # which may read in any case
+    reader.goto(server.url + "/setup")
+    if not has_clipboard:  # as on http://192.168.1.2
+        page.add_init_script("delete Navigator.prototype.clipboard")
+
+    def copied() -> str:
+        reader.bring_to_front()
+        text: str = reader.evaluate("navigator.clipboard.readText()")
+        reader.evaluate("navigator.clipboard.writeText('')")
+        page.bring_to_front()
+        return text
+
+    url = f"{server.url}/errors/{ids['deep']}"
+    older = requests.get(url + ".json", timeout=10).json()["occurrence"]["older_url"]
+    for address in (url, server.url + older):
+        page.goto(address)
+        assert page.evaluate("Boolean(navigator.clipboard)") == has_clipboard
+        for name, menu, expected in (
+            ("Copy as Markdown", "", requests.get(address + ".md", timeout=10).text),
+            ("Copy link", "More", address),
+            ("Copy as curl", "", page.locator("pre", has_text="curl ").first.text_content()),
+        ):
+            press(page, name, menu)
+            told = page.get_by_role("status").filter(has_text=name.replace("Copy", "Copied"))
+            told.wait_for()
+            assert copied() == expected, (address, name)
+    page.goto(server.url + "/errors?q=order")
+    page.get_by_role("link", name="OrderFailed").focus()
+    page.keyboard.press("c")
+    page.get_by_role("status").filter(has_text="Copied as Markdown").wait_for()
+    assert copied() == requests.get(url + ".md", timeout=10).text
+
+
+def test_browser_links_own_frames_to_the_editor(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    trace = ["/srv/shop/a b.py:7:in `own`", "/usr/lib/python3/site-packages/x.py:8:in `lib`"]
+    trace.append("app/relative.rb:9:in `own`")
+    page = browse(java_script_enabled=False)
+    links = page.get_by_role("link", name=re.compile("^Open .* in the editor$"))
+    for environ, hrefs in (
+        ({}, ["vscode://file/srv/shop/a%20b.py:7:1"]),
+        ({"MINI_APM_EDITOR": "none"}, []),
+        (
+            {"MINI_APM_EDITOR": "zed", "MINI_APM_PATH_MAP": "/srv/shop=/me,.=/me/dot"},
+            ["zed://file/me/a%20b.py:7:1", "zed://file/me/dot/app/relative.rb:9:1"],
+        ),
+    ):
+        server = serve(**environ)
+        server.report(backtrace=trace)
+        page.goto(server.url + "/errors/1")
+        assert [link.get_attribute("href") for link in links.all()] == hrefs
+        server.stop()
+
+
+# The list
+
+
+def test_browser_shows_many_errors_at_once(
+    gallery: tuple[Server, dict[str, int]], browse: Callable[..., Any]
+) -> None:
+    server, _ = gallery
+    page = browse(viewport={"width": 1280, "height": 900})
+    page.goto(server.url + "/errors?status=all")
+    boxes = [box_of(row) for row in page.locator(ROWS).all()]
+    assert len([box for box in boxes if box["bottom"] <= 900]) >= 11
+    assert all(48 <= box["height"] <= 66 for box in boxes), {box["height"] for box in boxes}
+    for link in page.locator(f"{ROWS} a").all()[:20]:
+        name, message = (box_of(part) for part in link.locator("b, span").all())
+        assert abs((name["y"] + name["bottom"]) - (message["y"] + message["bottom"])) < 6
+        assert name["right"] <= message["x"]
+        assert max(name["height"], message["height"]) < 32
+    for row in page.locator(ROWS).all():
+        name, label = row.locator("a b"), row.get_by_role("checkbox").get_attribute("aria-label")
+        assert " ".join(name.text_content().split())[:40] in " ".join(label.split())
+
+
+def test_browser_tells_each_bar_of_a_trend(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = serve()
+    for hours in (0, 0, 0, 2, 2):
+        record_past(server, hours)
+    page = browse(timezone_id="Asia/Tokyo", locale="en-GB")
+    page.goto(server.url + "/errors")
+    chart = page.locator(ROWS).get_by_role("img")
+    (error,) = requests.get(server.url + "/errors.json", timeout=10).json()["errors"]
+    drawn = re.findall(r"M(\d+) 0V-(\d+)", chart.locator("path").get_attribute("d"))
+    counts = {(int(x) - 2) // 4: int(count) for x, count in drawn}
+    assert [counts.get(bar, 0) for bar in range(24)] == error["trend"]
+    assert sum(counts.values()) == 5
+    assert chart.get_attribute("viewBox") == "0 -3 96 3"  # the axis starts at 0
+    tip = page.locator(".tip")
+    assert tip.is_hidden()
+    box = box_of(chart)
+    for position, count in ((22, 3), (23, 0)) if not error["trend"][23] else ((23, 3), (21, 2)):
+        page.mouse.move(box["x"] + box["width"] * (position + 0.5) / 24, box["y"] + 5)
+        hour = datetime.now(UTC) + timedelta(hours=9 - (23 - position))
+        assert tip.inner_text().endswith(f"{hour:%H}:00: {count}"), position
+    page.mouse.move(5, 5)
+    assert tip.is_hidden()
+    page.get_by_label("Select RuntimeError").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert chart.evaluate("(node) => node == document.activeElement")
+    for key, position in (("", 23), ("ArrowLeft", 22), ("ArrowLeft", 21), ("ArrowRight", 22)):
+        if key:
+            page.keyboard.press(key)
+        assert tip.inner_text().endswith(f": {error['trend'][position]}")
+        assert tip.is_visible()
+    page.keyboard.press("Tab")
+    assert tip.is_hidden()
+
+
+# What fits
+
+
+FITS = """() => {
+  const wrong = [];
+  const name = (node) => `${node.tagName}.${node.getAttribute("class")} ${node.textContent.slice(0, 30)}`;
+  const hides = (node) => getComputedStyle(node).overflowX !== "visible";
+  const wide = document.documentElement.scrollWidth;
+  if (wide > innerWidth) wrong.push(`the page is ${wide} wide`);
+  for (const row of document.querySelectorAll("tbody tr, thead tr, li, dl div, summary, h1, .head")) {
+    if (!row.checkVisibility() || row.closest("svg")) continue;
+    const {left, right} = row.getBoundingClientRect();
+    for (const node of row.querySelectorAll("*")) {
+      if (node.closest("svg *") || !node.checkVisibility()) continue;
+      let isFree = false;
+      for (let one = node; one !== row; one = one.parentElement)
+        isFree ||= /absolute|fixed/.test(getComputedStyle(one).position) || (one !== node && hides(one));
+      const box = node.getBoundingClientRect();
+      if (isFree || hides(row) || row.parentElement.closest(".source, pre")) continue;
+      if (box.left < left - 1 || box.right > right + 1) wrong.push(`out of its row: ${name(node)}`);
+    }
+    for (const cell of row.children)
+      if (cell.clientWidth && cell.scrollWidth > cell.clientWidth + 1 && !hides(cell)
+          && cell.tagName === "TD" && !cell.closest(".source"))
+        wrong.push(`wider than its cell: ${name(cell)}`);
+  }
+  return [...new Set(wrong)].slice(0, 5);
+}"""
+LOOKS_WIDTHS = (320, 360, 390, 768, 860, 1280, 1920)
+# Of the pages of the corpus; {name} stands for the id of an error.
+LOOKS_PAGES = [
+    *(
+        "/errors?status=all",
+        "/errors?status=all&sort=count&limit=5",
+        "/errors?status=all&filters=1",
+    ),
+    "/errors?status=all&q=e&project=1&environment=production&level=error&release=shop%401.1.0",
+    *("/errors?q=nothing", "/errors?q=%22", "/setup", "/errors/999999", "/errors/{deep}"),
+    *("/errors/{long class}", "/errors/{long message}", "/errors/{long lines}"),
+    *(
+        "/errors/{hostile}",
+        "/errors/{right to left}",
+        "/errors/{ten million}",
+        "/errors/{event py_message}",
+        "/errors/{regressed}",
+    ),
+]
+SCROLLERS = """() => [...document.querySelectorAll("body *")].filter((node) => {
+  const {overflowX, overflowY} = getComputedStyle(node);
+  const scrolls = (/auto|scroll/.test(overflowX) && node.scrollWidth > node.clientWidth)
+    || (/auto|scroll/.test(overflowY) && node.scrollHeight > node.clientHeight);
+  return node.checkVisibility() && scrolls && !node.hasAttribute("tabindex") && node.tagName !== "TEXTAREA";
+}).map((node) => node.outerHTML.slice(0, 80))"""
+
+
+@pytest.fixture
+def looker(
+    gallery: tuple[Server, dict[str, int]], browse: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a function that opens a page of the corpus, which asks no other host for anything."""
+    server, _ = gallery
+
+    def opener(path: str, **options: Any) -> Any:
+        page = browse(**options)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        # A page that was not found tells so in the console, which would fail the test.
+        if path == "/errors/999999":
+            page.route(
+                "**/errors/999999", lambda route: route.fulfill(response=route.fetch(), status=200)
+            )
+        page.goto(server.url + path)
+        assert {url.split("/assets/")[0] for url in asked} <= {server.url, server.url + path}
+        assert len(asked) >= 3
+        return page
+
+    return opener
+
+
+def fits(page: Any, where: str) -> None:
+    for width in LOOKS_WIDTHS:
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate(FITS) == [], (where, width)
+
+
+@pytest.mark.parametrize("path", LOOKS_PAGES)
+def test_browser_pages_fit_every_width(
+    gallery: tuple[Server, dict[str, int]], looker: Any, path: str
+) -> None:
+    _, ids = gallery
+    page = looker(path.format_map(ids))
+    fits(page, "as it opens")
+    page.evaluate(
+        "document.querySelectorAll('details:not(.menu)').forEach((one) => one.open = true)"
+    )
+    fits(page, "all open")
+    for width in (320, 1280):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate(SCROLLERS) == [], width
+    page.set_viewport_size({"width": 320, "height": 800})
+    if page.locator(ROWS).count():
+        page.locator(ROWS).first.get_by_role("checkbox").check()
+    for summary in page.locator(".menu > summary").all():
+        summary.click()
+        box = box_of(summary.locator("xpath=../div"))
+        assert 0 <= box["x"] < box["right"] <= 320, summary.inner_text()
+        assert page.evaluate(FITS) == []
+
+
+def test_browser_welcome_and_login_fit_every_width(
+    serve: Callable[..., Server], browse: Callable[..., Any], axe: Callable[..., list[str]]
+) -> None:
+    page = browse()
+    for environ in ({}, {"MINI_APM_PASSWORD": "open sesame"}):
+        server = serve(**environ)
+        page.goto(server.url)
+        fits(page, page.url)
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert axe(page) == []
+        page.goto("about:blank")  # which asks nothing of a server that is gone
+        server.stop()
+
+
+@pytest.mark.parametrize("path", LOOKS_PAGES)
+def test_browser_pages_have_no_barrier(
+    gallery: tuple[Server, dict[str, int]], looker: Any, axe: Callable[..., list[str]], path: str
+) -> None:
+    _, ids = gallery
+    page = looker(path.format_map(ids))
+    page.evaluate(
+        "document.querySelectorAll('details:not(.menu)').forEach((one) => one.open = true)"
+    )
+
+    def check(state: str) -> None:
+        assert axe(page) == [], state
+        page.emulate_media(color_scheme="dark")
+        assert axe(page, ["color-contrast"]) == [], f"{state}, dark"
+        page.emulate_media(color_scheme="light")
+
+    check("open")
+    if path == LOOKS_PAGES[1]:
+        page.locator(ROWS).first.get_by_role("checkbox").check()
+        check("bulk bar")
+        page.keyboard.press("?")
+        page.get_by_role("dialog").wait_for()
+        check("keys")
+        page.keyboard.press("Escape")
+    for summary in page.locator(".menu > summary").all():
+        if path in (LOOKS_PAGES[1], "/errors/{regressed}") and summary.is_visible():
+            summary.click()
+            check(summary.inner_text())
+
+
+def test_browser_is_used_by_keyboard_and_right_to_left(
+    gallery: tuple[Server, dict[str, int]], browse: Callable[..., Any]
+) -> None:
+    server, ids = gallery
+    page = browse()
+    page.goto(server.url + "/errors?status=all&sort=count")
+    page.keyboard.press("Tab")
+    skip = page.get_by_role("link", name="Skip to the content")
+    assert skip.evaluate("(node) => node == document.activeElement")
+    assert box_of(skip)["width"] > 100
+    page.keyboard.press("Enter")
+    assert page.url.endswith("#main")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.querySelector('main').contains(document.activeElement)")
+    page.goto(server.url + "/errors?status=all&q=db-1")
+    direction = "(node) => getComputedStyle(node).direction"
+    for part in page.locator(f"{ROWS} a").locator("b, span").all():
+        assert part.evaluate(direction) == "rtl"
+    page.goto(f"{server.url}/errors/{ids['right to left']}")
+    message = page.locator("main header pre")
+    for part in (page.get_by_role("heading", level=1), message):
+        assert part.evaluate(direction) == "rtl"
+    assert page.locator("aside dl dt").first.evaluate(direction) == "ltr"
+
+
+# What comes in live
+
+
+def wait_for_fresh(page: Any, text: str) -> Any:
+    """Return the button that shows what is new; it is there 3 s after a report, in real time."""
+    button = page.get_by_role("button", name=text)
+    button.wait_for(timeout=3_000)
+    return button
+
+
+def is_marked(page: Any) -> bool:
+    """Tell whether the title and the icon say that there is something new."""
+    icon = page.locator("link[rel=icon]").get_attribute("href")
+    assert page.request.get(urllib.parse.urljoin(page.url, icon)).status == 200
+    said = {bool(re.match(r"\(\d+\) ", page.title())), icon.endswith("-dot.svg")}
+    assert len(said) == 1, (page.title(), icon)
+    return said.pop()
+
+
+def test_browser_list_shows_what_comes_in_and_moves_nothing(
+    serve: Callable[..., Server], browse: Callable[..., Any], axe: Callable[..., list[str]]
+) -> None:
+    server = serve()
+    for name in "ABC":
+        server.report(exception_class=f"{name}Error", message=f"message {name}", fingerprint=name)
+    page = browse()
+    page.goto(server.url)
+    page.evaluate("window.isSame = true")
+    assert (page.title(), is_marked(page)) == ("Errors · MiniAPM", False)
+    page.get_by_role("link", name="BError").focus()
+    page.get_by_text("message C").evaluate("(node) => getSelection().selectAllChildren(node)")
+    tick(page, "CError")
+    page.get_by_role("link", name="BError").focus()
+    page.get_by_text("message C").evaluate("(node) => getSelection().selectAllChildren(node)")
+    places = [box_of(row)["y"] for row in page.locator(ROWS).all()]
+    server.report(exception_class="DError", fingerprint="D")
+    server.report(exception_class="AError", message="message A", fingerprint="A")
+    button = wait_for_fresh(page, "1 new · show")
+    assert axe(page) == []
+    count = page.locator(ROWS, has_text="AError").locator("td.count")
+    wait_until(lambda: count.inner_text() == "2", 3)
+    assert page.get_by_role("navigation", name="Status").inner_text().split()[:2] == ["Open", "4"]
+    assert classes(page) == ["CError", "BError", "AError"]
+    assert [box_of(row)["y"] for row in page.locator(ROWS).all()] == places
+    assert page.evaluate("getSelection().toString()") == "message C"
+    assert "BError" in page.evaluate("document.activeElement.textContent")
+    assert (page.title(), is_marked(page)) == ("(1) Errors · MiniAPM", True)
+    button.click()
+    assert sorted(classes(page)) == ["AError", "BError", "CError", "DError"]
+    assert page.locator(ROWS, has_text="CError").get_by_role("checkbox").is_checked()
+    assert (page.title(), is_marked(page)) == ("Errors · MiniAPM", False)
+    assert page.get_by_role("button", name="show").count() == 0
+    assert page.evaluate("window.isSame")  # nothing was loaded anew
+
+
+def test_browser_error_shows_what_comes_in(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = serve()
+    server.report()
+    page = browse()
+    page.goto(server.url + "/errors/1?status=all")
+    heading = box_of(page.get_by_role("heading", name="Occurrence"))["y"]
+    for _ in range(2):
+        server.report(message="another message")
+    button = wait_for_fresh(page, "2 new · show")
+    wait_until(lambda: facts(page)["Occurrences"] == "3", 3)
+    assert box_of(page.get_by_role("heading", name="Occurrence"))["y"] == heading
+    assert "another message" not in page.locator("#occurrence").inner_text()
+    assert (page.title(), is_marked(page)) == ("(2) RuntimeError · MiniAPM", True)
+    with page.expect_navigation():
+        button.click()
+    assert "another message" in page.locator("main").inner_text()
+    assert "3 of 3" in page.get_by_role("navigation", name="Occurrences").inner_text()
+    assert query_of(page.url) == {"status": "all"}
+    assert not is_marked(page)
+
+
+def test_browser_welcome_becomes_the_list(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = serve()
+    page = browse()
     page.goto(server.url)
     assert page.locator("text=Waiting for the first error").is_visible()
-    long = {
-        "exception_class": "Long" * 60,
-        "message": "word " * 500,
-        "params": {"k" * 150: "v" * 900},
-    }
-    server.report(**long, backtrace=["x" * 900, "app/" + "y" * 300 + ".rb:1:in `z'"])
-    server.report(fingerprint="second", source_context=CONTEXT | {"context_line": "q" * 900})
-    for path in ("/errors", "/errors/1", "/errors/2", "/setup", "/errors?q=none"):
-        page.goto(server.url + path)
-        overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-        assert overflow <= 0, path
-    page.goto(server.url + "/errors")
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    dark = sum(map(int, re.findall(r"\d+", background)[:3])) < 384
-    assert dark == (scheme == "dark")
+    server.report()
+    page.locator(ROWS).wait_for(timeout=3_500)
+    assert classes(page) == ["RuntimeError"]
 
 
-def contrast(page: Any, selector: str) -> float:
-    """Return the WCAG 2 contrast of an element's text against what lies behind it."""
-    script = """(node) => {
-        const luminance = (color) => color.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
-            .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-        let behind = node;
-        while (/, 0\\)$|transparent/.test(getComputedStyle(behind).backgroundColor))
-            behind = behind.parentElement;
-        const [a, b] = [getComputedStyle(node).color, getComputedStyle(behind).backgroundColor]
-            .map(luminance).sort((x, y) => y - x);
-        return (a + 0.05) / (b + 0.05);
-    }"""
-    ratio: float = page.locator(selector).first.evaluate(script)
-    return ratio
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_browser_text_has_enough_contrast(
-    start: Callable[..., Server], browse: Callable[..., Any], scheme: str
+def test_browser_asks_seldom_and_gets_little(
+    serve: Callable[..., Server], browse: Callable[..., Any]
 ) -> None:
-    server = start()
-    server.report(source_context=CONTEXT)
-    page = browse(color_scheme=scheme)
-    page.goto(server.url + "/errors")
-    for selector in (".tabs a[aria-current]", ".tabs a:last-child", ".where code", ".badge.new"):
-        assert contrast(page, selector) >= 4.5, selector
-    page.goto(server.url + "/errors/1")
-    for selector in ("button.primary", ".badge.open", ".failing td", ".failing th", ".axis span"):
-        assert contrast(page, selector) >= 4.5, selector
-
-
-def test_browser_list_stays_current_but_for_a_selection(
-    start: Callable[..., Server], browse: Callable[..., Any]
-) -> None:
-    server = start()
-    server.report(fingerprint="a")
+    server = serve()
+    for number in range(5):
+        server.report(fingerprint=str(number))
     page = browse()
     page.clock.install()
-    page.goto(server.url)
-    server.report(fingerprint="b")
-    page.clock.run_for(6_000)
-    wait_until(lambda: page.locator("input[name=id]").count() == 2)
-    assert page.inner_text(".tabs a[aria-current] b") == "2"
-    page.locator("input[name=id]").first.check()
-    server.report(fingerprint="c")
-    page.clock.run_for(20_000)
-    assert page.locator("input[name=id]").count() == 2
-    assert page.locator("input[name=id]").first.is_checked()
+    first = page.goto(server.url + "/errors")
+    assert len(first.body()) > 1_024
+    assert first.all_headers()["content-encoding"] == "gzip"
+    statuses: list[int] = []
+
+    def note_poll(answer: Any) -> None:
+        if answer.request.resource_type == "fetch":
+            statuses.append(answer.status)
+
+    page.on("response", note_poll)
+    wait_until(lambda: page.clock.run_for(3_000) or len(statuses) >= 4)
+    assert statuses == [200, *[304] * (len(statuses) - 1)]
+    server.report(fingerprint="new")
+    wait_until(lambda: page.clock.run_for(3_000) or statuses.count(200) == 2)
+    hide = """(hidden) => {
+        Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    page.evaluate(hide, True)
+    asked: list[Any] = []
+    page.on("request", lambda request: asked.append(request))
+    page.clock.run_for(60_000)
+    assert page.title() == "(1) Errors · MiniAPM"
+    assert asked == []
+    with page.expect_response(page.url):  # at once, without waiting for the next round
+        page.evaluate(hide, False)
 
 
-def test_browser_logs_in_and_out(start: Callable[..., Server], browse: Callable[..., Any]) -> None:
-    server = start(MINI_APM_PASSWORD="open sesame")
+# Keys
+
+
+def test_browser_shows_the_first_error_without_taking_the_focus(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = serve()
+    server.report(fingerprint="old")
+    page = browse()
+    page.goto(server.url + "/errors")
+    requests.post(server.url + "/errors/1", data={"action": "resolve"}, timeout=10)
+    page.goto(server.url + "/errors")
+    search = page.get_by_role("searchbox")
+    search.type("tim")
+    server.report(fingerprint="new", exception_class="NewError")
+    page.locator("#e2").wait_for()
+    page.keyboard.type("eout")
+    assert search.input_value() == "timeout"
+    assert {error["id"]: error["status"] for error in server.errors()} == {1: "resolved", 2: "open"}
+
+
+def test_browser_key_that_is_held_acts_once(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = serve()
+    for name in "ABC":
+        server.report(exception_class=f"{name}Error", fingerprint=name)
+    page = browse()
+    page.goto(server.url + "/errors")
+    page.keyboard.press("j")
+    page.keyboard.down("e")
+    page.locator("#e3").wait_for(state="detached")
+    for _ in range(5):
+        page.keyboard.down("e")
+    page.keyboard.up("e")
+    assert [error["status"] for error in server.errors()].count("resolved") == 1
+
+
+def test_browser_error_page_takes_up_values_that_come_later(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = serve()
     server.report()
-    page = browse(java_script_enabled=False)
+    page = browse()
     page.goto(server.url + "/errors/1")
-    page.fill("#password", "open sesame")
-    page.click("button:text('Log in')")
-    assert page.url == server.url + "/errors/1"
-    page.click("text=Resolve")
-    assert page.inner_text(".badges") == "resolved"
-    page.click("text=Log out")
-    page.goto(server.url + "/errors/1")
-    assert page.locator("#password").is_visible()
+    history = page.locator(".history").inner_text()
+    server.report(environment="production", tags={"region": "eu"})
+    page.get_by_role("link", name="production").first.wait_for()
+    assert page.locator("[data-live=values]").inner_text().count("region") == 1
+    assert page.locator(".history").inner_text() == history
+    page.locator("[data-live=tools] >> text=Resolve").wait_for()
+    requests.post(server.url + "/errors/1", data={"action": "resolve"}, timeout=10)
+    page.get_by_role("button", name="Reopen").wait_for()
+    assert page.locator(".badges em").first.inner_text() == "resolved"
+    assert page.get_by_role("button", name="Copy as Markdown").is_visible()
+
+
+def test_browser_list_is_worked_by_keys(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = serve()
+    for name in "ABCD":
+        server.report(exception_class=f"{name}Error", fingerprint=name)
+    page = browse()
+    page.goto(server.url)
+
+    def focused() -> str:
+        return str(page.evaluate("document.activeElement.textContent")).strip()[:6]
+
+    for key, name in zip("jjkjjjjk", "DCDCBAAB", strict=True):
+        page.keyboard.press(key)
+        assert focused() == f"{name}Error", key
+    box = page.locator(ROWS, has_text="BError").get_by_role("checkbox")
+    for is_ticked in (True, False):
+        page.keyboard.press("x")
+        assert box.is_checked() == is_ticked
+    for key in ("Control+e", "Alt+e", "Meta+e"):
+        page.keyboard.press(key)
+    page.keyboard.press("?")
+    dialog = page.get_by_role("dialog")
+    assert dialog.locator("dt").all_inner_texts() == [
+        *("j", "k", "Enter", "x", "e", "i", "o", "c", "/", "[", "]", "?")
+    ]
+    for key in "xei/?":
+        page.keyboard.press(key)
+    assert dialog.count() == 1
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="detached")
+    page.keyboard.press("/")
+    page.keyboard.type("jkxeio[]?c/")
+    assert page.get_by_role("searchbox").input_value() == "jkxeio[]?c/"
+    assert (dialog.count(), box.is_checked()) == (0, False)
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement == document.body")
+    page.locator(".bulk summary").evaluate("(node) => { node.parentElement.open = true; }")
+    page.keyboard.press("Escape")
+    assert page.locator("details[open]").count() == 0
+    assert {error["status"] for error in server.errors()} == {"open"}
+    page.get_by_role("link", name="CError").focus()
+    with page.expect_navigation():
+        page.keyboard.press("e")
+    assert classes(page) == ["DError", "BError", "AError"]
+    wait_until(lambda: focused() == "BError")  # which is in its place
+    with page.expect_navigation():
+        page.keyboard.press("i")
+    wait_until(lambda: focused() == "AError")
+    assert [one["status"] for one in sorted(server.errors(), key=operator.itemgetter("id"))] == [
+        *("open", "ignored", "resolved", "open")
+    ]
+    tick(page, "DError")
+    tick(page, "AError")
+    with page.expect_navigation():
+        page.keyboard.press("e")  # of those that are ticked
+    page.goto(server.url + "/errors?status=all&sort=first_seen")
+    page.keyboard.press("j")
+    with page.expect_navigation():
+        page.keyboard.press("o")
+    wait_until(lambda: focused() == "DError")
+    with page.expect_navigation():
+        page.keyboard.press("Enter")
+    assert urllib.parse.urlsplit(page.url).path == "/errors/4"
+    for key, path in (("]", "/errors/3"), ("]", "/errors/2"), ("[", "/errors/3")):
+        with page.expect_navigation():
+            page.keyboard.press(key)
+        assert urllib.parse.urlsplit(page.url).path == path
+    for key, status in (("o", "Open"), ("e", "Resolved"), ("i", "Ignored")):
+        with page.expect_navigation():
+            page.keyboard.press(key)
+        assert facts(page)["Status"] == status
+
+
+# Times, paper, size
+
+
+@pytest.mark.parametrize("script", [True, False], ids=["script", "no script"])
+def test_browser_times_are_in_the_visitor_s_zone(
+    serve: Callable[..., Server], browse: Callable[..., Any], script: bool
+) -> None:
+    server = serve()
+    at = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=2)
+    server.report(timestamp=at.isoformat())
+    page = browse(timezone_id="Asia/Tokyo", locale="en-GB", java_script_enabled=script)
+    page.goto(server.url + "/errors")
+    local = at + timedelta(hours=9) if script else at
+    exact = f"{local:%-d %b %Y, %H:%M:%S} GMT+9" if script else f"{local:%Y-%m-%d %H:%M:%S} UTC"
+
+    def same(text: str) -> bool:
+        return text.replace("Sept", "Sep") == exact
+
+    for path in ("/errors", "/errors/1"):
+        page.goto(server.url + path)
+        times = page.locator("time[title]").all()
+        assert len(times) >= 2
+        for one in times:
+            assert one.inner_text() == "2 h ago"
+            assert same(one.get_attribute("title"))
+    assert same(page.locator("#occurrence time").first.inner_text())
+
+
+def test_browser_prints_what_is_read_only(
+    gallery: tuple[Server, dict[str, int]], browse: Callable[..., Any]
+) -> None:
+    server, ids = gallery
+    page = browse()
+    for path in ("/errors?status=all", f"/errors/{ids['deep']}", "/setup"):
+        page.goto(server.url + path)
+        page.emulate_media(media="screen")
+        before = page.locator("button:visible, .bar:visible, input:visible").count()
+        page.emulate_media(media="print")
+        left = page.locator("button:visible, input:visible, textarea:visible, header nav:visible")
+        assert left.all_inner_texts() == []
+        assert (before > 0) > page.get_by_role("banner").is_visible()
+        assert page.get_by_role("heading", level=1).is_visible()
+    page.goto(f"{server.url}/errors/{ids['deep']}")
+    for text in ("order 7 could not be completed", "return self.step_1(cart, depth=30)"):
+        assert page.get_by_text(text).first.is_visible()
+    assert box_of(page.get_by_role("complementary"))["y"] > box_of(page.locator("#occurrence"))["y"]
+
+
+def test_list_of_long_messages_is_a_small_page(client: Client, store: Store) -> None:
+    for number in range(55):
+        client.report(
+            exception_class=f"ActiveRecord::ConnectionTimeoutError{number}",
+            message=f"could not obtain a connection from pool {number} within 5.000 seconds; " * 9,
+            backtrace=[f"app/services/payments/providers/adapter_{number}.rb:{number}:in `call'"],
+            fingerprint=str(number),
+            level="warning",
+            user_id=str(number),
+        )
+    store.create_key("an-app-with-quite-a-long-name-2026")
+    page = client.get("/errors")
+    assert page.text.count("<tr id=") == miniapm.PAGE_ERRORS == 50
+    assert len(page.body) < 60_000
+    client.get("/errors?filters=1&status=all")
+    names = re.findall(r'(?:href|src)="[^"]*/assets/(miniapm-[0-9a-f]{12}[^"]*)"', page.text)
+    assert [name.rpartition(".")[2] for name in names] == ["svg", "css", "js", "svg"]
+    for name in names:
+        assert "immutable" in client.get(f"/assets/{name}").headers["Cache-Control"]
+    assert not re.search(r'(?:href|src|action)="(?:https?:)?//', page.text)
+
+
+# What other origins may do
 
 
 class QuietHandler(http.server.BaseHTTPRequestHandler):

@@ -21,7 +21,7 @@ HOSTILE = "</td><script>window.hacked = 1</script><img src=x onerror=window.hack
 
 
 def frame(number: int, depth: int) -> dict[str, Any]:
-    """Return an own frame with source and variables."""
+    """Return a frame with source and variables; every fourth is a library frame."""
     return {
         "file": f"/srv/shop/orders/step_{number}.py",
         "lineno": 40 + number,
@@ -192,7 +192,7 @@ def fill(tracker: Any, store: Any) -> dict[str, int]:
 
 
 def _set_count(store: Any, error_id: int, count: int) -> None:
-    """Make as if an error had occurred so many times, most of them in its newest hour."""
+    """Pretend that an error occurred `count` times, mostly in its newest hour."""
     values = {"id": error_id, "count": count}
 
     def work(db: Any) -> None:
