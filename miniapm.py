@@ -7748,7 +7748,7 @@ def bars_path(series: Sequence[tuple[int, int]]) -> tuple[str, int]:
 
 
 def span_of(series: Sequence[tuple[int, int]]) -> str:
-    """Return the start of a trend's first bar and the length of a bar, in ms, for the script."""
+    """Return when a trend's first bar begins and how long a bar lasts, in ms, for the script."""
     return f"{series[0][0]} {series[1][0] - series[0][0]}"
 
 
@@ -7954,7 +7954,7 @@ def filter_choices(
 
 
 def counted_text(wanted: ErrorFilter, page: ErrorPage) -> str:
-    """Say which errors the numbers beside the choices of a filter count."""
+    """Return the sentence that explains the numbers in the filter panel."""
     status = "any status" if wanted.status == "all" else f"the status {wanted.status}"
     project = " in this project" if wanted.project_id else ""
     is_part = page.counts[wanted.status] > MAX_COUNTED_ERRORS
@@ -9088,7 +9088,7 @@ _TEMPLATE_SOURCES = {
 <label for="password">Password</label>
 <input id="password" type="password" name="password" autocomplete="current-password" required
  autofocus>
-<label for="name">Your name <small>(optional, for the history of errors)</small></label>
+<label for="name">Your name <small>(optional; shown in the history)</small></label>
 <input id="name" name="name" maxlength="60" autocomplete="name">
 <button class="primary">Log in</button></form>
 """,
