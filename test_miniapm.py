@@ -15004,6 +15004,7 @@ def hasty(
     server.stop()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_slow_clients_keep_nobody_from_being_served_and_are_let_go(hasty: Server) -> None:
     heads = (
@@ -15132,6 +15133,7 @@ def report_promptly(server: Server, seconds: float) -> None:
         threading.Event().wait(0.05)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @loop_only
 @pytest.mark.parametrize("kind", ["header", "body", "silent", "answered"])
@@ -15734,6 +15736,7 @@ def test_guesses_from_many_addresses_are_limited_together(start: Callable[..., S
 
 @loop_only
 @loopback_only
+@pytest.mark.alone
 @pytest.mark.slow
 def test_guesses_at_once_hold_up_neither_reports_nor_the_owner(
     start: Callable[..., Server],
@@ -16379,6 +16382,7 @@ def test_one_error_without_end_is_counted_exactly_and_kept_in_bounds(
 # Busy neighbours
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_batches_of_new_errors_do_not_hold_up_single_reports(start: Callable[..., Server]) -> None:
     server, enough = start(), threading.Event()
@@ -16403,6 +16407,7 @@ def test_batches_of_new_errors_do_not_hold_up_single_reports(start: Callable[...
 
 
 @loop_only
+@pytest.mark.alone
 @pytest.mark.slow
 def test_searches_that_look_into_everything_hold_up_nobody(start: Callable[..., Server]) -> None:
     server, enough = start(), threading.Event()
@@ -18685,6 +18690,7 @@ def burst_of(way: str, server: Server) -> tuple[str, dict[str, str], list[str], 
     return f"{server.url}/ingest/errors?x", headers, made, "gzip" in way
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("ways", BURSTS, ids=["taken", "in part", "refused"])
 def test_browser_that_reads_no_answer_has_all_its_reports_taken(
