@@ -3466,6 +3466,35 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "DROP INDEX errors_deleted",
         "CREATE INDEX errors_deleted ON errors (status_ms) WHERE status = 'deleted'",
     ),
+    # Releases are numbered in order of their first appearance, in a report or a deploy.
+    (
+        """CREATE TABLE releases (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, project_id INTEGER NOT NULL, name TEXT NOT NULL,
+            first_ms INTEGER NOT NULL, UNIQUE (project_id, name))""",
+        """INSERT INTO releases (project_id, name, first_ms)
+            SELECT project_id, value, MIN(COALESCE(first_ms, first_seen_ms)) AS since_ms
+            FROM error_facets JOIN errors ON errors.id = error_id
+            WHERE name = 'release' AND status <> 'deleted'
+            GROUP BY project_id, value ORDER BY since_ms, error_facets.id""",
+        # Set when only a release newer than this one may reopen the error.
+        "ALTER TABLE errors ADD COLUMN resolved_release INTEGER",
+        """CREATE TABLE deploys (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, project_id INTEGER NOT NULL,
+            at_ms INTEGER NOT NULL, version TEXT NOT NULL, git_sha TEXT NOT NULL,
+            environment TEXT NOT NULL, deployer TEXT NOT NULL, description TEXT NOT NULL)""",
+        "CREATE INDEX deploys_by_time ON deploys (project_id, at_ms)",
+        # Webhooks: `news` is new or regressed until it has become a notice.
+        "ALTER TABLE errors ADD COLUMN news TEXT",
+        "CREATE INDEX errors_with_news ON errors (id) WHERE news IS NOT NULL",
+        """CREATE TABLE notices (
+            id INTEGER PRIMARY KEY AUTOINCREMENT, error_id INTEGER NOT NULL, what TEXT NOT NULL,
+            at_ms INTEGER NOT NULL)""",
+        # Where notices and occurrences are sent, and the last id that arrived there.
+        """CREATE TABLE targets (
+            name TEXT PRIMARY KEY, last_id INTEGER NOT NULL, sent_count INTEGER NOT NULL DEFAULT 0,
+            sent_ms INTEGER, failures INTEGER NOT NULL DEFAULT 0,
+            retry_ms INTEGER NOT NULL DEFAULT 0, trouble TEXT NOT NULL DEFAULT '') WITHOUT ROWID""",
+    ),
 )
 
 # Statements that run for every report take tuples: dicts take 2 % longer.

@@ -4,7 +4,8 @@
 # dependencies = ["bottle>=0.13", "waitress>=3.0", "pytest", "hypothesis", "requests", "playwright",
 #     "flask", "django", "fastapi", "uvicorn", "gunicorn", "sentry-sdk", "brotli", "pytest-cov",
 #     "pytest-xdist", "falcon", "pyramid", "cherrypy", "litestar", "quart", "tornado", "aiohttp",
-#     "celery", "rq", "gevent", "sqlalchemy", "loguru", "structlog", "ipython"]
+#     "celery", "rq", "gevent", "sqlalchemy", "loguru", "structlog", "ipython", "mcp", "duckdb",
+#     "chdb"]
 # ///
 """Tests of MiniAPM, in the order of the file they test.
 
@@ -3355,7 +3356,7 @@ def test_database_of_the_version_before_opens_and_shows(tmp_path: Path) -> None:
         client = Client(App(store, Config()), "")
         assert (tmp_path / "old.db.version3").exists()
         with store.reading() as db:
-            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 7
+            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 8
             assert list(miniapm.faults_of(db)) == []
         errors = {error["fingerprint"]: error for error in client.errors()}
         assert set(errors) == {
@@ -3572,7 +3573,7 @@ def test_migration_that_would_lose_reports_is_undone(
             Store(store.path)
     assert only_error(store).stored_count == 1
     assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(1,)]
-    assert rows(store, "PRAGMA user_version") == [(7,)]
+    assert rows(store, "PRAGMA user_version") == [(8,)]
 
 
 # --- 8. Store -------------------------------------------------------------------------------------
