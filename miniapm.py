@@ -175,6 +175,9 @@ MAX_REMEMBERED = {
     "tag": MAX_TAG_VALUES,
 }
 MAX_TAGS = 50  # of one report, that are remembered
+MAX_RELEASES = 10_000  # of a project, the newest, and those that its errors remember
+MAX_DEPLOYS = 1_000  # of a project, the newest
+MAX_DEPLOY_BYTES = 64 * _KIBIBYTE
 MAX_USERS = 10_000  # an error remembers this many users, the newest
 MAX_NOTE_CHARS = 2_000
 MAX_HISTORY = 100  # changes that an error remembers, the newest
@@ -1949,6 +1952,52 @@ def read_report(text: str, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUB
     return parse_occurrence(parse_json(text), received_ms, scrubber=scrubber_for(text, scrubber))
 
 
+@dataclass(frozen=True, slots=True)
+class Deploy:
+    """A release that was put into use; what was not told is empty."""
+
+    at_ms: int
+    version: str
+    git_sha: str
+    environment: str
+    deployer: str
+    description: str
+    id: int = 0
+    project_id: int = 0
+    project: str = ""
+
+    @property
+    def release(self) -> str:
+        """The name of its release."""
+        return self.version or self.git_sha
+
+
+def parse_deploy(data: Any, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Deploy:
+    """Turn a decoded deploy into a Deploy; BadRequest names the field that is wrong.
+
+    The original MiniAPM has `env` for environment. Unknown fields are ignored.
+    """
+    fields = _Fields(data, "", scrubber.clean)
+
+    def text(name: str, limit: int = MAX_FACET_CHARS) -> str:
+        value = "" if fields.data.get(name) is None else fields.text(name, "a string", empty=True)
+        return fields.tidy(value.strip(), limit)
+
+    version, git_sha, environment, env, deployer = (
+        _one_line(text(name)) for name in ("version", "git_sha", "environment", "env", "deployer")
+    )
+    if not (version or git_sha):
+        raise fields.refuse("git_sha", "a string that is not empty, unless there is a version")
+    return Deploy(
+        at_ms=_occurred(fields, received_ms)["occurred_ms"],
+        version=version,
+        git_sha=git_sha,
+        environment=environment or env,
+        deployer=deployer,
+        description=text("description", MAX_NOTE_CHARS),
+    )
+
+
 def iso_time(time_ms: int) -> str:
     """Return milliseconds as ISO 8601 UTC: 2024-01-01T12:00:00.000Z."""
     # Not by datetime, which crashes while 3.13.0 finalizes: capture still works then.
@@ -3472,12 +3521,27 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             id INTEGER PRIMARY KEY AUTOINCREMENT, project_id INTEGER NOT NULL, name TEXT NOT NULL,
             first_ms INTEGER NOT NULL, UNIQUE (project_id, name))""",
         """INSERT INTO releases (project_id, name, first_ms)
-            SELECT project_id, value, MIN(COALESCE(first_ms, first_seen_ms)) AS since_ms
+            SELECT project_id, value, MIN(COALESCE(first_ms, first_seen_ms))
             FROM error_facets JOIN errors ON errors.id = error_id
             WHERE name = 'release' AND status <> 'deleted'
-            GROUP BY project_id, value ORDER BY since_ms, error_facets.id""",
+            GROUP BY project_id, value ORDER BY MIN(error_facets.id)""",
+        "CREATE INDEX releases_by_project ON releases (project_id)",
         # Set when only a release newer than this one may reopen the error.
         "ALTER TABLE errors ADD COLUMN resolved_release INTEGER",
+        # Of the first and the last occurrence that came with one.
+        "ALTER TABLE errors ADD COLUMN first_release TEXT",
+        "ALTER TABLE errors ADD COLUMN last_release TEXT",
+        """UPDATE errors SET first_release = COALESCE(
+                (SELECT release_in(body, NULL) FROM samples WHERE error_id = errors.id),
+                (SELECT value FROM error_facets WHERE error_id = errors.id AND name = 'release'
+                    ORDER BY id LIMIT 1)),
+            last_release = COALESCE(
+                (SELECT release_in(body, (SELECT body FROM samples WHERE error_id = errors.id))
+                    FROM occurrences WHERE error_id = errors.id ORDER BY id DESC LIMIT 1),
+                (SELECT value FROM error_facets WHERE error_id = errors.id AND name = 'release'
+                    ORDER BY id DESC LIMIT 1))
+            WHERE EXISTS (SELECT 1 FROM error_facets
+                WHERE error_id = errors.id AND name = 'release')""",
         """CREATE TABLE deploys (
             id INTEGER PRIMARY KEY AUTOINCREMENT, project_id INTEGER NOT NULL,
             at_ms INTEGER NOT NULL, version TEXT NOT NULL, git_sha TEXT NOT NULL,
@@ -3499,10 +3563,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 # Statements that run for every report take tuples: dicts take 2 % longer.
 _ERROR_VALUES = """exception_class = ?, message = ?, location = ?, level = ?,
-        last_seen_ms = MAX(last_seen_ms, ?),
-        occurrence_count = occurrence_count + ?, stored_count = stored_count + ?"""
+        last_release = COALESCE(IIF(last_seen_ms > ?, last_release, NULL), ?, last_release),
+        first_release = COALESCE(IIF(first_seen_ms <= ?, first_release, NULL), ?, first_release),
+        occurrence_count = occurrence_count + ?, stored_count = stored_count + ?,
+        last_seen_ms = MAX(last_seen_ms, ?)"""
 SELECT_BY_KEY = """
-    SELECT id, status, status_ms, wake_ms, wake_count, occurrence_count
+    SELECT id, status, status_ms, wake_ms, wake_count, occurrence_count, resolved_release
     FROM errors WHERE project_id = ? AND grouping_key = ?"""
 RECORD_AGAIN = f"""
     UPDATE errors SET {_ERROR_VALUES}, first_seen_ms = MIN(first_seen_ms, ?) WHERE id = ?"""
@@ -3513,9 +3579,10 @@ RECORD_KNOWN = f"""
         AND wake_ms IS NULL AND wake_count IS NULL"""
 # Not one upsert: each conflict would use up an id of errors.
 RECORD_FIRST = """
-    INSERT INTO errors (exception_class, message, location, level, last_seen_ms, occurrence_count,
-        stored_count, first_seen_ms, status_ms, project_id, grouping_key, fingerprint)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO errors (exception_class, message, location, level, last_seen_ms, last_release,
+        first_seen_ms, first_release, occurrence_count, stored_count, status_ms, project_id,
+        grouping_key, fingerprint)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
     RETURNING id"""
 SELECT_SAMPLE = "SELECT body FROM samples WHERE error_id = :error_id"
 RECORD_SAMPLE = "INSERT INTO samples (error_id, body) VALUES (:error_id, :body)"
@@ -3538,6 +3605,16 @@ RECORD_USER = """
 RECORD_USER_AGAIN = """
     UPDATE error_users SET seen_day = :day, id = (SELECT MAX(id) + 1 FROM error_users)
     WHERE error_id = :error_id AND user_id = :user_id AND seen_day <> :day"""
+SELECT_RELEASE = "SELECT id FROM releases WHERE project_id = ? AND name = ?"
+RECORD_RELEASE = "INSERT OR IGNORE INTO releases (project_id, name, first_ms) VALUES (?, ?, ?)"
+RECORD_DEPLOY = """
+    INSERT INTO deploys (project_id, at_ms, version, git_sha, environment, deployer, description)
+    VALUES (:project_id, :at_ms, :version, :git_sha, :environment, :deployer, :description)"""
+SELECT_DEPLOYS = f"""
+    SELECT deploys.*, projects.name AS project
+    FROM projects CROSS JOIN deploys ON project_id = projects.id AND at_ms >= :since_ms
+    WHERE projects.id = COALESCE(:project_id, projects.id)
+    ORDER BY at_ms DESC, deploys.id DESC LIMIT {MAX_DEPLOYS}"""
 RECORD_FACET = """
     INSERT OR IGNORE INTO error_facets (error_id, name, value, first_ms)
     VALUES (:error_id, :name, :value, :first_ms)"""
@@ -3556,7 +3633,9 @@ _ERROR_COLUMNS = f"""id, project_id,
     fingerprint, exception_class, message, location, level, first_seen_ms, last_seen_ms,
     occurrence_count, stored_count, MIN(user_count, {MAX_USERS}) AS user_count,
     has_more_users OR user_count > {MAX_USERS} AS has_more_users, status, status_ms, regressed_ms,
-    note, wake_ms, wake_count, uncounted"""
+    note, wake_ms, wake_count, uncounted, first_release, last_release,
+    COALESCE((SELECT name FROM releases WHERE id = resolved_release),
+        IIF(resolved_release IS NULL, NULL, '')) AS resolved_release"""
 SELECT_ERROR = f"SELECT {_ERROR_COLUMNS} FROM errors WHERE id = :id AND status <> 'deleted'"
 _OCCURRENCES = """
     SELECT occurrences.id, error_id, received_ms, body, grouping_key, event_id,
@@ -3590,14 +3669,21 @@ COUNT_PROJECTS = """
         AND status IN (SELECT value FROM json_each(:statuses)) LIMIT :most))
     FROM projects ORDER BY id"""
 
-_IS_CHANGED = """id IN (SELECT value FROM json_each(:ids)) AND status <> 'deleted' AND
-    (status <> :status OR wake_ms IS NOT :wake_ms OR wake_count IS NOT occurrence_count + :more)"""
+_NEWEST_RELEASE = """(SELECT {} FROM releases WHERE project_id = errors.project_id
+        ORDER BY id DESC LIMIT 1)"""
+_RESOLVED_RELEASE = f"IIF(:in_next_release, COALESCE({_NEWEST_RELEASE.format('id')}, 0), NULL)"
+_IS_CHANGED = f"""id IN (SELECT value FROM json_each(:ids)) AND status <> 'deleted' AND
+    (status <> :status OR wake_ms IS NOT :wake_ms OR wake_count IS NOT occurrence_count + :more
+        OR resolved_release IS NOT {_RESOLVED_RELEASE})"""
 RECORD_CHANGE = f"""
     INSERT INTO history (action, error_id, at_ms, what, detail, by_whom, before)
     SELECT (SELECT COALESCE(MAX(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'history'),
-        id, :now_ms, :what, :detail, :by, CASE WHEN :is_undoable THEN json_object(
+        id, :now_ms, :what, IIF(:in_next_release, 'in the '
+            || COALESCE('release after ' || {_NEWEST_RELEASE.format("name")}, 'next release'),
+            :detail), :by, CASE WHEN :is_undoable THEN json_object(
             'status', status, 'status_ms', status_ms, 'regressed_ms', regressed_ms,
             'wake_ms', wake_ms, 'wake_count', wake_count, 'occurrence_count', occurrence_count,
+            'resolved_release', resolved_release,
             'grouping_key', hex(grouping_key)) END
     FROM errors WHERE {_IS_CHANGED} ORDER BY id"""
 CHANGE_STATUS = f"""
@@ -3605,6 +3691,7 @@ CHANGE_STATUS = f"""
         regressed_ms = CASE :what WHEN 'resolved' THEN NULL WHEN 'regressed' THEN :now_ms
             ELSE regressed_ms END,
         wake_ms = :wake_ms, wake_count = occurrence_count + :more,
+        resolved_release = {_RESOLVED_RELEASE},
         grouping_key = CASE :status WHEN 'deleted' THEN NULL ELSE grouping_key END
     WHERE {_IS_CHANGED}"""
 FORGET_CHANGES = """
@@ -3635,7 +3722,7 @@ SELECT_UNDOABLE = f"""
 RESTORE_ERROR = """
     UPDATE errors SET status = :status, status_ms = :status_ms, regressed_ms = :regressed_ms,
         wake_ms = :wake_ms, wake_count = MAX(:wake_count, occurrence_count + 1),
-        grouping_key = :grouping_key
+        resolved_release = :resolved_release, grouping_key = :grouping_key
     WHERE id = :id"""
 FORGET_CHANGE = "DELETE FROM history WHERE id = :change_id"
 _DISCARD = "UPDATE errors SET status = 'deleted', status_ms = 0, grouping_key = NULL"
@@ -3706,6 +3793,20 @@ DISCOUNT_STORED = "UPDATE errors SET stored_count = stored_count - :count WHERE 
 DISCOUNT_USERS = """
     UPDATE errors SET user_count = user_count - :count, has_more_users = :has_more
     WHERE id = :error_id"""
+# A release that an error remembers is kept: if it came back, it would seem to be a new one.
+DELETE_SURPLUS_RELEASES = f"""
+    DELETE FROM releases WHERE id IN
+        (SELECT releases.id FROM projects CROSS JOIN releases ON project_id = projects.id
+            AND releases.id <= (SELECT id FROM releases WHERE project_id = projects.id
+                ORDER BY id DESC LIMIT 1 OFFSET {MAX_RELEASES})
+        WHERE NOT EXISTS (SELECT 1 FROM error_facets WHERE error_facets.name = 'release'
+            AND error_facets.name <> 'tag' AND value = releases.name) LIMIT :step)"""
+DELETE_SURPLUS_DEPLOYS = f"""
+    DELETE FROM deploys WHERE id IN
+        (SELECT deploys.id FROM projects CROSS JOIN deploys ON project_id = projects.id
+            AND (at_ms, deploys.id) <= (SELECT at_ms, id FROM deploys
+                WHERE project_id = projects.id
+                ORDER BY at_ms DESC, id DESC LIMIT 1 OFFSET {MAX_DEPLOYS}) LIMIT :step)"""
 SELECT_OLD_BUCKETS = """
     SELECT error_id, hour, count FROM buckets
     WHERE (hour % 24 = 0) + (hour % 8784 = 0) = 0 AND hour < :daily_before
@@ -3781,7 +3882,9 @@ class ErrorGroup:
     class, message, location and level are the newest occurrence's. `user_count` counts the users
     that are remembered; `has_more_users` says that there were more. An ignored error is opened
     again at `wake_ms`, or by the report that brings `occurrence_count` to `wake_count`. The
-    first `uncounted` occurrences are in no Tally.
+    first `uncounted` occurrences are in no Tally. `first_release` and `last_release` are those of
+    the first and last occurrence that came with one. If only a newer release than
+    `resolved_release` reopens a resolved error, that is not None; it is empty if unknown.
     """
 
     id: int
@@ -3805,6 +3908,9 @@ class ErrorGroup:
     wake_ms: int | None
     wake_count: int | None
     uncounted: int
+    first_release: str | None
+    last_release: str | None
+    resolved_release: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -3975,8 +4081,11 @@ def parse_search(text: str) -> list[SearchTerm]:
     return terms
 
 
-def time_of_search(term: SearchTerm, now_ms: int) -> int:
-    """Return the time of a since: or until: term in ms; raise BadRequest if it is not a time."""
+def time_of_search(term: SearchTerm, now_ms: int, name: str = "q") -> int:
+    """Return the time of a since: or until: term in ms; raise BadRequest if it is not a time.
+
+    The refusal names the parameter.
+    """
     if age := _AGE.fullmatch(term.text):
         return now_ms - int(age[1]) * _AGE_UNITS_MS[age[2]]
     try:
@@ -3985,7 +4094,7 @@ def time_of_search(term: SearchTerm, now_ms: int) -> int:
         return parse_timestamp(term.text) + whole_day_ms
     except ValueError:
         expected = "needs an age such as 30m, 12h, 2d or 1w, or a date such as 2026-11-20"
-        raise BadRequest(f"{term.field}: {expected}, not {term.text}", field="q") from None
+        raise BadRequest(f"{term.field}: {expected}, not {term.text}", field=name) from None
 
 
 _TIMES = {"since": "last_seen_ms >= :{}", "until": "first_seen_ms <= :{}"}
@@ -4210,6 +4319,15 @@ def refuse_foreign(db: sqlite3.Connection, path: str) -> None:
         raise MiniAPMError(f"{path} was written by a newer version of MiniAPM; it was not changed")
 
 
+def _release_in(body: bytes | str, sample: bytes | None) -> str | None:
+    """Return the release of a stored report, None if it has none or can't be read."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, zlib.error, MiniAPMError):
+        if isinstance(body, bytes):
+            body = unpack(body, sample and zlib.decompress(sample))
+        return facet_of(load_occurrence(body, b""), "release") or None
+    return None
+
+
 def _migrate(db: sqlite3.Connection, path: str) -> None:
     """Bring the schema to the newest version in one transaction; refuse what is not ours."""
     is_new = db.execute("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0]
@@ -4226,6 +4344,7 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
         return
     tell = progress_printer()
     db.set_progress_handler(lambda: tell("the schema is being changed"), 100_000)
+    db.create_function("release_in", 2, _release_in)
     db.execute("BEGIN IMMEDIATE")
     totals = None if is_new else db.execute(CHECK_TOTALS).fetchone()
     for statements in MIGRATIONS[_pragma(db, "user_version") :]:  # another process may be ahead
@@ -4569,10 +4688,12 @@ def change_status(
     detail: str = "",
     by: str = "",
     snooze: Snooze = Snooze(),
+    in_next_release: bool = False,
 ) -> int:
     """Change the status of errors and add it to their history; return the action's id or 0.
 
     `what` is that of a Change, or deleted. Errors that have the status already are left out.
+    With `in_next_release`, only a report of a newer release than those known now reopens them.
     """
     values = {
         "ids": json.dumps(list(error_ids)),
@@ -4583,6 +4704,7 @@ def change_status(
         "by": by,
         "wake_ms": None if snooze.for_ms is None else now_ms + snooze.for_ms,
         "more": snooze.count,
+        "in_next_release": in_next_release,
         "is_undoable": what not in ("regressed", "woke"),
         "most": MAX_HISTORY,
     }
@@ -4667,7 +4789,18 @@ class _Known:
     location: str = ""  # found in those lines
 
 
-def _error_values_of(error: _Known | None, group: Sequence[_Report]) -> tuple[str | int, ...]:
+def _released(group: Sequence[_Report]) -> list[tuple[int, str]]:
+    """Return time and release of the reports that have one."""
+    return [
+        (one.occurred_ms, release)
+        for _, one, _ in group
+        if one.extra and (release := facet_of(one, "release"))
+    ]
+
+
+def _error_values_of(
+    error: _Known | None, group: Sequence[_Report]
+) -> tuple[str | int | None, ...]:
     """Return one error's values of _ERROR_VALUES from its reports, and their earliest time."""
     last, count = group[-1][1], len(group)
     # Finding a location takes as long as packing the report; most repeat the previous location.
@@ -4679,16 +4812,31 @@ def _error_values_of(error: _Known | None, group: Sequence[_Report]) -> tuple[st
     if error is not None:
         error.lines, error.location = lines, location
     times = [one.occurred_ms for _, one, _ in group]
+    first_ms, last_ms = min(times), max(times)
+    if len(released := _released(group)) > 1:
+        released.sort(key=operator.itemgetter(0))
+    first, newest = (released[0][1], released[-1][1]) if released else (None, None)
     said = (last.exception_class, last.message, location, facet_of(last, "level"))
-    return (*said, max(times), count, count, min(times))
+    return (*said, last_ms, newest, first_ms, first, count, count, last_ms, first_ms)
 
 
 def _open_again(
-    error: sqlite3.Row, group: Sequence[_Report], now_ms: int, db: sqlite3.Connection
+    error: sqlite3.Row,
+    group: Sequence[_Report],
+    releases: Mapping[tuple[int, str], int],
+    now_ms: int,
+    db: sqlite3.Connection,
 ) -> None:
-    """Open an error to which reports have come, if it is resolved or no longer to be ignored."""
+    """Open an error to which reports have come, if it is resolved or no longer to be ignored.
+
+    `releases` holds the ids of theirs.
+    """
     if error["status"] == "resolved":
-        release = facet_of(group[0][1], "release")
+        release, since = facet_of(group[0][1], "release"), error["resolved_release"]
+        if since is not None:
+            newer = (name for _, name in _released(group) if releases[group[0][0], name] > since)
+            if not (release := next(newer, "")):
+                return
         detail = f"in release {release}" if release else ""
         change_status(db, [error["id"]], "regressed", now_ms, detail=detail)
         return
@@ -4708,18 +4856,21 @@ class _Recorder:
     def __init__(self, now_ms: Callable[[], int]) -> None:
         self._now_ms = now_ms
         self._known: dict[tuple[int, bytes], _Known] = {}
+        self._releases: dict[tuple[int, str], int] = {}  # ids by project and name
         self._known_bytes = 0
         self._data_version = -1
 
     def forget(self) -> None:
         """Forget everything, because an undone transaction may have written it."""
         self._known.clear()
+        self._releases.clear()
         self._known_bytes = 0
 
     def _grow(self, size: int) -> None:
         self._known_bytes += size
         if self._known_bytes > MAX_KNOWN_BYTES:
-            self.forget()
+            self._known.clear()
+            self._known_bytes = 0
 
     def _add_seen(self, error: _Known, pairs: Iterable[tuple[str | int, str]]) -> None:
         new = set(pairs) - error.seen
@@ -4745,6 +4896,7 @@ class _Recorder:
             self._data_version = version
         groups = _grouped(reports, db)
         received_ms = self._now_ms()
+        self._record_releases(reports, received_ms, db)
         last_id, last_ms = db.execute(SELECT_NEWEST).fetchone() or (0, 0)
         if received_ms < last_ms - SWEEP_INTERVAL_S * 1000:
             db.execute(RECORD_CLOCK_STEP, {"last_id": last_id})
@@ -4770,6 +4922,18 @@ class _Recorder:
             [(error_id, bucket_hour(hour, now_hour), n) for (error_id, hour), n in hours.items()],
         )
 
+    def _record_releases(
+        self, reports: Sequence[_Report], now_ms: int, db: sqlite3.Connection
+    ) -> None:
+        """Number the releases of reports in order of their first appearance."""
+        if len(self._releases) > MAX_RELEASES:
+            self._releases.clear()
+        for project_id, one, _ in reports:
+            release = (project_id, facet_of(one, "release") if one.extra else "")
+            if release[1] and release not in self._releases:
+                db.execute(RECORD_RELEASE, (*release, now_ms))
+                self._releases[release] = db.execute(SELECT_RELEASE, release).fetchone()[0]
+
     def _record_errors(
         self,
         groups: Mapping[tuple[int, bytes], Sequence[_Report]],
@@ -4793,7 +4957,7 @@ class _Recorder:
         self,
         key: tuple[int, bytes],
         group: Sequence[_Report],
-        news: tuple[str | int, ...],
+        news: tuple[str | int | None, ...],
         received_ms: int,
         db: sqlite3.Connection,
     ) -> _Known:
@@ -4801,11 +4965,11 @@ class _Recorder:
         known = self._known.get(key)
         row = db.execute(SELECT_BY_KEY, key).fetchone()
         if is_new := row is None:
-            values = (*news, received_ms, *key, group[-1][1].fingerprint)
+            values = (*news[:-2], received_ms, *key, group[-1][1].fingerprint)
             row = db.execute(RECORD_FIRST, values).fetchone()
         else:
             db.execute(RECORD_AGAIN, (*news, row["id"]))
-            _open_again(row, group, received_ms, db)
+            _open_again(row, group, self._releases, received_ms, db)
         if known is not None and known.id == row["id"]:
             return known
         ids = {"error_id": row["id"]}
@@ -4893,7 +5057,8 @@ def _restore(row: sqlite3.Row, recorder: _Recorder, db: sqlite3.Connection) -> N
     If reports have created a new error while this one was deleted, the older of the two gets
     the occurrences of both.
     """
-    before, project_id = json.loads(row["before"]), row["project_id"]
+    # An older version did not note the release.
+    before, project_id = {"resolved_release": None} | json.loads(row["before"]), row["project_id"]
     before["grouping_key"] = key = bytes.fromhex(before["grouping_key"])
     taken = db.execute(SELECT_BY_KEY, (project_id, key)).fetchone()
     kept_id, *newer_ids = sorted({row["id"], taken["id"] if taken else row["id"]})
@@ -5200,6 +5365,12 @@ class Triage:
         with self.reading() as db:
             return tuple(Change(**row) for row in db.execute(SELECT_HISTORY, {"id": error_id}))
 
+    def deploys(self, project_id: int | None, since_ms: int) -> tuple[Deploy, ...]:
+        """Return the deploys of a project or, without one, of all; MAX_DEPLOYS, newest first."""
+        with self.reading() as db:
+            values = {"project_id": project_id, "since_ms": since_ms}
+            return tuple(Deploy(**row) for row in db.execute(SELECT_DEPLOYS, values))
+
     def facets(self, wanted: ErrorFilter) -> dict[str, tuple[Choice, ...]]:
         """Return the projects, levels, environments and releases to choose from.
 
@@ -5212,15 +5383,23 @@ class Triage:
             return _choices_of(db, wanted)
 
     def set_status(
-        self, error_ids: Sequence[int], status: str, *, by: str = "", snooze: Snooze = Snooze()
+        self,
+        error_ids: Sequence[int],
+        status: str,
+        *,
+        by: str = "",
+        snooze: Snooze = Snooze(),
+        in_next_release: bool = False,
     ) -> int:
         """Make errors open, resolved or ignored; return the action's id, 0 if nothing changed.
 
-        Ignored ones stay so until the end of `snooze`, by default for ever.
+        Ignored ones stay so until the end of `snooze`, by default for ever. Ones that are resolved
+        in the next release reopen only with a report of a release that is not known yet.
         """
         what = "reopened" if status == "open" else status
         until = snooze if status == "ignored" else Snooze()
-        change = functools.partial(change_status, by=by, snooze=until)
+        is_next = in_next_release and status == "resolved"
+        change = functools.partial(change_status, by=by, snooze=until, in_next_release=is_next)
         return int(self.write(lambda db: change(db, error_ids, what, self.now_ms())))
 
     def delete(self, error_ids: Sequence[int], *, by: str = "") -> int:
@@ -5326,10 +5505,13 @@ class Store(Triage):
 
     # Reports
 
-    def _prepared(self, reports: Iterable[tuple[int, Occurrence]]) -> list[_Report]:
-        """Return reports with the texts to be stored; Unavailable when the disk is nearly full."""
+    def _refuse_when_full(self) -> None:
         if problem := lack_of_space(self.path):
             raise Unavailable(problem, retry_after_s=FULL_RETRY_S)
+
+    def _prepared(self, reports: Iterable[tuple[int, Occurrence]]) -> list[_Report]:
+        """Return reports with the texts to be stored; Unavailable when the disk is nearly full."""
+        self._refuse_when_full()
         return [(project_id, one, dump_occurrence(one)) for project_id, one in reports]
 
     def record(
@@ -5355,6 +5537,18 @@ class Store(Triage):
         given = self._prepared(reports)
         self._writer.run_here(functools.partial(self._recorder.write_together, given))
         self._count_surplus(len(given))
+
+    def record_deploy(self, project_id: int, deploy: Deploy) -> None:
+        """Commit a deploy, by which its release is known if it was not; Unavailable if it can't."""
+        self._refuse_when_full()
+        values = dataclasses.asdict(deploy) | {"project_id": project_id}
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(RECORD_RELEASE, (project_id, deploy.release, self.now_ms()))
+            db.execute(RECORD_DEPLOY, values)
+
+        self.write(work)
+        self._count_surplus(1)
 
     def _count_surplus(self, count: int) -> None:
         self._reports_since_surplus += count
@@ -5469,7 +5663,8 @@ class Retention:
 
     `retention_days` counts from receipt; of each error the newest `max_occurrences` are kept.
     Of its users the newest MAX_USERS are remembered, for as many days. Its other counts, first and
-    last seen and the trend stay. An error with nothing left is removed unless it is ignored.
+    last seen and the trend stay. An error with nothing left is removed unless it is ignored. Of
+    a project the newest MAX_RELEASES and MAX_DEPLOYS are kept.
     """
 
     def __init__(self, store: Store, retention_days: int, max_occurrences: int) -> None:
@@ -5516,12 +5711,16 @@ class Retention:
         if crowded:
             self._repeat(functools.partial(self._remove_surplus, crowded[:]))
         self._repeat(self._fold_buckets)
-        self._repeat(lambda db: db.execute(DELETE_EMPTY, {"step": SWEEP_STEP_ROWS}).rowcount)
+        for statement in (DELETE_EMPTY, DELETE_SURPLUS_RELEASES, DELETE_SURPLUS_DEPLOYS):
+            self._repeat(functools.partial(self._remove, statement))
         self._repeat(lambda db: _remove_deleted(db, self._step_rows, self._store.now_ms()))
         if self._repeat(_release_pages):
             self._store.copy_log()
         if len(crowded) == SWEEP_STEP_ROWS:
             self._store.has_surplus.set()
+
+    def _remove(self, statement: str, db: sqlite3.Connection) -> int:
+        return db.execute(statement, {"step": self._step_rows}).rowcount
 
     def _repeat(self, step: Work) -> int:
         """Do a step until nothing is left to do; return how often there was more."""
@@ -7709,8 +7908,11 @@ _SPAN_WORDS = {
 }
 MAX_USUAL_DELAY_MS = 60_000  # a report received later than this shows both times
 MAX_SHOWN_RELEASES = 5
+MAX_SHOWN_SHA_CHARS = 12
+MAX_TOLD_DEPLOYS = 3  # in one bar of a chart, or in its label
 MIN_RISING = 5  # an error with fewer occurrences in the last day is not called rising
 _MARKED = ("resolved", "regressed", "release")
+NEXT_RELEASE = "next-release"  # until when an error may be resolved
 # How long an error may be ignored: what the menu says, and the time in ms
 SNOOZES = {
     "forever": ("Forever", None),
@@ -7718,6 +7920,7 @@ SNOOZES = {
     "1d": ("For 1 day", DAY_MS),
     "1w": ("For 1 week", 7 * DAY_MS),
 }
+RESOLUTIONS = {NEXT_RELEASE: ("Resolve in the next release", None)}  # in the same form
 SORT_LABELS = {
     "count": "Count",
     "users": "Users",
@@ -7814,14 +8017,51 @@ def events_of(
     return sorted(events, reverse=True)
 
 
-def chart_marks(
-    events: Sequence[tuple[int, str, str]], series: Sequence[tuple[int, int]]
-) -> list[tuple[float, str, str]]:
-    """Return (x in a chart, kind, text) of an error's events within a trend."""
+Marks = list[tuple[float, str, str]]  # (x in a chart, kind, text)
+
+
+def chart_marks(events: Sequence[tuple[int, str, str]], series: Sequence[tuple[int, int]]) -> Marks:
+    """Return the marks of an error's events within a trend."""
     (start_ms, _), (next_ms, _), *_ = series
     scale = 4 / (next_ms - start_ms)
     shown = [one for one in events if one[0] >= start_ms and one[1] in _MARKED]
     return [(round(scale * (at_ms - start_ms), 1), kind, text) for at_ms, kind, text in shown]
+
+
+def deploy_text(deploy: Deploy, *, of_project: bool = False) -> str:
+    """Say a deploy: `Deployed 1.3 of shop to production by ann`."""
+    release = deploy.version or deploy.git_sha[:MAX_SHOWN_SHA_CHARS]
+    project, deployer = deploy.project if of_project else "", deploy.deployer
+    said = {"Deployed": release, "of": project, "to": deploy.environment, "by": deployer}
+    return " ".join(f"{word} {name}" for word, name in said.items() if name)
+
+
+def _told(deploys: Sequence[Deploy]) -> list[str]:
+    told = [f"{deploy_text(one)}, {exact_time(one.at_ms)}" for one in deploys[:MAX_TOLD_DEPLOYS]]
+    rest = len(deploys) - len(told)
+    return [*told, f"{rest:,} more deploy{'s' if rest > 1 else ''}"] if rest else told
+
+
+def deploy_marks(deploys: Sequence[Deploy], series: Sequence[tuple[int, int]]) -> tuple[str, Marks]:
+    """Return what a trend's label says of deploys, the newest first, and a mark for each bar."""
+    (start_ms, _), (next_ms, _), *_ = series
+    step_ms = next_ms - start_ms
+    bars: dict[int, list[Deploy]] = {}
+    for one in deploys:
+        if 0 <= (bar := (one.at_ms - start_ms) // step_ms) < len(series):
+            bars.setdefault(bar, []).append(one)
+    marks = [
+        (round(4 * (found[0].at_ms - start_ms) / step_ms, 1), "deploy", "\n".join(_told(found)))
+        for found in bars.values()
+    ]
+    return "; ".join(["", *_told([*itertools.chain(*bars.values())])]), marks
+
+
+def ticks_of(deploys: Sequence[Deploy], now_ms: int) -> dict[int, tuple[str, Marks]]:
+    """Return deploy_marks() of the list's trends by project."""
+    series, project_of = trend({}, "24h", now_ms), operator.attrgetter("project_id")
+    groups = itertools.groupby(sorted(deploys, key=project_of), project_of)
+    return {project_id: deploy_marks([*found], series) for project_id, found in groups}
 
 
 def _parse_cursor(name: str, text: str) -> tuple[int, int] | None:
@@ -8027,9 +8267,21 @@ def user_count_text(error: ErrorGroup) -> str:
     return f"{error.user_count:,}{'+' if error.has_more_users else ''}"
 
 
+def releases_of(error: ErrorGroup) -> dict[str, str]:
+    """Return the first and the last release of an error by name, as far as they are known."""
+    said = {
+        "First seen in release": error.first_release,
+        "Last seen in release": error.last_release,
+    }
+    return {name: release for name, release in said.items() if release}
+
+
 def facts_of(error: ErrorGroup) -> dict[str, str]:
     """Return the facts about an error by name, except times."""
     status, kept = error.status.capitalize(), error.stored_count
+    if error.resolved_release is not None:
+        after = f"release after {error.resolved_release}"
+        status += f" in the {after if error.resolved_release else 'next release'}"
     if error.wake_count is not None:
         status += f" {Snooze(count=error.wake_count - error.occurrence_count).text}"
     count = f"{error.occurrence_count:,}"
@@ -8038,6 +8290,7 @@ def facts_of(error: ErrorGroup) -> dict[str, str]:
         "Project": error.project,
         "Occurrences": count if kept == error.occurrence_count else f"{count} ({kept:,} kept)",
         "Users": user_count_text(error),
+        **releases_of(error),
     }
 
 
@@ -8398,8 +8651,12 @@ def error_json(error: ErrorGroup, root: str) -> Json:
         "ignored_until": iso_time(error.wake_ms) if error.wake_ms is not None else None,
         "ignored_until_occurrences": error.wake_count,
         "regressed_at": iso_time(error.regressed_ms) if error.regressed_ms is not None else None,
+        "resolved_in_next_release": error.resolved_release is not None,
+        "resolved_release": error.resolved_release or None,
         "first_seen": iso_time(error.first_seen_ms),
+        "first_release": error.first_release,
         "last_seen": iso_time(error.last_seen_ms),
+        "last_release": error.last_release,
         "occurrences": error.occurrence_count,
         "occurrences_kept": error.stored_count,
         "users": error.user_count,
@@ -8494,6 +8751,18 @@ def project_json(project: Project, counts: Mapping[str, int]) -> Json:
         "name": project.name,
         "created_at": iso_time(project.created_ms),
         "errors": {status: counts[status] for status in STATUSES},
+    }
+
+
+def deploy_json(deploy: Deploy) -> Json:
+    """Return a deploy as JSON; what was not told is null."""
+    names = ("version", "git_sha", "environment", "deployer", "description")
+    return {
+        "id": deploy.id,
+        "project": {"id": deploy.project_id, "name": deploy.project},
+        "at": iso_time(deploy.at_ms),
+        "release": deploy.release,
+        **{name: getattr(deploy, name) or None for name in names},
     }
 
 
@@ -8657,6 +8926,7 @@ def markdown(details: ErrorDetails, url: str) -> str:
         ("Users", user_count_text(error)),
         ("First seen", iso_time(error.first_seen_ms)),
         ("Last seen", iso_time(error.last_seen_ms)),
+        *((name, _code(release)) for name, release in releases_of(error).items()),
         ("Fingerprint", _code(error.fingerprint)),
     ]
     note = [_fenced(error.note)] if error.note else []
@@ -8711,10 +8981,10 @@ role="img" tabindex="0" aria-label="{{label}}"><path d="{{path}}"/>
 % end
 </svg>
 % end
-% def show_ignore_menu(has_count=False):
-<details class="menu"><summary>Ignore</summary><div>
-% for name, (text, _) in SNOOZES.items():
-<button name="for" value="{{name}}">{{text}}</button>
+% def show_menu(title, field, choices, has_count=False):
+<details class="menu"><summary aria-label="{{title or 'Resolve options'}}">{{title}}</summary><div>
+% for name, (text, _) in choices.items():
+<button name="{{field}}" value="{{name}}">{{text}}</button>
 % end
 % if has_count:
 <label>Until it occurs <input form="snooze" type="number" name="count" min="1" max="1000000"
@@ -8774,7 +9044,8 @@ _TEMPLATE_SOURCES = {
 <code>{{clip(error.location, 120)}}</code>
 <bdi>{{error.project if len(projects) > 1 else ""}}</bdi></small></td>
 <td class="trend">
-% show_chart(series, trend_text(series, "24h"))
+% told, marks = ticks.get(error.project_id, ("", ()))
+% show_chart(series, trend_text(series, "24h") + told, marks)
 % if is_rising(error, buckets[error.id], now_ms):
 <b title="At least twice as often as the day before">▲</b>
 % end
@@ -8817,6 +9088,9 @@ _TEMPLATE_SOURCES = {
 </section>
 % end
 % if chosen := active_filters(wanted, projects): show_chips("Filters in use", chosen); end
+<p class="deployed" data-live="deployed" dir="auto" {{'' if newest else 'hidden'}}>{{deployed}}
+% if newest: show_time(newest.at_ms); end
+</p>
 <div id="live" data-view="list">
 % if not page.errors:
 <p class="empty">{{empty_text(wanted, problem)}}
@@ -8840,7 +9114,8 @@ _TEMPLATE_SOURCES = {
 % for error in page.errors: show_row(error); end
 </tbody></table>
 <div class="bulk"><b></b><button name="action" value="resolve">Resolve</button>
-% show_ignore_menu()
+% show_menu("", "until", RESOLUTIONS)
+% show_menu("Ignore", "for", SNOOZES)
 <button name="action" value="reopen">Reopen</button>
 <button class="danger" name="action" value="delete">Delete</button></div></form>
 % end
@@ -8876,9 +9151,8 @@ _TEMPLATE_SOURCES = {
 % if frame.is_own and (link := editor.link(frame)):
 <a class="edit" href="{{link}}" aria-label="Open {{frame.place}} in the editor">open</a>
 % end
-% has_more = frame.source or frame.locals
-% tag, head = ("details", "summary") if has_more else ("div", "span")
-<{{tag}} class="frame {{kind}}" {{'open' if is_open and has_more else ''}}><{{head}}>
+% tag, head = ("details", "summary") if frame.source or frame.locals else ("div", "span")
+<{{tag}} class="frame {{kind}}" {{'open' if is_open and tag == 'details' else ''}}><{{head}}>
 % if frame.place or not frame.function:
 <code>{{frame.place or frame.text}}<b>{{line_and_column_of(frame)}}</b></code>
 % end
@@ -8932,9 +9206,8 @@ _TEMPLATE_SOURCES = {
 </ul>
 % end
 <nav class="crumbs" aria-label="Errors"><a href="{{root}}/errors{{query}}">← Errors</a>
-% older, newer = (target and f"{root}/errors/{target}{query}" for target in neighbours)
-% show_link("Previous", older, "prev")
-% show_link("Next", newer, "next")
+% steps = zip(("Previous", "Next"), ("prev", "next"), neighbours)
+% for name, rel, to in steps: show_link(name, to and f"{root}/errors/{to}{query}", rel); end
 </nav>
 <header class="summary"><h1 dir="auto">{{error.exception_class}}</h1>
 <p class="badges" data-live="badges">
@@ -8945,11 +9218,12 @@ _TEMPLATE_SOURCES = {
 <input type="hidden" name="return" value="{{here}}">
 % if error.status != "resolved":
 <button class="primary" name="action" value="resolve">Resolve</button>
+% show_menu("", "until", RESOLUTIONS)
 % end
 % if error.status != "open":
 <button name="action" value="reopen">Reopen</button>
 % end
-% if error.status != "ignored": show_ignore_menu(has_count=True); end
+% if error.status != "ignored": show_menu("Ignore", "for", SNOOZES, has_count=True); end
 <button class="copy" type="button" data-copy="{{shown}}.md" hidden>Copy as Markdown</button>
 <details class="menu"><summary>More</summary><div>
 <button class="copy" type="button" data-copy="{{shown}}" hidden>Copy link</button>
@@ -8962,8 +9236,7 @@ _TEMPLATE_SOURCES = {
 % if stored is None:
 <p class="empty">No occurrence of this error is kept any more, only its counts.</p>
 % else:
-% occurrence = stored.occurrence
-% chain = chain_of(occurrence)
+% occurrence, chain = stored.occurrence, chain_of(stored.occurrence)
 <div class="head"><h2>Occurrence</h2>
 % if stored.older_id or stored.newer_id: show_steps(stored.older_id, stored.newer_id); end
 <p class="when">
@@ -9006,10 +9279,8 @@ _TEMPLATE_SOURCES = {
 % end
 </nav></div>
 <div data-live="trend" data-span="{{span_of(series)}}">
-% events = events_of(error, history, tallies)
-% show_chart(series, trend_text(series, span), chart_marks(events, series))
+% show_chart(series, trend_text(series, span) + told, marks)
 <p>{{trend_text(series, span)}}</p></div></section>
-% shares = shares_of(error, tallies)
 <section class="card" data-live="values" {{'' if shares else 'hidden'}}>
 % for name, values in shares.items():
 <h2>{{name}}</h2>
@@ -9202,6 +9473,7 @@ footer { max-width: 1440px; margin: 0 auto; padding: 0 24px 24px; color: var(--m
 .notice { border-left: 3px solid var(--amber); background: var(--soft); padding: 8px 12px;
   margin: 0 0 12px; overflow-wrap: anywhere; }
 .trouble { border-color: var(--red); background: var(--mark); }
+.deployed { margin: 0 0 8px; color: var(--muted); font-size: 13px; overflow-wrap: anywhere; }
 .done { background: var(--soft); border-radius: 6px; padding: 6px 12px; margin: 0 0 12px; }
 .head { display: flex; flex-wrap: wrap; align-items: center; gap: 8px 20px; margin-bottom: 12px; }
 .tabs { display: flex; flex-wrap: wrap; gap: 2px; }
@@ -9257,6 +9529,7 @@ em.level { max-width: 12em; overflow: hidden; text-overflow: ellipsis; }
 .what code { font-size: 12px; } .what bdi { flex: none; max-width: 30%; overflow: hidden;
   text-overflow: ellipsis; }
 .errors td.first_seen, .errors td.last_seen { color: var(--muted); font-size: 13px; }
+.errors .deploy { stroke-width: 1; stroke-dasharray: 2 2; }
 .errors td.trend { text-align: left; } .trend b { color: var(--amber); font-size: 11px; }
 .chart { width: 88px; height: 24px; vertical-align: middle; border-bottom: 1px solid var(--line); }
 .chart path { stroke: var(--bars); stroke-width: 3; }
@@ -9266,6 +9539,7 @@ em.level { max-width: 12em; overflow: hidden; text-overflow: ellipsis; }
   box-shadow: 0 6px 24px #0003; }
 form:has(.pick input:checked) .bulk { display: flex; }
 @supports not selector(:has(a)) { .bulk { display: flex; } }
+[value=resolve] + .menu { margin-left: -6px; }
 .bulk .menu > div { top: auto; bottom: calc(100% + 4px); }
 .empty { color: var(--muted); padding: 28px 0; text-align: center; margin: 0; }
 .pager { display: flex; justify-content: center; gap: 24px; padding: 12px; }
@@ -9322,6 +9596,7 @@ aside section > h2:not(:first-child) { margin-top: 12px; }
   color: var(--muted); font-size: 12px; }
 .chart line { stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke;
   stroke-dasharray: 3 2; }
+.chart .deploy { stroke: var(--muted); stroke-dasharray: none; }
 .chart .resolved { stroke: var(--green); } .chart .regressed { stroke: var(--amber); }
 .history { font-size: 12px; color: var(--muted); } .history .release { color: var(--accent); }
 .history .resolved { color: var(--green); } .history .regressed { color: var(--amber); }
@@ -9357,7 +9632,8 @@ aside textarea { width: 100%; min-height: 80px; margin: 6px 0; }
 .login { max-width: 340px; margin: 8vh auto; display: grid; gap: 10px; }
 .login .notice { margin: 0; } .message-page { text-align: center; padding: 48px 20px; }
 .tip, .toast { position: fixed; z-index: 4; padding: 3px 8px; font-size: 12px; border-radius: 5px;
-  background: var(--text); color: var(--bg); pointer-events: none; white-space: nowrap; }
+  background: var(--text); color: var(--bg); pointer-events: none; white-space: pre-line;
+  width: max-content; max-width: min(420px, 100% - 8px); overflow-wrap: anywhere; }
 .toast { bottom: 20px; left: 50%; transform: translateX(-50%); font-size: 14px; padding: 8px 14px; }
 dialog { color: inherit; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; padding: 20px 24px; } dialog::backdrop { background: #0006; }
@@ -9462,9 +9738,8 @@ function showTimes(within = document) {
   for (const element of $$("time", within)) {
     const time = new Date(element.dateTime);
     const isAhead = element.textContent.startsWith("in ");
-    if (element.title) element.textContent = ago(isAhead ? time : Math.min(time, Date.now()));
-    else element.textContent = clock.format(time);
-    if (element.title) element.title = clock.format(time);
+    const [full, near] = [clock.format(time), ago(isAhead ? time : Math.min(time, Date.now()))];
+    Object.assign(element, element.title ? {textContent: near, title: full} : {textContent: full});
   }
 }
 function enhance(within) {
@@ -9485,8 +9760,9 @@ function showBar(chart, position) {
   const counts = countsOf(chart);
   const [start, step] = chart.closest("[data-span]").dataset.span.split(" ").map(Number);
   chart.bar = Math.min(Math.max(position, 0), counts.length - 1);
-  const time = hour.format(start + chart.bar * step);
-  tip.textContent = `${time}: ${counts[chart.bar].toLocaleString()}`;
+  const said = $$("line", chart).filter(({x1}) => Math.floor(x1.baseVal.value / 4) === chart.bar);
+  const heading = `${hour.format(start + chart.bar * step)}: ${counts[chart.bar].toLocaleString()}`;
+  tip.textContent = [heading, ...said.map((one) => one.textContent)].join("\\n");
   tip.hidden = false;
   const {left, top, width} = chart.getBoundingClientRect();
   const x = left + (width * (chart.bar + 0.5)) / counts.length - tip.offsetWidth / 2;
@@ -10547,16 +10823,21 @@ def apply_action(
     store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]], by: str
 ) -> tuple[int, str]:
     """Apply a form's action to errors; return its id (0 if nothing changed) and what was done."""
-    # A button has one name: those that say how long to ignore can't also name the action.
-    is_snooze = field_of(form, "for") or field_of(form, "count")
-    action = field_of(form, "action") or ("ignore" if is_snooze else "")
+    # A button has one name: those that say how long can't also name the action.
+    is_snooze, until = field_of(form, "for") or field_of(form, "count"), field_of(form, "until")
+    implied = "ignore" if is_snooze else "resolve" if until else ""
+    action = field_of(form, "action") or implied
     if action not in WHAT_IS_DONE:
         raise BadRequest(f"action must be one of {', '.join(WHAT_IS_DONE)}", field="action")
+    if until and (until != NEXT_RELEASE or action != "resolve"):
+        raise BadRequest(f"until must be {NEXT_RELEASE}, with action=resolve", field="until")
     if action == "delete":
         action_id = store.delete(error_ids, by=by)
     else:
         snooze = snooze_of(form) if action == "ignore" else Snooze()
-        action_id = store.set_status(error_ids, ACTIONS[action], by=by, snooze=snooze)
+        action_id = store.set_status(
+            error_ids, ACTIONS[action], by=by, snooze=snooze, in_next_release=bool(until)
+        )
     return action_id, WHAT_IS_DONE[action]
 
 
@@ -10624,7 +10905,8 @@ def visit_of(environ: Environ, now_ms: int) -> tuple[int, int]:
 def has_version(environ: Environ) -> bool:
     """Tell whether an answer has an ETag: the list, errors, and documents."""
     is_reading = environ["REQUEST_METHOD"] in ("GET", "HEAD")
-    return is_reading and environ["PATH_INFO"].startswith(("/errors", "/projects.json"))
+    paths = ("/errors", "/projects.json", "/deploys.json")
+    return is_reading and environ["PATH_INFO"].startswith(paths)
 
 
 def has_tag(environ: Environ, tag: str) -> bool:
@@ -10794,6 +11076,15 @@ class Intake:
         environ[ADMITTED_KEY] = True
         return delivery
 
+    def receive_deploy(self, environ: Environ) -> tuple[int, Deploy]:
+        """Read a request's deploy; return it with its project's id."""
+        project_id = self.project_of(environ)
+        require_json(environ)
+        raw = read_body(environ, MAX_DEPLOY_BYTES)
+        text = read_text(decode_body(raw, encoding_of(environ), MAX_DEPLOY_BYTES))
+        scrubber = scrubber_for(text, self._scrubber)
+        return project_id, parse_deploy(parse_json(text), self._store.now_ms(), scrubber)
+
     def read(self, sender: Sender, raw: bytes, most_decoded_bytes: int) -> Delivery:
         """Return the reports in a body; raise a refusal here or when the first part is read."""
         if sender.keys is not self._store.keys():  # they may have been revoked since
@@ -10902,6 +11193,12 @@ class Ingest:
         delivery.store_in(self._store)
         status, body = self._intake.answer_to(delivery)
         return bottle.HTTPResponse(body, status, {"Content-Type": "application/json"})
+
+    def take_deploy(self) -> bottle.HTTPResponse:
+        """Take a deploy; the answer says so once it is on disk."""
+        project_id, deploy = self._intake.receive_deploy(bottle.request.environ)
+        self._store.record_deploy(project_id, deploy)
+        return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
 
     def take_and_drop(self, kind: str) -> bottle.HTTPResponse:
         """Accept and drop what is not an error; clients of the original MiniAPM send it."""
@@ -11099,12 +11396,19 @@ class Dashboard(View):
         if not problem and not page.errors and (wanted.after or wanted.before):  # it has emptied
             query_string = bottle.request.query_string
             return redirect("/errors" + with_query(query_string, after="", before=""))
+        projects, now_ms = self._store.projects(), self._store.now_ms()
+        deploys = self._store.deploys(wanted.project_id, now_ms - LIST_TREND_HOURS * HOUR_MS)
+        newest = deploys[0] if deploys else None
+        is_mixed = wanted.project_id is None and len(projects) > 1
         return self.html(
             "errors",
             wanted=wanted,
             page=page,
             buckets=buckets,
-            projects=self._store.projects(),
+            projects=projects,
+            ticks=ticks_of(deploys, now_ms),
+            newest=newest,
+            deployed=f"{deploy_text(newest, of_project=is_mixed)}," if newest else "",
             facets=facets,
             problem=problem,
             seen_ms=seen_ms,
@@ -11121,6 +11425,9 @@ class Dashboard(View):
             wanted = parse_filter(query)
         except BadRequest:  # a wrong list query must not hide the error
             wanted = ErrorFilter()
+        series = trend(buckets, span, now_ms)
+        events = events_of(error, details.history, details.tallies)
+        told, marks = deploy_marks(self._store.deploys(error.project_id, series[0][0]), series)
         return self.html(
             "error",
             editor=self._editor,
@@ -11128,10 +11435,12 @@ class Dashboard(View):
             stored=details.stored,
             wanted=wanted,
             neighbours=self._store.neighbours(wanted, details.error),
-            history=details.history,
-            tallies=details.tallies,
+            events=events,
+            shares=shares_of(error, details.tallies),
             span=span,
-            series=trend(buckets, span, now_ms),
+            series=series,
+            told=told,
+            marks=[*marks, *chart_marks(events, series)],
         )
 
     def setup(self) -> bottle.HTTPResponse:
@@ -11211,6 +11520,15 @@ class Documents(View):
         ]
         return answer_json({"projects": found})
 
+    def deploys(self) -> bottle.HTTPResponse:
+        """Give the deploys of a project or, without one, of all as JSON, the newest first."""
+        query = read_known(bottle.request.environ, ("project", "since"))
+        project_id = number_of(query, "project", MAX_ID, None)
+        since = SearchTerm("since", query["since"]) if query.get("since") else None
+        since_ms = time_of_search(since, self._store.now_ms(), "since") if since else -(2**62)
+        found = self._store.deploys(project_id, since_ms)
+        return answer_json({"deploys": [deploy_json(one) for one in found]})
+
 
 class Actions(View):
     """The handlers of actions on errors."""
@@ -11275,7 +11593,7 @@ class Actions(View):
 
 _SHOWN_PART = (
     r"|[0-9]{1,18}(?:\.json|\.md)?|ingest|batch|api|envelope|store|health"
-    r"|(?:errors|occurrences|projects)(?:\.json)?|setup|login|logout|undo|assets|"
+    r"|(?:errors|occurrences|projects|deploys)(?:\.json)?|setup|login|logout|undo|assets|"
     + "|".join(map(re.escape, ASSETS))
 )
 
@@ -11317,21 +11635,17 @@ class App:
     def routes(self) -> tuple[tuple[str, str, Callable[..., bottle.HTTPResponse]], ...]:
         """Return the URL map."""
         take, show, give, act = self._ingest, self._dashboard, self._documents, self._actions
-        other = "/ingest/<kind:re:deploys|spans|traces|v1/[a-z_-]+>"
+        other = "/ingest/<kind:re:spans|traces|v1/[a-z_-]+>"
         error = "/errors/<error_id:re:[0-9]{1,18}>"
         occurrence = error + "/occurrences/<occurrence_id:re:[0-9]{1,18}>"
         project = "/api/<project_id:re:[0-9]{1,18}>"
+        dsn = (project + "/envelope<:re:/?>", project + "/store<:re:/?>")
+        reports = ("/ingest/errors", "/ingest/errors/batch", *dsn)
         return (
-            ("/ingest/errors", "POST", take.take),
-            ("/ingest/errors", "OPTIONS", take.preflight),
-            ("/ingest/errors/batch", "POST", take.take),
-            ("/ingest/errors/batch", "OPTIONS", take.preflight),
-            (project + "/envelope<:re:/?>", "POST", take.take),
-            (project + "/envelope<:re:/?>", "OPTIONS", take.preflight),
-            (project + "/store<:re:/?>", "POST", take.take),
-            (project + "/store<:re:/?>", "OPTIONS", take.preflight),
+            *((path, "POST", take.take) for path in reports),
+            ("/ingest/deploys", "POST", take.take_deploy),
             (other, "POST", take.take_and_drop),
-            (other, "OPTIONS", take.preflight),
+            *((path, "OPTIONS", take.preflight) for path in (*reports, "/ingest/deploys", other)),
             ("/health", "GET", take.health),
             ("/health", "POST", take.health),
             ("/", "GET", show.home),
@@ -11347,6 +11661,7 @@ class App:
             (occurrence + ".json", "GET", give.error),
             (occurrence + ".md", "GET", give.markdown),
             ("/projects.json", "GET", give.projects),
+            ("/deploys.json", "GET", give.deploys),
             ("/undo", "POST", act.undo),
             ("/setup", "GET", show.setup),
             ("/login", "GET", self._login.login),
@@ -11376,6 +11691,9 @@ class App:
                 rule = self.intake.rule_for(sender)
             elif is_post and path == "/login":
                 rule = BodyRule(MAX_LOGIN_BYTES)
+            elif is_post and path == "/ingest/deploys":
+                self.intake.project_of(environ)
+                rule = BodyRule(MAX_DEPLOY_BYTES)
             else:
                 is_form = is_post and path.startswith(("/errors", "/undo"))
                 return BodyRule(self._dashboard.form_limit(environ) if is_form else 0)

@@ -2111,6 +2111,62 @@ def test_secrets_in_quotes_cost_linear_time(part: str) -> None:
     assert time.process_time() - began < 5
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"git_sha": "7b9ec14f"}, {"release": "7b9ec14f"}),
+        ({"version": " 1.3\n", "git_sha": "7b9ec14f"}, {"release": "1.3", "git_sha": "7b9ec14f"}),
+        ({"version": "1", "env": "live"}, {"environment": "live"}),
+        ({"version": "1", "env": "live", "environment": "dev"}, {"environment": "dev"}),
+        ({"version": "1", "env": None, "deployer": "", "more": [1]}, {"deployer": ""}),
+        ({"version": "1", "timestamp": "2026-06-01T00:00:00Z"}, {"at_ms": 1_780_272_000_000}),
+        ({"version": "1", "timestamp": "2999-01-01"}, {"at_ms": NOW_MS}),
+        ({"version": "1", "timestamp": None}, {"at_ms": NOW_MS}),
+        ({"version": "1\x1b[0m\u202e"}, {"version": "1\u241b[0m\ufffd"}),
+        ({"version": "1", "deployer": "a\nb"}, {"deployer": "a b"}),
+        ({"version": "1", "description": "x\ny"}, {"description": "x\ny"}),
+        ({"version": "x" * 201}, {"version": "x" * 200 + "… [1 more cut]"}),
+        (
+            {"version": "1", "description": "password=hunter2"},
+            {"description": "password=[FILTERED]"},
+        ),
+    ],
+)
+def test_deploy_is_read_as_a_report_is(said: dict[str, Any], told: dict[str, Any]) -> None:
+    deploy = miniapm.parse_deploy(said, NOW_MS)
+    assert {name: getattr(deploy, name) for name in told} == told
+
+
+def test_deploy_has_the_release_that_reports_with_the_same_name_have() -> None:
+    for name in ("1.3", "shop@1.3+" + "7b" * 20, "x" * 300, "a\x1bb", "token=hunter2secret"):
+        deploy = miniapm.parse_deploy({"version": name}, NOW_MS)
+        assert deploy.release == miniapm.facet_of(parse(release=name), "release"), name
+
+
+@pytest.mark.parametrize(
+    ("said", "field", "expected"),
+    [
+        ([], None, "the body must be an object"),
+        ({}, "git_sha", "git_sha must be a string that is not empty, unless there is a version"),
+        ({"git_sha": " ", "version": ""}, "git_sha", "unless there is a version"),
+        ({"git_sha": 7}, "git_sha", "git_sha must be a string"),
+        ({"version": 1.1, "git_sha": "a"}, "version", "version must be a string"),
+        ({"version": "1", "env": ["live"]}, "env", "env must be a string"),
+        ({"version": "1", "environment": {}}, "environment", "environment must be a string"),
+        ({"version": "1", "deployer": True}, "deployer", "deployer must be a string"),
+        ({"version": "1", "description": 0}, "description", "description must be a string"),
+        ({"version": "1", "timestamp": 5}, "timestamp", "an ISO 8601 time such as"),
+        ({"version": "1", "timestamp": "today"}, "timestamp", "an ISO 8601 time such as"),
+    ],
+)
+def test_deploy_is_refused_by_the_name_of_its_field(
+    said: Any, field: str | None, expected: str
+) -> None:
+    with pytest.raises(miniapm.BadRequest, match=re.escape(expected)) as refused:
+        miniapm.parse_deploy(said, NOW_MS)
+    assert refused.value.field == field
+
+
 # --- 5. Stack traces ------------------------------------------------------------------------------
 
 TRACES = data_file("traces.json")
@@ -3564,12 +3620,68 @@ def test_migration_for_which_there_is_no_room_changes_nothing(
     Store(str(large)).close()
 
 
+def test_releases_of_version_7_are_brought_up_to_date(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "old.db"
+    shutil.copy(HERE / ".ci" / "version7.sqlite", path)
+    clock.seconds = 1_796_000_000 + 3_600
+    with contextlib.closing(Store(str(path), clock)) as store:
+        assert (tmp_path / "old.db.version7").exists()
+        assert rows(store, "SELECT name FROM releases ORDER BY id") == [("1.0",), ("1.1",)]
+        errors = {one.fingerprint: one for one in store.errors(ErrorFilter("all")).errors}
+        assert {
+            name: (one.status, one.first_release, one.last_release) for name, one in errors.items()
+        } == {
+            "open": ("open", "1.0", "1.0"),
+            "resolved": ("resolved", "1.0", "1.0"),
+            "ignored": ("ignored", None, None),
+            "regressed": ("open", "1.0", "1.1"),
+            "snoozed": ("ignored", None, None),
+        }
+        assert {one.resolved_release for one in errors.values()} == {None}
+        record(store, fingerprint="resolved")  # which any report reopens
+        assert store.error(errors["resolved"].id).status == "open"
+        store.set_status([errors["open"].id], "resolved", in_next_release=True)
+        for release, status in (("1.1", "resolved"), ("1.2", "open")):
+            record(store, fingerprint="open", release=release)
+            assert store.error(errors["open"].id).status == status
+
+
+def test_releases_of_an_older_version_come_in_the_order_of_their_first_report(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "old.db")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in itertools.chain(*miniapm.MIGRATIONS[:7]):
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {miniapm.APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 7")
+        db.execute("INSERT INTO projects VALUES (1, 'default', 0)")
+        for number in (1, 2):
+            db.execute(
+                "INSERT INTO errors (id, project_id, fingerprint, exception_class, message,"
+                " location, first_seen_ms, last_seen_ms, occurrence_count, stored_count, status_ms)"
+                " VALUES (?, 1, 'f', 'E', 'm', '', ?, 9, 0, 0, 0)",
+                (number, number * 10),
+            )
+        for error_id, value in ((1, "1.9"), (2, "1.10"), (1, "1.9"), (1, "1.0-hotfix")):
+            db.execute(
+                "INSERT OR IGNORE INTO error_facets (error_id, name, value)"
+                " VALUES (?, 'release', ?)",
+                (error_id, value),
+            )
+    with contextlib.closing(Store(path)) as store:
+        names = [name for (name,) in rows(store, "SELECT name FROM releases ORDER BY id")]
+        assert names == ["1.9", "1.10", "1.0-hotfix"]
+        error = store.error(1)
+        assert (error.first_release, error.last_release) == ("1.9", "1.0-hotfix")
+
+
 def test_migration_that_would_lose_reports_is_undone(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record(store)
     for statement in ("DELETE FROM occurrences", "UPDATE errors SET status = 'deleted'"):
-        monkeypatch.setattr(miniapm, "MIGRATIONS", (*miniapm.MIGRATIONS[:7], (statement,)))
+        monkeypatch.setattr(miniapm, "MIGRATIONS", (*miniapm.MIGRATIONS, (statement,)))
         with pytest.raises(miniapm.MiniAPMError, match="would lose reports"):
             Store(store.path)
     assert only_error(store).stored_count == 1
@@ -3850,6 +3962,230 @@ def test_regression_is_in_the_history_with_its_release(store: Store, clock: Cloc
     ]
     assert store.action(action) is None
     assert store.history(9) == ()
+
+
+def releases_in(store: Store) -> list[Any]:
+    return rows(store, "SELECT project_id, name FROM releases ORDER BY id")
+
+
+def test_releases_are_in_order_of_their_first_appearance_in_their_project(store: Store) -> None:
+    store.create_key("shop")
+    batch = [
+        parse(fingerprint=fingerprint, **{"release": release} if release else {})
+        for fingerprint, release in (("a", "1.9"), ("b", "1.10"), ("a", ""), ("a", "1.1"))
+    ]
+    store.record(1, batch)
+    store.record(2, batch[1:2])
+    store.record_deploy(1, miniapm.parse_deploy({"git_sha": "7b9e"}, NOW_MS))
+    store.record_deploy(1, miniapm.parse_deploy({"version": "1.9"}, NOW_MS))
+    store.record(1, [parse(release="7b9e", timestamp="2020-01-01"), parse(release="0.1")])
+    order = [(1, "1.9"), (1, "1.10"), (1, "1.1"), (2, "1.10"), (1, "7b9e"), (1, "0.1")]
+    assert releases_in(store) == order
+    store.forget_known()
+    store.record(1, batch)
+    assert releases_in(store) == order
+
+
+def test_releases_of_a_refused_transaction_are_forgotten(store: Store) -> None:
+    record(store, release="1.0")
+    good, bad = parse(release="1.1"), parse(release="1.2")
+    reports = [(1, good, miniapm.dump_occurrence(good)), (1, bad, "\ud800")]
+    outcomes = store.write(functools.partial(store._recorder.write, reports))
+    assert [outcome is None for outcome in outcomes] == [True, False]
+    assert releases_in(store) == [(1, "1.0"), (1, "1.1")]
+    record(store, release="1.2")
+    assert releases_in(store) == [(1, "1.0"), (1, "1.1"), (1, "1.2")]
+
+
+RESOLVED_IN = [
+    ([], [{}], ""),
+    ([], [{"release": "1.0"}], "1.0"),
+    (["1.0"], [{}, {"release": "1.0"}], ""),
+    (["1.0", "1.1"], [{"release": "1.0"}, {"release": "1.1"}], ""),
+    (["1.9"], [{"release": "1.10"}], "1.10"),
+    (["2.0"], [{"release": "1.9"}], "1.9"),  # a hotfix that was not known
+    (["1.0"], [{"release": "1.0"}, {"release": "1.2"}, {}, {"release": "1.1"}], "1.2"),
+    (["1.0"], [{"timestamp": "2020-01-01", "release": "1.1"}], "1.1"),
+    (["deploy 1.1"], [{"release": "1.1"}], ""),
+    (["deploy 1.1"], [{"release": "1.2"}], "1.2"),
+]
+
+
+@pytest.mark.parametrize("is_batch", [True, False], ids=["batch", "singly"])
+@pytest.mark.parametrize("is_known", [True, False], ids=["cached", "not cached"])
+@pytest.mark.parametrize(("known", "reports", "reopener"), RESOLVED_IN)
+def test_error_resolved_in_the_next_release_reopens_with_a_newer_one_only(
+    store: Store,
+    known: list[str],
+    reports: list[dict[str, Any]],
+    reopener: str,
+    is_known: bool,
+    is_batch: bool,
+) -> None:
+    record(store)
+    for name in known:
+        if name.startswith("deploy"):
+            deploy = miniapm.parse_deploy({"version": name.removeprefix("deploy ")}, NOW_MS)
+            store.record_deploy(1, deploy)
+        else:
+            record(store, release=name, fingerprint="other")
+    store.create_key("shop")
+    store.record(2, [parse(release="of another project")])
+    store.set_status([1], "resolved", in_next_release=True)
+    if not is_known:
+        store.forget_known()
+    parts = [parse(**one) for one in reports]
+    for part in [parts] if is_batch else [[one] for one in parts]:
+        assert store.record(1, part) == [None] * len(part)
+    error, history = store.error(1), store.history(1)
+    assert error.occurrence_count == 1 + len(reports)
+    assert (error.status, error.regressed_ms is None) == (
+        "open" if reopener else "resolved",
+        not reopener,
+    )
+    newest = known[-1].removeprefix("deploy ") if known else ""
+    assert history[-1].detail == f"in the {f'release after {newest}' if newest else 'next release'}"
+    assert [one.detail for one in history[:-1]] == ([f"in release {reopener}"] if reopener else [])
+    assert error.resolved_release == (None if reopener else newest)
+
+
+def test_error_resolved_in_the_next_release_counts_what_comes_meanwhile(store: Store) -> None:
+    record(store, release="1.0")
+    store.set_status([1], "resolved", in_next_release=True)
+    for number in range(3):
+        record(store, release="1.0", user_id=str(number), fingerprint="other")
+        record(store, release="1.0", user_id=str(number))
+    error = store.error(1)
+    assert (error.status, error.occurrence_count, error.user_count) == ("resolved", 4, 3)
+    with store.reading() as db:
+        assert list(miniapm.faults_of(db)) == []
+
+
+def test_any_other_change_of_status_ends_a_resolution_in_the_next_release(store: Store) -> None:
+    record(store, release="1.0")
+    for status, reopens in (("resolved", True), ("open", True), ("ignored", False)):
+        store.set_status([1], "open")
+        store.set_status([1], "resolved", in_next_release=True)
+        assert store.error(1).resolved_release == "1.0"
+        assert not store.set_status([1], "resolved", in_next_release=True)
+        assert store.set_status([1], status)
+        assert store.error(1).resolved_release is None
+        record(store, release="1.0")
+        assert (store.error(1).status == "open") == reopens
+    store.set_status([1], "resolved", in_next_release=True)
+    record(store, fingerprint="other", release="1.1")
+    assert store.set_status([1], "resolved", in_next_release=True)  # after 1.1 from here on
+    assert store.error(1).resolved_release == "1.1"
+    store.set_status([1], "ignored", in_next_release=True)
+    assert store.error(1).resolved_release is None
+
+
+def test_undo_restores_a_resolution_in_the_next_release(store: Store) -> None:
+    record(store, release="1.0")
+    store.set_status([1], "resolved", in_next_release=True)
+    before = store.error(1)
+    record(store, fingerprint="other", release="1.1")
+    changes: list[Callable[[], int]] = [
+        *(functools.partial(store.set_status, [1], status) for status in miniapm.STATUSES),
+        functools.partial(store.set_status, [1], "resolved", in_next_release=True),
+        functools.partial(store.delete, [1]),
+    ]
+    for change in changes:
+        assert store.undo(change()) == 1
+        assert store.error(1) == before
+    record(store, release="1.0")
+    assert store.error(1).status == "resolved"
+    record(store, release="1.1")
+    assert store.error(1).status == "open"
+
+
+def test_undo_takes_what_an_older_version_noted(store: Store) -> None:
+    record(store)
+    action_id = store.set_status([1], "resolved")
+    forget = "UPDATE history SET before = json_remove(before, '$.resolved_release')"
+    store.write(lambda db: db.execute(forget).rowcount)
+    assert store.undo(action_id) == 1
+    assert only_error(store).status == "open"
+
+
+@pytest.mark.parametrize("is_batch", [True, False], ids=["batch", "singly"])
+@pytest.mark.parametrize(
+    ("reports", "first", "last"),
+    [
+        ([{}], None, None),
+        ([{"release": "1.0"}], "1.0", "1.0"),
+        ([{}, {"release": "1.9"}, {"release": "1.10"}, {}], "1.9", "1.10"),
+        ([{"release": "1.0"}, {"release": "1.1"}, {"release": "1.0"}], "1.0", "1.0"),
+        ([{"release": "2"}, {"release": "1", "timestamp": "2026-01-01"}], "1", "2"),
+        ([{}, {"release": "1", "timestamp": "2026-01-01"}, {}], "1", "1"),
+        ([{}, {}, *({"release": f"{n}"} for n in range(150))], "0", "149"),
+        ([{"release": 7}, {"release": ""}, {"release": "1"}], "1", "1"),
+    ],
+)
+def test_error_knows_its_first_and_its_last_release(
+    store: Store, reports: list[dict[str, Any]], first: str, last: str, is_batch: bool
+) -> None:
+    parts = [parse(**one) for one in reports]
+    for part in [parts] if is_batch else [[one] for one in parts]:
+        store.record(1, part)
+    error = only_error(store)
+    assert (error.first_release, error.last_release) == (first, last)
+    store.delete([1])
+    store.undo(1)
+    assert only_error(store) == error
+
+
+def test_releases_are_bounded_without_making_a_known_one_seem_new(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miniapm, "MAX_RELEASES", 40)  # of the cache
+    statement = miniapm.DELETE_SURPLUS_RELEASES.replace("10000", "40")
+    monkeypatch.setattr(miniapm, "DELETE_SURPLUS_RELEASES", statement)
+    record(store, release="old", fingerprint="a")
+    record(store, release="old", fingerprint="a")
+    store.set_status([1], "resolved", in_next_release=True)
+    store.record(1, [parse(fingerprint="b", release=f"b{n}") for n in range(700)])
+    sweep(store)
+    names = [name for _, name in releases_in(store)]
+    assert "old" in names
+    assert len(names) <= 40 + 100 + 1  # error b remembers a hundred
+    assert names[-40:] == [f"b{n}" for n in range(660, 700)]
+    for is_known in (True, False):
+        record(store, release="old", fingerprint="a")
+        assert store.error(1).status == "resolved", is_known
+        store.forget_known()
+    assert len(store._recorder._releases) <= 700 + 40
+    delete_surplus = "DELETE FROM releases WHERE name = 'old'"
+    store.write(lambda db: db.execute(delete_surplus).rowcount)
+    assert store.error(1).resolved_release == ""
+    record(store, fingerprint="a", release="b699")
+    assert store.history(1)[0].detail == "in release b699"
+
+
+def test_deploys_are_given_newest_first_and_bounded(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.create_key("shop")
+    statement = miniapm.DELETE_SURPLUS_DEPLOYS.replace("1000", "5")
+    monkeypatch.setattr(miniapm, "DELETE_SURPLUS_DEPLOYS", statement)
+    for number in range(8):
+        at = miniapm.iso_time(NOW_MS - (number % 4) * 60_000)
+        said = {"version": f"{number}", "timestamp": at, "deployer": "ann", "env": "live"}
+        store.record_deploy(1, miniapm.parse_deploy(said, NOW_MS))
+    store.record_deploy(2, miniapm.parse_deploy({"git_sha": "7b9e"}, NOW_MS))
+    newest, *_ = store.deploys(2, 0)
+    assert newest == miniapm.Deploy(NOW_MS, "", "7b9e", "", "", "", 9, 2, "shop")
+    assert [one.version for one in store.deploys(1, 0)] == list("40516273")
+    assert [one.release for one in store.deploys(None, NOW_MS)] == ["7b9e", "4", "0"]
+    sweep(store)
+    assert [one.version for one in store.deploys(1, 0)] == list("40516")
+    assert len(store.deploys(None, 0)) == 6
+
+
+def test_deploy_is_refused_while_the_disk_is_full(store: Store, monkeypatch: Any) -> None:
+    monkeypatch.setattr(miniapm, "lack_of_space", lambda _: "the disk is nearly full")
+    with pytest.raises(miniapm.Unavailable, match="nearly full"):
+        store.record_deploy(1, miniapm.parse_deploy({"git_sha": "7b9e"}, NOW_MS))
 
 
 def test_history_has_changes_only_and_is_bounded(store: Store) -> None:
@@ -5323,7 +5659,7 @@ def test_retention_removes_empty_errors_but_ignored_ones(store: Store, clock: Cl
 
 
 def test_retention_gives_space_back_to_the_disk(store: Store, clock: Clock) -> None:
-    store.record(1, [parse(message=os.urandom(2_500).hex()) for _ in range(400)])
+    store.record(1, [parse(message=os.urandom(2_500).hex()) for _ in range(500)])
     pages = rows(store, "PRAGMA page_count")[0][0]
     delete_for_good(store, clock, 1)
     assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(0,)]
@@ -9152,7 +9488,8 @@ def shown_error(**changes: Any) -> miniapm.ErrorGroup:
     times = {"first_seen_ms": NOW_MS - 10 * DAY_MS, "last_seen_ms": NOW_MS, "status_ms": NOW_MS}
     texts = dict.fromkeys(("fingerprint", "exception_class", "message", "location"), "x")
     counts = {"occurrence_count": 100, "stored_count": 100, "user_count": 3, "uncounted": 0}
-    unset = dict.fromkeys(("regressed_ms", "wake_ms", "wake_count"))
+    unset = dict.fromkeys(("regressed_ms", "wake_ms", "wake_count", "resolved_release"))
+    unset |= dict.fromkeys(("first_release", "last_release"))
     said: Any = {"status": "open", "level": "error", "project": "shop", "note": "", **texts}
     said |= {"id": 1, "project_id": 1, "has_more_users": False, **times, **counts, **unset}
     return miniapm.ErrorGroup(**said | changes)
@@ -9202,6 +9539,54 @@ def test_events_of_an_error_are_told_newest_first_and_marked_in_its_trend() -> N
     assert bar_ms <= day[1] < bar_ms + 6 * 3_600_000
 
 
+def deployed(version: str, hours_ago: float, **changes: Any) -> miniapm.Deploy:
+    at_ms = NOW_MS - int(hours_ago * 3_600_000)
+    texts = {"git_sha": "", "environment": "", "deployer": "", "description": ""}
+    return miniapm.Deploy(at_ms, version, **texts | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "Deployed 1.3"),
+        ({"environment": "production", "deployer": "ann"}, "Deployed 1.3 to production by ann"),
+        ({"deployer": "ann", "git_sha": "7b9e"}, "Deployed 1.3 by ann"),
+        ({"version": "", "git_sha": "7b" * 20}, "Deployed 7b7b7b7b7b7b"),
+        ({"project": "shop", "environment": "dev"}, "Deployed 1.3 of shop to dev"),
+    ],
+)
+def test_deploy_is_told_in_words(changes: dict[str, Any], text: str) -> None:
+    deploy = dataclasses.replace(deployed("1.3", 0), **changes)
+    assert miniapm.deploy_text(deploy, of_project=True) == text
+
+
+def test_deploys_of_one_bar_share_a_mark_that_tells_the_newest() -> None:
+    series = miniapm.trend({}, "24h", NOW_MS)
+    start_ms = series[0][0]
+    near = [deployed(f"{n}", 0, environment="live", deployer="ann") for n in range(5)]
+    times = [start_ms + 3_600_000 * 3 + 60_000 * (30 - n) for n in range(5)]
+    deploys = [dataclasses.replace(one, at_ms=at) for one, at in zip(near, times, strict=True)]
+    outside = [deployed("later", -1.5), deployed("earlier", 30)]
+    told, marks = miniapm.deploy_marks([outside[0], *deploys, outside[1]], series)
+    ((x, kind, text),) = marks
+    assert (x, kind) == (14.0, "deploy")
+    lines = [f"Deployed {n} to live by ann, {miniapm.exact_time(times[n])}" for n in range(3)]
+    assert text.split("\n") == [*lines, "2 more deploys"]
+    assert told == "; ".join(["", *lines, "2 more deploys"])
+    many = [deployed(f"{n}", n) for n in range(20)]
+    told, marks = miniapm.deploy_marks(many, series)
+    assert len(marks) == 20
+    assert all(0 <= x <= 4 * len(series) for x, *_ in marks)
+    assert told.endswith("; 17 more deploys")
+    assert miniapm.deploy_marks([], series) == ("", [])
+
+
+def test_ticks_of_the_list_are_those_of_each_project() -> None:
+    deploys = [dataclasses.replace(deployed("1", n), project_id=1 + n % 2) for n in (1, 2, 3)]
+    ticks = miniapm.ticks_of(deploys, NOW_MS)
+    assert {project_id: len(marks) for project_id, (_, marks) in ticks.items()} == {1: 1, 2: 2}
+
+
 def test_created_event_names_the_release_that_it_came_with() -> None:
     error = shown_error()
     tally = miniapm.Tally("release", "1.0", 5, error.first_seen_ms)
@@ -9235,6 +9620,11 @@ def test_shares_are_of_the_occurrences_whose_values_were_counted() -> None:
         ({"status": "ignored"}, "Ignored"),
         ({"wake_count": 101, "status": "ignored"}, "Ignored until it occurs once more"),
         ({"wake_count": 1_200, "status": "ignored"}, "Ignored until it occurs 1,100 more times"),
+        (
+            {"status": "resolved", "resolved_release": "1.3"},
+            "Resolved in the release after 1.3",
+        ),
+        ({"status": "resolved", "resolved_release": ""}, "Resolved in the next release"),
     ],
 )
 def test_facts_say_on_what_an_error_wakes(changes: dict[str, Any], status: str) -> None:
@@ -10888,8 +11278,12 @@ def test_error_json_is_as_documented(client: Client) -> None:
         "ignored_until": None,
         "ignored_until_occurrences": None,
         "regressed_at": None,
+        "resolved_in_next_release": False,
+        "resolved_release": None,
         "first_seen": "2026-06-01T00:00:00.000Z",
+        "first_release": None,
         "last_seen": miniapm.iso_time(NOW_MS),
+        "last_release": None,
         "occurrences": 2,
         "occurrences_kept": 2,
         "users": 1,
@@ -11279,6 +11673,174 @@ def act(client: Client, path: str, **fields: Any) -> Any:
     return answer.json()
 
 
+def deploy(client: Client, **said: Any) -> Answer:
+    return client.post_json("/ingest/deploys", said)
+
+
+def test_deploy_is_taken_and_shown(client: Client, store: Store, clock: Clock) -> None:
+    client.report(release="1.2")
+    clock.seconds += 60
+    answer = deploy(client, version="1.3", git_sha="7b9e", env="production", deployer="ann")
+    assert (answer.status, answer.body) == (202, b"")
+    clock.seconds += 2 * 3_600
+    page = html.unescape(client.get("/errors").text)
+    assert "Deployed 1.3 to production by ann,\n" in page
+    at = miniapm.exact_time(NOW_MS + 60_000)
+    assert f"; Deployed 1.3 to production by ann, {at}" in page
+    assert page.count('<line class="deploy"') == 1
+    page = html.unescape(client.get("/errors/1?trend=24h").text)
+    assert f"<title>Deployed 1.3 to production by ann, {at}</title>" in page
+    assert re.search(r"First seen in release</dt><dd[^>]*>1\.2<", page)
+    assert client.get("/deploys.json").json() == {
+        "deploys": [
+            {
+                "id": 1,
+                "project": {"id": 1, "name": "default"},
+                "at": miniapm.iso_time(NOW_MS + 60_000),
+                "release": "1.3",
+                "version": "1.3",
+                "git_sha": "7b9e",
+                "environment": "production",
+                "deployer": "ann",
+                "description": None,
+            }
+        ]
+    }
+    clock.seconds += 47 * 3_600
+    assert "Deployed 1.3" not in client.get("/errors").text
+    assert "Deployed 1.3" in client.get("/errors/1?trend=7d").text
+
+
+def test_deploy_is_marked_for_the_errors_of_its_project_only(client: Client, store: Store) -> None:
+    key = store.create_key("shop")
+    client.report()
+    client.post_json("/ingest/errors", report(), key=key)
+    client.post_json("/ingest/deploys", {"version": "<b>1.3"}, key=key)
+    page = client.get("/errors").text
+    assert "Deployed &lt;b&gt;1.3 of shop,\n" in page
+    assert page.count('<line class="deploy"') == 1
+    assert "Deployed &lt;b&gt;1.3,\n" in client.get("/errors?project=2").text
+    assert "Deployed" not in client.get("/errors?project=1").text
+    assert "Deployed" not in client.get("/errors/1").text
+    assert [len(client.get(f"/deploys.json?project={n}").json()["deploys"]) for n in (1, 2, 3)] == [
+        *(0, 1, 0)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "said"),
+    [
+        (b"{}", {}, 400, "git_sha"),
+        (b'{"version": 1}', {}, 400, "version must be a string"),
+        (b"", {}, 400, "must be JSON"),
+        (b"[" * 5_000, {}, 400, "nested too deep"),
+        (b'{"version": "\xff"}', {}, 400, "UTF-8"),
+        (b'{"version": "1"}', {"CONTENT_TYPE": "text/plain"}, 415, "application/json"),
+        (b'{"version": "1"}', {"AUTHORIZATION": "Bearer no"}, 401, "unknown or revoked"),
+        (b'{"version": "1"}', {"AUTHORIZATION": None}, 401, "Authorization"),
+        (b'{"version": "1"}', {"CONTENT_ENCODING": "gzip"}, 400, "not gzip"),
+        (zlib.compress(b" " * 70_000, wbits=31), {"CONTENT_ENCODING": "gzip"}, 413, "65,536"),
+        (b'{"version": "1", "x": "%s"}' % (b"x" * 70_000), {}, 413, "65,536"),
+    ],
+)
+def test_deploy_that_is_wrong_is_refused(
+    client: Client, body: bytes, headers: Any, status: int, said: str
+) -> None:
+    answer = client.post_json("/ingest/deploys", body, **headers)
+    assert (answer.status, said in answer.json()["error"]) == (status, True), answer.text
+    assert client.get("/deploys.json").json() == {"deploys": []}
+
+
+def test_deploy_may_be_compressed_and_comes_from_any_origin(client: Client) -> None:
+    body = zlib.compress(b'{"version": "1.3"}', wbits=31)
+    assert client.post_json("/ingest/deploys", body, CONTENT_ENCODING="gzip").status == 202
+    assert client.get("/deploys.json").json()["deploys"][0]["release"] == "1.3"
+    preflight = client.request("OPTIONS", "/ingest/deploys", ORIGIN="https://ci.example")
+    assert (preflight.status, preflight.headers["Access-Control-Allow-Origin"]) == (204, "*")
+    assert client.get("/ingest/deploys").status == 405
+
+
+def test_deploys_are_filtered_and_have_a_version(client: Client, clock: Clock) -> None:
+    deploy(client, version="1", timestamp=miniapm.iso_time(NOW_MS - 3 * DAY_MS))
+    deploy(client, version="2")
+
+    def found(query: str) -> list[str]:
+        said = client.get(f"/deploys.json?{query}").json()
+        return [one["release"] for one in said["deploys"]]
+
+    assert found("") == found("since=4d") == found("since=2020-01-01") == ["2", "1"]
+    assert found("since=2d") == found(f"since={miniapm.iso_time(NOW_MS)}") == ["2"]
+    for query, field in (("since=soon", "since"), ("project=x", "project"), ("page=2", "page")):
+        answer = client.get(f"/deploys.json?{query}")
+        assert (answer.status, answer.json()["field"]) == (400, field)
+    for path in ("/deploys.json", "/errors"):
+        tag = client.get(path).headers["ETag"]
+        assert client.get(path, IF_NONE_MATCH=tag).status == 304
+        deploy(client, version="3")
+        assert client.get(path, IF_NONE_MATCH=tag).status == 200
+
+
+def test_deploys_need_the_password(guarded: Client) -> None:
+    assert deploy(guarded, version="1").status == 202
+    assert guarded.get("/deploys.json").status == 401
+    said = guarded.get("/deploys.json", AUTHORIZATION="Bearer open sesame").json()
+    assert len(said["deploys"]) == 1
+
+
+def test_resolving_in_the_next_release_is_an_action(client: Client) -> None:
+    client.report(release="1.2")
+    client.report(fingerprint="other")
+    for path, more in (("/errors/1", {}), ("/errors", {"id": [1, 2]}), ("/errors/2", {})):
+        for fields in ({"action": "resolve", "until": "next-release"}, {"until": "next-release"}):
+            said = act(client, path, **fields, **more)["action"]
+            assert said["what"] == "resolved"
+        if path == "/errors":
+            assert [one["resolved_in_next_release"] for one in client.errors()] == [True, True]
+    error = next(one for one in client.errors() if one["id"] == 1)
+    assert (error["status"], error["resolved_release"]) == ("resolved", "1.2")
+    text = client.get("/errors/1.md").text
+    assert "- **First seen in release:** `1.2`\n- **Last seen in release:** `1.2`\n" in text
+    assert "resolved `in the release after 1.2`" in text
+    assert "Resolved in the release after 1.2" in client.get("/errors/1").text
+    client.report(release="1.2")
+    assert {one["status"] for one in client.errors()} == {"resolved"}
+    client.report(release="1.3")
+    error = client.get("/errors/1.json").json()
+    assert (error["error"]["status"], error["error"]["last_release"]) == ("open", "1.3")
+    assert error["error"]["resolved_in_next_release"] is False
+    assert error["history"][0]["detail"] == "in release 1.3"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"until": "tomorrow"},
+        {"action": "resolve", "until": "next"},
+        {"action": "ignore", "until": "next-release"},
+        {"action": "delete", "until": "next-release"},
+        {"for": "1h", "until": "next-release"},
+    ],
+)
+def test_resolving_until_something_else_is_refused(client: Client, fields: Any) -> None:
+    client.report()
+    for path, more in (("/errors/1", {}), ("/errors", {"id": 1})):
+        answer = client.post_form(path, **fields, **more)
+        assert answer.status == 400
+        assert "until must be next-release, with action=resolve" in answer.text
+    assert client.errors()[0]["status"] == "open"
+
+
+def test_sentry_event_of_a_newer_release_reopens_what_is_resolved_in_the_next_one(
+    client: Client,
+) -> None:
+    for release, status in (("shop@1", "open"), ("shop@1", "resolved"), ("shop@2", "open")):
+        event = {"event_id": os.urandom(16).hex(), "message": "x", "release": release}
+        answer = client.post_json(f"/api/1/store/?sentry_key={KEY}", event)
+        assert answer.status == 200
+        assert client.errors()[0]["status"] == status
+        act(client, "/errors/1", until="next-release")
+
+
 @pytest.mark.parametrize(
     ("action", "what"),
     [("resolve", "resolved"), ("ignore", "ignored"), ("delete", "deleted")],
@@ -11584,8 +12146,8 @@ def test_error_page_and_json_have_history_and_tags(client: Client, monkeypatch: 
     act(client, "/errors/1", action="resolve")
     client.report(release="1.3")
     given = values_of(client, monkeypatch, "/errors/1")
-    assert [one.what for one in given["history"]] == ["regressed", "resolved"]
-    assert ("environment", "live", 2) in [(t.name, t.value, t.count) for t in given["tallies"]]
+    assert {"regressed", "resolved"} < {kind for _, kind, _ in given["events"]}
+    assert ("live", 50, "50 %") in [share[:3] for share in given["shares"]["environment"]]
     said = client.get("/errors/1.json").json()
     assert [one["what"] for one in said["history"]] == ["regressed", "resolved"]
     assert said["tags"]["environment"] == [
@@ -11608,6 +12170,7 @@ def test_error_page_and_json_have_history_and_tags(client: Client, monkeypatch: 
         ("/errors/1/occurrences.json", "limit, after, before"),
         ("/errors/1/occurrences/1.json", "takes none"),
         ("/projects.json", "takes none"),
+        ("/deploys.json", "project, since"),
     ],
 )
 def test_unknown_parameters_are_refused_by_name(client: Client, path: str, known: str) -> None:
@@ -13145,7 +13708,6 @@ NOT_KEPT = {
     "metrics": "/ingest/v1/metrics",
     "logs": "/ingest/v1/logs",
     "spans": "/ingest/spans",
-    "deploys": "/ingest/deploys",
 }
 
 
@@ -17534,6 +18096,83 @@ def test_browser_error_is_resolved_and_regresses(
     assert page.locator("header").get_by_text("regressed", exact=True).is_visible()
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+@SCRIPTS
+def test_browser_error_is_resolved_in_the_next_release(
+    serve: Callable[..., Server], browse: Callable[..., Any], width: int, script: bool
+) -> None:
+    server = serve()
+    for name in ("AError", "BError"):
+        server.report(exception_class=name, fingerprint=name, release="1.2")
+    page = browse(viewport={"width": width, "height": 800}, java_script_enabled=script)
+    page.goto(server.url)
+    page.click("text=AError")
+    assert facts(page)["First seen in release"] == facts(page)["Last seen in release"] == "1.2"
+    page.locator(".tools summary").first.click()
+    page.get_by_role("button", name="Resolve in the next release").click()
+    assert facts(page)["Status"] == "Resolved in the release after 1.2"
+    assert "Resolved in the release after 1.2" in page.locator(".history").inner_text()
+    page.get_by_role("button", name="Undo").click()
+    page.goto(server.url)
+    assert len(classes(page)) == 2
+    tick(page, "AError", "BError")
+    page.locator(".bulk summary").first.click()
+    page.get_by_role("button", name="Resolve in the next release").click()
+    assert "Resolved 2" in page.get_by_role("status").first.inner_text()
+    server.report(exception_class="AError", fingerprint="AError", release="1.2")
+    server.report(exception_class="BError", fingerprint="BError", release="1.3")
+    page.goto(server.url)
+    assert classes(page) == ["BError"]
+
+
+def test_browser_resolves_in_the_next_release_by_the_keyboard(
+    serve: Callable[..., Server], browse: Callable[..., Any]
+) -> None:
+    server = serve()
+    server.report(release="1.2")
+    page = browse()
+    page.goto(server.url + "/errors/1")
+    page.locator(".tools [value=resolve]").focus()
+    with page.expect_navigation():
+        for key in ("Tab", "Enter", "Tab", "Enter"):
+            page.keyboard.press(key)
+    assert facts(page)["Status"] == "Resolved in the release after 1.2"
+
+
+def test_browser_shows_deploys_as_they_come(
+    serve: Callable[..., Server], browse: Callable[..., Any], axe: Callable[..., list[str]]
+) -> None:
+    server = serve()
+    server.report()
+    page, listed = browse(), browse()
+    page.goto(server.url + "/errors/1?trend=24h")
+    listed.goto(server.url)
+    assert not listed.locator(".deployed").is_visible()
+    headers = {"Authorization": f"Bearer {server.key}"}
+    for environment in ("staging", "production"):
+        said = {"version": "1.3", "environment": environment, "deployer": "ann <b>"}
+        answer = requests.post(
+            server.url + "/ingest/deploys", json=said, headers=headers, timeout=10
+        )
+        assert answer.status_code == 202
+    listed.locator(".deployed", has_text="to production by ann <b>, just now").wait_for()
+    for one in (page, listed):
+        one.locator(".chart .deploy").first.wait_for(state="attached")
+        chart = one.locator(".chart").first
+        chart.focus()
+        tip = one.locator(".tip").inner_text().split("\n")
+        assert tip[0].endswith(": 1")
+        expected = [f"Deployed 1.3 to {name} by ann <b>, " for name in ("production", "staging")]
+        assert [
+            line[: len(start)] for line, start in zip(tip[1:], expected, strict=True)
+        ] == expected
+        assert f"; {expected[0]}" in str(chart.get_attribute("aria-label"))
+        box = box_of(one.locator(".tip"))
+        assert 0 <= box["x"] < box["right"] <= 1280
+        chart.blur()
+        assert axe(one) == []
+
+
 @SCRIPTS
 def test_browser_triages_several(
     serve: Callable[..., Server], browse: Callable[..., Any], script: bool
@@ -17914,7 +18553,7 @@ def test_browser_shows_the_most_of_an_error_above_the_fold(
         "next frame": trace.locator("code", has_text="step_1.py").first,
         "status": page.locator("dt", has_text="Status"),
         "count": page.locator("dd", has_text="98,765"),
-        "last seen": page.locator("dt", has_text="Last seen"),
+        "last seen": page.get_by_text("Last seen", exact=True),
         "trend": page.locator("aside").get_by_role("img"),
     }
     for name, part in above.items():
@@ -18467,7 +19106,7 @@ def test_browser_error_page_takes_up_values_that_come_later(
     page.get_by_role("link", name="production").first.wait_for()
     assert page.locator("[data-live=values]").inner_text().count("region") == 1
     assert page.locator(".history").inner_text() == history
-    page.locator("[data-live=tools] >> text=Resolve").wait_for()
+    page.locator("[data-live=tools] > [value=resolve]").wait_for()
     requests.post(server.url + "/errors/1", data={"action": "resolve"}, timeout=10)
     page.get_by_role("button", name="Reopen").wait_for()
     assert page.locator(".badges em").first.inner_text() == "resolved"
@@ -18511,7 +19150,7 @@ def test_browser_list_is_worked_by_keys(
     assert (dialog.count(), box.is_checked()) == (0, False)
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement == document.body")
-    page.locator(".bulk summary").evaluate("(node) => { node.parentElement.open = true; }")
+    page.locator(".bulk summary").first.evaluate("(node) => { node.parentElement.open = true; }")
     page.keyboard.press("Escape")
     assert page.locator("details[open]").count() == 0
     assert {error["status"] for error in server.errors()} == {"open"}
@@ -19281,6 +19920,7 @@ OUTPUTS = [
     '"/errors/1/occurrences.json?limit=2&after=2"\n"m2"\n"m1"',
     '{"position":1,"kept":3,"newer_url":"/errors/1/occurrences/2"}',
     "# `RuntimeError`",
+    "1.3 production\n",
     '{"name":"default","open":2}',
     r'"20\d\d-.*Z"',
     '"Ask Ann & Bob"',
@@ -19299,11 +19939,17 @@ def test_examples_of_the_dashboard_as_json_work_as_shown(start: Callable[..., Se
     for number in range(3):
         server.report(message=f"m{number}", release="1.2", user_id=str(number % 2))
     server.report(fingerprint="other")
-    for command, expected in zip(EXAMPLES, OUTPUTS, strict=True):
+    told_of_deploy = README.partition("### Releases and deploys")[2]
+    (deploy,) = re.findall(r"^curl .*", told_of_deploy.partition("\n### ")[0], re.MULTILINE)
+    for command, expected in zip([deploy, *EXAMPLES], ["", *OUTPUTS], strict=True):
         if "MINI_APM_PASSWORD" in command:
             server.stop()
             server = start(**password)
-        text = command.replace("http://127.0.0.1:3000", server.url).replace("| jq", "| jq -ec")
+        text = (
+            command.replace("http://127.0.0.1:3000", server.url)
+            .replace("$API_KEY", server.key)
+            .replace("| jq", "| jq -ec")
+        )
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", text],
             env=clean_environ() | password,
@@ -19320,9 +19966,18 @@ def test_examples_of_the_dashboard_as_json_work_as_shown(start: Callable[..., Se
 def test_readme_has_an_example_of_each_address_for_programs() -> None:
     for path in ("errors.json", "errors/1.json", "errors/1.md", "errors/1/occurrences.json"):
         assert any(f":3000/{path}" in command for command in EXAMPLES)
-    for path in ("occurrences/1.json", "occurrences/1.md", "projects.json", "undo"):
+    for path in ("occurrences/1.json", "occurrences/1.md", "projects.json", "deploys.json", "undo"):
         assert any(f"/{path}" in command for command in EXAMPLES)
-    for name in (*miniapm.LIST_PARAMETERS, "for", "count", "note", "return", "history", "tags"):
+    for name in (
+        *miniapm.LIST_PARAMETERS,
+        "for",
+        "until",
+        "count",
+        "note",
+        "return",
+        "history",
+        "tags",
+    ):
         assert re.search(rf"`{name}[`=]", README)
 
 

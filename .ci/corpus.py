@@ -186,9 +186,21 @@ def fill(tracker: Any, store: Any) -> dict[str, int]:
             store.set_status([ids[name]], "ignored" if name == "ignored" else "resolved")
         if name == "regressed":
             store.record(project, [first])
+    if hasattr(store, "record_deploy"):  # versions to compare with may not have it
+        _deploy(tracker, store, [numbers[name] for name in PROJECTS[:2]])
     for name, count in (("ten million", 10_000_000), ("million", 1_234_567), ("deep", 98_765)):
         _set_count(store, ids[name], count)
     return ids
+
+
+def _deploy(tracker: Any, store: Any, project_ids: list[int]) -> None:
+    """Record three deploys of each project in the last hours, one of them odd."""
+    odd = ("<b>x</b> " + "e" * 250, "\u202e" + "d" * 300)
+    for project_id in project_ids:
+        for hour, (environment, deployer) in enumerate([("live", "ann"), ("staging", ""), odd]):
+            said = {"version": f"1.{hour}.0", "environment": environment, "deployer": deployer}
+            said["timestamp"] = tracker.iso_time(store.now_ms() - hour * HOUR_MS)
+            store.record_deploy(project_id, tracker.parse_deploy(said, store.now_ms()))
 
 
 def _set_count(store: Any, error_id: int, count: int) -> None:
