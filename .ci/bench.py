@@ -1,12 +1,12 @@
 """Compares this version of the tracker with another one, in alternating blocks of load.
 
-    python .ci/bench.py [--against FILE] [--only ingest|pages|start|capture|host] [--case TEXT]
-        [--rounds N] [--block-s S] [--json FILE]
+    python .ci/bench.py [--against FILE] [--only ingest|outgoing|pages|start|capture|host]
+        [--case TEXT] [--rounds N] [--block-s S] [--json FILE]
 
-Needs bottle, waitress and sentry-sdk, and wrk for ingest and pages. "now" is this version, "before"
-is FILE, "control" is FILE once more. Their servers run at the same time on loopback, each with a
-database of its own; one at a time is loaded, for a block, and a round is a block for each. The
-columns of the table:
+Needs bottle, waitress and sentry-sdk, and wrk for ingest, outgoing and pages. "now" is this
+version, "before" is FILE, "control" is FILE once more. Their servers run at the same time on
+loopback, each with a database of its own; one at a time is loaded, for a block, and a round is a
+block for each. The columns of the table:
 - better: which direction is better;
 - now, before: the median of the rounds;
 - ratio: now / before in each round, the median of these;
@@ -17,6 +17,8 @@ varies less than rates and times do when other programs load the machine. With T
 disk has no part in it either.
 
 - ingest: reports a second and their 99th percentile by wrk, CPU, memory and bytes on disk;
+- outgoing: reports a second of a server whose webhook and forward take what is sent and never
+  answer, against one without, of this version only;
 - pages: with a million reports stored, also against ten thousand; and what it takes to render the
   list and the page of a deep chain, called in process with the errors of corpus.py;
 - start: until the first 202;
@@ -61,7 +63,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY, BATCH = "bench-key", "/ingest/errors/batch"
-HIGHER_IS_BETTER = ("a second", "done / without capture", "counted as dropped")
+HIGHER_IS_BETTER = ("a second", "/ without them", "done / without capture", "counted as dropped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,6 +451,33 @@ def compare_ingest(bench: Bench) -> None:
             if bench.case in name:
                 bench.alternate(measure)
         bench.alternate(memory, 1)
+
+
+def compare_outgoing(bench: Bench) -> None:
+    """Compare taking reports while targets hang with taking them without targets."""
+    with contextlib.ExitStack() as stack:
+        # The system accepts connections and what they send; nobody ever answers.
+        target = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=100))
+        host, now = f"127.0.0.1:{target.getsockname()[1]}", bench.versions[0]
+        flags = ("--webhook", f"http://{host}/", "--forward", f"http://key@{host}/1")
+        servers = {
+            name: stack.enter_context(serving(now, f"{name}.db", *MANY, *more))
+            for name, more in (("hung", flags), ("free", ()))
+        }
+
+        def measure(version: Version) -> dict[str, float]:
+            if version is not now:
+                return {}
+            rates = {}
+            for name in sorted(servers, reverse=bool(bench.round % 2)):
+                found = send(bench, servers[name], "2,000 errors varied", 8)
+                rates[name] = found["reports a second"]
+            said = "a webhook and a forward that hang: reports a second / without them"
+            return {said: rates["hung"] / rates["free"]}
+
+        for server in servers.values():
+            send(bench, server, "2,000 errors varied", 32)  # warms up
+        bench.alternate(measure)
 
 
 def old_reports(count: int) -> Iterator[str]:
@@ -844,6 +873,7 @@ def compare_hosts(bench: Bench) -> None:
 
 PARTS = {
     "ingest": compare_ingest,
+    "outgoing": compare_outgoing,
     "pages": compare_pages,
     "start": compare_start,
     "capture": compare_capture,
@@ -863,14 +893,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args()
     parts = [given.only] if given.only else list(PARTS)
-    if {"ingest", "pages"}.intersection(parts) and not shutil.which("wrk"):
+    if {"ingest", "outgoing", "pages"}.intersection(parts) and not shutil.which("wrk"):
         parser.error("wrk is not installed (its package is called wrk): --only start, for instance")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     os.environ["MINI_APM_QUIET"] = "1"
     began = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), given.against, given)
-        if {"ingest", "pages"}.intersection(parts):
+        if {"ingest", "outgoing", "pages"}.intersection(parts):
             write_loads(bench.folder)
         for part in parts:
             PARTS[part](bench)
