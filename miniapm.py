@@ -26,9 +26,9 @@ Contents:
 
 The path of a report: headers -> Intake.admit -> Sender -> HeldBody -> Intake.read -> Delivery of
 Occurrences -> Store.record -> Intake.answer_to -> 202. The path of a page:
-query string -> ErrorFilter -> Store.errors -> list of ErrorGroup -> template -> HTML. Times inside
-are integer milliseconds UTC since 1970 (suffix `_ms`); in JSON they are ISO 8601 strings that end
-in Z.
+query string -> ErrorFilter -> Store.errors -> list of ErrorGroup -> template -> HTML. The way out:
+Store.next_notice or Store.unsent -> Webhook or Forward -> HttpPeer. Times inside are integer
+milliseconds UTC since 1970 (suffix `_ms`); in JSON they are ISO 8601 strings that end in Z.
 """
 
 from __future__ import annotations
@@ -4223,7 +4223,16 @@ IMPORT_OCCURRENCE = """
     INSERT INTO occurrences (id, error_id, received_ms, body, project_id, event_id, request_key)
     VALUES (:id, :error_id, :received_ms, :body, :project_id, :event_id, :request_key)
     RETURNING id"""
-DELETE_HOURS = "DELETE FROM buckets WHERE error_id = :error_id"
+# When the numbers of an export's errors come, those counted from its occurrences go, of all errors
+# at once: the values get the ids that they had.
+_IS_UNCOUNTED = "origin IS NOT NULL AND origin_id IS NULL AND occurrence_count = uncounted"
+FORGET_UNCOUNTED = (
+    *(
+        f"DELETE FROM {table} WHERE error_id IN (SELECT id FROM errors WHERE {_IS_UNCOUNTED})"
+        for table in ("buckets", "error_users", "error_facets")
+    ),
+    f"UPDATE errors SET occurrence_count = 0, uncounted = 0, user_count = 0 WHERE {_IS_UNCOUNTED}",
+)
 # An id that was free may lie between others: so before and after each there may be a step.
 IMPORT_CLOCK_STEPS = f"""
     INSERT OR IGNORE INTO clock_steps (last_id)
@@ -4257,7 +4266,7 @@ IMPORT_USER = """
 IMPORT_VALUE = f"""
     INSERT INTO error_facets (id, error_id, name, value, count, first_ms)
     VALUES ({_FREE_ID.format("error_facets")}, :error_id, :name, :value, :count, :first_ms)
-    ON CONFLICT (error_id, name, value) DO UPDATE SET count = count + excluded.count,
+    ON CONFLICT (error_id, name, value) DO UPDATE SET count = MAX(count, excluded.count),
         first_ms = MIN(first_ms, excluded.first_ms)"""
 IMPORT_CHANGE = f"""
     INSERT INTO history (id, action, error_id, at_ms, what, detail, by_whom, before)
@@ -6471,6 +6480,7 @@ class _ImportedOccurrence:
     id: int | None
     error_id: int | None
     spare_event_id: str  # if the id is taken
+    origin: str | None = None  # that of its error
 
 
 @dataclass(slots=True)
@@ -6493,7 +6503,7 @@ class _ImportedError:
 
 
 _Lines = list[tuple[int, str, Any]]  # number, kind and value of each
-IMPORT_BATCH_BYTES = _MEBIBYTE  # of lines; their JSON takes some times as much
+IMPORT_BATCH_BYTES = 256 * _KIBIBYTE  # of lines; parsed, they take up to 30 times as much
 
 
 def _id_in(fields: _Fields, name: str) -> int | None:
@@ -6521,6 +6531,7 @@ class Importer:
         self._created: dict[str, int] = {}  # when the export's projects were
         self.added = self.skipped = self.failures = 0
         self.has_ended = True
+        self._are_forgotten = False  # the numbers that FORGET_UNCOUNTED removes
         with store.reading() as db:
             self._last_id = db.execute(SELECT_LAST_IDS).fetchone()[2]
 
@@ -6577,8 +6588,8 @@ class Importer:
         if problem := lack_of_space(self._store.path):
             raise Unavailable(problem)
         failures: list[tuple[int, MiniAPMError]] = []
-        count, lines = sum(one[1] == "occurrence" for one in batch), batch
-        added = self._store.write(functools.partial(self._write_lines, lines, failures))
+        count = sum(one[1] == "occurrence" for one in batch)
+        added = self._store.write(functools.partial(self._write_lines, batch, failures))
         self.added, self.skipped = self.added + added, self.skipped + count - added
         for number, error in failures:
             self._fail(number, error)
@@ -6590,6 +6601,7 @@ class Importer:
         self._recorder.forget()
         if refusal is None:
             return int(added)
+        self._are_forgotten = False
         if len(batch) > 1:
             return sum(self._write_lines([one], failures, db) for one in batch)
         if not isinstance(refusal, MiniAPMError):
@@ -6603,6 +6615,11 @@ class Importer:
             values = [one for _, _, one in part]
             if kind == "occurrence":
                 added += self._add_occurrences(values, db)
+            for statement in (
+                FORGET_UNCOUNTED if kind == "error" and not self._are_forgotten else ()
+            ):
+                db.execute(statement)
+            self._are_forgotten = kind == "error"
             for one in values if kind not in ("occurrence", "end") else ():
                 self._add_row(kind, one, db)
         return added
@@ -6644,14 +6661,15 @@ class Importer:
         projects = {line.project: self._project_id(line.project, db) for line in lines}
         ids = []
         for line in lines:
-            one, origin = line.occurrence, self._origin(line.project, line.error_id)
+            one = line.occurrence
+            line.origin = self._origin(line.project, line.error_id)
             key = projects[line.project], one.grouping_key
             if key not in errors:
                 values: Json = {"id": line.error_id, "project_id": key[0], "key": key[1]}
-                values |= {"origin": origin, "fingerprint": one.fingerprint}
+                values |= {"origin": line.origin, "fingerprint": one.fingerprint}
                 values |= {"first_ms": one.occurred_ms, "last_ms": one.occurred_ms}
                 errors[key] = self._error(values, db)
-            if new_id := self._add_occurrence(line, errors[key], origin, key[0], db):
+            if new_id := self._add_occurrence(line, errors[key], key[0], db):
                 ids.append(new_id)
         db.execute(IMPORT_CLOCK_STEPS, {"ids": json.dumps(ids)})
         for (project_id, _), error in errors.items():
@@ -6662,7 +6680,6 @@ class Importer:
         self,
         line: _ImportedOccurrence,
         error: _ImportedError,
-        origin: str | None,
         project_id: int,
         db: sqlite3.Connection,
     ) -> int | None:
@@ -6691,23 +6708,22 @@ class Importer:
             error.newest_id, error.newest = new_id, one
         # What retention removed is in the numbers already.
         is_old = free_id and error.counted_id is not None and free_id <= error.counted_id
-        if not (is_old and error.origin == origin):
+        if not (is_old and error.origin == line.origin):
             error.counted.append(line)
         return int(new_id)
 
     def _count(self, error: _ImportedError, project_id: int, db: sqlite3.Connection) -> None:
         """Add what was added to an error to its numbers."""
         times = [line.occurrence.occurred_ms for line in error.counted]
-        is_pending = error.counted_id is None
-        count = len(times)
-        values: Json = {"id": error.id, "stored": error.stored, "count": count}
+        origins = [line.origin for line in error.counted if error.counted_id is None]
+        values: Json = {"id": error.id, "stored": error.stored, "count": len(times)}
         values |= {"first_ms": min(times, default=2**62), "last_ms": max(times, default=-(2**62))}
         reports = [(project_id, line.occurrence, "") for line in error.counted]
         self._recorder._record_releases(reports, self._store.now_ms(), db)
         released = [name for _, name in sorted(_released(reports), key=operator.itemgetter(0))]
         first, last = (released[0], released[-1]) if released else (None, None)
         values |= {"first_release": first, "last_release": last}
-        db.execute(COUNT_IMPORTED, values | {"uncounted": count if is_pending else 0})
+        db.execute(COUNT_IMPORTED, values | {"uncounted": origins.count(error.origin)})
         if (newest := error.newest) is not None:
             names = {"id": error.id, "location": locate(newest), "level": facet_of(newest, "level")}
             names |= {"exception_class": newest.exception_class, "message": newest.message}
@@ -6715,8 +6731,6 @@ class Importer:
         now_hour = self._store.now_ms() // HOUR_MS
         hours = collections.Counter(bucket_hour(at // HOUR_MS, now_hour) for at in times)
         db.executemany(RECORD_BUCKET, [(error.id, hour, n) for hour, n in hours.items()])
-        if is_pending:  # its users and values come with its line
-            return
         known = _Known(error.id, error.sample or b"", is_new=False)
         tallies: list[tuple[int, int, int, str, str]] = []
         groups = itertools.groupby(error.counted, key=lambda line: line.received_ms // DAY_MS)
@@ -6737,8 +6751,6 @@ class Importer:
         db.execute(SET_COUNTED, values)
         if not is_created:
             return
-        if not error.is_alive:
-            db.execute(DELETE_HOURS, values)
         hours: dict[int, int] = collections.Counter()
         now_hour = self._store.now_ms() // HOUR_MS
         for one in values["hours"]:
@@ -13325,7 +13337,8 @@ RATE_LIMIT_S = 60.0  # what a 429 that names no time means
 SEND_STEP_S = 1.0  # how often couriers look for something to send
 MAX_STOP_S = 1.5  # what the end of the server waits for them
 NOTICE_PAUSE_MS = 60_000  # between two messages of one webhook
-MAX_TOLD_CHARS = 900  # of a message: Discord takes 2,000 in all
+MAX_TOLD_CHARS = 600  # of a message; with all names, and counted in UTF-16, below Discord's 2,000
+MAX_TOLD_NAME_CHARS = 100
 FORWARD_STEP = 20  # occurrences in memory at once
 SAVE_EVERY = 100  # occurrences that a crash makes us send again, at most
 NEWS_AGE_MS = DAY_MS  # older news are not told after a start
@@ -13439,14 +13452,12 @@ def chat_message(said: Mapping[str, str]) -> Json:
     Reported text stands in a block of code, where none of them looks for markup. Slack takes <, >
     and & only in its own escaped form.
     """
-    heading = " ".join(filter(None, (said["exception_class"], said["location"] and "at")))
-    lines = [f"{_in_chat(heading, MAX_FACET_CHARS)} {_in_chat(said['location'], MAX_FACET_CHARS)}"]
-    lines += [_in_chat(said["message"], MAX_TOLD_CHARS)]
+    names = ("project", "exception_class", "location")
+    project, kind, place = (_in_chat(said[name], MAX_TOLD_NAME_CHARS) for name in names)
+    block = f"{kind}{place and f' at {place}'}\n{_in_chat(said['message'], MAX_TOLD_CHARS)}".strip()
     count, others = int(said["occurrences"]), int(said["others"])
     times = "once" if count == 1 else f"{count:,} times"
     more = f", and {others:,} other error{'' if others == 1 else 's'}" if others else ""
-    project = _in_chat(said["project"], MAX_FACET_CHARS)
-    block = "\n".join(line.strip() for line in lines if line.strip())
     text = (
         f"{said['event'].capitalize()} error in `{project}`\n```\n{block}\n```\n"
         f"Occurred {times}{more}: {said['url']}"
@@ -13456,7 +13467,7 @@ def chat_message(said: Mapping[str, str]) -> Json:
 
 
 class Webhook(Courier):
-    """Tells a chat or a program of new and regressed errors, once a minute at most."""
+    """Tells a chat or a program about new and regressed errors, once a minute at most."""
 
     def send_next(self) -> float:
         """Send one message about all that waits."""
@@ -13561,7 +13572,8 @@ class Forward(Courier):
 
     def _leave_out(self, number: int, why: str) -> None:
         trouble = f"{why} for occurrence {number:,}, which was left out"
-        self._log(f"forward to {self._address.host}: {trouble}")
+        if not self._target.trouble.startswith(why):  # a line for each could fill the log
+            self._log(f"forward to {self._address.host}: {trouble}")
         self._change(refused_count=self._target.refused_count + 1, trouble=trouble, failures=0)
 
     def _envelope(self, number: int, occurrence: Occurrence) -> bytes:
@@ -13598,7 +13610,7 @@ class Outgoing:
         store.keep_targets({one.name: tables[one.kind == "forward"] for one in self._addresses})
         known = {project.name for project in store.projects()}
         for name in sorted(set().union(*(one.projects for one in self._addresses)) - known):
-            self._log(f"there is no project {name} yet, of which a webhook or forward is to tell")
+            self._log(f"no project is called {name} yet; a webhook or forward is limited to it")
         for one in self._addresses:
             kind = Forward if one.kind == "forward" else Webhook
             self._couriers.append(kind(store, one, self._config, self._log))
@@ -14671,8 +14683,8 @@ def run_import(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
 # > marks the line that failed; request, occurrences, releases that have it and variables. A run of
 # # stands for digits.
 DEMO_ERRORS = """\
-python shop/payment.py:118 charge PaymentError: order ##### could not be charged <- requests.exceptions.ConnectTimeout: api.payments.example: no connection within 5 s
-def charge(order, card):¦    try:¦>        answer = session.post(f"{API}/charges", json=body, timeout=5)¦        answer.raise_for_status()¦    except RequestException as error:
+python shop/payment.py:118 charge PaymentError: order ##### could not be charged <- requests/adapters.py:507 send requests.exceptions.ConnectTimeout: api.payments.example: no connection within 5 s
+        answer = session.post(f"{API}/charges", json=body, timeout=5)¦    except RequestException as error:¦>        raise PaymentError(f"order {order.id} could not be charged") from error
 POST /checkout/pay, 540, 0123 {"order": "<Order ##### 84.90 EUR>", "body": {"amount": 8490, "currency": "EUR"}}
 python shop/cart.py:57 apply_discount KeyError: 'discount_code'
 def apply_discount(cart, form):¦>    code = form["discount_code"].strip().upper()¦    cart.discount = Discount.find(code, at=today())¦    return cart
@@ -14680,14 +14692,14 @@ POST /cart/discount, 310, 1 {"cart": "<Cart ##### 3 items>", "form": {"quantity"
 python shop/stock.py:41 reserve StockError: 5 of 'Linen shirt, M' wanted, 2 left
 def reserve(item, count):¦    left = Stock.query.get(item.sku).left¦    if left < count:¦>        raise StockError(f"{count} of {item.name!r} wanted, {left} left")
 POST /cart/items, 160, 0123 {"count": 5, "left": 2, "item": "<Item 'Linen shirt, M'>"}
-python shop/db.py:88 commit sqlalchemy.exc.OperationalError: deadlock detected: process #### waits for ShareLock on transaction #######
+python shop/db.py:88 unit_of_work sqlalchemy.exc.OperationalError: deadlock detected: process #### waits for ShareLock on transaction #######
 @contextmanager¦def unit_of_work():¦    yield session¦>    session.commit()¦    events.publish(session.info["events"])
 POST /checkout/confirm, 95, 23 {"attempt": 3, "pending": ["<Order #####>", "<StockMove ###>"]}
 python shop/search.py:66 suggest UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in position 4
 def suggest(raw):¦>    term = unquote_to_bytes(raw).decode("utf-8")¦    return index.prefix(term.casefold(), limit=8)
 GET /search/suggest?q=caf%E9, 72, 0123 {"raw": "caf%E9"}
 python shop/tax.py:74 rate_for ZeroDivisionError: division by zero
-def share_of(line, order):¦    net = sum(one.net for one in order.lines)¦>    return line.net / net¦
+def rate_for(line, order):¦    net = sum(one.net for one in order.lines)¦>    return line.tax / net
 POST /checkout/total, 48, 013 {"net": 0, "line": "<Line 'Gift card'>"}
 python shop/mail.py:29 send_receipt smtplib.SMTPServerDisconnected: Connection unexpectedly closed
 def send_receipt(order):¦    message = render("receipt.txt", order=order)¦    with smtplib.SMTP(HOST, timeout=10) as smtp:¦>        smtp.send_message(message)
@@ -14771,13 +14783,15 @@ DEMO_PEOPLE = ("Anna", "Jonas", "Mira")
 DEMO_STEP_EVENTS = 200  # in one transaction
 
 
-def _demo_frame(place: str, source: str, **more: Any) -> Json:
+def _demo_frame(place: str, source: str = "", **more: Any) -> Json:
     file, lineno, function = re.split("[: ]", place)
-    lines = source.split("¦")
-    at = next(number for number, line in enumerate(lines) if line.startswith(">"))
-    around = {"pre_context": lines[:at], "post_context": lines[at + 1 :]}
-    frame = {"file": file, "lineno": int(lineno), "function": function, "own": True}
-    return frame | around | {"context_line": lines[at][1:]} | more
+    frame = {"file": file, "lineno": int(lineno), "function": function, "own": bool(source)}
+    if source:
+        lines = source.split("¦")
+        at = next(number for number, line in enumerate(lines) if line.startswith(">"))
+        frame |= {"pre_context": lines[:at], "post_context": lines[at + 1 :]}
+        frame |= {"context_line": lines[at][1:]}
+    return frame | more
 
 
 def _demo_request(said: str, rnd: random.Random) -> Json:
@@ -14803,12 +14817,15 @@ def _demo_report(error: Sequence[str], at_ms: int, release: str, rnd: random.Ran
     frames = [
         _demo_frame(f"{file} {function}", source, locals=variables),
         _demo_frame(caller, caller_source),
-        _demo_frame(below, ">", own=False),
+        _demo_frame(below),
     ]
     chain = [{"exception_class": name, "message": message, "frames": frames}]
     if cause:
-        cause_name, _, said = cause.partition(": ")
-        chain.append({"exception_class": cause_name, "message": said, "frames": frames[:1]})
+        file_below, function_below, cause_name, said = cause.split(" ", 3)
+        frames = [_demo_frame(f"{file_below} {function_below}")]
+        chain.append(
+            {"exception_class": cause_name.removesuffix(":"), "message": said, "frames": frames}
+        )
     breadcrumbs = [
         {"timestamp": iso_time(at_ms - 3_000 + 900 * number + rnd.randrange(800))}
         | {"category": crumb.split()[0], "message": crumb.partition(" ")[2]}

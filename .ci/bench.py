@@ -18,7 +18,7 @@ disk has no part in it either.
 
 - ingest: reports a second and their 99th percentile by wrk, CPU, memory and bytes on disk;
 - outgoing: reports a second of a server whose webhook and forward take what is sent and never
-  answer, against one without, of this version only;
+  answer, and whose database is being exported, against one without, of this version only;
 - pages: with a million reports stored, also against ten thousand; and what it takes to render the
   list and the page of a deep chain, called in process with the errors of corpus.py;
 - start: until the first 202;
@@ -48,6 +48,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -453,8 +454,20 @@ def compare_ingest(bench: Bench) -> None:
         bench.alternate(memory, 1)
 
 
+@contextlib.contextmanager
+def exporting(version: Version, database: str) -> Iterator[None]:
+    """Export a database again and again until the block ends."""
+    command = f"while :; do {sys.executable} miniapm.py export --db {database} >/dev/null; done"
+    process = subprocess.Popen(["sh", "-c", command], cwd=version.folder, start_new_session=True)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
 def compare_outgoing(bench: Bench) -> None:
-    """Compare taking reports while targets hang with taking them without targets."""
+    """Compare taking reports while targets hang and an export runs with taking them without."""
     with contextlib.ExitStack() as stack:
         # The system accepts connections and what they send; nobody ever answers.
         target = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=100))
@@ -470,9 +483,12 @@ def compare_outgoing(bench: Bench) -> None:
                 return {}
             rates = {}
             for name in sorted(servers, reverse=bool(bench.round % 2)):
-                found = send(bench, servers[name], "2,000 errors varied", 8)
+                with exporting(now, "hung.db") if name == "hung" else contextlib.nullcontext():
+                    found = send(bench, servers[name], "2,000 errors varied", 8)
                 rates[name] = found["reports a second"]
-            said = "a webhook and a forward that hang: reports a second / without them"
+            said = (
+                "a webhook and a forward that hang, and an export: reports a second / without them"
+            )
             return {said: rates["hung"] / rates["free"]}
 
         for server in servers.values():
