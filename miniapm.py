@@ -446,34 +446,30 @@ def _read_path_map(text: str) -> tuple[tuple[str, str], ...]:
     return pairs
 
 
-_TARGET = r"(?:((?:(?!://)[^=,])+?) *= *)?(https?://[!-+\--~]+)(?:[ ,]+|\Z)"
+def _read_url(pattern: str, url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    if not re.fullmatch(pattern, url) or not parts.hostname or parts.port == 0:
+        raise ValueError(url)  # as .port does itself
+    return url
 
 
-def _read_targets(text: str) -> tuple[tuple[str, str], ...]:
-    """Return pairs of a project's name, empty for all, and a URL."""
-    if not re.fullmatch(f"(?:{_TARGET})+", text := text.strip(" ,")) or not text.isprintable():
-        raise ValueError(text)
-    found = tuple((name.strip(), url) for name, url in re.findall(_TARGET, text))
-    for parts in (urllib.parse.urlsplit(url) for _, url in found):
-        if not parts.hostname or parts.port == 0:  # .port raises ValueError itself
+def _by_project(
+    value: str, read: Callable[[str], Any]
+) -> Callable[[str], tuple[tuple[str, Any], ...]]:
+    """Return a reader of VALUE and PROJECT=VALUE as pairs, the name empty for all projects."""
+    name = rf"(?!{value}(?:[ ,]|\Z))((?:(?!://)[^=,])+?)"
+    pair = rf"(?:{name} *= *)?({value})(?:[ ,]+|\Z)"
+
+    def read_pairs(text: str) -> tuple[tuple[str, Any], ...]:
+        if not re.fullmatch(f"(?:{pair})+", text := text.strip(" ,")) or not text.isprintable():
             raise ValueError(text)
-    return found
+        return tuple((name.strip(), read(value)) for name, value in re.findall(pair, text))
+
+    return read_pairs
 
 
-def _read_webhooks(text: str) -> tuple[tuple[str, str], ...]:
-    found = _read_targets(text)
-    if any("@" in urllib.parse.urlsplit(url).netloc for _, url in found):
-        raise ValueError(text)
-    return found
-
-
-def _read_dsns(text: str) -> tuple[tuple[str, str], ...]:
-    found = _read_targets(text)
-    if not all(
-        re.fullmatch(r"https?://[^:@/]+(:[^@/]*)?@[^@?#]+/[^/@?#]+", url) for _, url in found
-    ):
-        raise ValueError(text)
-    return found
+def _urls_by_project(pattern: str) -> Callable[[str], tuple[tuple[str, str], ...]]:
+    return _by_project(r"https?://[!-+\--~]+", functools.partial(_read_url, pattern))
 
 
 def _setting(
@@ -487,7 +483,7 @@ def _setting(
 
 _TEXT = (_read_text, "printable text")
 _WEBHOOKS = (
-    _read_webhooks,
+    _urls_by_project(r"https?://[^/?#@]+([/?#].*)?"),
     "URLs such as https://host/path, without a user, or PROJECT=URL, separated by spaces",
 )
 
@@ -595,12 +591,21 @@ class Config:
     webhook_secret: str | None = _setting(
         None, _TEXT, "key of the signature that webhooks carry", is_secret=True
     )
-    webhook_after: int = _setting(
-        1, _whole_number(1, 1_000_000), "occurrences of a new error before webhooks tell of it"
+    webhook_after: tuple[tuple[str, int], ...] = _setting(
+        (),
+        (
+            _by_project("[0-9]{1,7}", _whole_number(1, 1_000_000)[0]),
+            "whole numbers from 1 to 1000000 or PROJECT=NUMBER, separated by spaces",
+        ),
+        "occurrences of an error before webhooks tell of it, 1 where nothing is said; several"
+        " times, and as PROJECT=NUMBER for one project",
     )
     forward: tuple[tuple[str, str], ...] = _setting(
         (),
-        (_read_dsns, "DSNs such as https://KEY@host/1 or PROJECT=DSN, separated by spaces"),
+        (
+            _urls_by_project("https?://[^:@/]+(:[^@/]*)?@[^@?#]+/[^/@?#]+"),
+            "DSNs such as https://KEY@host/1 or PROJECT=DSN, separated by spaces",
+        ),
         "Sentry-compatible trackers that get every occurrence too; several times, and as"
         " PROJECT=DSN for one project",
         is_secret=True,
@@ -2182,6 +2187,13 @@ def _is_clean(given: Json, exact: Occurrence, cleaned: Occurrence, scrubber: Scr
     return found <= known
 
 
+def read_cleaned(report: Json, received_ms: int) -> Occurrence:
+    """Turn what to_payload() returned into the same Occurrence."""
+    exact = parse_occurrence(report, received_ms, scrubber=_Verbatim(), trust=True)
+    lines, exceptions = tuple(report["backtrace"]), tuple(report.get("exceptions") or ())
+    return dataclasses.replace(exact, backtrace=lines, exceptions=exceptions, sent=None)
+
+
 def from_line(
     line: Json, text: str, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER
 ) -> Occurrence:
@@ -2192,9 +2204,7 @@ def from_line(
     given = {name: value for name, value in line.items() if name not in _LINE_FIELDS}
     fields = _Fields(line, "")
     cleaned = parse_occurrence(given, received_ms, scrubber=scrubber_for(text, scrubber))
-    exact = parse_occurrence(given, received_ms, scrubber=_Verbatim(), trust=True)
-    lines, exceptions = tuple(given["backtrace"]), tuple(given.get("exceptions") or ())
-    exact = dataclasses.replace(exact, backtrace=lines, exceptions=exceptions, sent=None)
+    exact = read_cleaned(given, received_ms)
     if (extra := fields.mapping("fields")) is not None:
         exact = dataclasses.replace(exact, extra=extra)
         cleaned = dataclasses.replace(cleaned, extra=scrub_fields(extra, scrubber))
@@ -4081,28 +4091,32 @@ DELETE_SAMPLE = "DELETE FROM samples WHERE error_id = :error_id"
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
 
 # Targets: where notices and occurrences are sent. A new one starts with what comes next.
-_NEWEST_ID = "(SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE sqlite_sequence.name = {})"
-KEEP_TARGET = f"""
-    INSERT INTO targets (name, last_id, is_active) VALUES (:name, {_NEWEST_ID.format(":table")}, 1)
-    ON CONFLICT (name) DO UPDATE SET is_active = 1"""
-RETIRE_TARGETS = """
+# The lag counts ids up to the newest that is left: those after it may have been removed.
+_NEWEST_ID = "COALESCE((SELECT MAX(id) FROM {}), 0)"
+_IS_FORWARD = "name LIKE 'forward %'"
+KEEP_TARGETS = (
+    f"""
+    INSERT INTO targets (name, last_id, is_active) SELECT value, IIF(value LIKE 'forward %',
+        {_NEWEST_ID.format("occurrences")}, {_NEWEST_ID.format("notices")}), 1
+    FROM json_each(:names) WHERE 1 ON CONFLICT (name) DO UPDATE SET is_active = 1""",
+    """
     UPDATE targets SET is_active = 0
-    WHERE is_active AND name NOT IN (SELECT value FROM json_each(:names))"""
+    WHERE is_active AND name NOT IN (SELECT value FROM json_each(:names))""",
+)
 SAVE_TARGET = """
     UPDATE targets SET last_id = :last_id, sent_count = :sent_count, refused_count = :refused_count,
         sent_ms = :sent_ms, failures = :failures, retry_ms = :retry_ms, trouble = :trouble
     WHERE name = :name"""
-_IS_FORWARD = "targets.name LIKE 'forward %'"
 SELECT_TARGETS = f"""
     SELECT name, last_id, sent_count, refused_count, sent_ms, failures, retry_ms, trouble,
-        CASE WHEN {_IS_FORWARD} THEN MAX(0, {_NEWEST_ID.format("'occurrences'")} - last_id)
+        CASE WHEN {_IS_FORWARD} THEN MAX(0, {_NEWEST_ID.format("occurrences")} - last_id)
             ELSE (SELECT COUNT(*) FROM notices WHERE id > last_id) END AS waiting,
         CASE WHEN {_IS_FORWARD} THEN (SELECT received_ms FROM occurrences WHERE id > last_id
             ORDER BY id LIMIT 1) END AS oldest_ms
     FROM targets WHERE is_active ORDER BY name"""
 SELECT_SENT_ID = f"""
     SELECT COALESCE(MAX(MIN(last_id),
-        {_NEWEST_ID.format("'occurrences'")} - {MAX_UNSENT_OCCURRENCES}), {2**63 - 1})
+        {_NEWEST_ID.format("occurrences")} - {MAX_UNSENT_OCCURRENCES}), {2**63 - 1})
     FROM targets WHERE is_active AND {_IS_FORWARD}"""
 SELECT_UNSENT = """
     SELECT occurrences.id, occurrences.body, event_id, samples.body AS sample,
@@ -4112,20 +4126,21 @@ SELECT_UNSENT = """
     FROM occurrences JOIN errors ON errors.id = error_id LEFT JOIN samples USING (error_id)
     WHERE occurrences.id > :last_id ORDER BY occurrences.id LIMIT :step"""
 SELECT_NEWS = """
-    SELECT id, status_ms, occurrence_count FROM errors WHERE news IS NOT NULL AND id > :after_id
-    ORDER BY id LIMIT :step"""
-RECORD_NOTICES = """
+    SELECT id, status_ms, occurrence_count,
+        (SELECT name FROM projects WHERE projects.id = project_id) AS project
+    FROM errors WHERE news IS NOT NULL AND id > :after_id ORDER BY id LIMIT :step"""
+POST_NOTICES = (
+    """
     INSERT INTO notices (error_id, what, at_ms) SELECT id, news, :now_ms FROM errors
-    WHERE news IS NOT NULL AND id IN (SELECT value FROM json_each(:ids)) ORDER BY id"""
-FORGET_NEWS = "UPDATE errors SET news = NULL WHERE id IN (SELECT value FROM json_each(:ids))"
-FORGET_NOTICES = "DELETE FROM notices WHERE id <= (SELECT MAX(id) FROM notices) - :most"
-_IS_WANTED = """status = 'open' AND (:projects = '[]' OR (SELECT name FROM projects
-        WHERE projects.id = project_id) IN (SELECT value FROM json_each(:projects)))"""
-SELECT_NOTICES = f"""
-    SELECT MAX(notices.id) AS last_id, MIN(notices.id) FILTER (WHERE {_IS_WANTED}) AS first_id,
-        COUNT(DISTINCT error_id) FILTER (WHERE {_IS_WANTED}) AS errors
-    FROM notices LEFT JOIN errors ON errors.id = error_id WHERE notices.id > :last_id"""
-SELECT_NOTICE = "SELECT error_id, what FROM notices WHERE id = :id"
+    WHERE news IS NOT NULL AND id IN (SELECT value FROM json_each(:told)) ORDER BY id""",
+    "UPDATE errors SET news = NULL WHERE id IN (SELECT value FROM json_each(:due))",
+    "DELETE FROM notices WHERE id <= (SELECT MAX(id) FROM notices) - :most",
+)
+SELECT_NOTICES = """
+    SELECT notices.id, error_id, what, status = 'open' AS is_open,
+        (SELECT name FROM projects WHERE projects.id = project_id) AS project
+    FROM notices LEFT JOIN errors ON errors.id = error_id
+    WHERE notices.id > :last_id ORDER BY notices.id"""
 
 # Exports read in steps, each with its own short transaction: a long one keeps the log from being
 # copied. The children of an error come as JSON, in the order of their ids.
@@ -4395,12 +4410,12 @@ class StoredOccurrence:
 class FeedItem:
     """An occurrence as it came in, of any error and project."""
 
+    occurrence: Occurrence
     id: int
     error_id: int
     project_id: int
     project: str
     received_ms: int
-    occurrence: Occurrence
 
 
 @dataclass(frozen=True, slots=True)
@@ -5890,14 +5905,8 @@ class Triage:
         with self.reading() as db:
             values = {"id": 2**63 - 1 if after_id is None else after_id, "limit": limit}
             rows = sorted(db.execute(statement, values), key=operator.itemgetter("id"))
-        names = ("id", "error_id", "project_id", "project", "received_ms")
-        return tuple(
-            FeedItem(
-                **{name: row[name] for name in names},
-                occurrence=_occurrence_in(row, row["grouping_key"]),
-            )
-            for row in rows
-        )
+        told = operator.itemgetter("id", "error_id", "project_id", "project", "received_ms")
+        return tuple(FeedItem(_occurrence_in(row, row["grouping_key"]), *told(row)) for row in rows)
 
     def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
         """Return how often each error occurred in each hour since 1970, zeros left out."""
@@ -6008,20 +6017,14 @@ class Queues:
         with self.reading() as db:
             return {row["name"]: Target(**row) for row in db.execute(SELECT_TARGETS)}
 
-    def keep_targets(self, tables: Mapping[str, str]) -> None:
-        """Add the targets that are new, each with its table, and retire all others."""
-
-        def work(db: sqlite3.Connection) -> None:
-            db.execute(RETIRE_TARGETS, {"names": json.dumps(list(tables))})
-            pairs = [{"name": name, "table": table} for name, table in tables.items()]
-            db.executemany(KEEP_TARGET, pairs)
-
-        self.write(work)
+    def keep_targets(self, names: Collection[str]) -> None:
+        """Add the targets that are new and retire all others."""
+        values = {"names": json.dumps([*names])}
+        self.write(lambda db: [db.execute(statement, values) for statement in KEEP_TARGETS])
 
     def save_target(self, target: Target) -> None:
         """Remember how far a target has come."""
-        values = dataclasses.asdict(target)
-        self.write(lambda db: db.execute(SAVE_TARGET, values).rowcount)
+        self.write(lambda db: db.execute(SAVE_TARGET, dataclasses.asdict(target)).rowcount)
 
     def unsent(self, last_id: int, step: int) -> list[tuple[int, str, Occurrence | None]]:
         """Return the next occurrences, each with its id and project; None if it is not sent.
@@ -6032,42 +6035,40 @@ class Queues:
             rows = db.execute(SELECT_UNSENT, {"last_id": last_id, "step": step}).fetchall()
         return [(row["id"], row["project"], _sent_again(row)) for row in rows]
 
-    def post_notices(self, after_id: int, least: int, since_ms: int = 0, step: int = 500) -> int:
+    def post_notices(
+        self, after_id: int, least: Mapping[str, int], since_ms: int = 0, step: int = 500
+    ) -> int:
         """Turn the news of a step of errors into notices; return the last one's id, 0 at the end.
 
-        News of errors with fewer than `least` occurrences wait; those from before `since_ms` are
-        forgotten.
+        News of errors with fewer occurrences than `least` names for their project, or for "",
+        wait; those from before `since_ms` are forgotten.
         """
         with self.reading() as db:
-            values = {"after_id": after_id, "step": step}
-            rows = db.execute(SELECT_NEWS, values).fetchall()
-        due = [row for row in rows if row["occurrence_count"] >= least]
-
-        def work(db: sqlite3.Connection) -> None:
-            told = [row["id"] for row in due if row["status_ms"] >= since_ms]
-            db.execute(RECORD_NOTICES, {"ids": json.dumps(told), "now_ms": self.now_ms()})
-            db.execute(FORGET_NEWS, {"ids": json.dumps([row["id"] for row in due])})
-            db.execute(FORGET_NOTICES, {"most": MAX_NOTICES})
-
+            rows = db.execute(SELECT_NEWS, {"after_id": after_id, "step": step}).fetchall()
+        usual = least.get("", 1)
+        due = [row for row in rows if row["occurrence_count"] >= least.get(row["project"], usual)]
+        told = [row["id"] for row in due if row["status_ms"] >= since_ms]
+        values: Json = {"due": json.dumps([row["id"] for row in due]), "told": json.dumps(told)}
+        values |= {"now_ms": self.now_ms(), "most": MAX_NOTICES}
         if due:
-            self.write(work)
+            self.write(lambda db: [db.execute(statement, values) for statement in POST_NOTICES])
         return rows[-1]["id"] if len(rows) == step else 0
 
-    def next_notice(self, last_id: int, projects: Iterable[str]) -> Notice | None:
-        """Return the oldest notice after an id that is about an open error; None without any.
+    def next_notice(self, last_id: int, projects: Collection[str]) -> Notice:
+        """Return the oldest notice after an id that is about an open error.
 
         It stands for all later ones too. Without `projects`, those of all count.
         """
-        values = {"last_id": last_id, "projects": json.dumps(sorted(projects))}
         with self.reading() as db:
-            found = db.execute(SELECT_NOTICES, values).fetchone()
-            row = db.execute(SELECT_NOTICE, {"id": found["first_id"]}).fetchone()
-        if found["last_id"] is None:
-            return None
-        if row is None:
-            return Notice(found["last_id"], "", None, 0)
-        error = self.error(row["error_id"])
-        return Notice(found["last_id"], row["what"], error, found["errors"] - 1)
+            rows = db.execute(SELECT_NOTICES, {"last_id": last_id}).fetchall()
+        wanted = [
+            row for row in rows if row["is_open"] and (not projects or row["project"] in projects)
+        ]
+        newest_id = rows[-1]["id"] if rows else last_id
+        if not wanted:
+            return Notice(newest_id, "", None, 0)
+        others = len({row["error_id"] for row in wanted}) - 1
+        return Notice(newest_id, wanted[0]["what"], self.error(wanted[0]["error_id"]), others)
 
 
 class Store(Triage, Queues):
@@ -7802,24 +7803,24 @@ class HttpAnswer:
 
 
 class HttpPeer:
-    """Asks one server; follows no redirect and reads `max_answer_bytes` of an answer at most.
+    """Asks one server; follows no redirect and reads a bounded part of an answer.
 
-    Raises OSError, HTTPException or ValueError. With `keeps`, the connection is used again.
+    Raises OSError, HTTPException or ValueError. With `keeps`, the connection is used again. Without
+    `needs_body`, a status that says yes is enough, whatever becomes of the body.
     """
 
-    def __init__(
-        self, url: str, *, keeps: bool = False, max_answer_bytes: int = 64 * _KIBIBYTE
-    ) -> None:
+    def __init__(self, url: str, *, keeps: bool = False, needs_body: bool = False) -> None:
         parts = urllib.parse.urlsplit(url)
         self._connect = functools.partial(
             http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection,
             parts.hostname or "",
             parts.port,
         )
-        self._keeps, self._max_answer_bytes = keeps, max_answer_bytes
+        self._keeps, self._needs_body = keeps, needs_body
         self._kept: http.client.HTTPConnection | None = None
         self._socket: socket.socket | None = None
         self.began_s = math.inf  # on the monotonic clock, while a request is under way
+        self._is_aborted = False
 
     def ask(
         self,
@@ -7830,11 +7831,14 @@ class HttpPeer:
     ) -> HttpAnswer:
         """Send a POST, or a GET if there is no body; return the answer."""
         kept, self._kept = self._kept, None
-        self.began_s = time.monotonic()
+        self.began_s, self._is_aborted = time.monotonic(), False
         try:
             if kept is not None:
-                with contextlib.suppress(ConnectionError):  # the server has closed it meanwhile
+                try:
                     return self._exchange(kept, path, body, headers)
+                except ConnectionError:
+                    if self._is_aborted:
+                        raise  # else the server has closed it meanwhile
             connection = self._connect(timeout=timeout_s)
             return self._exchange(connection, path, body, headers)
         finally:
@@ -7847,10 +7851,15 @@ class HttpPeer:
             if connection.sock is None:
                 connection.connect()
             self._socket = connection.sock
-            connection.request("GET" if body is None else "POST", path, body, headers)
+            is_sent = False
+            with contextlib.suppress(ConnectionError):  # a refusal may come before all is sent
+                connection.request("GET" if body is None else "POST", path, body, headers)
+                is_sent = True
             answer = connection.getresponse()
-            said = answer.read(self._max_answer_bytes)
-            if self._keeps and answer.isclosed() and not answer.will_close:
+            said, is_yes = b"", 200 <= answer.status < 300 and not self._needs_body
+            with contextlib.suppress(*((OSError, http.client.HTTPException) if is_yes else ())):
+                said = answer.read(64 * (_MEBIBYTE if self._needs_body else _KIBIBYTE))
+            if self._keeps and is_sent and answer.isclosed() and not answer.will_close:
                 self._kept = connection
             return HttpAnswer(answer.status, answer.headers, said)
         finally:
@@ -7864,6 +7873,7 @@ class HttpPeer:
 
     def abort(self) -> None:
         """Make a request that another thread has begun fail at once."""
+        self._is_aborted = True
         if (connected := self._socket) is not None:
             with contextlib.suppress(OSError):
                 connected.shutdown(socket.SHUT_RDWR)
@@ -9558,6 +9568,10 @@ def crumb_of(breadcrumb: Json) -> tuple[str, str, str, str, str]:
     return clock, readable(category or kind), readable(level), readable(text), "; ".join(said)
 
 
+def _crumb_texts(occurrence: Occurrence) -> list[str]:
+    return [" ".join(filter(None, crumb_of(one))) for one in breadcrumbs_of(occurrence)]
+
+
 def logged_as(occurrence: Occurrence) -> str:
     """Return the message with which the exception was logged, unless it is the exception's own."""
     said = occurrence.extra.get("log_message")
@@ -9970,9 +9984,8 @@ def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
     if logged := logged_as(occurrence):
         yield f"## Logged as\n\n{_fenced(logged)}"
     yield from _chain_markdown(chain_of(occurrence))
-    if crumbs := [crumb_of(crumb) for crumb in breadcrumbs_of(occurrence)]:
-        text = "\n".join(" ".join(filter(None, crumb)) for crumb in crumbs)
-        yield f"## Breadcrumbs\n\n{_fenced(text)}"
+    if crumbs := _crumb_texts(occurrence):
+        yield "## Breadcrumbs\n\n" + _fenced("\n".join(crumbs))
     for title, values in [("Tags", shown_tags(occurrence)), *sections_of(occurrence)]:
         if values:
             # Punctuation may be Markdown's own.
@@ -12298,21 +12311,14 @@ class Ingest:
         """Let web pages of any origin report; the App adds the headers that say so."""
         return bottle.HTTPResponse("", 204)
 
-    def _lags(self) -> list[Json]:
-        """Return how many occurrences wait for each forward, and since when the oldest does."""
-        found = self._store.targets().items()
-        return [
-            {"lag": one.waiting, "oldest_ms": one.oldest_ms}
-            for name, one in found
-            if name.startswith("forward ")
-        ]
-
     def health(self) -> bottle.HTTPResponse:
         """Say whether the database can be written, by writing it."""
         said: Json = {"status": "ok", "db_ok": True}
         try:
             self._store.set_setting("checked_ms", self._store.now_ms())
-            if lags := self._lags():
+            targets = self._store.targets().items()
+            found = [one for name, one in targets if name.startswith("forward ")]
+            if lags := [{"lag": one.waiting, "oldest_ms": one.oldest_ms} for one in found]:
                 said["forward"] = lags
         except MiniAPMError:
             said = {"status": "unhealthy", "db_ok": False}
@@ -12345,10 +12351,7 @@ def addresses_of(config: Config) -> list[Address]:
     for kind in ("webhook", "webhook_form", "forward"):
         for project, url in getattr(config, kind):
             found.setdefault((kind, url), set()).add(project)
-    return [
-        Address(*key, frozenset() if "" in names else frozenset(names))
-        for key, names in found.items()
-    ]
+    return [Address(*key, frozenset(() if "" in names else names)) for key, names in found.items()]
 
 
 def sending_rows(
@@ -13220,22 +13223,15 @@ def _sentry_frame(frame: Frame, platform: str) -> Json:
     function, module = frame.function, frame.module
     if platform == "java" and function and not module:
         module, _, function = function.rpartition(".")
-    found: Json = {
-        "filename": frame.file,
-        "abs_path": frame.root + frame.file if frame.root and frame.file else None,
-        "function": function,
-        "module": module or None,
-        "lineno": frame.lineno,
-        "colno": frame.column,
-        "vars": frame.locals,
-        "in_app": frame.is_own,
-    }
+    found: Json = {"filename": frame.file, "lineno": frame.lineno, "colno": frame.column}
+    found |= {"function": function, "module": module or None}
+    found |= {"vars": frame.locals, "in_app": frame.is_own}
+    if not frame.is_call or (frame.root and frame.file):
+        found["abs_path"] = frame.root + (frame.file or "") if frame.is_call else frame.text
     if (source := frame.source) is not None:
         found |= {"context_line": source.context_line}
         found |= {"filename": frame.file or source.file, "lineno": frame.lineno or source.lineno}
         found |= {"pre_context": [*source.pre_context], "post_context": [*source.post_context]}
-    if not frame.is_call:
-        found["abs_path"] = frame.text
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -13273,9 +13269,8 @@ def _sentry_headings(
 
 def _sentry_surroundings(occurrence: Occurrence, frames: Sequence[Frame]) -> Json:
     """Return an occurrence's other fields under the names that Sentry has for them."""
-    rest = dict(occurrence.extra)
-    for name in ("log_message", "log_params", "mechanism", "exception_module", "level", "tags"):
-        rest.pop(name, None)
+    told = {"log_message", "log_params", "mechanism", "exception_module", "level", "tags"}
+    rest = {name: value for name, value in occurrence.extra.items() if name not in told}
     found: Json = {name: rest.pop(name) for name in _TEXTS if isinstance(rest.get(name), str)}
     found |= {name: rest.pop(name) for name in _OBJECTS if isinstance(rest.get(name), dict)}
     if "user" in found:  # the other side would take our own address for {{auto}}
@@ -13310,8 +13305,7 @@ def sentry_event(occurrence: Occurrence, occurrence_id: int, database_id: bytes)
     event |= _sentry_surroundings(occurrence, frames)
     number = hashlib.sha256(database_id + b"%d" % occurrence_id).hexdigest()[:32]
     fingerprint, grouped_by = occurrence.fingerprint, occurrence.grouping_key
-    shown = hashlib.sha256(fingerprint.encode()).digest()
-    if shown != grouped_by:  # it was cut or scrubbed
+    if hashlib.sha256(fingerprint.encode()).digest() != grouped_by:  # it was cut or scrubbed
         fingerprint = grouped_by.hex()
     event |= {
         "event_id": occurrence.event_id or number,
@@ -13339,8 +13333,7 @@ MAX_STOP_S = 1.5  # what the end of the server waits for them
 NOTICE_PAUSE_MS = 60_000  # between two messages of one webhook
 MAX_TOLD_CHARS = 600  # of a message; with all names, and counted in UTF-16, below Discord's 2,000
 MAX_TOLD_NAME_CHARS = 100
-FORWARD_STEP = 20  # occurrences in memory at once
-SAVE_EVERY = 100  # occurrences that a crash makes us send again, at most
+FORWARD_STEP = 20  # occurrences in memory at once, and sent again after a crash, at most
 NEWS_AGE_MS = DAY_MS  # older news are not told after a start
 
 
@@ -13350,13 +13343,12 @@ class Courier:
     Its Target is kept in the database, so that the next start goes on where this one ended.
     """
 
-    keeps = False  # the connection
-
     def __init__(self, store: Store, address: Address, config: Config, log: Log) -> None:
         self._store, self._address, self._config, self._log = store, address, config, log
-        self.peer = HttpPeer(address.url, keeps=self.keeps)
+        self.peer = HttpPeer(address.url, keeps=address.kind == "forward")
         self._target = store.targets()[address.name]
         self._saved, self._saved_s = self._target, time.monotonic()
+        self._longest_ms = int(MAX_RETRY_AFTER_S * 1000)  # until retry_ms, unless the clock jumped
         self._is_stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="miniapm-courier", daemon=True)
 
@@ -13371,7 +13363,7 @@ class Courier:
         while not self._is_stopped.wait(pause_s):
             pause_s = SEND_STEP_S
             left_ms = self._target.retry_ms - self._store.now_ms()
-            if 0 < left_ms <= MAX_RETRY_AFTER_S * 1000:
+            if 0 < left_ms <= self._longest_ms:
                 pause_s = min(pause_s, left_ms / 1000)
                 continue
             try:
@@ -13382,6 +13374,7 @@ class Courier:
                 pass
             except Exception as error:  # noqa: BLE001 - the thread must go on
                 self._postpone(Retry(type(error).__name__))
+            self._save()
         self._save()
         self.peer.close()
 
@@ -13402,13 +13395,16 @@ class Courier:
         """Wait before the next attempt, as long as the server asks for or longer each time."""
         if self._is_stopped.is_set():
             return
-        failures, now_ms = self._target.failures + 1, self._store.now_ms()
+        failures = self._target.failures + 1
         wait_s = max(retry.after_s, min(2.0 ** min(failures, 20) / 2, MAX_BACKOFF_S))
-        retry_ms = now_ms + int(min(wait_s, MAX_RETRY_AFTER_S) * 1000)
         if str(retry) != self._target.trouble:
             self._log(f"{self._address.kind} to {self._address.host} waits: {retry}")
-        self._change(failures=failures, retry_ms=retry_ms, trouble=str(retry))
-        self._save()
+        self._change(failures=failures, retry_ms=self._pause(wait_s), trouble=str(retry))
+
+    def _pause(self, seconds: float) -> int:
+        """Return the time until which nothing is to be sent, a day from now at most."""
+        self._longest_ms = int(min(seconds, MAX_RETRY_AFTER_S) * 1000)
+        return self._store.now_ms() + self._longest_ms
 
     def _post(self, path: str, body: bytes, headers: Mapping[str, str]) -> HttpAnswer:
         headers = {"User-Agent": f"MiniAPM/{__version__}", **headers}
@@ -13471,25 +13467,24 @@ class Webhook(Courier):
 
     def send_next(self) -> float:
         """Send one message about all that waits."""
-        target, now_ms = self._target, self._store.now_ms()
-        left_ms = min(NOTICE_PAUSE_MS, (target.sent_ms or 0) + NOTICE_PAUSE_MS - now_ms)
-        if left_ms > 0:
+        now_ms, sent_ms = self._store.now_ms(), self._target.sent_ms or 0
+        if now_ms < sent_ms:  # the clock was set back
+            self._change(sent_ms=now_ms)
+        if (left_ms := sent_ms + NOTICE_PAUSE_MS - now_ms) > 0:
             return min(left_ms / 1000, SEND_STEP_S)
-        notice = self._store.next_notice(target.last_id, self._address.projects)
-        if notice is not None and notice.error is not None:
+        notice = self._store.next_notice(self._target.last_id, self._address.projects)
+        if notice.error is not None:
             url = self._store.setting("url") or ""
             self._tell(notice_fields(notice, notice.error, url, now_ms))
-            self._count_sent(last_id=notice.last_id)
-        elif notice is not None:
-            self._change(last_id=notice.last_id)
-        self._save()
+            self._count_sent()
+        self._change(last_id=notice.last_id)
         return SEND_STEP_S
 
     def _tell(self, said: dict[str, str]) -> None:
-        kind, body = "application/json", json.dumps(chat_message(said)).encode()
+        kind, text = "application/json", json.dumps(chat_message(said))
         if self._address.kind == "webhook_form":
-            kind, body = "application/x-www-form-urlencoded", urllib.parse.urlencode(said).encode()
-        headers = {"Content-Type": kind}
+            kind, text = "application/x-www-form-urlencoded", urllib.parse.urlencode(said)
+        headers, body = {"Content-Type": kind}, text.encode()
         if secret := self._config.webhook_secret:
             signature = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
             headers["X-MiniAPM-Signature"] = f"sha256={signature}"
@@ -13505,27 +13500,22 @@ def rate_limit_s(header: str) -> float:
 
     Source: develop.sentry.dev, "Rate Limiting": 60:error;transaction:organization, 2700::key.
     """
-    waits = [0.0]
-    for part in header.split(","):
-        seconds, categories = (part.strip().split(":") + [""])[:2]
-        kinds = set(categories.split(";"))
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", seconds) and kinds & {"", "error", "default"}:
-            waits.append(float(seconds))
-    return max(waits)
+    number = r"[0-9]{1,9}(?:\.[0-9]{1,6})?"
+    limits = re.findall(rf"(?:^|,)\s*({number})(?::([^:,]*)|\s*(?=,|$))", header)
+    kinds = {"", "error", "default"}
+    return max([float(found) for found, said in limits if kinds & {*said.split(";")}], default=0.0)
 
 
 class Forward(Courier):
     """Sends every occurrence to a Sentry-compatible tracker, in order, until it has taken it."""
-
-    keeps = True
 
     def __init__(self, store: Store, address: Address, config: Config, log: Log) -> None:
         super().__init__(store, address, config, log)
         parts = urllib.parse.urlsplit(address.url)
         prefix, _, project = parts.path.rpartition("/")
         self._path = f"{prefix}/api/{project}/envelope/"
-        client = f"sentry_client=miniapm/{__version__}"
-        auth = f"Sentry sentry_version=7, {client}, sentry_key={parts.username}"
+        auth = f"Sentry sentry_version=7, sentry_client=miniapm/{__version__}"
+        auth += f", sentry_key={parts.username}"
         auth += f", sentry_secret={parts.password}" if parts.password else ""
         self._headers = {"X-Sentry-Auth": auth, "Content-Type": "application/x-sentry-envelope"}
         self._database_id: bytes = store.setting("secret")
@@ -13540,16 +13530,12 @@ class Forward(Courier):
             if occurrence is not None and is_wanted:
                 self._send(number, occurrence)
             self._change(last_id=number)
-            sent = self._target.last_id - self._saved.last_id
-            if sent >= SAVE_EVERY or time.monotonic() - self._saved_s >= SEND_STEP_S:
+            if time.monotonic() - self._saved_s >= SEND_STEP_S:
                 self._save()
             if self._target.retry_ms > self._store.now_ms():
                 break
-        else:
-            if len(rows) == FORWARD_STEP:
-                return 0.0
-        self._save()
-        return SEND_STEP_S
+        is_more = len(rows) == FORWARD_STEP and self._target.last_id == rows[-1][0]
+        return 0.0 if is_more else SEND_STEP_S
 
     def _send(self, number: int, occurrence: Occurrence) -> None:
         """Send one occurrence; Retry if it has to be sent again, later."""
@@ -13561,8 +13547,7 @@ class Forward(Courier):
         status, said = answer.status, answer.said.lower()
         limit_s = rate_limit_s(answer.headers.get("X-Sentry-Rate-Limits", ""))
         if 200 <= status < 300 or (status in (400, 409) and "already exists" in said):
-            retry_ms = self._store.now_ms() + int(min(limit_s, MAX_RETRY_AFTER_S) * 1000)
-            self._count_sent(retry_ms=retry_ms if limit_s else 0)
+            self._count_sent(retry_ms=self._pause(limit_s) if limit_s else 0)
         # A proxy's own page is about the request, such as one for HTTPS, not about what is in it.
         elif status == 413 or (status in (400, 409, 422) and "<html" not in said):
             self._leave_out(number, f"HTTP {status}")
@@ -13594,29 +13579,30 @@ class Outgoing:
         self._store, self._config, self._log = store, config, log
         self._addresses = addresses_of(config)
         self._has_webhooks = any(one.kind != "forward" for one in self._addresses)
+        self._least = dict(config.webhook_after)
         self._couriers: list[Courier] = []
+        self._threads: list[threading.Thread] = []
         self._is_stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="miniapm-outgoing", daemon=True)
 
     def start(self) -> None:
         """Start the threads. A target that is new gets what happens from now on."""
         store, after_id = self._store, 0
         since_ms = store.now_ms() - NEWS_AGE_MS
         while self._has_webhooks:  # what is known now is no news for a new webhook
-            after_id = store.post_notices(after_id, self._config.webhook_after, since_ms)
+            after_id = store.post_notices(after_id, self._least, since_ms)
             if not after_id:
                 break
-        tables = {True: "occurrences", False: "notices"}
-        store.keep_targets({one.name: tables[one.kind == "forward"] for one in self._addresses})
+        store.keep_targets([one.name for one in self._addresses])
         known = {project.name for project in store.projects()}
         for name in sorted(set().union(*(one.projects for one in self._addresses)) - known):
             self._log(f"no project is called {name} yet; a webhook or forward is limited to it")
         for one in self._addresses:
             kind = Forward if one.kind == "forward" else Webhook
             self._couriers.append(kind(store, one, self._config, self._log))
-        for thread in [one.thread for one in self._couriers] + [self._thread] * bool(
-            self._couriers
-        ):
+        if self._addresses:
+            own = threading.Thread(target=self._run, name="miniapm-outgoing", daemon=True)
+            self._threads = [own, *(one.thread for one in self._couriers)]
+        for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
@@ -13625,9 +13611,7 @@ class Outgoing:
         self._is_stopped.set()
         for one in self._couriers:
             one.stop()
-        for thread in [one.thread for one in self._couriers] + [self._thread] * bool(
-            self._couriers
-        ):
+        for thread in self._threads:
             thread.join(max(0.0, end_s - time.monotonic()))
 
     def _run(self) -> None:
@@ -13639,9 +13623,10 @@ class Outgoing:
                 if time.monotonic() - one.peer.began_s > MAX_SEND_S:
                     one.peer.abort()
             try:
-                if self._has_webhooks and (after_id or version != self._store.version()):
-                    version = self._store.version()
-                    after_id = self._store.post_notices(after_id, self._config.webhook_after)
+                newest = version if after_id else self._store.version()
+                if self._has_webhooks and (after_id or version != newest):
+                    version = newest  # of the first step: what changes later may be behind it
+                    after_id = self._store.post_notices(after_id, self._least)
             except MiniAPMError:  # the next round will do
                 version = ""
 
@@ -13656,7 +13641,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise BadSetting(message)
+        raise BadSetting(_displayable(message))
 
     def read(
         self,
@@ -15007,6 +14992,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+MIN_SUMMARY_CELLS = 12  # where fewer are left of a line, it is cut at its end
 BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
 _COLOURS = {"fatal": RED, "regressed": RED, "warning": YELLOW, "resolved": GREEN, "ignored": DIM}
 
@@ -15014,7 +15000,21 @@ _COLOURS = {"fatal": RED, "regressed": RED, "warning": YELLOW, "resolved": GREEN
 def discard_output() -> None:
     """Let nothing more be written to stdout: the interpreter would complain at its end."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Not sys.stdout, which mcp redirects.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Raise MiniAPMError where stdout is full or closed, but let BrokenPipeError pass."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
+        discard_output()
+        reason = getattr(error, "strerror", None) or "stdout is closed"
+        raise MiniAPMError(f"can't write: {reason}") from None
 
 
 class Terminal:
@@ -15032,15 +15032,11 @@ class Terminal:
         """Return a text in a colour, if there are colours."""
         return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours and text and colour else text
 
-    def write(self, line: str) -> None:
-        """Print a line; BrokenPipeError if nobody reads any more."""
-        try:
-            write_line(line, sys.stdout)
-        except BrokenPipeError:
-            raise
-        except (OSError, ValueError, AttributeError) as error:
-            discard_output()
-            raise MiniAPMError(f"can't write: {error}") from None
+    def write(self, *lines: str) -> None:
+        """Print some lines; BrokenPipeError if nobody reads any more."""
+        with writing():
+            for line in lines:
+                write_line(line, sys.stdout)
 
     def check_reader(self) -> None:
         """Raise BrokenPipeError if stdout is a pipe whose other end is closed."""
@@ -15057,20 +15053,14 @@ class Terminal:
         name, where = one_line(one["exception_class"]), one_line(one["location"])
         what = f"{name}: {one_line(one['message'])}".removesuffix(": ")
         if self._is_terminal:
-            left = cells_of(re.sub("\x1b.*?m", "", start)) + 2
-            room = max(8, shutil.get_terminal_size().columns - left)
+            columns, plain = shutil.get_terminal_size().columns, re.sub("\x1b.*?m", "", start)
+            if (room := columns - cells_of(plain) - 2) < MIN_SUMMARY_CELLS:
+                return fit(f"{plain}  {what}", columns).rstrip()
             where_cells = min(where_cells, room // 3)
             what = fit(what, room - where_cells - 2)
             where = fit(where, where_cells).rstrip()
         what = self.paint(what[: len(name)], BOLD) + what[len(name) :]
         return f"{start}  {what}  {self.paint(where, DIM)}".rstrip()
-
-
-def shown_badges(error: Json) -> list[str]:
-    """Return the badges that an error has on its page."""
-    found = [error["status"]] if error["status"] != "open" else []
-    found += ["regressed"] if error["regressed_at"] and not found else []
-    return found + ([error["level"]] if error["level"] != "error" else [])
 
 
 def clean_json(value: Any) -> Any:
@@ -15113,7 +15103,7 @@ def sender_in_process(store: Store) -> Send:
 
 def sender_to(url: str, password: str) -> Send:
     """Return a function that asks a server; a redirect could take the password elsewhere."""
-    peer = HttpPeer(url, keeps=True, max_answer_bytes=64 * _MEBIBYTE)
+    peer = HttpPeer(url, keeps=True, needs_body=True)
     base, prefix = base_of(url), urllib.parse.urlsplit(url).path.rstrip("/")
     headers = bearer(password) | {
         "Accept": "application/json",
@@ -15203,7 +15193,7 @@ def opened_tracker(
     if given.url and "db" in given:
         raise BadSetting(f"give --url or {flag_of('db')}, not both")
     where = given.url or ("" if "db" in given else environ.get(URL_VARIABLE, ""))
-    if re.match("https?://", where):
+    if re.match("(?i:https?)://", where):
         try:
             send = sender_to(where, config.password or "")
         except ValueError:
@@ -15227,8 +15217,9 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=None, help=said)
 
 
-def _number(least: int, most: int) -> Callable[[str], int]:
-    """Return a function that reads a flag's number."""
+def _add_number(
+    parser: argparse._ActionsContainer, flags: str, least: int, most: int, said: str, **more: Any
+) -> None:
     read, takes = _whole_number(least, most)
 
     def checked(text: str) -> int:
@@ -15237,7 +15228,24 @@ def _number(least: int, most: int) -> Callable[[str], int]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"takes {takes}, not {text!r}") from None
 
-    return checked
+    parser.add_argument(*flags.split(), type=checked, help=said, **{"metavar": "N"} | more)
+
+
+def error_of(said: Json) -> ErrorGroup:
+    """Return the error that error_json() tells; what it does not tell is empty."""
+    names = {"first_seen_ms": "first_seen", "last_seen_ms": "last_seen"}
+    names |= {"wake_ms": "ignored_until", "regressed_ms": "regressed_at"}
+    times = {one: said[name] and parse_timestamp(said[name]) for one, name in names.items()}
+    release = (said["resolved_release"] or "") if said["resolved_in_next_release"] else None
+    values: Json = {one.name: said.get(one.name) for one in dataclasses.fields(ErrorGroup)} | times
+    values |= {"project": said["project"]["name"], "resolved_release": release}
+    values |= {"wake_count": said["ignored_until_occurrences"], "user_count": said["users"]}
+    counts = {"occurrence_count": said["occurrences"], "stored_count": said["occurrences_kept"]}
+    return ErrorGroup(**values | counts)
+
+
+def _badges(error: ErrorGroup) -> list[str]:
+    return [text for _, text in badges_of(error, ("open",))]
 
 
 def list_lines(terminal: Terminal, errors: Sequence[Json], *, has_projects: bool) -> Iterator[str]:
@@ -15245,21 +15253,21 @@ def list_lines(terminal: Terminal, errors: Sequence[Json], *, has_projects: bool
     now_ms = int(time.time() * 1000)
     rows = [
         (
-            str(one["id"]),
-            f"{one['occurrences']:,}×",
-            time_ago(parse_timestamp(one["last_seen"]), now_ms),
-            one_line(one["project"]["name"]) if has_projects else "",
-            " ".join(shown_badges(one)),
+            str(one.id),
+            f"{one.occurrence_count:,}×",
+            time_ago(min(one.last_seen_ms, now_ms), now_ms),
+            one_line(one.project) if has_projects else "",
+            " ".join(_badges(one)),
         )
-        for one in errors
+        for one in map(error_of, errors)
     ]
     widths = [max(map(cells_of, column)) for column in zip(*rows, strict=True)]
     where_cells = max((cells_of(one_line(one["location"])) for one in errors), default=0)
-    for one, (number, count, seen, *rest) in zip(errors, rows, strict=True):
-        said = [number.rjust(widths[0]), count.rjust(widths[1]), fit(seen, widths[2])]
-        said += [fit(text, width) for text, width in zip(rest, widths[3:], strict=True) if width]
+    for one, (number, count, *rest) in zip(errors, rows, strict=True):
+        said = [number.rjust(widths[0]), count.rjust(widths[1])]
+        said += [fit(text, width) for text, width in zip(rest, widths[2:], strict=True) if width]
         if widths[4]:
-            said[-1] = terminal.paint(said[-1], _COLOURS.get(rest[1].partition(" ")[0], YELLOW))
+            said[-1] = terminal.paint(said[-1], _COLOURS.get(rest[2].partition(" ")[0], YELLOW))
         yield terminal.summary("  ".join(said), one, where_cells)
 
 
@@ -15273,56 +15281,31 @@ def _chain_lines(
             yield terminal.paint(f"{RELATIONS.get(one.relation, '')} {said}".strip(), BOLD)
         for kind, run, _ in group_frames(one.frames, None):
             place, *more = _frame_text(run[0])
-            if kind == "own":
-                yield f"  {terminal.paint(place, YELLOW)}"
+            if kind == "library":
+                place, more = f"… {len(run)} library frame{'s' * (len(run) > 1)}", []
+            if kind == "own" or not is_brief:
+                colour = {"own": YELLOW, "library": DIM}.get(kind, "")
+                yield f"  {terminal.paint(place, colour)}"
                 for line in more:
-                    is_failing = line.startswith("  >")
-                    if is_failing or not is_brief:
+                    if (is_failing := line.startswith("  >")) or not is_brief:
                         yield f"  {terminal.paint(line, BOLD if is_failing else '')}"
-            elif kind == "library" and not is_brief:
-                count = f"{len(run)} library frame{'' if len(run) == 1 else 's'}"
-                yield terminal.paint(f"  … {count}", DIM)
-            elif not is_brief:
-                yield f"  {place}"
 
 
-def _occurrence_of(report: Json) -> Occurrence:
-    """Return what a report in JSON tells besides its stack trace."""
-    names = ("exception_class", "message", "fingerprint", "request_id", "user_id", "params")
-    shown = {*names, "backtrace", "exceptions", "source_context", "timestamp", "event_id"}
-    fields: Json = {name: report.get(name) for name in names}
-    return Occurrence(
-        **fields,
-        backtrace=(),
-        grouping_key=b"",
-        occurred_ms=parse_timestamp(report["timestamp"]),
-        extra={name: value for name, value in report.items() if name not in shown},
-    )
-
-
-def _facts_of(error: Json, said: Json) -> Iterator[tuple[str, str]]:
+def _facts_of(error: ErrorGroup, said: Json) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of what an error's page says about it."""
     now_ms = int(time.time() * 1000)
-    yield "Project", error["project"]["name"]
-    kept = error["occurrences_kept"]
-    is_cut = kept != error["occurrences"]
-    yield "Occurrences", f"{error['occurrences']:,}{f' ({kept:,} kept)' if is_cut else ''}"
-    yield "Users", f"{error['users']:,}{'+' if error['has_more_users'] else ''}"
-    for name in ("first_seen", "last_seen", "ignored_until"):
-        if error[name]:
-            at_ms = parse_timestamp(error[name])
-            label = name.replace("_", " ").capitalize()
-            yield label, f"{time_ago(at_ms, now_ms)}, {exact_time(at_ms)}"
-    series = [(0, one["count"]) for one in said["trend"]["24h"]]
-    yield "Trend", trend_text(series, "24h")
+    yield from facts_of(error).items()
+    for name, at_ms in times_of(error).items():
+        yield name, f"{time_ago(at_ms, now_ms)}, {exact_time(at_ms)}"
+    yield "Trend", trend_text([(0, one["count"]) for one in said["trend"]["24h"]], "24h")
     for name, values in said["tags"].items():
-        some = (f"{one['value']} ({one['count']:,})" for one in values[:MAX_SHOWN_RELEASES])
-        more = ", …" if len(values) > MAX_SHOWN_RELEASES else ""
-        yield name.capitalize() if name in FACETS else name, ", ".join(some) + more
+        some = [f"{one['value']} ({one['count']:,})" for one in values[:MAX_SHOWN_RELEASES]]
+        some += ["…"] if len(values) > MAX_SHOWN_RELEASES else []
+        yield name.capitalize() if name in FACETS else name, ", ".join(some)
     for one in said["history"][:MAX_MARKDOWN_CHANGES]:
         text = " ".join(filter(None, (one["detail"], one["by"] and f"by {one['by']}")))
         yield one["what"].capitalize(), f"{exact_time(parse_timestamp(one['at']))} {text}".rstrip()
-    yield "Note", error["note"]
+    yield "Note", error.note
 
 
 def _section_lines(terminal: Terminal, sections: Iterable[tuple[str, Json]]) -> Iterator[str]:
@@ -15338,39 +15321,41 @@ def _section_lines(terminal: Terminal, sections: Iterable[tuple[str, Json]]) -> 
 
 def error_lines(terminal: Terminal, said: Json) -> Iterator[str]:
     """Yield the lines that show an error as its page does, from its JSON."""
-    error, stored = said["error"], said["occurrence"]
-    title = " · ".join([f"Error {error['id']}", *(shown_badges(error) or ["open"])])
-    name = terminal.paint(error["exception_class"], f"{BOLD};{RED}")
-    yield f"{name}  {terminal.paint(title, DIM)}"
-    yield from error["message"].splitlines()
+    error, stored = error_of(said["error"]), said["occurrence"]
+    title = " · ".join([f"Error {error.id}", *_badges(error)])
+    yield f"{terminal.paint(error.exception_class, f'{BOLD};{RED}')}  {terminal.paint(title, DIM)}"
+    yield from error.message.splitlines()
     yield ""
     for name, text in _facts_of(error, said):
         if text:
-            yield f"{terminal.paint(fit(name, 12), DIM)} {one_line(text)}".rstrip()
+            name = terminal.paint(fit(name, max(12, cells_of(name))), DIM)
+            yield f"{name} {one_line(text)}"
     if stored is None:
         yield "\nNo occurrence of this error is kept any more, only its counts."
         return
-    occurrence = _occurrence_of(stored["report"])
+    occurrence = read_cleaned(stored["report"], parse_timestamp(stored["received_at"]))
     at = f"{stored['position']:,} of {stored['kept']:,}, {exact_time(occurrence.occurred_ms)}"
     yield f"\n{terminal.paint(f'Occurrence {at}', BOLD)}"
     if logged := logged_as(occurrence):
         yield f"Logged as {one_line(logged)}"
-    yield from _chain_lines(terminal, _chain_of_json(stored["exceptions"]), is_brief=False)
+    yield from _chain_lines(terminal, chain_of(occurrence), is_brief=False)
     yield from _section_lines(terminal, sections_of(occurrence, only=LEADING_SECTIONS))
-    if crumbs := [crumb_of(crumb) for crumb in breadcrumbs_of(occurrence)]:
+    if crumbs := _crumb_texts(occurrence):
         yield f"\n{terminal.paint('Breadcrumbs', BOLD)}"
-        yield from (f"  {one_line(' '.join(filter(None, crumb)))}" for crumb in crumbs)
+        yield from (f"  {one_line(crumb)}" for crumb in crumbs)
     rest = [("Tags", shown_tags(occurrence)), *sections_of(occurrence, without=LEADING_SECTIONS)]
     yield from _section_lines(terminal, rest)
 
 
 MAX_LISTED_ERRORS = 100_000
+MAX_FORM_IDS = 5_000
 # What `errors` does, and the flags that each takes besides those that say where.
 ERROR_COMMANDS: dict[str, tuple[str, ...]] = {
     "list": ("status", "project", "sort", "limit", "json"),
     "show": ("occurrence", "json", "md"),
     "ignore": ("for", "until"),
-    **dict.fromkeys(("resolve", "reopen", "delete", "undo"), ()),
+    "resolve": ("next_release",),
+    **dict.fromkeys(("reopen", "delete", "undo"), ()),
 }
 
 
@@ -15389,16 +15374,16 @@ def _errors_parser(name: str) -> _Parser:
     listing.add_argument("--status", choices=(*STATUSES, "all"), help="default: open")
     listing.add_argument("--project", metavar="NAME", help="only of this project")
     listing.add_argument("--sort", choices=SORTS, help="default: last_seen")
-    number, said = _number(1, MAX_LISTED_ERRORS), f"default: {PAGE_ERRORS}"
-    listing.add_argument("--limit", type=number, metavar="N", help=said)
+    _add_number(listing, "--limit", 1, MAX_LISTED_ERRORS, f"default: {PAGE_ERRORS}")
     showing = parser.add_argument_group("show")
     showing.add_argument("--md", action="store_true", help="as Markdown")
-    number, said = _number(1, MAX_ID), "default: the newest"
-    showing.add_argument("--occurrence", type=number, metavar="ID", help=said)
+    _add_number(showing, "--occurrence", 1, MAX_ID, "default: the newest", metavar="ID")
+    resolving = parser.add_argument_group("resolve")
+    said = "reopen only if it occurs in a newer release"
+    resolving.add_argument("--next-release", action="store_true", help=said)
     ignoring = parser.add_argument_group("ignore")
     ignoring.add_argument("--for", choices=SNOOZES, help="how long; default: forever")
-    number, said = _number(1, MAX_SNOOZE_COUNT), "until it occurs N more times"
-    ignoring.add_argument("--until", type=number, metavar="N", help=said)
+    _add_number(ignoring, "--until", 1, MAX_SNOOZE_COUNT, "until it occurs N more times")
     parser.add_argument("--json", action="store_true", help="list or show as JSON")
     _add_place(parser)
     return parser
@@ -15412,49 +15397,36 @@ def _show_list(tracker: Tracker, terminal: Terminal, words: Sequence[str], flags
     if "json" in flags:
         terminal.write(indented(page))
     elif page["errors"]:
-        for line in list_lines(terminal, page["errors"], has_projects=len(tracker.projects()) > 1):
-            terminal.write(line)
+        has_projects = len(tracker.projects()) > 1
+        terminal.write(*list_lines(terminal, page["errors"], has_projects=has_projects))
     else:
         terminal.write(empty_text(ErrorFilter(status or "open", search, project_id), ""))
 
 
-def _show_errors(tracker: Tracker, terminal: Terminal, ids: Sequence[str], flags: Json) -> None:
-    for number in ids:
-        path = f"/errors/{number}"
-        if "occurrence" in flags:
-            path += f"/occurrences/{flags['occurrence']}"
-        if "md" in flags:
-            terminal.write(tracker.markdown(path))
-            continue
-        said = tracker.json(f"{path}.json", "error")
-        lines = [indented(said)] if "json" in flags else error_lines(terminal, said)
-        for line in lines:
-            terminal.write(line)
+def _show_error(tracker: Tracker, terminal: Terminal, number: str, flags: Json) -> None:
+    path = f"/errors/{number}"
+    path += f"/occurrences/{flags['occurrence']}" if "occurrence" in flags else ""
+    if "md" in flags:
+        terminal.write(tracker.markdown(path))
+        return
+    said = tracker.json(f"{path}.json", "error")
+    terminal.write(*([indented(said)] if "json" in flags else error_lines(terminal, said)))
 
 
 def _change_errors(
     tracker: Tracker, terminal: Terminal, action: str, ids: Sequence[str], flags: Json, undo: str
-) -> list[NotFound]:
-    """Do an action to those errors that exist; return the refusals of the others."""
-    found, refusals = [], []
-    for number in dict.fromkeys(ids):
-        try:
-            tracker.json(f"/errors/{number}.json", "error")
-            found.append(number)
-        except NotFound as refusal:
-            refusals.append(refusal)
-    if found:
-        more = {"for": flags.get("for", ""), "count": flags.get("until", "")}
-        form = {"id": found, "action": action} | {name: text for name, text in more.items() if text}
-        done = tracker.json("/errors", "action", form)["action"]
-        count = f"{done['count']:,} error{'' if done['count'] == 1 else 's'}"
-        if done["id"] is None:
-            terminal.write(f"nothing to do: {done['what']} already")
-        else:
-            terminal.write(
-                f"{done['what']} {count}; to undo it within a minute: {undo} {done['id']}"
-            )
-    return refusals
+) -> None:
+    """Do an action to errors that exist, and say how to undo it."""
+    form = {"action": action, "for": flags.get("for", ""), "count": flags.get("until", "")}
+    form |= {"until": NEXT_RELEASE} if "next_release" in flags else {}
+    parts = (ids[start : start + MAX_FORM_IDS] for start in range(0, len(ids), MAX_FORM_IDS))
+    done = [tracker.json("/errors", "action", form | {"id": part})["action"] for part in parts]
+    if undoable := [str(one["id"]) for one in done if one["id"] is not None]:
+        count = sum(one["count"] for one in done)
+        said = f"{done[0]['what']} {count:,} error{'' if count == 1 else 's'}"
+        terminal.write(f"{said}; to undo it within a minute: {undo} {' '.join(undoable)}")
+    else:
+        terminal.write(f"nothing to do: {done[0]['what']} already")
 
 
 def run_errors(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
@@ -15464,29 +15436,34 @@ def run_errors(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     given, config = _errors_parser(name).read(arguments[:end], environ, names, intermixed=True)
     flags = {flag: value for flag, value in vars(given).items() if flag != "words"}
     action = given.words.pop(0) if given.words[:1] and given.words[0] in ERROR_COMMANDS else "list"
-    words = [*given.words, *arguments[end + 1 :]]
+    words, found, is_done = [*given.words, *arguments[end + 1 :]], [], True
     wrong = [flag for flag in flags if flag not in (*ERROR_COMMANDS[action], "url", *names)]
     if wrong:
-        raise BadSetting(f"{action} does not take --{wrong[0]}")
+        raise BadSetting(f"{action} does not take {flag_of(wrong[0])}")
     if action != "list" and not (words and all(map(_DIGITS.fullmatch, words))):
         raise BadSetting(f"{action} takes ids, such as: {name} {action} 12")
-    refusals: list[NotFound] = []
     with opened_tracker(given, config, environ) as tracker:
         terminal = Terminal(environ)
         if action == "list":
             _show_list(tracker, terminal, words, flags)
-        elif action == "show":
-            _show_errors(tracker, terminal, words, flags)
         elif action == "undo":
             undone = [tracker.json("/undo", "undone", {"id": one})["undone"] for one in words]
             terminal.write(f"{sum(undone):,} as before")
-        else:
+        for number in dict.fromkeys(words) if action not in ("list", "undo") else ():
+            try:
+                if action == "show":
+                    _show_error(tracker, terminal, number, flags)
+                else:
+                    tracker.json(f"/errors/{number}.json", "error")
+                found.append(number)
+            except NotFound as refusal:
+                print_line(f"{name}: {refusal}", sys.stderr)
+                is_done = False
+        if found and action != "show":
             place = [f"--{one}={flags[one]}" for one in ("url", "db") if flags.get(one)]
             undo = f"python {name} undo {shlex.join(place)}".rstrip()
-            refusals = _change_errors(tracker, terminal, action, words, flags, undo)
-    for refusal in refusals:
-        print_line(f"{name}: {refusal}", sys.stderr)
-    return 1 if refusals else 0
+            _change_errors(tracker, terminal, action, found, flags, undo)
+    return 0 if is_done else 1
 
 
 TAIL_LINES = 10
@@ -15503,18 +15480,15 @@ def new_occurrences(tracker: Tracker, lines: int) -> Iterator[list[Json]]:
     yield page if lines else []
     while True:
         path = f"/occurrences.json?after={last_id}&limit={MAX_PAGE_ITEMS}"
+        was_away, is_away, page = is_away, False, []
         try:
             page = tracker.json(path, "occurrences")["occurrences"]
         except MiniAPMError as refusal:
             if refusal.status < 500 and refusal.status != TooManyRequests.status:
                 raise
-            if not is_away:
-                print_line(f"miniapm: {refusal}; trying again", sys.stderr)
-            is_away, page = True, []
-        else:
-            if is_away:
-                print_line("miniapm: it answers again", sys.stderr)
-            is_away = False
+            is_away, said = True, f"{refusal}; trying again"
+        if is_away != was_away:
+            print_line(f"miniapm: {said if is_away else 'it answers again'}", sys.stderr)
         last_id = page[-1]["id"] if page else last_id
         yield page
 
@@ -15525,7 +15499,7 @@ def _tail_lines(
     """Yield the lines about an occurrence that has come in."""
     path, exceptions = f"/errors/{one['error_id']}/occurrences/{one['id']}.json", []
     if flags.full:
-        with contextlib.suppress(NotFound):
+        with contextlib.suppress(MiniAPMError):  # deleted, or the server restarts
             exceptions = tracker.json(path, "occurrence")["occurrence"]["exceptions"]
     if flags.json:
         more = {"exceptions": exceptions} if flags.full else {}
@@ -15538,16 +15512,15 @@ def _tail_lines(
     start = [terminal.paint(clock, DIM), mark, f"#{one['error_id']}"]
     start += [one_line(project["name"])] if len(projects) > 1 else []
     yield terminal.summary(" ".join(start), one)
-    yield from (
-        f"    {line}" for line in _chain_lines(terminal, _chain_of_json(exceptions), is_brief=True)
-    )
+    for line in _chain_lines(terminal, _chain_of_json(exceptions), is_brief=True):
+        yield f"    {line}"
 
 
 def run_tail(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """Print what comes in, until Ctrl-C."""
     parser = _Parser(prog=name, description="Print each occurrence as it comes in, until Ctrl-C.")
-    number, said = _number(0, MAX_PAGE_ITEMS), "begin with the newest N"
-    parser.add_argument("-n", "--lines", type=number, default=TAIL_LINES, metavar="N", help=said)
+    said = f"begin with the newest N; default: {TAIL_LINES}"
+    _add_number(parser, "-n --lines", 0, MAX_PAGE_ITEMS, said, default=TAIL_LINES)
     parser.add_argument("--full", action="store_true", help="with the failing line and own frames")
     parser.add_argument("--json", action="store_true", help="as a JSON object a line")
     _add_place(parser)
@@ -15557,8 +15530,7 @@ def run_tail(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
         projects = set(tracker.projects())
         for page in new_occurrences(tracker, given.lines):
             for one in page:
-                for line in _tail_lines(tracker, terminal, one, given, projects):
-                    terminal.write(line)
+                terminal.write(*_tail_lines(tracker, terminal, one, given, projects))
             if not page:
                 terminal.check_reader()
                 time.sleep(TAIL_INTERVAL_S)
@@ -15591,26 +15563,29 @@ class _RpcError(Exception):
 
 def _tool(what: str, *required: str, is_changing: bool = False, **properties: Json) -> Json:
     """Describe a tool by what it does, its arguments and which of these it needs."""
-    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    schema = {"type": "object", "properties": properties, "required": [*required]}
     hints = {"readOnlyHint": not is_changing, "destructiveHint": False}
-    hints |= {"idempotentHint": True, "openWorldHint": False}
     return {
         "description": what if is_changing else f"{what} {UNTRUSTED}",
-        "inputSchema": schema | ({"required": list(required)} if required else {}),
-        "annotations": hints,
+        "inputSchema": schema | {"additionalProperties": False},
+        "annotations": hints | {"idempotentHint": True, "openWorldHint": False},
     }
 
 
-def _argument(kind: str, what: str, **rules: Any) -> Json:
-    return {"type": kind, "description": what} | rules
+def _integer(what: str, **most: int) -> Json:
+    return {"type": "integer", "description": what, "minimum": 1} | most
 
 
-_ERROR_ID = _argument("integer", "The error's id.", minimum=1)
+def _string(what: str, *choices: str) -> Json:
+    return {"type": "string", "description": what} | ({"enum": [*choices]} if choices else {})
+
+
+_ERROR_ID = _integer("The error's id.")
 _LISTING: dict[str, Any] = {
-    "status": _argument("string", "Default: open.", enum=[*STATUSES, "all"]),
-    "project": _argument("string", "The name of a project; by default all."),
-    "sort": _argument("string", "What comes first; default: last_seen.", enum=[*SORTS]),
-    "limit": _argument("integer", "Default: 20.", minimum=1, maximum=MAX_TOOL_ERRORS),
+    "status": _string("Default: open.", *STATUSES, "all"),
+    "project": _string("The name of a project; by default all."),
+    "sort": _string("What comes first; default: last_seen.", *SORTS),
+    "limit": _integer("Default: 20.", maximum=MAX_TOOL_ERRORS),
 }
 MCP_TOOLS = {
     "list_errors": _tool("List the errors that programs have reported.", **_LISTING),
@@ -15618,14 +15593,14 @@ MCP_TOOLS = {
         'Search in the errors: words in class, message or location, a "phrase", -without,'
         " file:cart.py, user:7, release:1.2, environment:live, level:warning, since:2d.",
         "query",
-        query=_argument("string", "Terms, all of which must match."),
-        **_LISTING | {"status": _LISTING["status"] | {"description": "Default: all."}},
+        query=_string("Terms, all of which must match."),
+        **_LISTING | {"status": _string("Default: all.", *STATUSES, "all")},
     ),
     "show_error": _tool(
         "Show an error as Markdown: stack trace with source and variables, request, breadcrumbs.",
         "id",
         id=_ERROR_ID,
-        occurrence_id=_argument("integer", "One of its occurrences; default: newest.", minimum=1),
+        occurrence_id=_integer("One of its occurrences; default: newest."),
     ),
     "resolve_error": _tool(
         "Mark an error as fixed; it reopens if it occurs again.",
@@ -15638,28 +15613,28 @@ MCP_TOOLS = {
         "id",
         is_changing=True,
         id=_ERROR_ID,
-        occurrences=_argument("integer", "More times.", minimum=1, maximum=MAX_SNOOZE_COUNT),
-        **{"for": _argument("string", "How long; default: forever.", enum=[*SNOOZES])},
+        occurrences=_integer("More times.", maximum=MAX_SNOOZE_COUNT),
+        **{"for": _string("How long; default: forever.", *SNOOZES)},
     ),
 }
 
 
 def check_arguments(given: Json, schema: Json) -> None:
     """Raise BadRequest if a tool's arguments are not as its schema says."""
-    known, types_of = schema["properties"], {"integer": int, "string": str}
-    for name in schema.get("required", ()):
+    known = schema["properties"]
+    for name in schema["required"]:
         if name not in given:
             raise BadRequest(f"{name} is missing")
     for name, value in given.items():
-        if (rules := known.get(name)) is None:
+        if name not in known:
             raise BadRequest(f"there is no argument {name}; there are {', '.join(known)}")
-        least, most = rules.get("minimum", 0), rules.get("maximum", MAX_ID)
-        if type(value) is not types_of[rules["type"]]:
-            raise BadRequest(f"{name} must be of type {rules['type']}")
-        if value not in rules.get("enum", [value]):
-            raise BadRequest(f"{name} must be one of {', '.join(rules['enum'])}")
-        if type(value) is int and not least <= value <= most:
-            raise BadRequest(f"{name} must be from {least} to {most}")
+        kind, rules = known[name]["type"], known[name]
+        if type(value) is not {"integer": int, "string": str}[kind]:
+            raise BadRequest(f"{name} must be of type {kind}")
+        if kind == "integer":
+            number_of({name: str(value)}, name, rules.get("maximum", MAX_ID), None)
+        elif "enum" in rules:
+            one_of(given, name, rules["enum"])
 
 
 class Assistant:
@@ -15673,17 +15648,16 @@ class Assistant:
             if allow_changes or tool["annotations"]["readOnlyHint"]
         }
 
-    def serve(self, source: BinaryIO, sink: BinaryIO) -> None:
+    def serve(self, source: BinaryIO, sink: Any) -> None:
         """Answer each line until the end of the input."""
         while line := source.readline(MAX_MCP_LINE_BYTES):
-            is_long = not line.endswith(b"\n") and len(line) == MAX_MCP_LINE_BYTES
-            while is_long and (rest := source.readline(MAX_MCP_LINE_BYTES)):
-                if rest.endswith(b"\n"):
-                    break
-            said = self.answer(b"" if is_long else line) if is_long or line.strip() else None
-            if said is not None:
-                sink.write(json.dumps(said).encode() + b"\n")
-                sink.flush()
+            rest = line
+            while len(rest) == MAX_MCP_LINE_BYTES and not rest.endswith(b"\n"):
+                line, rest = b"[", source.readline(MAX_MCP_LINE_BYTES)  # which is not JSON
+            if line.strip() and (said := self.answer(line)) is not None:
+                with writing():
+                    sink.write(json.dumps(said).encode() + b"\n")
+                    sink.flush()
 
     def answer(self, line: bytes) -> Json | list[Json] | None:
         """Return the answer to a message or a batch of them; None if it takes none."""
@@ -15723,21 +15697,20 @@ class Assistant:
             refused = {"supported": known, "requested": version}
             raise _RpcError(-32022, "unsupported protocol version", refused)
         own = {"name": "miniapm", "title": "MiniAPM", "version": __version__}
-        result: Json = {"capabilities": {"tools": {}}, "instructions": ABOUT_TOOLS}
+        about: Json = {"capabilities": {"tools": {}}, "instructions": ABOUT_TOOLS}
         if method == "initialize":
             asked = params.get("protocolVersion")
             chosen = asked if asked in MCP_VERSIONS else MCP_VERSIONS[-1]
-            return result | {"protocolVersion": chosen, "serverInfo": own}
-        if method == "tools/call":
-            result = self._call(params)
-        elif method == "tools/list":
-            result = {"tools": [{"name": name} | tool for name, tool in self._tools.items()]}
-        elif method == "ping":
-            result = {}
-        elif method == "server/discover":
-            result["supportedVersions"] = known
-        else:
+            return about | {"protocolVersion": chosen, "serverInfo": own}
+        tools = [{"name": name} | tool for name, tool in self._tools.items()]
+        results = {
+            "tools/list": {"tools": tools},
+            "ping": {},
+            "server/discover": about | {"supportedVersions": known},
+        }
+        if method != "tools/call" and method not in results:
             raise _RpcError(-32601, f"there is no method {clip(method, MAX_KEY_CHARS)}")
+        result = results[method] if method in results else self._call(params)
         if version == MCP_STATELESS_VERSION:
             result |= {"resultType": "complete", "_meta": {f"{_MCP_META}serverInfo": own}}
             result |= {} if method == "tools/call" else {"ttlMs": 0, "cacheScope": "private"}
@@ -15750,6 +15723,7 @@ class Assistant:
         if not isinstance(given, dict):
             raise _RpcError(-32602, "arguments must be an object")
         try:
+            given = {name: value for name, value in given.items() if value is not None}
             check_arguments(given, self._tools[name]["inputSchema"])
             text, is_error = self._text_of(name, given), False
         except MiniAPMError as refusal:
@@ -15760,22 +15734,20 @@ class Assistant:
     def _text_of(self, name: str, given: Json) -> str:
         """Return what a tool answers."""
         if name in ("list_errors", "search_errors"):
-            return self._list(given, "open" if name == "list_errors" else "all")
+            return self._list({"status": "open" if name == "list_errors" else "all"} | given)
         path = f"/errors/{given['id']}"
         if name == "show_error":
             path += f"/occurrences/{given['occurrence_id']}" if "occurrence_id" in given else ""
             return f"{UNTRUSTED}\n\n{self._tracker.markdown(path)}"
-        values = (name.partition("_")[0], given.get("for"), given.get("occurrences"))
-        form = dict(zip(("action", "for", "count"), values, strict=True))
-        form = {field: value for field, value in form.items() if value}
+        form = {"action": name.partition("_")[0], "for": given.get("for", "")}
+        form["count"] = given.get("occurrences", "")
         done = self._tracker.json(path, "action", form)["action"]
         return f"{done['what']}{'' if done['count'] else ' already'}"
 
-    def _list(self, given: Json, status: str) -> str:
-        query = {"q": given.get("query"), "sort": given.get("sort")}
-        query |= {"project": self._tracker.project_id(given.get("project"))}
-        status = given.get("status", status)
-        page = self._tracker.errors(given.get("limit", 20), status=status, **query)
+    def _list(self, given: Json) -> str:
+        query = {"q": given.get("query"), "sort": given.get("sort"), "status": given["status"]}
+        project_id = self._tracker.project_id(given.get("project"))
+        page = self._tracker.errors(given.get("limit", 20), project=project_id, **query)
         lines = [UNTRUSTED, f"counts by status: {json.dumps(page['counts'])}", ""]
         for error in page["errors"]:
             said = {name: error[name] for name in _LISTED} | {"project": error["project"]["name"]}
@@ -15793,13 +15765,13 @@ def run_mcp(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> 
     parser.add_argument("--allow-changes", action="store_true", help=said)
     _add_place(parser)
     given, config = parser.read(arguments, environ, ("db", "password"))
-    sink = sys.stdout.buffer
+    source, sink = (getattr(one, "buffer", None) for one in (sys.stdin, sys.stdout))
     with (
         contextlib.suppress(KeyboardInterrupt),
         contextlib.redirect_stdout(sys.stderr),  # where nothing but answers may be written
         opened_tracker(given, config, environ) as tracker,
     ):
-        Assistant(tracker, allow_changes=given.allow_changes).serve(sys.stdin.buffer, sink)
+        Assistant(tracker, allow_changes=given.allow_changes).serve(source or io.BytesIO(), sink)
     return 0
 
 

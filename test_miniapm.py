@@ -578,7 +578,12 @@ def test_setting_flag_beats_variable_beats_default() -> None:
         ),
         ("webhook_form", "http://a", (("", "http://a"),)),
         ("webhook_secret", "open sesame", "open sesame"),
-        ("webhook_after", "10", 10),
+        ("webhook_after", "10", (("", 10),)),
+        (
+            "webhook_after",
+            "7 my shop=1, 24=1000000 7",
+            (("", 7), ("my shop", 1), ("24", 1_000_000), ("", 7)),
+        ),
         (
             "forward",
             "https://k@a/1 s=http://k:s@b/p/2",
@@ -724,7 +729,7 @@ def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
     defaults = {"api_key": "generated", "password": "none", "allowed_hosts": "none"}
     defaults |= {"verbose": "`0`", "public_url": "none", "scrub_also": "none"}
     defaults |= dict.fromkeys(("path_map", "webhook", "webhook_form", "webhook_secret"), "none")
-    defaults |= {"forward": "none"}
+    defaults |= {"forward": "none", "webhook_after": "none"}
     for setting in dataclasses.fields(Config):
         default = defaults.get(setting.name, f"`{setting.default}`")
         flag, variable = miniapm.flag_of(setting.name), miniapm.variable_of(setting.name)
@@ -13474,6 +13479,8 @@ class FakePeer(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
                 while not self.released.wait(0.01):
                     self.wfile.write(b"x")
+        elif answer == "cut":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n")
         elif answer == "echo":
             self.wfile.write(self.raw_requestline)
         else:
@@ -13516,11 +13523,7 @@ def send_out(store: Store) -> Iterator[Callable[..., list[str]]]:
         while running:
             running.pop().stop()
         log: list[str] = []
-        given = {
-            name: value if name == "webhook_after" else str(value)
-            for name, value in options.items()
-        }
-        config = miniapm.load_config({name: str(value) for name, value in given.items()}, {})
+        config = miniapm.load_config({name: str(value) for name, value in options.items()}, {})
         running.append(miniapm.Outgoing(store, config, log.append))
         running[0].start()
         return log
@@ -13615,6 +13618,36 @@ def test_webhook_waits_until_an_error_has_occurred_often_enough(
     assert [(one["message"], one["occurrences"], one["others"]) for one in told_of(peer)] == [
         ("a", "3", "0")
     ]
+
+
+def test_webhook_tells_of_an_error_that_occurs_often_enough_while_others_are_looked_at(
+    store: Store, peer: Any, send_out: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post = store.post_notices
+
+    def post_slowly(after_id: int, least: Any, *since: int) -> int:
+        last_id = post(after_id, least, *since)
+        if last_id == 500 and not since and not again:  # since: at the start
+            again.append(record(store, fingerprint="3", message="again"))
+        return last_id
+
+    again: list[None] = []
+    store.record(1, [parse(fingerprint=str(number)) for number in range(600)])
+    monkeypatch.setattr(store, "post_notices", post_slowly)
+    send_out(webhook_form=peer.url, webhook_after=2)
+    wait_until(lambda: peer.got)
+    assert told_of(peer)[0]["message"] == "again"
+
+
+def test_webhook_threshold_may_be_another_one_for_a_project(
+    store: Store, peer: Any, send_out: Callable[..., list[str]]
+) -> None:
+    store.create_key("my shop")
+    send_out(webhook_form=peer.url, webhook_after="3 my shop=2")
+    for project_id in (1, 1, 2, 2):
+        store.record(project_id, [parse(message=str(project_id))])
+    wait_until(lambda: target_of(store).sent_count == 1)
+    assert [(one["project"], one["others"]) for one in told_of(peer)] == [("my shop", "0")]
 
 
 def test_webhook_of_a_project_is_told_of_its_errors_only(
@@ -13739,6 +13772,49 @@ def test_attempts_grow_rare_up_to_some_minutes(
     assert waits == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
 
 
+def test_clock_that_is_set_back_does_not_hold_up_what_waits(
+    store: Store, clock: Clock, peer: Any, send_out: Callable[..., list[str]]
+) -> None:
+    peer.answers.extend([(200, {}, b""), (500, {}, b"")])
+    send_out(webhook_form=peer.url)
+    record(store, fingerprint="first")
+    wait_until(lambda: target_of(store).sent_count == 1)
+    record(store, fingerprint="second")
+    wait_until(lambda: target_of(store).waiting == 1)
+    clock.seconds -= 7_200
+    wait_until(lambda: target_of(store).sent_ms == store.now_ms())
+    clock.seconds += 59
+    time.sleep(0.1)  # several rounds in which nothing may be sent
+    assert len(peer.got) == 1
+    clock.seconds += 2
+    wait_until(lambda: target_of(store).failures == 1)
+    clock.seconds -= 7_200
+    wait_until(lambda: target_of(store).sent_ms == store.now_ms())
+    clock.seconds += 61
+    wait_until(lambda: target_of(store).sent_count == 2)
+
+
+def test_message_that_was_sent_while_the_database_was_locked_is_remembered_soon_after(
+    store: Store, peer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = miniapm.load_config({"webhook_form": peer.url}, {})
+    outgoing = miniapm.Outgoing(store, config, lambda _: None)
+    outgoing.start()
+    save, failing = store.save_target, [True]
+
+    def save_later(target: miniapm.Target) -> None:
+        if failing:
+            raise miniapm.Unavailable("locked")
+        save(target)
+
+    monkeypatch.setattr(store, "save_target", save_later)
+    record(store)
+    wait_until(lambda: peer.got)
+    failing.clear()
+    wait_until(lambda: target_of(store).sent_count == 1)  # though a minute has not passed
+    outgoing.stop()
+
+
 @pytest.mark.parametrize("answer", ["hang", "endless"])
 def test_target_that_does_not_answer_neither_blocks_ingest_nor_the_end(
     store: Store,
@@ -13758,6 +13834,21 @@ def test_target_that_does_not_answer_neither_blocks_ingest_nor_the_end(
     assert not [one for one in threading.enumerate() if one.name.startswith("miniapm-courier")]
 
 
+def test_connection_that_is_kept_is_not_opened_again_at_the_end(
+    store: Store, peer: Any, send_out: Callable[..., list[str]]
+) -> None:
+    send_out(forward=peer.dsn)
+    record(store)
+    wait_until(lambda: target_of(store).sent_count == 1)
+    peer.always = "hang"
+    record(store)
+    wait_until(lambda: len(peer.got) == 2)
+    began_s = time.monotonic()
+    send_out()
+    assert time.monotonic() - began_s < 1  # nothing is left behind
+    assert len(peer.got) == 2
+
+
 def test_answer_that_does_not_end_is_given_up(
     store: Store, monkeypatch: pytest.MonkeyPatch, peer: Any, send_out: Callable[..., list[str]]
 ) -> None:
@@ -13766,6 +13857,18 @@ def test_answer_that_does_not_end_is_given_up(
     send_out(forward=peer.dsn)
     record(store)
     wait_until(lambda: target_of(store).failures or target_of(store).sent_count)
+
+
+@pytest.mark.parametrize("answer", ["cut", "endless"])
+def test_what_was_accepted_is_not_sent_again_because_the_answer_is_broken(
+    store: Store, monkeypatch: pytest.MonkeyPatch, peer: Any, send_out: Any, answer: str
+) -> None:
+    monkeypatch.setattr(miniapm, "MAX_SEND_S", 0.1)
+    peer.always = answer
+    send_out(webhook=peer.url)
+    record(store)
+    wait_until(lambda: target_of(store).failures or target_of(store).sent_count)
+    assert (target_of(store).sent_count, target_of(store).trouble) == (1, "")
 
 
 def test_forward_sends_every_occurrence_in_order_and_none_again_after_a_restart(
@@ -13877,6 +13980,30 @@ def test_forward_leaves_out_what_it_can_not_describe(
     assert target_of(store).trouble == "KeyError for occurrence 1, which was left out"
 
 
+def test_forward_reads_a_refusal_that_comes_before_all_is_sent(
+    store: Store, send_out: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miniapm, "SEND_STEP_S", 0.02)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+
+        def refuse() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    connection.recv(100)
+                    answer = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n"
+                    connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_RD)
+                    connection.close()  # resets, for there is more to read
+
+        threading.Thread(target=refuse, daemon=True).start()
+        send_out(forward=f"http://k@127.0.0.1:{listener.getsockname()[1]}/1")
+        record(store, backtrace=["\U0001f600" * 1_000] * 200)
+        wait_until(lambda: target_of(store).refused_count == 1)
+        assert target_of(store).trouble == "HTTP 413 for occurrence 1, which was left out"
+
+
 def test_forward_counts_an_event_that_is_there_already_as_sent(
     store: Store, peer: Any, send_out: Callable[..., list[str]]
 ) -> None:
@@ -13961,13 +14088,13 @@ def test_retention_keeps_what_waits_to_be_forwarded(
 def test_retention_keeps_so_many_at_most_for_a_forward_that_is_behind(store: Store) -> None:
     limit = f"- {miniapm.MAX_UNSENT_OCCURRENCES}"
     assert limit in miniapm.SELECT_SENT_ID
-    store.keep_targets({"forward x": "occurrences", "webhook y": "notices"})
+    store.keep_targets(["forward x", "webhook y"])
     for _ in range(6):
         record(store)
     with store.reading() as db:
         held = db.execute(miniapm.SELECT_SENT_ID.replace(limit, "- 4")).fetchone()[0]
         assert (db.execute(miniapm.SELECT_SENT_ID).fetchone()[0], held) == (0, 2)
-    store.keep_targets({})  # the setting is gone
+    store.keep_targets([])  # the setting is gone
     with store.reading() as db:
         assert db.execute(miniapm.SELECT_SENT_ID).fetchone()[0] == 2**63 - 1
 
@@ -13977,11 +14104,19 @@ def test_notices_are_bounded_and_the_newest_stay(
 ) -> None:
     monkeypatch.setattr(miniapm, "MAX_NOTICES", 5)
     store.record(1, [parse(fingerprint=str(number)) for number in range(12)])
-    after_id = store.post_notices(0, 1, step=10)
+    after_id = store.post_notices(0, {}, step=10)
     assert after_id == 10
-    assert store.post_notices(after_id, 1, step=10) == 0
+    assert store.post_notices(after_id, {}, step=10) == 0
     assert rows(store, "SELECT error_id FROM notices") == [(number,) for number in range(8, 13)]
     assert rows(store, "SELECT COUNT(*) FROM errors WHERE news IS NOT NULL") == [(0,)]
+
+
+def test_lag_ends_when_nothing_is_left_to_be_sent(store: Store) -> None:
+    store.keep_targets(["forward x"])
+    record(store)
+    assert target_of(store).waiting == 1
+    store.write(lambda db: db.execute("DELETE FROM occurrences").rowcount)
+    assert (target_of(store).waiting, target_of(store).oldest_ms) == (0, None)
 
 
 def test_health_tells_how_far_a_forward_is_behind(
@@ -14527,6 +14662,42 @@ def test_error_is_shown_as_on_its_page(tmp_path: Path, place: dict[str, str]) ->
     assert not re.search(r" $|\x1b", done.stdout, re.MULTILINE)
 
 
+def test_error_resolved_in_the_next_release_is_shown_with_its_releases(
+    tmp_path: Path, place: dict[str, str]
+) -> None:
+    fill(tmp_path, CHECKOUT | {"release": "1.3"})
+    run("errors", "resolve", "2", "--next-release", cwd=tmp_path, **place)
+    lines = run("errors", "show", "2", cwd=tmp_path, **place).stdout.splitlines()
+    assert "Status       Resolved in the release after 1.3" in lines
+    assert {"First seen in release 1.2", "Last seen in release 1.3"} < {*lines}
+    assert any("UTC in the release after 1.3" in line for line in lines)  # its history
+    fill(tmp_path, CHECKOUT)
+    assert run("errors", "--status", "resolved", cwd=tmp_path, **place).stdout.startswith("2 ")
+    fill(tmp_path, CHECKOUT | {"release": "1.4"})
+    assert "2  4×  just now  regressed warning  " in run("errors", cwd=tmp_path, **place).stdout
+
+
+def test_trace_that_was_cut_is_shown_as_it_is_stored(tmp_path: Path) -> None:
+    frames = [{"file": "app/x.py", "lineno": number, "own": True} for number in range(9_000)]
+    exceptions = [{"exception_class": "E", "message": "", "frames": frames}]
+    lines = [f"app/x.rb:{number}:in `f'" for number in range(9_000)]
+    fill(tmp_path, {"backtrace": lines}, {"exceptions": exceptions, "fingerprint": "frames"})
+    for number in ("1", "2"):
+        shown, document = (
+            re.findall(r"… \[[\d,]+ more .*cut\]", run("errors", *flags, cwd=tmp_path).stdout)
+            for flags in (["show", number], ["show", number, "--md"])
+        )
+        assert shown == document and len(shown) == 1
+
+
+def test_errors_that_exist_are_shown_beside_one_that_does_not(
+    tmp_path: Path, place: dict[str, str]
+) -> None:
+    done = run("errors", "show", "99", "1", cwd=tmp_path, **place)
+    assert (done.returncode, done.stderr) == (1, "miniapm.py errors: there is no error 99\n")
+    assert done.stdout.startswith("RuntimeError  Error 1\n")
+
+
 def test_error_is_shown_as_markdown_and_json(tmp_path: Path, place: dict[str, str]) -> None:
     fill(tmp_path, CHECKOUT | {"message": "newest"})
     for arguments, message in (
@@ -14547,6 +14718,7 @@ def test_error_is_shown_as_markdown_and_json(tmp_path: Path, place: dict[str, st
     ("arguments", "status", "until"),
     [
         (["resolve", "1", "2", "1"], "resolved", None),
+        (["resolve", "1", "--next-release", "2"], "resolved", "resolved_in_next_release"),
         (["ignore", "1", "2"], "ignored", None),
         (["ignore", "--for", "1d", "1", "2"], "ignored", "ignored_until"),
         (["ignore", "1", "2", "--until", "5"], "ignored", "ignored_until_occurrences"),
@@ -14561,9 +14733,8 @@ def test_errors_are_changed_and_undone(
     found = list_of(tmp_path)
     assert [one["status"] for one in found] == ([status] * 2 if status else [])
     for one in found:
-        assert {name for name in one if name.startswith("ignored") and one[name]} == {until} - {
-            None
-        }
+        said = {name for name in one if name.startswith(("ignored", "resolved_in")) and one[name]}
+        assert said == {until} - {None}
     what, undo = re.fullmatch(r"(\w+) 2 errors; to undo it .*: (.*)\n", done.stdout).groups()  # type: ignore[union-attr]
     assert what == (status or "deleted")
     assert undo == f"python miniapm.py errors undo {undo.split()[-1]}"
@@ -14572,6 +14743,20 @@ def test_errors_are_changed_and_undone(
     assert [one["status"] for one in list_of(tmp_path)] == ["open", "open"]
     done = run(*undo.split()[2:], cwd=tmp_path, **place)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+def test_errors_are_changed_in_several_requests_if_they_are_many(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for number in range(7):
+        record(store, fingerprint=str(number))
+    monkeypatch.setattr(miniapm, "MAX_FORM_IDS", 3)
+    ids = [str(number) for number in range(1, 8)]
+    assert miniapm.run_errors(["resolve", "--db", store.path, *ids], {}, "errors") == 0
+    said, undo = capsys.readouterr().out.split(";")
+    assert (said, undo.split()[-3:]) == ("resolved 7 errors", ["1", "4", "7"])
+    assert miniapm.run_errors(undo.split("errors ")[1].split(), {}, "errors") == 0
+    assert capsys.readouterr().out == "7 as before\n"
 
 
 def test_errors_that_exist_are_changed_beside_one_that_does_not(
@@ -14604,12 +14789,15 @@ def test_errors_say_how_to_undo_at_the_same_place(tmp_path: Path) -> None:
         (["errors", "show"], 2, "show takes ids"),
         (["errors", "resolve", "x"], 2, "resolve takes ids"),
         (["errors", "resolve", "1", "--md"], 2, "resolve does not take --md"),
+        (["errors", "ignore", "1", "--next-release"], 2, "ignore does not take --next-release"),
         (["errors", "--for", "1d"], 2, "list does not take --for"),
         (["errors", "ignore", "1", "--for", "2d"], 2, "--for"),
         (["errors", "ignore", "1", "--for", "1d", "--until", "3"], 1, "not both"),
         (["errors", "--limit", "0"], 2, "--limit"),
         (["errors", "--status", "new"], 2, "--status"),
         (["errors", "--prot"], 2, "--prot"),
+        (["errors", "--\x1b[2J"], 2, "--␛[2J"),
+        (["errors", "--url", "HTTP://127.0.0.1:9"], 1, "can't reach http://127.0.0.1:9"),
         (["errors", "--project", "shop"], 1, "there is no project shop; there are: default"),
         (["errors", "since:soon"], 1, "since: needs an age"),
         (["errors", "--url", "x.db"], 2, "--url takes a URL"),
@@ -14814,6 +15002,28 @@ def test_lines_fit_a_terminal_with_wide_characters(tmp_path: Path, columns: int)
     assert all(one in plain for one in messages)
 
 
+@pytest.mark.parametrize("columns", [20, 30, 45])
+def test_lines_fit_a_narrow_terminal(tmp_path: Path, columns: int) -> None:
+    fill(tmp_path, CHECKOUT | {"message": "数据库" * 30})
+    fill(tmp_path, CHECKOUT | {"fingerprint": "other"}, project="数据" * 9)
+    lines = on_terminal("errors", cwd=tmp_path, COLUMNS=str(columns)).splitlines()
+    assert [re.match(r" *(\d+) ", line)[1] for line in lines] == ["2", "1"]  # type: ignore[index]
+    assert max(map(cells, lines)) <= columns
+    with tailing("-n1", cwd=tmp_path) as (_, line):
+        assert "CheckoutError" in line()  # whole, where there is no terminal
+
+
+def test_tail_with_traces_outlasts_an_occurrence_that_it_is_not_given(store: Store) -> None:
+    record(store)
+    send = miniapm.sender_in_process(store)
+    refused = 503, "", b'{"error": "too busy"}'
+    tracker = miniapm.Tracker("", lambda path, form: send(path, form) if "?" in path else refused)
+    (one,) = next(miniapm.new_occurrences(tracker, 1))
+    flags: Any = types.SimpleNamespace(full=True, json=True)
+    (line,) = miniapm._tail_lines(tracker, miniapm.Terminal({}), one, flags, set())
+    assert json.loads(line) == one | {"exceptions": []}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -14872,21 +15082,27 @@ def test_reader_that_has_seen_enough_ends_a_command_quietly(tmp_path: Path) -> N
         (tmp_path / "status").unlink()
 
 
-def test_output_that_can_not_be_written_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stdin", "stdout", "said"),
+    [("", "/dev/full", "No space left"), ("", "&-", "stdout is closed"), ("<&-", "/dev/null", "")],
+)
+def test_output_that_can_not_be_written_is_one_line(
+    tmp_path: Path, stdin: str, stdout: str, said: str
+) -> None:
     fill(tmp_path, {})
-    with open("/dev/full", "w") as full:
-        for command in ("errors", "tail"):
-            done = subprocess.run(
-                [sys.executable, str(HERE / "miniapm.py"), command],
-                cwd=tmp_path,
-                env=clean_environ(),
-                stdout=full,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-            assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-            assert "can't write" in done.stderr
+    for command in ("mcp",) if stdin else ("errors", "errors show 1", "tail", "mcp"):
+        done = subprocess.run(
+            ["sh", "-c", f"{sys.executable} {HERE / 'miniapm.py'} {command} {stdin} >{stdout}"],
+            cwd=tmp_path,
+            env=clean_environ(),
+            input=json.dumps(PING) + "\n",
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=20,
+        )
+        assert (done.returncode, done.stderr.count("\n")) == ((1, 1) if said else (0, 0))
+        assert (f"can't write: {said}" in done.stderr) == bool(said)
 
 
 @contextlib.contextmanager
@@ -15165,12 +15381,12 @@ def test_assistant_answers_by_json_rpc(
         ("show_error", {}, "id is missing"),
         ("show_error", {"id": "1"}, "id must be of type integer"),
         ("show_error", {"id": True}, "id must be of type integer"),
-        ("show_error", {"id": 0}, "id must be from 1 to"),
-        ("show_error", {"id": 10**20}, "id must be from 1 to"),
+        ("show_error", {"id": 0}, "id must be a whole number from 1 to"),
+        ("show_error", {"id": 10**20}, "id must be a whole number from 1 to"),
         ("show_error", {"id": 1, "path": "/etc"}, "there is no argument path"),
         ("show_error", {"id": 1, "occurrence_id": 5}, "has no occurrence 5"),
         ("list_errors", {"status": "new"}, "status must be one of open, "),
-        ("list_errors", {"limit": 51}, "limit must be from 1 to 50"),
+        ("list_errors", {"limit": 51}, "limit must be a whole number from 1 to 50"),
         ("list_errors", {"project": "shop"}, "there is no project shop"),
         ("search_errors", {"query": "since:soon"}, "since: needs an age"),
         ("ignore_error", {"id": 1, "for": "1h", "occurrences": 5}, "not both"),
@@ -15187,6 +15403,20 @@ def test_assistant_is_told_what_is_wrong_with_a_call(
     assert answer["result"]["isError"] is True
     assert said in answer["result"]["content"][0]["text"]
     assert only_error(store).status == "open"
+
+
+def test_assistant_may_leave_arguments_null(assistant: miniapm.Assistant, store: Store) -> None:
+    record(store)
+    null = {"project": None, "status": None, "sort": None, "limit": None}
+    for tool, arguments in (
+        ("list_errors", null),
+        ("search_errors", null | {"query": "user.rb"}),
+        ("show_error", {"id": 1, "occurrence_id": None}),
+    ):
+        call = json.dumps(rpc("tools/call", name=tool, arguments=arguments)).encode()
+        answer: Any = assistant.answer(call)
+        assert answer["result"]["isError"] is False
+        assert "RuntimeError" in answer["result"]["content"][0]["text"]
 
 
 def test_assistant_is_answered_in_a_bounded_size(
@@ -22543,13 +22773,15 @@ BUGSINK_SETTINGS = """
 LIMITS = ("PROJECT_PER_5_MINUTES", "PROJECT_PER_HOUR", "5_MINUTES", "HOUR")
 BUGSINK |= {"MAX_EVENTS_PER_" + name: 10**6 for name in LIMITS}
 BUGSINK |= {"INGEST_STORE_BASE_DIR": __file__ + ".ingested", "PHONEHOME": False}
+for database in DATABASES.values():
+    database["CONN_MAX_AGE"] = None  # a connection for each request takes 3 ms more
 """
 NEW_PROJECT = """
 from projects.models import Project
 project = Project.objects.create(name="shop", retention_max_event_count=10**6)
 print("key", project.sentry_key.hex)
 """
-PAGES = """
+BUGSINK_PAGES = """
 import html, re
 from django.contrib.auth import get_user_model
 from django.test import Client
@@ -22624,8 +22856,8 @@ def bugsink(tmp_path: Path) -> Iterator[Bugsink]:
     running.stop()
 
 
-def rich_report(number: int) -> dict[str, Any]:
-    """Return a report that has everything another tracker can show."""
+def numbered_report(number: int) -> dict[str, Any]:
+    """Return a report; one in 50 has everything another tracker can show, which takes longer."""
     frame = {"file": "shop/cart.py", "lineno": 31, "function": "total", "own": True}
     frame |= {"context_line": "return price * count", "pre_context": ["def total():"]}
     frame |= {"locals": {"price": "'seventeen'"}}
@@ -22634,9 +22866,11 @@ def rich_report(number: int) -> dict[str, Any]:
     chain = [{"exception_class": kind, "message": f"order {number}", "frames": [frame]}]
     chain.append(cause | {"frames": [{"file": "shop/account.py", "function": "iban_of"}]})
     fields: dict[str, Any] = {"exceptions": chain, "backtrace": [], "fingerprint": kind}
-    fields |= {"exception_class": kind, "message": f"order {number}", "tags": {"color": "red"}}
-    fields |= {"user_id": f"user {number % 50}", "breadcrumbs": [{"message": "opened the cart"}]}
-    fields |= {"request": {"url": "http://shop.example/pay", "method": "POST"}, "release": "1.7"}
+    fields |= {"exception_class": kind, "message": f"order {number}"}
+    if number % 50 == 49:
+        fields |= {"user_id": "user 49", "breadcrumbs": [{"message": "opened the cart"}]}
+        fields |= {"request": {"url": "http://shop.example/pay", "method": "POST"}}
+        fields |= {"tags": {"color": "red"}, "release": "1.7"}
     if number % 2:
         fields["event_id"] = uuid.uuid5(uuid.NAMESPACE_URL, str(number)).hex
     return report(**fields)
@@ -22650,7 +22884,7 @@ def test_bugsink_gets_ten_thousand_occurrences_once_each_through_restarts_of_eit
 
     def report_part(server: Server, first: int) -> None:
         for start in range(first, first + count // 2, 500):
-            batch = [rich_report(number) for number in range(start, min(start + 500, count))]
+            batch = [numbered_report(number) for number in range(start, min(start + 500, count))]
             assert server.post({"errors": batch}, "/ingest/errors/batch").status_code == 202
 
     def health(server: Server) -> dict[str, Any]:
@@ -22681,9 +22915,9 @@ def test_bugsink_gets_ten_thousand_occurrences_once_each_through_restarts_of_eit
     sent = [json.loads(data)["exception"]["values"][-1]["value"] for _, data in found]
     assert sorted(sent) == sorted(f"order {number}" for number in range(count))
     assert bugsink.rows("SELECT COUNT(*) FROM issues_issue") == [(7,)]
-    named = {rich_report(number)["event_id"] for number in range(1, count, 2)}
+    named = {numbered_report(number)["event_id"] for number in range(1, count, 2)}
     assert named < {event_id for event_id, _ in found}
-    code = PAGES.replace("EVENT_ID", repr(rich_report(count - 1)["event_id"]))
+    code = BUGSINK_PAGES.replace("EVENT_ID", repr(numbered_report(count - 1)["event_id"]))
     stack, details, trail = bugsink.run("bugsink-manage", "shell", "-c", code).split("page ")[1:]
     for text in (f"order {count - 1}", "KeyError", "'iban'", "iban_of", "def total (): return"):
         assert text in stack
