@@ -2148,14 +2148,15 @@ def to_line(occurrence: Occurrence) -> Json:
     own |= set() if occurrence.source_context else {"source_context"}
     own |= {"event_id"} if occurrence.event_id else set()
     if not own.isdisjoint(extra):
-        line["fields"] = occurrence.extra
+        line["fields"] = extra
         extra = {name: value for name, value in extra.items() if name not in own}
+        occurrence = dataclasses.replace(occurrence, extra=extra)
     shown = occurrence.fingerprint.encode()
     if hashlib.sha256(shown).digest() != occurrence.grouping_key:  # it was cut, for example
         line["grouping_key"] = occurrence.grouping_key.hex()
     if occurrence.disbelieved_timestamp is not None:
         line["disbelieved_timestamp"] = occurrence.disbelieved_timestamp
-    return line | to_payload(dataclasses.replace(occurrence, extra=extra))
+    return line | to_payload(occurrence)
 
 
 class _Verbatim(PlainScrubber):
@@ -2202,48 +2203,46 @@ def from_line(
     It is checked, cleaned and scrubbed as a report is, but what was cut before stays as it is.
     """
     given = {name: value for name, value in line.items() if name not in _LINE_FIELDS}
-    fields = _Fields(line, "")
+    fields, changes = _Fields(line, ""), dict[str, Any]()
     cleaned = parse_occurrence(given, received_ms, scrubber=scrubber_for(text, scrubber))
-    exact = read_cleaned(given, received_ms)
-    if (extra := fields.mapping("fields")) is not None:
-        exact = dataclasses.replace(exact, extra=extra)
-        cleaned = dataclasses.replace(cleaned, extra=scrub_fields(extra, scrubber))
-    given["fields"] = extra
-    if exact != cleaned and not _is_clean(given, exact, cleaned, scrubber):
-        exact = dataclasses.replace(cleaned, sent=None)
-    key = line.get("grouping_key", exact.grouping_key.hex())
-    if not isinstance(key, str) or not _GROUPING_KEY.fullmatch(key):
-        raise fields.refuse("grouping_key", "64 hexadecimal digits")
+    if (key := line.get("grouping_key")) is not None:
+        if not isinstance(key, str) or not _GROUPING_KEY.fullmatch(key):
+            raise fields.refuse("grouping_key", "64 hexadecimal digits")
+        changes["grouping_key"] = bytes.fromhex(key)
     if isinstance(claimed := line.get("disbelieved_timestamp"), str):
-        claimed = _displayable(claimed)[: 2 * MAX_ID_CHARS]
-        exact = dataclasses.replace(exact, disbelieved_timestamp=claimed)
-    return dataclasses.replace(exact, grouping_key=bytes.fromhex(key))
+        changes["disbelieved_timestamp"] = _displayable(claimed)[: 2 * MAX_ID_CHARS]
+    if (extra := fields.mapping("fields")) is not None:
+        changes["extra"] = given["fields"] = extra
+    exact = dataclasses.replace(read_cleaned(given, received_ms), **changes)
+    if changes:
+        changes |= {"extra": scrub_fields(extra, scrubber)} if extra is not None else {}
+        cleaned = dataclasses.replace(cleaned, **changes)
+    if exact != cleaned and not _is_clean(given, exact, cleaned, scrubber):
+        return dataclasses.replace(cleaned, sent=None)
+    return exact
+
+
+def _columns(text: str) -> dict[str, Any]:
+    """Return columns by name: `#` marks whole numbers, `{}` an object, the others are strings."""
+    kinds = {"#": int, "{": dict}
+    return {one.rstrip("#{}"): kinds.get(one.rstrip("}")[-1], str) for one in text.split()}
 
 
 # The other lines of an export, by `kind`: the columns of a row, and for lists those of each entry.
 # A time (…_ms) is written as …_at, in ISO 8601.
 _LINE_KINDS: dict[str, dict[str, Any]] = {
-    "project": {"id": int, "name": str, "created_ms": str},
-    "release": {"id": int, "project": str, "name": str, "first_ms": str},
-    "deploy": {
-        **dict.fromkeys(("project", "deployed_ms", "version", "git_sha", "environment"), str),
-        **dict.fromkeys(("deployer", "description"), str),
-        "id": int,
-    },
+    "project": _columns("id# name created_ms"),
+    "release": _columns("id# project name first_ms"),
+    "deploy": _columns("id# project deployed_ms version git_sha environment deployer description"),
     "error": {
-        **dict.fromkeys(("id", "wake_count", "newest_id", "uncounted", "has_more_users"), int),
-        **dict.fromkeys(("project", "fingerprint", "grouping_key", "exception_class"), str),
-        **dict.fromkeys(("message", "location", "level", "status", "note"), str),
-        **dict.fromkeys(("first_seen_ms", "last_seen_ms", "changed_ms", "regressed_ms"), str),
-        **dict.fromkeys(("wake_ms", "resolved_release", "first_release", "last_release"), str),
-        "hours": {"hour": int, "count": int},
-        "users": {"user_id": str, "seen_day": int},
-        "values": {"id": int, "name": str, "value": str, "count": int, "first_ms": int},
-        "history": {
-            **dict.fromkeys(("id", "action", "at_ms"), int),
-            **dict.fromkeys(("what", "detail", "by"), str),
-            "before": dict,
-        },
+        **_columns("id# project fingerprint grouping_key exception_class message location level"),
+        **_columns("first_seen_ms last_seen_ms first_release last_release newest_id# uncounted#"),
+        **_columns("status changed_ms regressed_ms resolved_release wake_ms wake_count# note"),
+        **_columns("has_more_users#"),
+        "hours": _columns("hour# count#"),
+        "users": _columns("user_id seen_day#"),
+        "values": _columns("id# name value count# first_ms#"),
+        "history": _columns("id# action# at_ms# what detail by before{}"),
     },
     "end": {},
 }
@@ -3791,7 +3790,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Webhooks: `news` is new or regressed until it has become a notice.
         "ALTER TABLE errors ADD COLUMN news TEXT",
         "CREATE INDEX errors_with_news ON errors (id) WHERE news IS NOT NULL",
-        # Of an import: the same error in the export's tracker, and the last id it has counted.
+        # Of an import: the same error in the export's tracker, and the last id counted of there.
         "ALTER TABLE errors ADD COLUMN origin TEXT",
         "ALTER TABLE errors ADD COLUMN origin_id INTEGER",
         """CREATE TABLE notices (
@@ -4144,16 +4143,18 @@ SELECT_NOTICES = """
 
 # Exports read in steps, each with its own short transaction: a long one keeps the log from being
 # copied. The children of an error come as JSON, in the order of their ids.
-EXPORT_PROJECTS = "SELECT id, name, created_ms FROM projects WHERE id > :id ORDER BY id LIMIT :step"
-EXPORT_RELEASES = """
-    SELECT releases.id, projects.name AS project, releases.name, first_ms
-    FROM releases JOIN projects ON projects.id = project_id
-    WHERE releases.id > :id ORDER BY releases.id LIMIT :step"""
-EXPORT_DEPLOYS = """
-    SELECT deploys.id, name AS project, at_ms AS deployed_ms, version, git_sha, environment,
-        deployer, description
-    FROM deploys JOIN projects ON projects.id = project_id
-    WHERE deploys.id > :id ORDER BY deploys.id LIMIT :step"""
+EXPORT_ROWS = {
+    "project": """
+        SELECT id, name, created_ms FROM projects WHERE id > :id ORDER BY id LIMIT :step""",
+    "release": """
+        SELECT releases.id, projects.name AS project, releases.name, first_ms
+        FROM releases JOIN projects ON projects.id = project_id
+        WHERE releases.id > :id ORDER BY releases.id LIMIT :step""",
+    "deploy": """
+        SELECT deploys.*, name AS project, at_ms AS deployed_ms
+        FROM deploys JOIN projects ON projects.id = project_id
+        WHERE deploys.id > :id ORDER BY deploys.id LIMIT :step""",
+}
 EXPORT_OCCURRENCES = """
     SELECT occurrences.id, (SELECT name FROM projects WHERE id = errors.project_id) AS project,
         occurrences.error_id, received_ms, occurrences.body, event_id, grouping_key,
@@ -4163,91 +4164,72 @@ EXPORT_OCCURRENCES = """
     WHERE occurrences.id > :id AND occurrences.id <= :last_id AND received_ms >= :since_ms
         AND status <> 'deleted'
     ORDER BY occurrences.id LIMIT :step"""
-EXPORT_ERRORS = """
-    SELECT id, (SELECT name FROM projects WHERE id = project_id) AS project,
-        fingerprint, hex(grouping_key) AS grouping_key, exception_class, message, location, level,
-        first_seen_ms, last_seen_ms, status, status_ms AS changed_ms, regressed_ms, note, wake_ms,
-        wake_count, uncounted, has_more_users, newest_id, occurrence_count, first_release,
-        last_release,
+_EXPORT_ERRORS = """
+    SELECT (SELECT name FROM projects WHERE id = project_id) AS project,
+        hex(grouping_key) AS grouping_key, status_ms AS changed_ms,
+        (SELECT MAX(id) FROM occurrences WHERE error_id = errors.id) AS newest_id,
         COALESCE((SELECT name FROM releases WHERE id = resolved_release),
             IIF(resolved_release IS NULL, NULL, '')) AS resolved_release,
         (SELECT json_group_array(json_array(hour, count)) FROM
-            (SELECT * FROM buckets WHERE error_id = part.id ORDER BY hour)) AS hours,
+            (SELECT * FROM buckets WHERE error_id = errors.id ORDER BY hour)) AS hours,
         (SELECT json_group_array(json_array(user_id, seen_day)) FROM
-            (SELECT * FROM error_users WHERE error_id = part.id ORDER BY id)) AS users,
+            (SELECT * FROM error_users WHERE error_id = errors.id ORDER BY id)) AS users,
         (SELECT json_group_array(json_array(id, name, value, count, first_ms)) FROM
-            (SELECT * FROM error_facets WHERE error_id = part.id ORDER BY id)) AS "values",
+            (SELECT * FROM error_facets WHERE error_id = errors.id ORDER BY id)) AS "values",
         (SELECT json_group_array(
             json_array(id, action, at_ms, what, detail, by_whom, json(before))) FROM
-            (SELECT * FROM history WHERE error_id = part.id ORDER BY id)) AS history
-    FROM (SELECT *, (SELECT MAX(id) FROM occurrences WHERE error_id = errors.id) AS newest_id
-        FROM errors WHERE id > :id AND id <= :last_error_id AND status <> 'deleted') AS part
-    WHERE :is_whole OR newest_id > :after_id AND EXISTS (SELECT 1 FROM occurrences
-        WHERE error_id = part.id AND id > :after_id AND received_ms >= :since_ms)
-    ORDER BY id LIMIT :step"""
+            (SELECT * FROM history WHERE error_id = errors.id ORDER BY id)) AS history, *
+    FROM errors WHERE status <> 'deleted' AND {} ORDER BY id LIMIT :step"""
+EXPORT_ERROR = _EXPORT_ERRORS.format("id = :id")
+EXPORT_EMPTY_ERRORS = _EXPORT_ERRORS.format(
+    "id > :id AND id <= :last_error_id"
+    " AND NOT EXISTS (SELECT 1 FROM occurrences WHERE error_id = errors.id)"
+)
 SELECT_LAST_IDS = """
     SELECT (SELECT COALESCE(MAX(id), 0) FROM occurrences),
         (SELECT COALESCE(MAX(id), 0) FROM errors),
         (SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'occurrences')"""
-SELECT_PROJECT_ID = "SELECT id FROM projects WHERE name = :name"
+SELECT_PROJECT_ID = "SELECT id AS project_id FROM projects WHERE name = :name"
 # What an import writes keeps its id where that is free.
 _FREE_ID = "(SELECT :id WHERE NOT EXISTS (SELECT 1 FROM {0} WHERE id = :id))"
 IMPORT_PROJECT = f"""
     INSERT OR IGNORE INTO projects (id, name, created_ms)
     VALUES ({_FREE_ID.format("projects")}, :name, :created_ms)"""
-IMPORT_RELEASE = f"""
-    INSERT INTO releases (id, project_id, name, first_ms)
-    VALUES ({_FREE_ID.format("releases")}, :project_id, :name, :first_ms)
-    ON CONFLICT (project_id, name) DO UPDATE SET first_ms = MIN(first_ms, excluded.first_ms)"""
-IMPORT_DEPLOY = f"""
-    INSERT INTO deploys
-        (id, project_id, at_ms, version, git_sha, environment, deployer, description)
-    SELECT {_FREE_ID.format("deploys")}, :project_id, :deployed_ms, :version, :git_sha,
-        :environment, :deployer, :description
-    WHERE NOT EXISTS (SELECT 1 FROM deploys WHERE project_id = :project_id
-        AND at_ms = :deployed_ms AND version = :version AND environment = :environment)"""
+IMPORT_ROW = {
+    "project": IMPORT_PROJECT,
+    "release": f"""
+        INSERT INTO releases (id, project_id, name, first_ms)
+        VALUES ({_FREE_ID.format("releases")}, :project_id, :name, :first_ms)
+        ON CONFLICT (project_id, name) DO UPDATE SET first_ms = MIN(first_ms, excluded.first_ms)""",
+    "deploy": f"""
+        INSERT INTO deploys
+            (id, project_id, at_ms, version, git_sha, environment, deployer, description)
+        SELECT {_FREE_ID.format("deploys")}, :project_id, :deployed_ms, :version, :git_sha,
+            :environment, :deployer, :description
+        WHERE NOT EXISTS (SELECT 1 FROM deploys WHERE project_id = :project_id
+            AND at_ms = :deployed_ms AND version = :version AND environment = :environment)""",
+}
 SELECT_IMPORTED = """
     SELECT errors.id, COALESCE(origin, created_ms || '.' || errors.id) AS origin,
-        CASE WHEN origin IS NULL THEN :last_id ELSE origin_id END AS counted_id,
-        occurrence_count > uncounted AS is_alive,
-        (SELECT MAX(id) FROM occurrences WHERE error_id = errors.id) AS newest_id
+        IIF(origin IS NULL, :last_id, origin_id) AS counted_id, samples.body AS sample
     FROM errors JOIN projects ON projects.id = project_id
+    LEFT JOIN samples ON samples.error_id = errors.id
     WHERE project_id = :project_id AND grouping_key = :key"""
 IMPORT_ERROR = f"""
     INSERT INTO errors (id, project_id, grouping_key, fingerprint, exception_class, message,
-        location, first_seen_ms, last_seen_ms, occurrence_count, stored_count, status_ms, origin)
-    VALUES ({_FREE_ID.format("errors")}, :project_id, :key, :fingerprint, '', '', '', :first_ms,
-        :last_ms, 0, 0, :now_ms, :origin)"""
+        location, first_seen_ms, last_seen_ms, occurrence_count, stored_count, status_ms, origin,
+        origin_id)
+    VALUES ({_FREE_ID.format("errors")}, :project_id, :key, :fingerprint, '', '', '',
+        :first_seen_ms, :last_seen_ms, 0, 0, :now_ms, COALESCE(:origin, ''),
+        COALESCE(:newest_id, 0))"""
 COUNT_IMPORTED = """
-    UPDATE errors SET
-        last_release = COALESCE(IIF(last_seen_ms > :last_ms, last_release, NULL), :last_release,
-            last_release),
-        first_release = COALESCE(IIF(first_seen_ms <= :first_ms, first_release, NULL),
-            :first_release, first_release),
-        first_seen_ms = MIN(first_seen_ms, :first_ms),
-        last_seen_ms = MAX(last_seen_ms, :last_ms), stored_count = stored_count + :stored,
-        occurrence_count = occurrence_count + :count, wake_count = wake_count + :count,
-        uncounted = uncounted + :uncounted
-    WHERE id = :id"""
-NAME_IMPORTED = """
-    UPDATE errors SET exception_class = :exception_class, message = :message,
-        location = :location, level = :level
+    UPDATE errors SET stored_count = stored_count + :stored, wake_count = wake_count + :count,
+        origin_id = MAX(origin_id, :newest_id)
     WHERE id = :id"""
 SELECT_PLACE = "SELECT received_ms, error_id FROM occurrences WHERE id = :id"
 IMPORT_OCCURRENCE = """
     INSERT INTO occurrences (id, error_id, received_ms, body, project_id, event_id, request_key)
-    VALUES (:id, :error_id, :received_ms, :body, :project_id, :event_id, :request_key)
-    RETURNING id"""
-# When the numbers of an export's errors come, those counted from its occurrences go, of all errors
-# at once: the values get the ids that they had.
-_IS_UNCOUNTED = "origin IS NOT NULL AND origin_id IS NULL AND occurrence_count = uncounted"
-FORGET_UNCOUNTED = (
-    *(
-        f"DELETE FROM {table} WHERE error_id IN (SELECT id FROM errors WHERE {_IS_UNCOUNTED})"
-        for table in ("buckets", "error_users", "error_facets")
-    ),
-    f"UPDATE errors SET occurrence_count = 0, uncounted = 0, user_count = 0 WHERE {_IS_UNCOUNTED}",
-)
+    VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING id"""
 # An id that was free may lie between others: so before and after each there may be a step.
 IMPORT_CLOCK_STEPS = f"""
     INSERT OR IGNORE INTO clock_steps (last_id)
@@ -4257,10 +4239,24 @@ IMPORT_CLOCK_STEPS = f"""
         JOIN occurrences AS late USING (id)
     WHERE received_ms < (SELECT received_ms FROM occurrences WHERE id < late.id
         ORDER BY id DESC LIMIT 1) - {int(SWEEP_INTERVAL_S * 1000)}"""
+IMPORT_CHILDREN = {
+    "hours": """
+        INSERT OR IGNORE INTO buckets (error_id, hour, count) VALUES (:error_id, :hour, :count)""",
+    "users": """
+        INSERT OR IGNORE INTO error_users (error_id, user_id, seen_day)
+        VALUES (:error_id, :user_id, :seen_day)""",
+    "values": f"""
+        INSERT OR IGNORE INTO error_facets (id, error_id, name, value, count, first_ms)
+        VALUES ({_FREE_ID.format("error_facets")}, :error_id, :name, :value, :count, :first_ms)""",
+    "history": f"""
+        INSERT INTO history (id, action, error_id, at_ms, what, detail, by_whom, before)
+        VALUES ({_FREE_ID.format("history")},
+            IIF(EXISTS (SELECT 1 FROM history WHERE id = :id), 0, :action),
+            :error_id, :at_ms, :what, :detail, :by, :before)""",
+}
 SET_IMPORTED = """
     UPDATE errors SET exception_class = :exception_class, message = :message,
-        location = :location, level = :level, first_seen_ms = MIN(first_seen_ms, :first_seen_ms),
-        last_seen_ms = MAX(last_seen_ms, :last_seen_ms), status = :status, status_ms = :changed_ms,
+        location = :location, level = :level, status = :status, status_ms = :changed_ms,
         regressed_ms = :regressed_ms, note = :note, wake_ms = :wake_ms, wake_count = :wake_count,
         uncounted = :uncounted, has_more_users = :has_more_users,
         first_release = :first_release, last_release = :last_release, resolved_release =
@@ -4269,25 +4265,6 @@ SET_IMPORTED = """
         occurrence_count = (SELECT COALESCE(SUM(count), 0) FROM buckets WHERE error_id = :error_id),
         user_count = (SELECT COUNT(*) FROM error_users WHERE error_id = :error_id)
     WHERE id = :error_id"""
-SET_COUNTED = """
-    UPDATE errors SET origin_id = MAX(COALESCE(origin_id, 0), :newest_id)
-    WHERE id = :error_id AND origin = :origin"""
-IMPORT_HOUR = """
-    INSERT INTO buckets (error_id, hour, count) VALUES (:error_id, :hour, :count)
-    ON CONFLICT (error_id, hour) DO UPDATE SET count = MAX(count, excluded.count)"""
-IMPORT_USER = """
-    INSERT INTO error_users (error_id, user_id, seen_day) VALUES (:error_id, :user_id, :seen_day)
-    ON CONFLICT (error_id, user_id) DO UPDATE SET seen_day = MAX(seen_day, excluded.seen_day)"""
-IMPORT_VALUE = f"""
-    INSERT INTO error_facets (id, error_id, name, value, count, first_ms)
-    VALUES ({_FREE_ID.format("error_facets")}, :error_id, :name, :value, :count, :first_ms)
-    ON CONFLICT (error_id, name, value) DO UPDATE SET count = MAX(count, excluded.count),
-        first_ms = MIN(first_ms, excluded.first_ms)"""
-IMPORT_CHANGE = f"""
-    INSERT INTO history (id, action, error_id, at_ms, what, detail, by_whom, before)
-    VALUES ({_FREE_ID.format("history")},
-        IIF(EXISTS (SELECT 1 FROM history WHERE id = :id), 0, :action),
-        :error_id, :at_ms, :what, :detail, :by, :before)"""
 
 CLEAR_NEWS = "UPDATE errors SET news = NULL WHERE project_id = :project_id"
 _CHILD_TABLES = (
@@ -6451,59 +6428,48 @@ def export_lines(
     """Yield the lines of an export, each with the id of its occurrence, 0 for the others.
 
     `db` has begun a transaction. What is stored from now on is left out, as are deleted errors.
-    With an id or a time, so are errors of which no occurrence is exported.
+    An error comes before its first occurrence; those without any come last, in a whole export.
     """
     last_id, last_error_id, _ = db.execute(SELECT_LAST_IDS).fetchone()
     db.execute("COMMIT")
-    values: Json = {"last_id": last_id, "last_error_id": last_error_id, "after_id": after_id}
-    values["is_whole"] = not after_id and since_ms is None
+    values: Json = {"last_id": last_id, "last_error_id": last_error_id}
     values["since_ms"] = -(2**62) if since_ms is None else since_ms
-    tables = {"project": EXPORT_PROJECTS, "release": EXPORT_RELEASES, "deploy": EXPORT_DEPLOYS}
-    for kind, statement in tables.items():
+    for kind, statement in EXPORT_ROWS.items():
         for row in _exported_rows(db, statement, values):
             yield 0, _line_of_row(kind, row)
+    told: set[int] = set()
     for row in _exported_rows(db, EXPORT_OCCURRENCES, values | {"id": after_id}):
+        if (error_id := row["error_id"]) not in told:
+            told.add(error_id)
+            for error in db.execute(EXPORT_ERROR, {"id": error_id, "step": 1}).fetchall():
+                yield 0, _line_of_row("error", error)
         place: Json = {"kind": "occurrence", "id": row["id"], "project": row["project"]}
-        place |= {"error_id": row["error_id"], "received_at": iso_time(row["received_ms"])}
+        place |= {"error_id": error_id, "received_at": iso_time(row["received_ms"])}
         yield row["id"], place | to_line(_occurrence_in(row, row["grouping_key"]))
-    for row in _exported_rows(db, EXPORT_ERRORS, values | {"step": 1}):  # may have 10,000 users
-        yield 0, _line_of_row("error", row)
+    if not after_id and since_ms is None:
+        for row in _exported_rows(db, EXPORT_EMPTY_ERRORS, values | {"step": 1}):
+            if row["id"] not in told:
+                yield 0, _line_of_row("error", row)
     yield 0, {"kind": "end"}
 
 
 @dataclass(slots=True)
-class _ImportedOccurrence:
-    """An occurrence of an import, as its line describes it."""
-
-    project: str
-    occurrence: Occurrence
-    received_ms: int
-    id: int | None
-    error_id: int | None
-    spare_event_id: str  # if the id is taken
-    origin: str | None = None  # that of its error
-
-
-@dataclass(slots=True)
 class _ImportedError:
-    """An error to which an import adds occurrences, and what it adds to it in one batch.
+    """An error to which an import adds occurrences.
 
     `origin` is the same error in the tracker that exported it, of which the occurrences up to
-    `counted_id` are in its numbers; it is None until those numbers have come.
+    `counted_id` are in its numbers.
     """
 
     id: int
     origin: str
-    counted_id: int | None
-    is_alive: bool  # reports have come since the import created it
-    newest_id: int | None
-    sample: bytes | None = None
+    counted_id: int
+    sample: bytes | None
     stored: int = 0
-    counted: list[_ImportedOccurrence] = field(default_factory=list)
-    newest: Occurrence | None = None
+    counted: list[Json] = field(default_factory=list)
 
 
-_Lines = list[tuple[int, str, Any]]  # number, kind and value of each
+_Lines = list[tuple[int, str, Json]]  # number, kind and values of each
 IMPORT_BATCH_BYTES = 256 * _KIBIBYTE  # of lines; parsed, they take up to 30 times as much
 
 
@@ -6514,14 +6480,14 @@ def _id_in(fields: _Fields, name: str) -> int | None:
     return value
 
 
-_IMPORT_CHILDREN = {"users": IMPORT_USER, "values": IMPORT_VALUE, "history": IMPORT_CHANGE}
+MAX_NAMED_LINES = 100  # that are wrong: a file that is no export may have a million
 
 
 class Importer:
     """Writes the lines of exports into a database, in batches of one transaction each.
 
-    An occurrence that is there already is skipped. `failures` counts the lines that `refuse` was
-    told of; `has_ended` says whether the export was whole.
+    An occurrence that is there already is skipped. `failures` counts the lines that are wrong, of
+    which `refuse` is told the first; `has_ended` says whether the export was whole.
     """
 
     def __init__(
@@ -6532,7 +6498,6 @@ class Importer:
         self._created: dict[str, int] = {}  # when the export's projects were
         self.added = self.skipped = self.failures = 0
         self.has_ended = True
-        self._are_forgotten = False  # the numbers that FORGET_UNCOUNTED removes
         with store.reading() as db:
             self._last_id = db.execute(SELECT_LAST_IDS).fetchone()[2]
 
@@ -6543,38 +6508,53 @@ class Importer:
         for number, raw in enumerate(lines, 1):
             if not raw.strip():
                 continue
-            size += len(raw)
             try:
-                batch.append((number, *self._read(raw, number)))
+                kind, values = self._read(raw, number)
             except MiniAPMError as error:
                 is_cut = isinstance(error, BadRequest) and error.field is None
                 if is_cut and not raw.endswith(b"\n"):
                     self.has_ended = False
                 else:
                     self._fail(number, error)
-            if size > IMPORT_BATCH_BYTES or len(batch) >= BATCH_PART_REPORTS:
+                continue
+            is_full = size > IMPORT_BATCH_BYTES or len(batch) >= BATCH_PART_REPORTS
+            # Retention must never see an error without the occurrence that follows it.
+            if is_full and (batch[-1][1], kind) != ("error", "occurrence"):
                 self._write(batch)
                 batch, size = [], 0
+            batch.append((number, kind, values))
+            size += len(raw)
         self._write(batch)
 
     def _fail(self, number: int, error: MiniAPMError) -> None:
         self.failures += 1
-        self._refuse(number, error)
+        if self.failures <= MAX_NAMED_LINES:
+            self._refuse(number, error)
 
-    def _read(self, raw: bytes, number: int) -> tuple[str, Any]:
+    def _read(self, raw: bytes, number: int) -> tuple[str, Json]:
         if len(raw) > MAX_BODY_BYTES:
             raise TooLarge(f"the line is longer than {MAX_BODY_BYTES:,} bytes")
         text = read_text(raw).strip()
         line = parse_json(text)
         fields = _Fields(line, "")
-        if isinstance(kind := fields.data.get("kind"), str) and kind in _LINE_KINDS:
-            values = read_line(line)
-            for name in {"project", "name"} & values.keys() if kind != "release" else ("project",):
-                refuse_name(values[name])
-            if values.get("status", "open") not in STATUSES:
+        kind = fields.data.get("kind")
+        if not (isinstance(kind, str) and kind in _LINE_KINDS):
+            return "occurrence", self._read_occurrence(line, text, number)
+        values = read_line(line)
+        for name in {"project", "name"} & values.keys() if kind != "release" else ("project",):
+            refuse_name(values[name])
+        if kind == "project":
+            self._created[values["name"]] = values["created_ms"]
+        elif kind == "error":
+            if values["status"] not in STATUSES:
                 raise fields.refuse("status", f"one of {', '.join(STATUSES)}")
-            self.has_ended = kind == "end"
-            return kind, values
+            values["key"] = bytes.fromhex(values["grouping_key"])
+            values["origin"] = self._origin(values["project"], values["id"])
+        self.has_ended = kind == "end"
+        return kind, values
+
+    def _read_occurrence(self, line: Json, text: str, number: int) -> Json:
+        fields = _Fields(line, "")
         refuse_name(project := line.get("project", "default"))
         one_id, error_id = _id_in(fields, "id"), _id_in(fields, "error_id")
         is_report = "received_at" not in line
@@ -6582,7 +6562,13 @@ class Importer:
         one = from_line(line, text, received_ms, self._scrubber)
         spare = hashlib.sha256(f"{'' if one_id else number}{text}".encode()).hexdigest()[:32]
         self.has_ended = self.has_ended and not error_id
-        return "occurrence", _ImportedOccurrence(project, one, received_ms, one_id, error_id, spare)
+        values: Json = {"id": one_id, "error_id": error_id, "project": project, "report": one}
+        values |= {"received_ms": received_ms, "spare_event_id": spare, "key": one.grouping_key}
+        return values | {"origin": self._origin(project, error_id)}
+
+    def _origin(self, project: str, error_id: int | None) -> str | None:
+        created_ms = self._created.get(project)
+        return f"{created_ms}.{error_id}" if error_id and created_ms is not None else None
 
     def _write(self, batch: _Lines) -> None:
         """Write a batch or, when one of its lines can't be written, each by itself."""
@@ -6602,7 +6588,6 @@ class Importer:
         self._recorder.forget()
         if refusal is None:
             return int(added)
-        self._are_forgotten = False
         if len(batch) > 1:
             return sum(self._write_lines([one], failures, db) for one in batch)
         if not isinstance(refusal, MiniAPMError):
@@ -6613,64 +6598,38 @@ class Importer:
     def _write_all(self, batch: _Lines, db: sqlite3.Connection) -> int:
         added = 0
         for kind, part in itertools.groupby(batch, key=operator.itemgetter(1)):
-            values = [one for _, _, one in part]
+            lines = [line for _, _, line in part]
+            for name in {line.get("project") for line in lines} - {None}:
+                new = {"id": None, "name": name, "created_ms": self._store.now_ms()}
+                db.execute(IMPORT_PROJECT, new)
+                found = db.execute(SELECT_PROJECT_ID, new).fetchone()
+                for line in lines:
+                    line |= dict(found) if line["project"] == name else {}
             if kind == "occurrence":
-                added += self._add_occurrences(values, db)
-            for statement in (
-                FORGET_UNCOUNTED if kind == "error" and not self._are_forgotten else ()
-            ):
-                db.execute(statement)
-            self._are_forgotten = kind == "error"
-            for one in values if kind not in ("occurrence", "end") else ():
-                self._add_row(kind, one, db)
+                added += self._add_occurrences(lines, db)
+            elif kind == "error":
+                for line in lines:
+                    self._add_error(line, db)
+            elif kind != "end":
+                db.executemany(IMPORT_ROW[kind], lines)
         return added
 
-    def _project_id(self, name: str, db: sqlite3.Connection, values: Json | None = None) -> int:
-        values = values or {"id": None, "name": name, "created_ms": self._store.now_ms()}
-        db.execute(IMPORT_PROJECT, values)
-        return int(db.execute(SELECT_PROJECT_ID, {"name": name}).fetchone()[0])
-
-    def _add_row(self, kind: str, values: Json, db: sqlite3.Connection) -> None:
-        if kind == "project":
-            self._created[values["name"]] = values["created_ms"]
-            self._project_id(values["name"], db, values)
-            return
-        values["project_id"] = self._project_id(values["project"], db)
-        if kind == "error":
-            self._add_error(values, db)
-        else:
-            db.execute(IMPORT_RELEASE if kind == "release" else IMPORT_DEPLOY, values)
-
-    def _error(self, values: Json, db: sqlite3.Connection) -> _ImportedError:
-        """Return an error of the database, created if there is none with its key."""
-        values |= {"last_id": self._last_id, "now_ms": self._store.now_ms()}
-        found = db.execute(SELECT_IMPORTED, values).fetchone()
-        if found is None:
-            db.execute(IMPORT_ERROR, values)
-            found = db.execute(SELECT_IMPORTED, values).fetchone()
-        error = _ImportedError(**found)
-        packed = db.execute(SELECT_SAMPLE, {"error_id": error.id}).fetchone()
-        error.sample = packed and zlib.decompress(packed[0])
-        return error
-
-    def _origin(self, project: str, error_id: int | None) -> str | None:
-        return f"{self._created.get(project)}.{error_id}" if error_id else None
-
-    def _add_occurrences(self, lines: Sequence[_ImportedOccurrence], db: sqlite3.Connection) -> int:
+    def _add_occurrences(self, lines: Sequence[Json], db: sqlite3.Connection) -> int:
         """Add occurrences in their order; return how many were not there yet."""
         errors: dict[tuple[int, bytes], _ImportedError] = {}
-        projects = {line.project: self._project_id(line.project, db) for line in lines}
         ids = []
         for line in lines:
-            one = line.occurrence
-            line.origin = self._origin(line.project, line.error_id)
-            key = projects[line.project], one.grouping_key
+            key, one = (line["project_id"], line["key"]), line["report"]
             if key not in errors:
-                values: Json = {"id": line.error_id, "project_id": key[0], "key": key[1]}
-                values |= {"origin": line.origin, "fingerprint": one.fingerprint}
-                values |= {"first_ms": one.occurred_ms, "last_ms": one.occurred_ms}
-                errors[key] = self._error(values, db)
-            if new_id := self._add_occurrence(line, errors[key], key[0], db):
+                values = line | {"last_id": self._last_id, "now_ms": self._store.now_ms()}
+                values |= {"id": line["error_id"], "fingerprint": one.fingerprint}
+                values |= dict.fromkeys(("first_seen_ms", "last_seen_ms"), one.occurred_ms)
+                if db.execute(SELECT_IMPORTED, values).fetchone() is None:
+                    db.execute(IMPORT_ERROR, values | {"newest_id": 0})
+                found = db.execute(SELECT_IMPORTED, values).fetchone()
+                errors[key] = error = _ImportedError(**found)
+                error.sample = error.sample and zlib.decompress(error.sample)
+            if new_id := self._add_occurrence(line, errors[key], db):
                 ids.append(new_id)
         db.execute(IMPORT_CLOCK_STEPS, {"ids": json.dumps(ids)})
         for (project_id, _), error in errors.items():
@@ -6678,18 +6637,14 @@ class Importer:
         return len(ids)
 
     def _add_occurrence(
-        self,
-        line: _ImportedOccurrence,
-        error: _ImportedError,
-        project_id: int,
-        db: sqlite3.Connection,
+        self, line: Json, error: _ImportedError, db: sqlite3.Connection
     ) -> int | None:
         """Add one occurrence; return its id, None if it is there already."""
-        one = line.occurrence
-        place = db.execute(SELECT_PLACE, {"id": line.id}).fetchone()
-        free_id = line.id if place is None else None
-        event_id = one.event_id if free_id else one.event_id or line.spare_event_id
-        is_there = place is not None and tuple(place) == (line.received_ms, error.id)
+        one, project_id = line["report"], line["project_id"]
+        place = db.execute(SELECT_PLACE, line).fetchone()
+        free_id = line["id"] if place is None else None
+        event_id = one.event_id if free_id else one.event_id or line["spare_event_id"]
+        is_there = place is not None and tuple(place) == (line["received_ms"], error.id)
         if is_there or event_id is not None and is_stored(project_id, event_id, db):
             return None
         text = dump_occurrence(one)
@@ -6700,70 +6655,49 @@ class Importer:
         if one.request_id is not None:
             block = (free_id or self._last_id) // REQUEST_BLOCK_IDS
             key = block << 32 | zlib.crc32(one.request_id.encode())
-        values: Json = {"id": free_id, "error_id": error.id, "received_ms": line.received_ms}
-        values |= {"body": pack(text, error.sample), "project_id": project_id}
-        values |= {"event_id": event_id and bytes.fromhex(event_id), "request_key": key}
-        (new_id,) = db.execute(IMPORT_OCCURRENCE, values).fetchone()
+        body, event = pack(text, error.sample), event_id and bytes.fromhex(event_id)
+        values = (free_id, error.id, line["received_ms"], body, project_id, event, key)
         error.stored += 1
-        if new_id > (error.newest_id or 0):
-            error.newest_id, error.newest = new_id, one
         # What retention removed is in the numbers already.
-        is_old = free_id and error.counted_id is not None and free_id <= error.counted_id
-        if not (is_old and error.origin == line.origin):
+        if line["origin"] != error.origin or (line["id"] or 0) > error.counted_id:
             error.counted.append(line)
-        return int(new_id)
+        return int(db.execute(IMPORT_OCCURRENCE, values).fetchone()[0])
 
     def _count(self, error: _ImportedError, project_id: int, db: sqlite3.Connection) -> None:
         """Add what was added to an error to its numbers."""
-        times = [line.occurrence.occurred_ms for line in error.counted]
-        origins = [line.origin for line in error.counted if error.counted_id is None]
-        values: Json = {"id": error.id, "stored": error.stored, "count": len(times)}
-        values |= {"first_ms": min(times, default=2**62), "last_ms": max(times, default=-(2**62))}
-        reports = [(project_id, line.occurrence, "") for line in error.counted]
+        reports = [(project_id, line["report"], "") for line in error.counted]
+        newest = [line["id"] or 0 for line in error.counted if line["origin"] == error.origin]
+        values = {"id": error.id, "stored": error.stored - len(reports), "count": len(reports)}
+        db.execute(COUNT_IMPORTED, values | {"newest_id": max(newest, default=0)})
+        if not reports:
+            return
         self._recorder._record_releases(reports, self._store.now_ms(), db)
-        released = [name for _, name in sorted(_released(reports), key=operator.itemgetter(0))]
-        first, last = (released[0], released[-1]) if released else (None, None)
-        values |= {"first_release": first, "last_release": last}
-        db.execute(COUNT_IMPORTED, values | {"uncounted": origins.count(error.origin)})
-        if (newest := error.newest) is not None:
-            names = {"id": error.id, "location": locate(newest), "level": facet_of(newest, "level")}
-            names |= {"exception_class": newest.exception_class, "message": newest.message}
-            db.execute(NAME_IMPORTED, names)
+        db.execute(RECORD_AGAIN, (*_error_values_of(None, reports), error.id))
         now_hour = self._store.now_ms() // HOUR_MS
-        hours = collections.Counter(bucket_hour(at // HOUR_MS, now_hour) for at in times)
-        db.executemany(RECORD_BUCKET, [(error.id, hour, n) for hour, n in hours.items()])
+        hours = [bucket_hour(one.occurred_ms // HOUR_MS, now_hour) for _, one, _ in reports]
+        counts = collections.Counter(hours).items()
+        db.executemany(RECORD_BUCKET, [(error.id, hour, count) for hour, count in counts])
         known = _Known(error.id, error.sample or b"", is_new=False)
         tallies: list[tuple[int, int, int, str, str]] = []
-        groups = itertools.groupby(error.counted, key=lambda line: line.received_ms // DAY_MS)
-        for day, part in groups:
-            group = [(project_id, line.occurrence, "") for line in part]
+        days = itertools.groupby(error.counted, key=lambda line: line["received_ms"] // DAY_MS)
+        for day, part in days:
+            group = [(project_id, line["report"], "") for line in part]
             self._recorder._record_users(known, group, day, db)
             self._recorder._record_facets(known, group, tallies, db)
         db.executemany(COUNT_FACET, tallies)
 
     def _add_error(self, values: Json, db: sqlite3.Connection) -> None:
-        """Give an error that this import created its numbers, status and history."""
-        values |= {"key": bytes.fromhex(values["grouping_key"])}
-        values |= {"origin": self._origin(values["project"], values["id"])}
-        values |= {"first_ms": values["first_seen_ms"], "last_ms": values["last_seen_ms"]}
-        error = self._error(values, db)
-        values |= {"error_id": error.id, "newest_id": values["newest_id"] or 0}
-        is_created = error.counted_id is None and error.origin == values["origin"]
-        db.execute(SET_COUNTED, values)
-        if not is_created:
+        """Create an error with its numbers, status and history, unless it is there."""
+        values |= {"last_id": self._last_id, "now_ms": self._store.now_ms()}
+        if db.execute(SELECT_IMPORTED, values).fetchone() is not None:
             return
-        hours: dict[int, int] = collections.Counter()
-        now_hour = self._store.now_ms() // HOUR_MS
-        for one in values["hours"]:
-            hour = bucket_hour(one["hour"], now_hour) if error.is_alive else one["hour"]
-            hours[hour] += one["count"]
-        rows = [{"error_id": error.id, "hour": hour, "count": n} for hour, n in hours.items()]
-        db.executemany(IMPORT_HOUR, rows)
-        for name, statement in _IMPORT_CHILDREN.items():
-            db.executemany(statement, [one | {"error_id": error.id} for one in values[name]])
+        db.execute(IMPORT_ERROR, values)
+        values["error_id"] = db.execute(SELECT_IMPORTED, values).fetchone()["id"]
+        for name, statement in IMPORT_CHILDREN.items():
+            db.executemany(
+                statement, [one | {"error_id": values["error_id"]} for one in values[name]]
+            )
         db.execute(SET_IMPORTED, values)
-        if error.is_alive and values["status"] == "resolved":
-            change_status(db, [error.id], "regressed", values["now_ms"])
 
 
 # --- 9. Capture -----------------------------------------------------------------------------------
@@ -12602,8 +12536,10 @@ class Dashboard(View):
 
     def _setup(self, heading: str, *, is_welcome: bool) -> bottle.HTTPResponse:
         url = url_of_request(bottle.request.environ)
-        projects = []
+        projects, demo_id = [], self._store.setting("demo")
         for project in self._store.projects():
+            if project.id == demo_id and not project.keys:  # nothing reports to it
+                continue
             keys: list[tuple[str, str]] = []
             ways: list[tuple[str, str]] = []
             for key in project.keys:
@@ -14508,8 +14444,9 @@ def read_mode(path: str) -> str:
 
 def refuse_old(db: sqlite3.Connection) -> None:
     """Raise MiniAPMError for a database of an older version, which a reader can't change."""
-    if _pragma(db, "user_version") != len(MIGRATIONS):
-        raise MiniAPMError("nothing else was read; a start brings an older one up to date")
+    if (version := _pragma(db, "user_version")) != len(MIGRATIONS):
+        said = f"the database is of version {version}, this program's is {len(MIGRATIONS)}"
+        raise MiniAPMError(f"{said}; a start brings an older one up to date")
 
 
 @contextlib.contextmanager
@@ -14527,6 +14464,20 @@ def existing_database(path: str) -> Iterator[sqlite3.Connection]:
         raise MiniAPMError(f"can't use the database {path}: {error}") from None
 
 
+def _add_number(
+    parser: argparse._ActionsContainer, flags: str, least: int, most: int, said: str, **more: Any
+) -> None:
+    read, takes = _whole_number(least, most)
+
+    def checked(text: str) -> int:
+        try:
+            return read(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"takes {takes}, not {text!r}") from None
+
+    parser.add_argument(*flags.split(), type=checked, help=said, **{"metavar": "N"} | more)
+
+
 def _copies_in(folder: str, stem: str) -> list[str]:
     """Return the copies of a database that backup made in a folder, the oldest first."""
     pattern = re.compile(re.escape(stem) + r"-[0-9]{8}T[0-9]{6}Z\.db")
@@ -14541,14 +14492,13 @@ def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     parser.add_argument(
         "file", metavar="FILE", help="the copy, which must not exist yet, or a folder for it"
     )
-    parser.add_argument(
-        "--keep", type=int, metavar="N", help="in a folder, remove all but the newest N copies"
-    )
+    keep_help = "in a folder, remove all but the newest N copies"
+    _add_number(parser, "--keep", 1, MAX_ID, keep_help)
     given, config = parser.read(arguments, environ, ("db",))
     file, stem = given.file, os.path.basename(config.db).removesuffix(".db")
     is_folder = os.path.isdir(file) or file.endswith("/")
-    if given.keep is not None and (given.keep < 1 or not is_folder):
-        raise BadSetting("--keep takes a number from 1, and a folder to keep the copies in")
+    if given.keep and not is_folder:
+        raise BadSetting("--keep needs a folder to keep the copies in")
     with existing_database(config.db) as db:
         if is_folder:
             os.makedirs(file, exist_ok=True)
@@ -14565,22 +14515,26 @@ def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
 @contextlib.contextmanager
 def _export_target(path: str | None, after_id: int) -> Iterator[BinaryIO]:
     """Open stdout or a new file of mode 0600; to go on, a file after its last whole line."""
-    if path is None:
-        yield sys.stdout.buffer
-        return
+    flags = os.O_RDWR if after_id else os.O_RDWR | os.O_CREAT | os.O_EXCL
     try:
-        flags = os.O_RDWR if after_id else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        with open(os.open(path, flags, 0o600), "r+b") as file:
-            end = file.seek(0, os.SEEK_END)
+        with (
+            open(os.open(path, flags, 0o600), "r+b")
+            if path
+            else open(1, "wb", closefd=False) as file
+        ):
+            end = file.seek(0, os.SEEK_END) if path else 0
             while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
                 end -= 1
-            file.truncate(end)
-            file.seek(end)
+            if path:
+                file.truncate(end)
+                file.seek(end)
             yield file
     except FileExistsError:
         raise MiniAPMError(f"{path} exists; it was not overwritten") from None
     except OSError as error:
-        raise MiniAPMError(f"can't write {path}: {error.strerror}") from None
+        if isinstance(error, BrokenPipeError):  # of head, for example
+            raise
+        raise MiniAPMError(f"can't write {path or 'to stdout'}: {error.strerror}") from None
 
 
 def run_export(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
@@ -14590,9 +14544,7 @@ def run_export(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     parser.add_argument(
         "--since", metavar="DATE", help="only what was received since: 2026-11-20, 7d"
     )
-    parser.add_argument(
-        "--after", type=int, default=0, metavar="ID", help="go on after the last id of an export"
-    )
+    _add_number(parser, "--after", 0, MAX_ID, "go on after the last id", default=0, metavar="ID")
     given, config = parser.read(arguments, environ, ("db",))
     since_ms = None
     try:
@@ -14603,20 +14555,14 @@ def run_export(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     with existing_database(config.db) as db, _export_target(given.file, given.after) as out:
         refuse_old(db)
         last_id = db.execute(SELECT_LAST_IDS).fetchone()[0]
-        show = progress_bar(
-            last_id - given.after, "ids", is_shown=bool(given.file) or not out.isatty()
-        )
-        try:
-            for done_id, line in export_lines(db, given.after, since_ms):
-                out.write(
-                    json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-                )
-                if done_id:
-                    show(done_id - given.after)
-            out.flush()
-            show(None)
-        except BrokenPipeError:  # of head, for example
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        is_shown = bool(given.file) or not out.isatty()
+        show = progress_bar(last_id - given.after, "ids", is_shown=is_shown)
+        for done_id, line in export_lines(db, given.after, since_ms):
+            text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+            out.write(text.encode() + b"\n")
+            if done_id:
+                show(done_id - given.after)
+        show(None)
     return 0
 
 
@@ -14645,10 +14591,10 @@ def run_import(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     given, config = parser.read(arguments, environ, ("db", "scrub_also"))
     with contextlib.ExitStack() as cleanup:
         try:
-            file = cleanup.enter_context(open(given.file, "rb")) if given.file else sys.stdin.buffer
+            file = cleanup.enter_context(open(given.file or 0, "rb"))
             size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise MiniAPMError(f"can't read {given.file}: {error.strerror}") from None
+            raise MiniAPMError(f"can't read {given.file or 'stdin'}: {error.strerror}") from None
         store = Store(config.db, threads=False, wait_s=MAX_IMPORT_WAIT_S)
         cleanup.callback(store.close)
         show = progress_bar(size, "bytes")
@@ -14664,91 +14610,49 @@ def run_import(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     return 1 if importer.failures else 0
 
 
-# A shop's errors, three lines each: language, place, class and message <- cause; the source, where
-# > marks the line that failed; request, occurrences, releases that have it and variables. A run of
-# # stands for digits.
+# A shop's errors, two lines each (wrapped, it would be eight): language, place, class and message
+# <- cause | request, occurrences, releases that have it and variables; then the source, where >
+# marks the line that failed. A run of # stands for digits.
 DEMO_ERRORS = """\
-python shop/payment.py:118 charge PaymentError: order ##### could not be charged <- requests/adapters.py:507 send requests.exceptions.ConnectTimeout: api.payments.example: no connection within 5 s
+python shop/payment.py:118 charge PaymentError: order ##### could not be charged <- requests/adapters.py:507 send requests.exceptions.ConnectTimeout: api.payments.example: no connection within 5 s | POST /checkout/pay, 640, 0123 {"order": "<Order ##### 84.90 EUR>", "body": {"amount": 8490, "currency": "EUR"}}
         answer = session.post(f"{API}/charges", json=body, timeout=5)¦    except RequestException as error:¦>        raise PaymentError(f"order {order.id} could not be charged") from error
-POST /checkout/pay, 540, 0123 {"order": "<Order ##### 84.90 EUR>", "body": {"amount": 8490, "currency": "EUR"}}
-python shop/cart.py:57 apply_discount KeyError: 'discount_code'
+python shop/cart.py:57 apply_discount KeyError: 'discount_code' | POST /cart/discount, 310, 1 {"cart": "<Cart ##### 3 items>", "form": {"quantity": "1", "voucher": "SUMMER"}}
 def apply_discount(cart, form):¦>    code = form["discount_code"].strip().upper()¦    cart.discount = Discount.find(code, at=today())¦    return cart
-POST /cart/discount, 310, 1 {"cart": "<Cart ##### 3 items>", "form": {"quantity": "1", "voucher": "SUMMER"}}
-python shop/stock.py:41 reserve StockError: 5 of 'Linen shirt, M' wanted, 2 left
+python shop/stock.py:41 reserve StockError: 5 of 'Linen shirt, M' wanted, 2 left | POST /cart/items, 160, 0123 {"count": 5, "left": 2, "item": "<Item 'Linen shirt, M'>"}
 def reserve(item, count):¦    left = Stock.query.get(item.sku).left¦    if left < count:¦>        raise StockError(f"{count} of {item.name!r} wanted, {left} left")
-POST /cart/items, 160, 0123 {"count": 5, "left": 2, "item": "<Item 'Linen shirt, M'>"}
-python shop/db.py:88 unit_of_work sqlalchemy.exc.OperationalError: deadlock detected: process #### waits for ShareLock on transaction #######
+python shop/db.py:88 unit_of_work sqlalchemy.exc.OperationalError: deadlock detected: process #### waits for ShareLock on transaction ####### | POST /checkout/confirm, 95, 23 {"attempt": 3, "pending": ["<Order #####>", "<StockMove ###>"]}
 @contextmanager¦def unit_of_work():¦    yield session¦>    session.commit()¦    events.publish(session.info["events"])
-POST /checkout/confirm, 95, 23 {"attempt": 3, "pending": ["<Order #####>", "<StockMove ###>"]}
-python shop/search.py:66 suggest UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in position 4
+python shop/search.py:66 suggest UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in position 4 | GET /search/suggest?q=caf%E9, 72, 0123 {"raw": "caf%E9"}
 def suggest(raw):¦>    term = unquote_to_bytes(raw).decode("utf-8")¦    return index.prefix(term.casefold(), limit=8)
-GET /search/suggest?q=caf%E9, 72, 0123 {"raw": "caf%E9"}
-python shop/tax.py:74 rate_for ZeroDivisionError: division by zero
+python shop/tax.py:74 rate_for ZeroDivisionError: division by zero | POST /checkout/total, 48, 013 {"net": 0, "line": "<Line 'Gift card'>"}
 def rate_for(line, order):¦    net = sum(one.net for one in order.lines)¦>    return line.tax / net
-POST /checkout/total, 48, 013 {"net": 0, "line": "<Line 'Gift card'>"}
-python shop/mail.py:29 send_receipt smtplib.SMTPServerDisconnected: Connection unexpectedly closed
-def send_receipt(order):¦    message = render("receipt.txt", order=order)¦    with smtplib.SMTP(HOST, timeout=10) as smtp:¦>        smtp.send_message(message)
-POST /checkout/confirm, 36, 02 {"order": "<Order ##### 84.90 EUR>", "HOST": "mail.shop.example"}
-python shop/prices.py:35 convert decimal.InvalidOperation: [<class 'decimal.ConversionSyntax'>]
-def convert(text, rate):¦>    amount = Decimal(text) * rate¦    return amount.quantize(CENT)
-GET /prices?currency=CHF, 21, 3 {"text": "1.299,00", "rate": "Decimal('0.9513')"}
-python shop/export.py:152 write_csv TimeoutError: the orders of ## months took longer than 30 s
-for page in pages(orders, size=500):¦    writer.writerows(map(row_of, page))¦    if time.monotonic() > end:¦>        raise TimeoutError(f"the orders of {months} months took longer than 30 s")
-GET /admin/export.csv, 9, 0123 {"months": ##, "page": 61}
-python shop/cache.py:51 get CacheWarning: redis at 10.0.0.7:6379 answered after #### ms
+python shop/cache.py:51 get CacheWarning: redis at 10.0.0.7:6379 answered after #### ms | GET /items/#####, 130, 23 {"key": "item:#####", "SLOW": 0.5}
 began = time.monotonic()¦value = redis.get(key)¦if (took := time.monotonic() - began) > SLOW:¦>    log.warning(CacheWarning(f"{redis} answered after {took * 1000:.0f} ms"))
-GET /items/#####, 130, 23 {"key": "item:#####", "SLOW": 0.5}
-ruby app/models/order.rb:64 refund! ActiveRecord::RecordNotFound: Couldn't find Payment with 'id'=#####
+ruby app/models/order.rb:64 refund! ActiveRecord::RecordNotFound: Couldn't find Payment with 'id'=##### | POST /admin/orders/#####/refund, 64, 0123 {"amount": 4990, "payment_id": #####}
 def refund!(amount)¦>  payment = payments.find(payment_id)¦  payment.refund(amount, reason: reason)¦  update!(state: :refunded)
-POST /admin/orders/#####/refund, 64, 0123 {"amount": 4990, "payment_id": #####}
-ruby app/controllers/orders_controller.rb:31 show NoMethodError: undefined method `name' for nil
+ruby app/controllers/orders_controller.rb:31 show NoMethodError: undefined method `name' for nil | GET /admin/orders/#####, 120, 12 {"@order": "#<Order id: #####, customer_id: nil>"}
 def show¦  @order = Order.includes(:customer).find(params[:id])¦>  @title = "Order for #{@order.customer.name}"¦end
-GET /admin/orders/#####, 120, 12 {"@order": "#<Order id: #####, customer_id: nil>"}
-ruby app/jobs/invoice_job.rb:22 perform Prawn::Errors::UnsupportedImageType: image file is an unrecognised format
+ruby app/jobs/invoice_job.rb:22 perform Prawn::Errors::UnsupportedImageType: image file is an unrecognised format | JOB invoices, 85, 2 {"order": "#<Order id: #####>", "pdf": "#<Prawn::Document>"}
 def perform(order)¦  pdf = Prawn::Document.new¦>  pdf.image(Shop.logo_path, width: 120)¦  pdf.text(order.invoice_number)
-JOB invoices, 85, 2 {"order": "#<Order id: #####>", "pdf": "#<Prawn::Document>"}
-ruby app/services/shipping_label.rb:47 create Net::ReadTimeout: Net::ReadTimeout with #<TCPSocket:(closed)>
+ruby app/services/shipping_label.rb:47 create Net::ReadTimeout: Net::ReadTimeout with #<TCPSocket:(closed)> | JOB labels, 140, 0123 {"parcel": {"weight": "1.2 kg", "country": "AT"}, "HOST": "api.parcels.example"}
 http = Net::HTTP.new(HOST, 443)¦http.read_timeout = 10¦>response = http.post("/labels", parcel.to_json)¦Label.parse(response.body)
-JOB labels, 140, 0123 {"parcel": {"weight": "1.2 kg", "country": "AT"}, "HOST": "api.parcels.example"}
-ruby app/models/customer.rb:19 merge ActiveRecord::RecordNotUnique: PG::UniqueViolation: duplicate key value violates "index_customers_on_email"
-def merge(other)¦  transaction do¦    other.orders.update_all(customer_id: id)¦>    update!(email: other.email)¦    other.destroy!
-POST /admin/customers/####/merge, 17, 0123 {"other": "#<Customer id: #####>"}
-ruby app/mailers/digest_mailer.rb:14 weekly ActionView::Template::Error: undefined local variable or method `unsubscribe_url'
-def weekly(customer)¦  @items = Item.new_since(1.week.ago)¦>  mail(to: customer.email, subject: t(".subject"))¦end
-JOB digest, 58, 1 {"customer": "#<Customer id: #####>"}
-ruby lib/import/csv_reader.rb:58 each_row CSV::MalformedCSVError: Unclosed quoted field in line ###.
-def each_row¦>  CSV.foreach(path, headers: true, col_sep: ";") do¦row|¦    yield Row.new(row.to_h)¦  end
-JOB supplier-import, 14, 0123 {"path": "/srv/import/supplier-##.csv"}
-ruby app/controllers/application_controller.rb:9 not_found ActionController::RoutingError: No route matches [GET] "/wp-login.php"
+ruby app/controllers/application_controller.rb:9 not_found ActionController::RoutingError: No route matches [GET] "/wp-login.php" | GET /wp-login.php, 260, 0123, ignored {}
 def not_found¦>  raise ActionController::RoutingError, "No route matches #{request.path.inspect}"¦end
-GET /wp-login.php, 260, 0123, ignored {}
-javascript src/cart/total.ts:23 totalOf TypeError: Cannot read properties of undefined (reading 'price')
+javascript src/cart/total.ts:23 totalOf TypeError: Cannot read properties of undefined (reading 'price') | GET /cart, 480, 23 {"line": {"sku": "LS-####", "count": 1}, "cart": "Cart #####"}
 export function totalOf(cart: Cart): Money {¦  return cart.lines.reduce(¦>    (sum, line) => sum.plus(line.item.price.times(line.count)),¦    Money.zero(cart.currency),¦  );
-GET /cart, 380, 23 {"line": {"sku": "LS-####", "count": 1}, "cart": "Cart #####"}
-javascript src/checkout/pay.ts:71 submit Error: payment answered 502
+javascript src/checkout/pay.ts:71 submit Error: payment answered 502 | POST /checkout/pay, 170, 0123 {"answer": "Response {status: 502}", "attempt": 2}
 const answer = await fetch("/checkout/pay", { method: "POST", body });¦>if (!answer.ok) throw new Error(`payment answered ${answer.status}`);¦return answer.json();
-POST /checkout/pay, 170, 0123 {"answer": "Response {status: 502}", "attempt": 2}
-javascript src/app/chunks.ts:12 load ChunkLoadError: Loading chunk ### failed (/assets/checkout-4f2a91c0.js)
+javascript src/app/chunks.ts:12 load ChunkLoadError: Loading chunk ### failed (/assets/checkout-4f2a91c0.js) | GET /checkout, 90, 123 {"name": "checkout-4f2a91c0"}
 export const load = (name: string) =>¦>  import(`/assets/${name}.js`).catch((error) => {¦    throw new ChunkLoadError(name, error);¦  });
-GET /checkout, 90, 123 {"name": "checkout-4f2a91c0"}
-javascript src/search/suggest.ts:38 render RangeError: Maximum call stack size exceeded
+javascript src/search/suggest.ts:38 render RangeError: Maximum call stack size exceeded | GET /search?q=linen, 26, 3 {"depth": 11312}
 function render(node: Suggestion, depth = 0): string {¦  const label = highlight(node.label);¦>  return label + node.children.map((one) => render(one, depth + 1)).join("");¦}
-GET /search?q=linen, 26, 3 {"depth": 11312}
-javascript src/account/address.ts:55 save ReferenceError: postcode is not defined
+javascript src/account/address.ts:55 save ReferenceError: postcode is not defined | PUT /account/address, 110, 1 {"street": "Lindengasse ##", "city": "Wien"}
 async function save(form: AddressForm) {¦  const { street, city } = form.values();¦>  await api.put("/address", { street, city, postcode });¦  toast(t("saved"));
-PUT /account/address, 110, 1 {"street": "Lindengasse ##", "city": "Wien"}
-javascript src/ui/carousel.ts:90 next TypeError: this.slides is not iterable
-next() {¦>  const [first, ...rest] = this.slides;¦  this.slides = [...rest, first];¦  this.draw();
-GET /, 44, 013 {"this": "Carousel {slides: undefined}"}
-javascript src/lib/storage.ts:17 write QuotaExceededError: The quota has been exceeded.
-export function write(key: string, value: unknown) {¦>  localStorage.setItem(key, JSON.stringify(value));¦}
-GET /cart, 31, 0123 {"key": "cart-####"}
-javascript src/checkout/form.ts:44 validate SyntaxError: Unexpected token '<', "<!DOCTYPE "... is not valid JSON
+javascript src/checkout/form.ts:44 validate SyntaxError: Unexpected token '<', "<!DOCTYPE "... is not valid JSON | POST /checkout/validate, 62, 3 {"answer": "Response {status: 200, type: 'text/html'}"}
 const answer = await fetch("/checkout/validate", { method: "POST", body });¦>const { problems } = await answer.json();¦show(problems);
-POST /checkout/validate, 62, 3 {"answer": "Response {status: 200, type: 'text/html'}"}
 """  # noqa: E501
 DEMO_RELEASES = {"1.4.0": 14.0, "1.4.1": 10.4, "1.5.0": 6.1, "1.5.1": 1.9}  # that many days ago
-# Of each language: the caller, and the library below; its source; what happened before, and tags.
+# Of each language: the caller and the library below; its source; what happened before, and tags.
 DEMO_CALLERS = """\
 python shop/views.py:84 answer, flask/app.py:917 full_dispatch_request
 def answer(request):¦    view = find_view(request.path)¦>    return as_response(view(request))
@@ -14761,8 +14665,6 @@ const handler = handlers.get(event.type);¦>await handler(store, event);¦store.
 navigation / to /cart; ui.click button#checkout; fetch GET /api/cart/##### 200 {"service": "web", "locale": "de|de|en", "screen": "390x844|1440x900|1920x1080"}
 """  # noqa: E501
 DEMO_AGENT = "Mozilla/5.0 (Windows NT 10.0; Win64; x64; rv:127.0) Gecko/20100101 Firefox/127.0"
-
-
 DEMO_NOTE = "Gift cards alone make the net sum 0. The check was lost again when 1.5.1 was merged."
 DEMO_PEOPLE = ("Anna", "Jonas", "Mira")
 DEMO_STEP_EVENTS = 200  # in one transaction
@@ -14771,11 +14673,10 @@ DEMO_STEP_EVENTS = 200  # in one transaction
 def _demo_frame(place: str, source: str = "", **more: Any) -> Json:
     file, lineno, function = re.split("[: ]", place)
     frame = {"file": file, "lineno": int(lineno), "function": function, "own": bool(source)}
+    before, _, rest = f"¦{source}".partition("¦>")
+    line, *after = rest.split("¦")
     if source:
-        lines = source.split("¦")
-        at = next(number for number, line in enumerate(lines) if line.startswith(">"))
-        frame |= {"pre_context": lines[:at], "post_context": lines[at + 1 :]}
-        frame |= {"context_line": lines[at][1:]}
+        more |= {"context_line": line, "pre_context": before.split("¦")[1:], "post_context": after}
     return frame | more
 
 
@@ -14789,44 +14690,40 @@ def _demo_request(said: str, rnd: random.Random) -> Json:
     return {"request": request, "request_id": f"{rnd.getrandbits(64):016x}"} | user
 
 
-def _demo_report(error: Sequence[str], at_ms: int, release: str, rnd: random.Random) -> Json:
+def _demo_report(error: str, at_ms: int, release: str, rnd: random.Random) -> Json:
     numbers = [str(rnd.randrange(10**digits, 10 ** (digits + 1))) for digits in range(8)]
-    texts = "\n".join(error), DEMO_CALLERS.partition(error[0].split()[0])[2]
+    texts = error, DEMO_CALLERS.partition(error.split()[0])[2]
     filled = (re.sub("##+", lambda run: numbers[len(run[0]) - 1], text) for text in texts)
-    (head, source, said), (places, caller_source, rest) = (one.splitlines()[:3] for one in filled)
-    _, file, function, name, message = head.split(" ", 4)
-    name, (message, _, cause) = name.removesuffix(":"), message.partition(" <- ")
+    (head, source), (places, caller_source, rest) = (one.splitlines()[:3] for one in filled)
+    head, _, said = head.partition(" | ")
     (request, _), (crumbs, _) = said.split(", ", 1), rest.split(" {")
     variables, tags = (json.loads(text[text.index("{") :]) for text in (said, rest))
     caller, below = places.strip().split(", ")
-    frames = [
-        _demo_frame(f"{file} {function}", source, locals=variables),
-        _demo_frame(caller, caller_source),
-        _demo_frame(below),
-    ]
-    chain = [{"exception_class": name, "message": message, "frames": frames}]
-    if cause:
-        file_below, function_below, cause_name, said = cause.split(" ", 3)
-        frames = [_demo_frame(f"{file_below} {function_below}")]
-        chain.append(
-            {"exception_class": cause_name.removesuffix(":"), "message": said, "frames": frames}
-        )
+    chain: list[Json] = []
+    for said in head.partition(" ")[2].split(" <- "):
+        place, function, name, message = said.split(" ", 3)
+        frames = [_demo_frame(f"{place} {function}", "" if chain else source)]
+        if not chain:
+            frames[0]["locals"] = variables
+            frames += [_demo_frame(caller, caller_source), _demo_frame(below)]
+        chain.append({"exception_class": name[:-1], "message": message, "frames": frames})
     breadcrumbs = [
         {"timestamp": iso_time(at_ms - 3_000 + 900 * number + rnd.randrange(800))}
         | {"category": crumb.split()[0], "message": crumb.partition(" ")[2]}
         for number, crumb in enumerate(crumbs.split("; "))
     ]
-    fields: Json = {"exception_class": name, "message": message, "backtrace": []}
-    fields |= {"exceptions": chain}
-    fields |= {"fingerprint": f"{name}|{file.partition(':')[0]}|{function}", "release": release}
+    top, frame = chain[0], chain[0]["frames"][0]
+    fields = top | {"backtrace": [], "exceptions": chain, "release": release}
+    fields |= {"fingerprint": f"{top['exception_class']}|{frame['file']}|{frame['function']}"}
     fields |= {"timestamp": iso_time(at_ms), "breadcrumbs": breadcrumbs}
     fields |= {"tags": {tag: rnd.choice(text.split("|")) for tag, text in tags.items()}}
     fields |= {"environment": "staging" if rnd.random() < 0.06 else "production"}
-    fields |= {"level": "warning" if name.endswith("Warning") else "error"}
+    fields |= {"level": "warning" if "Warning" in top["exception_class"] else "error"}
+    del fields["frames"]
     return fields | _demo_request(request, rnd)
 
 
-_DemoEvent = tuple[int, str, tuple[str, ...], str]  # time in ms, what, error, release
+_DemoEvent = tuple[int, str, str, str]  # time in ms, what, error, release
 
 
 def _demo_events(now_ms: int, rnd: random.Random) -> list[_DemoEvent]:
@@ -14842,14 +14739,13 @@ def _demo_events(now_ms: int, rnd: random.Random) -> list[_DemoEvent]:
         is_weekend = (day + 3) % 7 >= 5  # 1970 began on a Thursday
         rate = (1.15 + math.sin((hour - 9) * math.pi / 12)) * (0.5 if is_weekend else 1)
         rates.append(rate * (1 + 5 * math.exp((starts[number] - at_ms) / (8 * HOUR_MS))))
-    for error in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
-        _, count, having, *said = error[2].partition(" {")[0].split(", ")
+    for error in map("\n".join, zip(lines[::2], lines[1::2], strict=True)):
+        _, count, having, *said = error.partition(" | ")[2].partition(" {")[0].split(", ")
         weights = [rate * (str(now) in having) for rate, now in zip(rates, current, strict=True)]
         for place in rnd.choices(range(len(hours)), weights, k=int(count)):
             at_ms = min(hours[place] + rnd.randrange(HOUR_MS), now_ms - rnd.randrange(60_000))
             events.append((at_ms, "new", error, names[current[place]]))
-        if said:
-            events.append((starts[0] + 3 * DAY_MS, "ignored", error, ""))
+        events += [(starts[0] + 3 * DAY_MS, what, error, "") for what in said]
         for number in range(1, 4):
             if str(number) not in having and str(number - 1) in having:
                 at_ms = starts[number] + rnd.randrange(2 * HOUR_MS, 6 * HOUR_MS)
@@ -14881,20 +14777,20 @@ class Demo:
         return sum(what == "new" for _, what, _, _ in events)
 
     def _begin(self, now_ms: int, db: sqlite3.Connection) -> None:
-        taken = {row["name"] for row in db.execute(EXPORT_PROJECTS, {"id": 0, "step": -1})}
+        taken = {row["name"] for row in db.execute(EXPORT_ROWS["project"], {"id": 0, "step": -1})}
         names = itertools.chain(["demo"], (f"demo {number}" for number in itertools.count(2)))
         name = next(name for name in names if name not in taken)
         db.execute(INSERT_PROJECT, {"name": name, "now_ms": now_ms})
         (self.project_id,) = db.execute(SELECT_PROJECT_ID, {"name": name}).fetchone()
         db.execute(SET_SETTING, {"name": "demo", "value": self.project_id})
         for version, days in DEMO_RELEASES.items():
-            at_ms = now_ms - int(days * DAY_MS)
             values = {"id": None, "project_id": self.project_id, "name": version}
-            values |= {"first_ms": at_ms, "deployed_ms": at_ms, "version": version}
-            values |= {"git_sha": f"{self._random.getrandbits(160):040x}", "description": ""}
-            values |= {"environment": "production", "deployer": self._random.choice(DEMO_PEOPLE)}
-            db.execute(IMPORT_RELEASE, values)
-            db.execute(IMPORT_DEPLOY, values)
+            values |= dict.fromkeys(("first_ms", "deployed_ms"), now_ms - int(days * DAY_MS))
+            values |= {"version": version, "git_sha": f"{self._random.getrandbits(160):040x}"}
+            values |= {"environment": "production", "description": ""}
+            values |= {"deployer": self._random.choice(DEMO_PEOPLE)}
+            db.execute(IMPORT_ROW["release"], values)
+            db.execute(IMPORT_ROW["deploy"], values)
 
     def _write(self, events: Sequence[_DemoEvent], db: sqlite3.Connection) -> None:
         assert self.project_id is not None
@@ -14903,25 +14799,19 @@ class Demo:
             report = _demo_report(error, at_ms, release, self._random)
             one = read_report(json.dumps(report, ensure_ascii=False), at_ms)
             if what == "new":
-                reports = [(self.project_id, one, dump_occurrence(one))]
-                self._recorder.write_together(reports, db)
-                continue
-            found = db.execute(SELECT_BY_KEY, (self.project_id, one.grouping_key)).fetchone()
-            by = self._random.choice(DEMO_PEOPLE)
-            if found is not None:
+                self._recorder.write_together([(self.project_id, one, dump_occurrence(one))], db)
+            elif found := db.execute(SELECT_BY_KEY, (self.project_id, one.grouping_key)).fetchone():
+                by = self._random.choice(DEMO_PEOPLE)
                 change_status(db, [found["id"]], what, at_ms, by=by)
-            if found is not None and one.exception_class == "ZeroDivisionError":
-                db.execute(SET_NOTE, {"id": found["id"], "note": DEMO_NOTE})
+                if one.exception_class == "ZeroDivisionError":
+                    db.execute(SET_NOTE, {"id": found["id"], "note": DEMO_NOTE})
         db.execute(CLEAR_NEWS, {"project_id": self.project_id})
 
     def remove(self) -> int:
         """Remove everything of the demo, and nothing else; return how many occurrences."""
-
-        def work(db: sqlite3.Connection) -> int:
-            counts = [db.execute(one, {"id": self.project_id}).rowcount for one in REMOVE_PROJECT]
-            return counts[0]
-
-        return int(self.store.write(work))
+        values = {"id": self.project_id}
+        work = lambda db: [db.execute(one, values).rowcount for one in REMOVE_PROJECT]
+        return int(self.store.write(work)[0])
 
 
 def run_demo(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
@@ -15215,20 +15105,6 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     said = "ask this server instead of a database; its password is read from"
     said = f"{said} {variable_of('password')} [{URL_VARIABLE}]"
     parser.add_argument("--url", default=None, help=said)
-
-
-def _add_number(
-    parser: argparse._ActionsContainer, flags: str, least: int, most: int, said: str, **more: Any
-) -> None:
-    read, takes = _whole_number(least, most)
-
-    def checked(text: str) -> int:
-        try:
-            return read(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"takes {takes}, not {text!r}") from None
-
-    parser.add_argument(*flags.split(), type=checked, help=said, **{"metavar": "N"} | more)
 
 
 def error_of(said: Json) -> ErrorGroup:
