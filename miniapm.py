@@ -14554,6 +14554,8 @@ def run_export(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
         raise BadSetting(f"--{error}") from None
     with existing_database(config.db) as db, _export_target(given.file, given.after) as out:
         refuse_old(db)
+        with contextlib.suppress(AttributeError, OSError):  # Windows has no nice
+            os.nice(10)  # a server that takes reports comes first
         last_id = db.execute(SELECT_LAST_IDS).fetchone()[0]
         is_shown = bool(given.file) or not out.isatty()
         show = progress_bar(last_id - given.after, "ids", is_shown=is_shown)
