@@ -1984,6 +1984,11 @@ def _free_fields(fields: _Fields, scrubber: Scrubber) -> tuple[Json | None, Json
     return params and scrub(params, MAX_PARAMS_CHARS, scrubber), scrub_fields(extra, scrubber)
 
 
+def grouping_key_of(fingerprint: str) -> bytes:
+    """Return what decides whether two reports are one error."""
+    return hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).digest()
+
+
 def parse_occurrence(
     data: Any,
     received_ms: int,
@@ -2010,7 +2015,7 @@ def parse_occurrence(
         message=tidy(fields.text("message", "a string", empty=True), MAX_MESSAGE_CHARS),
         backtrace=_bounded_lines(lines, scrubber),
         fingerprint=tidy(fingerprint, MAX_FINGERPRINT_CHARS),
-        grouping_key=hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).digest(),
+        grouping_key=grouping_key_of(fingerprint),
         **_occurred(fields, received_ms),
         request_id=fields.identifier("request_id"),
         user_id=fields.identifier("user_id"),
@@ -2151,8 +2156,9 @@ def to_line(occurrence: Occurrence) -> Json:
         line["fields"] = extra
         extra = {name: value for name, value in extra.items() if name not in own}
         occurrence = dataclasses.replace(occurrence, extra=extra)
-    shown = occurrence.fingerprint.encode()
-    if hashlib.sha256(shown).digest() != occurrence.grouping_key:  # it was cut, for example
+    if (
+        grouping_key_of(occurrence.fingerprint) != occurrence.grouping_key
+    ):  # it was cut, for example
         line["grouping_key"] = occurrence.grouping_key.hex()
     if occurrence.disbelieved_timestamp is not None:
         line["disbelieved_timestamp"] = occurrence.disbelieved_timestamp
@@ -4179,12 +4185,11 @@ _EXPORT_ERRORS = """
         (SELECT json_group_array(
             json_array(id, action, at_ms, what, detail, by_whom, json(before))) FROM
             (SELECT * FROM history WHERE error_id = errors.id ORDER BY id)) AS history, *
-    FROM errors WHERE status <> 'deleted' AND {} ORDER BY id LIMIT :step"""
-EXPORT_ERROR = _EXPORT_ERRORS.format("id = :id")
-EXPORT_EMPTY_ERRORS = _EXPORT_ERRORS.format(
-    "id > :id AND id <= :last_error_id"
-    " AND NOT EXISTS (SELECT 1 FROM occurrences WHERE error_id = errors.id)"
-)
+    FROM errors WHERE status <> 'deleted'"""
+EXPORT_ERROR = f"{_EXPORT_ERRORS} AND id = :id"
+EXPORT_EMPTY_ERRORS = f"""{_EXPORT_ERRORS} AND id > :id AND id <= :last_error_id
+        AND NOT EXISTS (SELECT 1 FROM occurrences WHERE error_id = errors.id)
+    ORDER BY id LIMIT :step"""
 SELECT_LAST_IDS = """
     SELECT (SELECT COALESCE(MAX(id), 0) FROM occurrences),
         (SELECT COALESCE(MAX(id), 0) FROM errors),
@@ -13241,7 +13246,7 @@ def sentry_event(occurrence: Occurrence, occurrence_id: int, database_id: bytes)
     event |= _sentry_surroundings(occurrence, frames)
     number = hashlib.sha256(database_id + b"%d" % occurrence_id).hexdigest()[:32]
     fingerprint, grouped_by = occurrence.fingerprint, occurrence.grouping_key
-    if hashlib.sha256(fingerprint.encode()).digest() != grouped_by:  # it was cut or scrubbed
+    if grouping_key_of(fingerprint) != grouped_by:  # it was cut or scrubbed
         fingerprint = grouped_by.hex()
     event |= {
         "event_id": occurrence.event_id or number,
