@@ -2135,14 +2135,12 @@ def dump_occurrence(occurrence: Occurrence) -> str:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
-# What a line of an export says of an occurrence in addition to the report. If that has such a name
-# itself, `fields` holds all its unknown fields.
+# The fields that an export adds to a report. If a report has one of these names itself, all its
+# unknown fields are in `fields`.
 _LINE_FIELDS = {
     *("kind", "id", "project", "error_id", "received_at", "grouping_key"),
     *("disbelieved_timestamp", "fields"),
 }
-
-
 _GROUPING_KEY = re.compile("[0-9a-fA-F]{64}")
 
 
@@ -2156,9 +2154,8 @@ def to_line(occurrence: Occurrence) -> Json:
         line["fields"] = extra
         extra = {name: value for name, value in extra.items() if name not in own}
         occurrence = dataclasses.replace(occurrence, extra=extra)
-    if (
-        grouping_key_of(occurrence.fingerprint) != occurrence.grouping_key
-    ):  # it was cut, for example
+    # The shown fingerprint may have been cut or scrubbed.
+    if grouping_key_of(occurrence.fingerprint) != occurrence.grouping_key:
         line["grouping_key"] = occurrence.grouping_key.hex()
     if occurrence.disbelieved_timestamp is not None:
         line["disbelieved_timestamp"] = occurrence.disbelieved_timestamp
@@ -2257,8 +2254,6 @@ _MAY_BE_NULL = {
     *("first_release", "last_release", "first_ms", "before"),
 }
 _TYPE_NAMES = {int: "a whole number", str: "a string", list: "an array"}
-
-
 MAX_LINE_ID = 2**32  # in an export: a search by request looks at each 4,096 ids in between
 
 
@@ -3881,14 +3876,16 @@ FORGET_FACETS = """
         LIMIT -1 OFFSET :most)"""
 COUNT_USERS = "UPDATE errors SET user_count = user_count + :count WHERE id = :error_id"
 
+# NULL: not resolved in the next release; empty: so resolved, when no release was known.
+_RESOLVED_RELEASE_NAME = """COALESCE((SELECT name FROM releases WHERE id = resolved_release),
+        IIF(resolved_release IS NULL, NULL, '')) AS resolved_release"""
 _ERROR_COLUMNS = f"""id, project_id,
     (SELECT name FROM projects WHERE projects.id = project_id) AS project,
     fingerprint, exception_class, message, location, level, first_seen_ms, last_seen_ms,
     occurrence_count, stored_count, MIN(user_count, {MAX_USERS}) AS user_count,
     has_more_users OR user_count > {MAX_USERS} AS has_more_users, status, status_ms, regressed_ms,
     note, wake_ms, wake_count, uncounted, first_release, last_release,
-    COALESCE((SELECT name FROM releases WHERE id = resolved_release),
-        IIF(resolved_release IS NULL, NULL, '')) AS resolved_release"""
+    {_RESOLVED_RELEASE_NAME}"""
 SELECT_ERROR = f"SELECT {_ERROR_COLUMNS} FROM errors WHERE id = :id AND status <> 'deleted'"
 _OCCURRENCES = """
     SELECT occurrences.id, error_id, received_ms, body, grouping_key, event_id,
@@ -4170,12 +4167,11 @@ EXPORT_OCCURRENCES = """
     WHERE occurrences.id > :id AND occurrences.id <= :last_id AND received_ms >= :since_ms
         AND status <> 'deleted'
     ORDER BY occurrences.id LIMIT :step"""
-_EXPORT_ERRORS = """
+_EXPORT_ERRORS = f"""
     SELECT (SELECT name FROM projects WHERE id = project_id) AS project,
         hex(grouping_key) AS grouping_key, status_ms AS changed_ms,
         (SELECT MAX(id) FROM occurrences WHERE error_id = errors.id) AS newest_id,
-        COALESCE((SELECT name FROM releases WHERE id = resolved_release),
-            IIF(resolved_release IS NULL, NULL, '')) AS resolved_release,
+        {_RESOLVED_RELEASE_NAME},
         (SELECT json_group_array(json_array(hour, count)) FROM
             (SELECT * FROM buckets WHERE error_id = errors.id ORDER BY hour)) AS hours,
         (SELECT json_group_array(json_array(user_id, seen_day)) FROM
@@ -4195,7 +4191,7 @@ SELECT_LAST_IDS = """
         (SELECT COALESCE(MAX(id), 0) FROM errors),
         (SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'occurrences')"""
 SELECT_PROJECT_ID = "SELECT id AS project_id FROM projects WHERE name = :name"
-# What an import writes keeps its id where that is free.
+# Imported rows keep their ids where these are free.
 _FREE_ID = "(SELECT :id WHERE NOT EXISTS (SELECT 1 FROM {0} WHERE id = :id))"
 IMPORT_PROJECT = f"""
     INSERT OR IGNORE INTO projects (id, name, created_ms)
@@ -4272,18 +4268,14 @@ SET_IMPORTED = """
     WHERE id = :error_id"""
 
 CLEAR_NEWS = "UPDATE errors SET news = NULL WHERE project_id = :project_id"
-_CHILD_TABLES = (
-    *("occurrences", "buckets", "error_users", "error_facets", "history", "samples", "notices"),
-)
+_OF_ERRORS = "occurrences buckets error_users error_facets history samples notices"
+_OF_PROJECTS = "errors releases deploys api_keys"
 REMOVE_PROJECT = (
     *(
         f"DELETE FROM {table} WHERE error_id IN (SELECT id FROM errors WHERE project_id = :id)"
-        for table in _CHILD_TABLES
+        for table in _OF_ERRORS.split()
     ),
-    *(
-        f"DELETE FROM {table} WHERE project_id = :id"
-        for table in ("errors", "releases", "deploys", "api_keys")
-    ),
+    *(f"DELETE FROM {table} WHERE project_id = :id" for table in _OF_PROJECTS.split()),
     "DELETE FROM projects WHERE id = :id",
     "DELETE FROM settings WHERE name = 'demo'",
 )
@@ -4504,7 +4496,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What a webhook tells: an error that is new or regressed, and how many others there are."""
+    """A webhook's message: an error that is new or regressed, and the number of others."""
 
     last_id: int  # of the notices that this one stands for
     what: str
@@ -5584,7 +5576,7 @@ def _stored_occurrence(row: sqlite3.Row) -> StoredOccurrence:
     return StoredOccurrence(**values, occurrence=_occurrence_in(row, row["grouping_key"]))
 
 
-def _sent_again(row: sqlite3.Row) -> Occurrence | None:
+def _occurrence_to_send(row: sqlite3.Row) -> Occurrence | None:
     """Return the occurrence of a row that is to be sent, None if it is deleted or unreadable."""
     with contextlib.suppress(ValueError, TypeError, KeyError, zlib.error, MiniAPMError):
         return row["grouping_key"] and _occurrence_in(row, row["grouping_key"])
@@ -6015,7 +6007,7 @@ class Queues:
         """
         with self.reading() as db:
             rows = db.execute(SELECT_UNSENT, {"last_id": last_id, "step": step}).fetchall()
-        return [(row["id"], row["project"], _sent_again(row)) for row in rows]
+        return [(row["id"], row["project"], _occurrence_to_send(row)) for row in rows]
 
     def post_notices(
         self, after_id: int, least: Mapping[str, int], since_ms: int = 0, step: int = 500
@@ -6446,7 +6438,7 @@ def export_lines(
     for row in _exported_rows(db, EXPORT_OCCURRENCES, values | {"id": after_id}):
         if (error_id := row["error_id"]) not in told:
             told.add(error_id)
-            for error in db.execute(EXPORT_ERROR, {"id": error_id, "step": 1}).fetchall():
+            for error in db.execute(EXPORT_ERROR, {"id": error_id}).fetchall():
                 yield 0, _line_of_row("error", error)
         place: Json = {"kind": "occurrence", "id": row["id"], "project": row["project"]}
         place |= {"error_id": error_id, "received_at": iso_time(row["received_ms"])}
@@ -6663,7 +6655,7 @@ class Importer:
         body, event = pack(text, error.sample), event_id and bytes.fromhex(event_id)
         values = (free_id, error.id, line["received_ms"], body, project_id, event, key)
         error.stored += 1
-        # What retention removed is in the numbers already.
+        # The numbers include occurrences that retention has removed since.
         if line["origin"] != error.origin or (line["id"] or 0) > error.counted_id:
             error.counted.append(line)
         return int(db.execute(IMPORT_OCCURRENCE, values).fetchone()[0])
@@ -7718,7 +7710,7 @@ class StoreDestination:
 
 @dataclass(frozen=True, slots=True)
 class HttpAnswer:
-    """What a server answered."""
+    """An HTTP server's answer."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -9052,7 +9044,7 @@ def deploy_text(deploy: Deploy, *, of_project: bool = False) -> str:
     return " ".join(f"{word} {name}" for word, name in said.items() if name)
 
 
-def _told(deploys: Sequence[Deploy]) -> list[str]:
+def _deploy_lines(deploys: Sequence[Deploy]) -> list[str]:
     told = [f"{deploy_text(one)}, {exact_time(one.at_ms)}" for one in deploys[:MAX_TOLD_DEPLOYS]]
     rest = len(deploys) - len(told)
     return [*told, f"{rest:,} more deploy{'s' if rest > 1 else ''}"] if rest else told
@@ -9067,10 +9059,14 @@ def deploy_marks(deploys: Sequence[Deploy], series: Sequence[tuple[int, int]]) -
         if 0 <= (bar := (one.at_ms - start_ms) // step_ms) < len(series):
             bars.setdefault(bar, []).append(one)
     marks = [
-        (round(4 * (found[0].at_ms - start_ms) / step_ms, 1), "deploy", "\n".join(_told(found)))
+        (
+            round(4 * (found[0].at_ms - start_ms) / step_ms, 1),
+            "deploy",
+            "\n".join(_deploy_lines(found)),
+        )
         for found in bars.values()
     ]
-    return "; ".join(["", *_told([*itertools.chain(*bars.values())])]), marks
+    return "; ".join(["", *_deploy_lines([*itertools.chain(*bars.values())])]), marks
 
 
 def ticks_of(deploys: Sequence[Deploy], now_ms: int) -> dict[int, tuple[str, Marks]]:
@@ -12296,7 +12292,7 @@ def addresses_of(config: Config) -> list[Address]:
 def sending_rows(
     addresses: Iterable[Address], targets: Mapping[str, Target]
 ) -> Iterator[tuple[int, str, str, int | None]]:
-    """Return (count, where, state, time of the last) of each target for display."""
+    """Yield (count, where, state, time of the last) of each target for display."""
     for one in addresses:
         if (target := targets.get(one.name)) is not None:
             names = ", ".join(sorted(one.projects)) or "every project"
@@ -12316,7 +12312,7 @@ class View:
         gate: PasswordGate | None,
         rejections: Rejections,
         editor: Editor,
-        addresses: Sequence[Address] = (),
+        addresses: Sequence[Address],
     ) -> None:
         self._store, self._gate, self._rejections, self._editor = store, gate, rejections, editor
         self._addresses = addresses
@@ -14884,8 +14880,8 @@ def fit(text: str, cells: int) -> str:
     return text + " " * (cells - cells_of(text))
 
 
-def one_line(text: str) -> str:
-    """Return a text with its newlines and runs of spaces as single spaces."""
+def on_one_line(text: str) -> str:
+    """Return a text with every run of spaces and newlines replaced by one space."""
     return " ".join(text.split())
 
 
@@ -14947,8 +14943,8 @@ class Terminal:
 
     def summary(self, start: str, one: Json, where_cells: int = MAX_CLASS_CHARS) -> str:
         """Return a line: its painted start, class and message, location."""
-        name, where = one_line(one["exception_class"]), one_line(one["location"])
-        what = f"{name}: {one_line(one['message'])}".removesuffix(": ")
+        name, where = on_one_line(one["exception_class"]), on_one_line(one["location"])
+        what = f"{name}: {on_one_line(one['message'])}".removesuffix(": ")
         if self._is_terminal:
             columns, plain = shutil.get_terminal_size().columns, re.sub("\x1b.*?m", "", start)
             if (room := columns - cells_of(plain) - 2) < MIN_SUMMARY_CELLS:
@@ -15012,7 +15008,7 @@ def sender_to(url: str, password: str) -> Send:
             answer = peer.ask(prefix + path, form, headers)
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise Unavailable(f"can't reach {base}: {one_line(reason)}") from None
+            raise Unavailable(f"can't reach {base}: {on_one_line(reason)}") from None
         return answer.status, answer.headers.get("Location", ""), answer.body
 
     return send
@@ -15044,7 +15040,7 @@ class Tracker:
             status = status if status >= 500 else 400
         elif status == Unauthorized.status:
             reason = f"{reason} (the password is read from {variable_of('password')})"
-        reason = one_line(reason)
+        reason = on_one_line(reason)
         kind = NotFound if status == NotFound.status else MiniAPMError
         refusal = kind(reason if kind is NotFound else f"{self.place}: {reason}")
         refusal.status = status
@@ -15139,13 +15135,13 @@ def list_lines(terminal: Terminal, errors: Sequence[Json], *, has_projects: bool
             str(one.id),
             f"{one.occurrence_count:,}×",
             time_ago(min(one.last_seen_ms, now_ms), now_ms),
-            one_line(one.project) if has_projects else "",
+            on_one_line(one.project) if has_projects else "",
             " ".join(_badges(one)),
         )
         for one in map(error_of, errors)
     ]
     widths = [max(map(cells_of, column)) for column in zip(*rows, strict=True)]
-    where_cells = max((cells_of(one_line(one["location"])) for one in errors), default=0)
+    where_cells = max((cells_of(on_one_line(one["location"])) for one in errors), default=0)
     for one, (number, count, *rest) in zip(errors, rows, strict=True):
         said = [number.rjust(widths[0]), count.rjust(widths[1])]
         said += [fit(text, width) for text, width in zip(rest, widths[2:], strict=True) if width]
@@ -15159,7 +15155,7 @@ def _chain_lines(
 ) -> Iterator[str]:
     """Yield a chain with its own frames' source and variables; if brief, only their own line."""
     for one in chain:
-        said = one_line(f"{one.exception_class}: {one.message}").removesuffix(":")
+        said = on_one_line(f"{one.exception_class}: {one.message}").removesuffix(":")
         if one.relation or not is_brief:
             yield terminal.paint(f"{RELATIONS.get(one.relation, '')} {said}".strip(), BOLD)
         for kind, run, _ in group_frames(one.frames, None):
@@ -15212,7 +15208,7 @@ def error_lines(terminal: Terminal, said: Json) -> Iterator[str]:
     for name, text in _facts_of(error, said):
         if text:
             name = terminal.paint(fit(name, max(12, cells_of(name))), DIM)
-            yield f"{name} {one_line(text)}"
+            yield f"{name} {on_one_line(text)}"
     if stored is None:
         yield "\nNo occurrence of this error is kept any more, only its counts."
         return
@@ -15220,12 +15216,12 @@ def error_lines(terminal: Terminal, said: Json) -> Iterator[str]:
     at = f"{stored['position']:,} of {stored['kept']:,}, {exact_time(occurrence.occurred_ms)}"
     yield f"\n{terminal.paint(f'Occurrence {at}', BOLD)}"
     if logged := logged_as(occurrence):
-        yield f"Logged as {one_line(logged)}"
+        yield f"Logged as {on_one_line(logged)}"
     yield from _chain_lines(terminal, chain_of(occurrence), is_brief=False)
     yield from _section_lines(terminal, sections_of(occurrence, only=LEADING_SECTIONS))
     if crumbs := _crumb_texts(occurrence):
         yield f"\n{terminal.paint('Breadcrumbs', BOLD)}"
-        yield from (f"  {one_line(crumb)}" for crumb in crumbs)
+        yield from (f"  {on_one_line(crumb)}" for crumb in crumbs)
     rest = [("Tags", shown_tags(occurrence)), *sections_of(occurrence, without=LEADING_SECTIONS)]
     yield from _section_lines(terminal, rest)
 
@@ -15393,7 +15389,7 @@ def _tail_lines(
     clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at_s))
     mark = terminal.paint(level[:1].upper() or "E", _COLOURS.get(level, RED))
     start = [terminal.paint(clock, DIM), mark, f"#{one['error_id']}"]
-    start += [one_line(project["name"])] if len(projects) > 1 else []
+    start += [on_one_line(project["name"])] if len(projects) > 1 else []
     yield terminal.summary(" ".join(start), one)
     for line in _chain_lines(terminal, _chain_of_json(exceptions), is_brief=True):
         yield f"    {line}"
@@ -15492,7 +15488,7 @@ MCP_TOOLS = {
         id=_ERROR_ID,
     ),
     "ignore_error": _tool(
-        "Ignore an error forever, for a time, or until it has occurred more times.",
+        "Ignore an error forever, for some time, or until it has occurred a number of times more.",
         "id",
         is_changing=True,
         id=_ERROR_ID,
@@ -15635,7 +15631,7 @@ class Assistant:
         for error in page["errors"]:
             said = {name: error[name] for name in _LISTED} | {"project": error["project"]["name"]}
             for part in ("exception_class", "message", "location"):
-                said[part] = clip(one_line(said[part]), MAX_TOOL_TEXT_CHARS)
+                said[part] = clip(on_one_line(said[part]), MAX_TOOL_TEXT_CHARS)
             lines.append(json.dumps(said, ensure_ascii=False))
         return "\n".join(lines)
 
