@@ -7810,6 +7810,11 @@ class HttpPeer:
                 connected.shutdown(socket.SHUT_RDWR)
 
 
+def reason_of(error: Exception) -> str:
+    """Return why a request failed, without the number that the system has for it."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def base_of(url: str) -> str:
     """Return a tracker's URL without a user, password and last slash."""
     parts = urllib.parse.urlsplit(url)
@@ -7858,7 +7863,7 @@ class HttpDestination:
         try:
             answer = self._peer.ask(self._path, body, self._headers, timeout_s)
         except (OSError, http.client.HTTPException) as error:
-            raise Retry(str(error) or type(error).__name__) from None
+            raise Retry(reason_of(error)) from None
         said = answer.said
         is_final = answer.status < 500 or '"rejected"' in said
         if answer.status == 429 or not is_final:
@@ -13350,7 +13355,7 @@ class Courier:
         except http.client.HTTPException as error:  # its text may quote our request
             raise Retry(f"no valid answer: {type(error).__name__}") from None
         except (OSError, ValueError) as error:
-            raise Retry(clip(str(error) or type(error).__name__, MAX_ID_CHARS)) from None
+            raise Retry(clip(reason_of(error), MAX_ID_CHARS)) from None
 
     def _count_sent(self, **changes: Any) -> None:
         trouble = "" if self._target.failures else self._target.trouble
@@ -15007,8 +15012,8 @@ def sender_to(url: str, password: str) -> Send:
         try:
             answer = peer.ask(prefix + path, form, headers)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise Unavailable(f"can't reach {base}: {on_one_line(reason)}") from None
+            reason = on_one_line(reason_of(error))
+            raise Unavailable(f"can't reach {base}: {reason}") from None
         return answer.status, answer.headers.get("Location", ""), answer.body
 
     return send
