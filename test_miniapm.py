@@ -20997,11 +20997,20 @@ def facts(page: Any) -> dict[str, str]:
     return dict(zip(texts[::2], (" ".join(text.split()) for text in texts[1::2]), strict=True))
 
 
+def follow(part: Any) -> None:
+    """Click a link or button and wait for the page it leads to.
+
+    A click alone returns as soon as the first bytes of that page have arrived.
+    """
+    with part.page.expect_navigation():
+        part.click()
+
+
 def press(page: Any, name: str, menu: str = "") -> None:
-    """Click a button, in a menu if it is in one."""
+    """Click a button, in a menu if it is in one, and wait for the page it leads to."""
     if menu:
         page.locator("summary", has_text=re.compile(f"^{menu}")).click()
-    page.get_by_role("button", name=name, exact=True).click()
+    follow(page.get_by_role("button", name=name, exact=True))
 
 
 def tick(page: Any, *names: str) -> None:
@@ -21041,7 +21050,7 @@ def test_browser_error_is_resolved_and_regresses(
     server.report()
     page = browse(viewport={"width": width, "height": 800}, java_script_enabled=script)
     page.goto(server.url)
-    page.click("text=RuntimeError")
+    follow(page.get_by_text("RuntimeError"))
     press(page, "Resolve")
     assert facts(page)["Status"] == "Resolved"
     page.goto(server.url)
@@ -21049,7 +21058,7 @@ def test_browser_error_is_resolved_and_regresses(
     server.report()
     page.goto(server.url)
     assert page.locator(ROWS).get_by_text("regressed", exact=True).is_visible()
-    page.click("text=RuntimeError")
+    follow(page.get_by_text("RuntimeError"))
     assert facts(page)["Status"] == "Open"
     assert page.locator("header").get_by_text("regressed", exact=True).is_visible()
 
@@ -21064,18 +21073,18 @@ def test_browser_error_is_resolved_in_the_next_release(
         server.report(exception_class=name, fingerprint=name, release="1.2")
     page = browse(viewport={"width": width, "height": 800}, java_script_enabled=script)
     page.goto(server.url)
-    page.click("text=AError")
+    follow(page.get_by_text("AError"))
     assert facts(page)["First seen in release"] == facts(page)["Last seen in release"] == "1.2"
     page.locator(".tools summary").first.click()
-    page.get_by_role("button", name="Resolve in the next release").click()
+    press(page, "Resolve in the next release")
     assert facts(page)["Status"] == "Resolved in the release after 1.2"
     assert "Resolved in the release after 1.2" in page.locator(".history").inner_text()
-    page.get_by_role("button", name="Undo").click()
+    press(page, "Undo")
     page.goto(server.url)
     assert len(classes(page)) == 2
     tick(page, "AError", "BError")
     page.locator(".bulk summary").first.click()
-    page.get_by_role("button", name="Resolve in the next release").click()
+    press(page, "Resolve in the next release")
     assert "Resolved 2" in page.get_by_role("status").first.inner_text()
     server.report(exception_class="AError", fingerprint="AError", release="1.2")
     server.report(exception_class="BError", fingerprint="BError", release="1.3")
@@ -21152,7 +21161,7 @@ def test_browser_triages_several(
     press(page, "For 1 hour", menu="Ignore")
     assert sorted(classes(page)) == ["CError", "DError"]
     assert "Ignored 2" in page.get_by_role("status").first.inner_text()
-    page.get_by_role("link", name="Ignored").click()
+    follow(page.get_by_role("link", name="Ignored"))
     assert sorted(classes(page)) == ["AError", "BError"]
     tick(page, "AError")
     press(page, "Reopen")
@@ -21357,22 +21366,22 @@ def test_browser_filters_by_values_and_takes_them_back(
     page.goto(server.url + "/errors?q=went")
     panel = page.get_by_role("region", name="Filters")
     assert panel.count() == 0
-    page.get_by_role("link", name="Filter").click()
+    follow(page.get_by_role("link", name="Filter"))
     assert "count errors with the status open" in panel.inner_text()
     lines = {" ".join(line.split()) for line in panel.locator("li").all_inner_texts()}
     assert {"staging 2", "production 1", "info 3"} <= lines
-    panel.get_by_role("link", name="staging").click()
+    follow(panel.get_by_role("link", name="staging"))
     assert sorted(classes(page)) == ["E1", "E2"]
     assert query_of(page.url) == {"q": "went", "environment": "staging"}
     assert panel.count() == 0
-    page.get_by_role("link", name="Filter", exact=True).click()
-    panel.get_by_role("link", name="info").click()
+    follow(page.get_by_role("link", name="Filter", exact=True))
+    follow(panel.get_by_role("link", name="info"))
     chips = page.get_by_role("list", name="Filters in use").get_by_role("link")
     assert chips.count() == 2
-    page.get_by_role("link", name="environment staging").click()
+    follow(page.get_by_role("link", name="environment staging"))
     assert query_of(page.url) == {"q": "went", "level": "info"}
     assert len(classes(page)) == 3
-    chips.click()
+    follow(chips)
     assert query_of(page.url) == {"q": "went"}
 
 
@@ -21388,7 +21397,7 @@ def test_browser_sorts_by_the_columns_heads_and_turns_pages_without_a_script(
     )
     for name, order in itertools.product(("Count", "Users", "First seen", "Last seen"), (1, 2)):
         head = page.get_by_role("columnheader", name=name)
-        head.get_by_role("link").click()
+        follow(head.get_by_role("link"))
         said = "descending" if order == 1 else "ascending"
         assert head.get_attribute("aria-sort") == said
         assert page.locator("[aria-sort]:not([aria-sort=none])").count() == 1
@@ -21403,13 +21412,13 @@ def test_browser_sorts_by_the_columns_heads_and_turns_pages_without_a_script(
             values = [int(re.sub(r"\D", "", text)) for text in shown.all_inner_texts()]
         assert values == sorted(values, reverse=order == 1), (name, said)
         assert len(set(values)) > 3
-    page.get_by_role("link", name="Count").click()
+    follow(page.get_by_role("link", name="Count"))
     first = classes(page)
     assert len(first) == miniapm.PAGE_ERRORS
-    page.get_by_role("link", name="Next →").click()
+    follow(page.get_by_role("link", name="Next →"))
     assert not page.get_by_role("link", name="Next →").count()
     assert 0 < len(classes(page)) < miniapm.PAGE_ERRORS
-    page.get_by_role("link", name="← Previous").click()
+    follow(page.get_by_role("link", name="← Previous"))
     assert classes(page) == first
 
 
@@ -21431,24 +21440,24 @@ def test_browser_keeps_the_filter_on_every_way(
         assert {k: v for k, v in query_of(page.url).items() if k not in ("done", "trend")} == kept
 
     crumbs = page.get_by_role("navigation", name="Errors")
-    page.get_by_role("link", name="AE").click()
+    follow(page.get_by_role("link", name="AE"))
     is_at("/errors/1")
     assert crumbs.get_by_role("link").all_inner_texts() == ["← Errors", "Next"]
-    crumbs.get_by_role("link", name="Next").click()
+    follow(crumbs.get_by_role("link", name="Next"))
     is_at("/errors/2")
-    crumbs.get_by_role("link", name="Next").click()
+    follow(crumbs.get_by_role("link", name="Next"))
     is_at("/errors/3")
     assert crumbs.get_by_role("link", name="Next").count() == 0
-    crumbs.get_by_role("link", name="Previous").click()
+    follow(crumbs.get_by_role("link", name="Previous"))
     is_at("/errors/2")
     steps = page.get_by_role("navigation", name="Occurrences")
     assert "Older 3 of 3 Newer" in " ".join(steps.inner_text().split())
-    steps.get_by_role("link", name="Older").click()
+    follow(steps.get_by_role("link", name="Older"))
     assert "Older 2 of 3 Newer" in " ".join(steps.inner_text().split())
     path = urllib.parse.urlsplit(page.url).path
     assert path.startswith("/errors/2/occurrences/")
     is_at(path)
-    page.get_by_role("navigation", name="Span").get_by_role("link", name="30d").click()
+    follow(page.get_by_role("navigation", name="Span").get_by_role("link", name="30d"))
     is_at(path)
     assert "trend=30d" in page.url
     press(page, "Resolve")
@@ -21461,9 +21470,9 @@ def test_browser_keeps_the_filter_on_every_way(
     is_at(path)
     press(page, "For 1 day", menu="Ignore")
     is_at(path)
-    crumbs.get_by_role("link", name="← Errors").click()
+    follow(crumbs.get_by_role("link", name="← Errors"))
     is_at("/errors")
-    page.get_by_role("link", name="BE").click()
+    follow(page.get_by_role("link", name="BE"))
     press(page, "Delete", menu="More")
     is_at("/errors")
     assert classes(page) == ["AE", "CE"]
@@ -21543,7 +21552,7 @@ def test_browser_opens_the_trend_that_has_something_to_show(
     assert spans.locator("[aria-current=page]").inner_text() == span
     chart = page.locator("aside").get_by_role("img")
     assert not chart.get_attribute("aria-label").startswith("None")
-    spans.get_by_role("link", name="7d").click()
+    follow(spans.get_by_role("link", name="7d"))
     assert spans.locator("[aria-current=page]").inner_text() == "7d"
     assert "in the last 7 days" in chart.get_attribute("aria-label").replace("None", "0")
 
@@ -21617,7 +21626,9 @@ def test_browser_copies_in_one_click(
             ("Copy link", "More", address),
             ("Copy as curl", "", page.locator("pre", has_text="curl ").first.text_content()),
         ):
-            press(page, name, menu)
+            if menu:
+                page.locator("summary", has_text=menu).click()
+            page.get_by_role("button", name=name, exact=True).click()
             told = page.get_by_role("status").filter(has_text=name.replace("Copy", "Copied"))
             told.wait_for()
             assert copied() == expected, (address, name)
@@ -22006,7 +22017,7 @@ def test_browser_asks_seldom_and_gets_little(
     }"""
     page.evaluate(hide, True)
     asked: list[Any] = []
-    page.on("request", lambda request: asked.append(request))
+    page.on("request", lambda request: "/assets/" in request.url or asked.append(request))
     page.clock.run_for(60_000)
     assert page.title() == "(1) Errors · MiniAPM"
     assert asked == []
@@ -22188,6 +22199,7 @@ def test_browser_prints_what_is_read_only(
         assert (before > 0) > page.get_by_role("banner").is_visible()
         assert page.get_by_role("heading", level=1).is_visible()
     page.goto(f"{server.url}/errors/{ids['deep']}")
+    page.emulate_media(media="print")
     for text in ("order 7 could not be completed", "return self.step_1(cart, depth=30)"):
         assert page.get_by_text(text).first.is_visible()
     assert box_of(page.get_by_role("complementary"))["y"] > box_of(page.locator("#occurrence"))["y"]
