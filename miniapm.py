@@ -3229,20 +3229,6 @@ def dsn_of(url: str, key: str, project_id: int) -> str:
     return f"{scheme}://{urllib.parse.quote(key, safe='')}@{rest}/{project_id}"
 
 
-def sdk_snippet(dsn: str) -> tuple[str, str]:
-    """Return (name, text) of a way to send a first report by an SDK, as snippets() does."""
-    return (
-        "Sentry SDK",
-        f"""\
-# A program that starts a Sentry SDK reports here with this in its environment:
-export SENTRY_DSN="{dsn}"
-
-# For instance (pip install sentry-sdk):
-python -c 'import sentry_sdk; sentry_sdk.init()
-sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
-    )
-
-
 def key_of_dsn(dsn: Any) -> str:
     """Return the key in a DSN, empty if it has none."""
     found = re.match(r"https?://([^@/:]+)(?::[^@/]*)?@", dsn) if isinstance(dsn, str) else None
@@ -9599,14 +9585,35 @@ def sections_of(
     return [(title, values) for title, values in chosen if values]
 
 
-_SNIPPETS = {
-    "curl": """\
-curl -i @URL@/ingest/errors \\
-  -H "Authorization: Bearer @KEY@" \\
-  -H "Content-Type: application/json" \\
-  -d '{"exception_class": "RuntimeError", "message": "Hello from curl",
-       "backtrace": ["app/hello.rb:1:in `hello`"], "fingerprint": "hello-curl"}'""",
-    "Python": """\
+SNIPPETS: dict[str, dict[str, str]] = {
+    "Python": {
+        "Record a program's errors: put miniapm.py beside it": """\
+# pip install bottle
+import miniapm
+
+miniapm.init("@URL@", api_key="@KEY@")
+
+raise RuntimeError("Hello from init")""",
+        "Record a web application's errors with their requests": """\
+# pip install bottle flask
+import flask, miniapm
+
+miniapm.init("@URL@", api_key="@KEY@")
+app = flask.Flask(__name__)
+app.wsgi_app = miniapm.wrap(app.wsgi_app)  # Django: application = miniapm.wrap(application)
+
+@app.get("/")  # FastAPI: app = miniapm.wrap(app), after its routes
+def index():
+    raise RuntimeError("Hello from wrap")
+
+app.test_client().get("/")""",
+        "Run a program that you don't want to change": """\
+export MINI_APM_URL="@URL@"
+export MINI_APM_API_KEY="@KEY@"
+
+echo 'raise RuntimeError("Hello from run")' > hello.py
+python miniapm.py run hello.py""",
+        "Report without miniapm.py": """\
 import json, traceback, urllib.request
 
 def report_error(exception, context=None):
@@ -9615,6 +9622,7 @@ def report_error(exception, context=None):
         "exception_class": type(exception).__name__,
         "message": str(exception),
         "backtrace": traceback.format_exception(exception),
+        # No line number: it changes with every edit, and then the error would be a new one.
         "fingerprint": f"{type(exception).__name__}:{top.filename}:{top.name}",
         "params": context or {},
     }
@@ -9624,10 +9632,48 @@ def report_error(exception, context=None):
         headers={"Authorization": "Bearer @KEY@", "Content-Type": "application/json"}))
 
 try:
-    1 / 0
+    raise RuntimeError("Hello from urllib")
 except Exception as exception:
     report_error(exception, {"hello": "from Python"})""",
-    "JavaScript": """\
+    },
+    "Ruby": {
+        "Rails: the gem miniapm reads these variables": """\
+export MINI_APM_URL="@URL@"
+export MINI_APM_API_KEY="@KEY@\"""",
+        "Report from any Ruby program": """\
+require "json"
+require "net/http"
+
+def report_error(error, context = {})
+  # Without line numbers: they change with every edit, and then the error would be a new one.
+  place = error.backtrace&.first.to_s.gsub(/\\d+/, "0")
+  report = {
+    exception_class: error.class.to_s,
+    message: error.message,
+    backtrace: error.backtrace || [],
+    fingerprint: "#{error.class}:#{place}",
+    params: context,
+  }
+  Net::HTTP.post(URI("@URL@/ingest/errors"), report.to_json,
+    "Authorization" => "Bearer @KEY@", "Content-Type" => "application/json")
+end
+
+begin
+  raise "Hello from Ruby"
+rescue => error
+  report_error(error, hello: "from Ruby")
+end""",
+    },
+    "JavaScript": {
+        "Report from Node.js or a page": """\
+// The function and file that failed. Lines, columns and hashes in file names are left out:
+// they change with every build, and then the error would be a new one.
+function placeOf(error) {
+  const lines = (error.stack ?? "").split("\\n");
+  const frame = lines.find((line) => /(^\\s*at |@).*:\\d+:\\d+\\)?$/.test(line)) ?? error.message;
+  return frame.replace(/\\?[^:]*|[.-]\\w{8,}(?=\\.m?js)/g, "").replace(/\\d+/g, "0").trim();
+}
+
 async function reportError(error, context = {}) {
   await fetch("@URL@/ingest/errors", {
     method: "POST",
@@ -9636,24 +9682,43 @@ async function reportError(error, context = {}) {
       exception_class: error.name,
       message: error.message,
       backtrace: error.stack?.split("\\n") ?? [],
-      fingerprint: `${error.name}:${error.stack?.split("\\n")[1] ?? error.message}`,
+      fingerprint: `${error.name}:${placeOf(error)}`,
       params: context,
     }),
   });
 }
 
 reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
+    },
+    "Sentry SDK": {
+        "Any language: a program that starts a Sentry SDK reports here with this variable": """\
+export SENTRY_DSN="@DSN@"
+
+# For instance, after pip install sentry-sdk:
+python -c 'import sentry_sdk; sentry_sdk.init()
+sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
+    },
+    "curl": {
+        "Report from a terminal": """\
+curl -i @URL@/ingest/errors \\
+  -H "Authorization: Bearer @KEY@" \\
+  -H "Content-Type: application/json" \\
+  -d '{"exception_class": "RuntimeError", "message": "Hello from curl",
+       "backtrace": ["app/hello.rb:1:in `hello`"], "fingerprint": "hello-curl"}'""",
+    },
 }
 
 
-def snippets(url: str, key: str) -> list[tuple[str, str]]:
-    """Return (name, text) of programs that send a first report; each works when pasted as it is.
+def snippets(language: str, url: str, key: str, dsn: str) -> dict[str, str]:
+    """Return the programs in a language that send a first report when pasted as they are, by title.
 
-    `url` and `key` hold no quotes, $ or backslashes: the settings and Host can't have any.
+    The values hold no quotes, $ or backslashes: the settings and Host can't have any.
     """
-    return [
-        (name, text.replace("@URL@", url).replace("@KEY@", key)) for name, text in _SNIPPETS.items()
-    ]
+    given = {"@URL@": url, "@KEY@": key, "@DSN@": dsn}
+    return {
+        title: re.sub("@[A-Z]+@", lambda mark: given[mark[0]], text)
+        for title, text in SNIPPETS[language].items()
+    }
 
 
 def error_json(error: ErrorGroup, root: str) -> Json:
@@ -10400,25 +10465,33 @@ _TEMPLATE_SOURCES = {
 <p id="dropped">Accepted since the start but not kept, because MiniAPM stores only errors:
 {{", ".join(f"{kind} ({count:,})" for kind, count in dropped)}}.</p>
 % end
-% for project, keys, ways in projects:
-<section class="card"><h2>{{project.name}}</h2>
-% for label, text in keys:
-<p class="key"><span>{{label}}</span> <code>{{text}}</code></p>
+% if chosen:
+<section class="card"><div class="head"><h2>Report to the project {{chosen.name}}</h2>
+<nav class="tabs" aria-label="Language">
+% for name in SNIPPETS:
+<a href="{{with_query(query, language=name)}}"
+ {{'aria-current=page' if name == language else ''}}>{{name}}</a>
 % end
-% for name, text in ways:
-<details class="snippet" {{'open' if name == 'curl' else ''}}><summary>{{name}}</summary>
-<div><button class="copy" type="button" hidden>Copy</button><pre tabindex="0">{{text}}</pre></div>
-</details>
-% end
-% if not ways:
-<p>This project has no key, so its reports are refused. To make one:</p>
-<pre>python miniapm.py keys create {{shlex.quote(project.name)}}</pre>
+</nav></div>
+% for title, text in ways.items():
+<h3>{{title}}</h3><div class="snippet"><button class="copy" type="button" hidden>Copy</button>
+<pre tabindex="0">{{text}}</pre></div>
 % end
 </section>
 % end
-% if not is_welcome:
-<p class="lead">Another project: <code>python miniapm.py keys create NAME</code></p>
+<section class="card"><h2>Projects</h2><table class="rejections"><thead><tr>
+<th>Project</th><th>API key</th></tr></thead>
+% for project in projects:
+% for key in project.keys:
+<tr><td><a href="{{root}}/setup{{with_query(query, project=str(project.id))}}">{{project.name}}</a>
+</td><td><code>{{key}}</code></td></tr>
 % end
+% if not project.keys:
+<tr><td>{{project.name}}</td><td>no key, so its reports are refused; to make one:
+<code>python miniapm.py keys create {{shlex.quote(project.name)}}</code></td></tr>
+% end
+% end
+</table><p>To make another project: <code>python miniapm.py keys create NAME</code></p></section>
 """,
     "login": """\
 % rebase("layout", title="Log in")
@@ -10663,11 +10736,10 @@ aside textarea { width: 100%; min-height: 80px; margin: 6px 0; }
 
 .rejections th, .rejections td { text-align: left; vertical-align: top; padding: 5px 16px 5px 0; }
 .rejections td { border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.rejections td:first-child { min-width: 5em; }
 .rejections th { color: var(--muted); font-size: 12px; font-weight: 500; }
 .rejections time { white-space: nowrap; }
-.lead { margin: 0 0 16px; } .key { margin: 6px 0; } .key span { color: var(--muted); }
-.snippet summary { padding: 5px 0; color: var(--muted); }
-.snippet div, .details .snippet { position: relative; }
+.lead { margin: 0 0 16px; } .snippet { position: relative; }
 .snippet pre { white-space: pre; overflow-x: auto; }
 .snippet .copy { position: absolute; top: 6px; right: 6px; font-size: 13px; padding: 2px 10px; }
 .login { max-width: 340px; margin: 8vh auto; display: grid; gap: 10px; }
@@ -12541,24 +12613,26 @@ class Dashboard(View):
         return self._setup("Send reports here", is_welcome=False)
 
     def _setup(self, heading: str, *, is_welcome: bool) -> bottle.HTTPResponse:
-        url = url_of_request(bottle.request.environ)
-        projects, demo_id = [], self._store.setting("demo")
-        for project in self._store.projects():
-            if project.id == demo_id and not project.keys:  # nothing reports to it
-                continue
-            keys: list[tuple[str, str]] = []
-            ways: list[tuple[str, str]] = []
-            for key in project.keys:
-                dsn = dsn_of(url, key, project.id)
-                keys += [("API key", key), ("Sentry DSN", dsn)]
-                ways = ways or [*snippets(url, key), sdk_snippet(dsn)]
-            projects.append((project, keys, ways))
+        environ, demo_id = bottle.request.environ, self._store.setting("demo")
+        url, query = url_of_request(environ), read_query(environ)
+        projects = [one for one in self._store.projects() if one.keys or one.id != demo_id]
+        language = one_of(query, "language", SNIPPETS)
+        with_key = [one for one in projects if one.keys]
+        wanted = [one for one in with_key if str(one.id) == query.get("project")]
+        chosen, ways = next(iter(wanted or with_key), None), {}
+        if chosen:
+            key = chosen.keys[0]
+            ways = snippets(language, url, key, dsn_of(url, key, chosen.id))
         return self.html(
             "setup",
             heading=heading,
             is_welcome=is_welcome,
             url=url,
             projects=projects,
+            chosen=chosen,
+            language=language,
+            ways=ways,
+            query=environ.get("QUERY_STRING", ""),
             tables=self._tables(),
             dropped=self._rejections.dropped(),
         )
@@ -14338,7 +14412,7 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
     key = project.keys[0]
     lines += [f"  API key    {key}", f"  Sentry DSN {dsn_of(url, key, project.id)}", ""]
     lines += ["Report a first error by pasting this into another terminal:", ""]
-    return "\n".join([*lines, dict(snippets(url, key))["curl"], ""])
+    return "\n".join([*lines, *snippets("curl", url, key, "").values(), ""])
 
 
 def serve(config: Config) -> int:

@@ -10924,22 +10924,32 @@ def test_assets_are_cached_for_good(client: Client) -> None:
 
 
 def test_empty_tracker_shows_how_to_report(client: Client) -> None:
-    page = html.unescape(client.get("/errors").text)
     url = "http://127.0.0.1:3000" + client.prefix
-    assert KEY in page
-    assert f"curl -i {url}/ingest/errors" in page
-    assert "urllib.request" in page
-    assert f'await fetch("{url}/ingest/errors"' in page
+    for language, text in (
+        ("", f'miniapm.init("{url}", api_key="{KEY}")'),
+        ("curl", f"curl -i {url}/ingest/errors"),
+        ("JavaScript", f'await fetch("{url}/ingest/errors"'),
+        ("Sentry+SDK", f'SENTRY_DSN="http://{KEY}@{url.partition("://")[2]}/1"'),
+    ):
+        page = html.unescape(client.get(f"/errors?language={language}").text)
+        assert "Waiting for the first error" in page
+        assert text in page
+    assert client.get("/setup?language=Cobol").status == 400
 
 
-def test_setup_shows_every_project(client: Client, store: Store) -> None:
+def test_setup_shows_every_project_s_key_and_each_snippet_once(
+    client: Client, store: Store
+) -> None:
     key = store.create_key("shop")
     store.create_key("gone")
     store.revoke("gone")
-    page = client.get("/setup").text
-    assert KEY in page
-    assert key in page
+    page = client.get("/setup?project=2&language=Ruby").text
     assert "keys create gone" in page
+    assert (page.count(KEY), page.count(key)) == (1, 3)  # the chosen one's in two snippets too
+    assert page.count("<pre") == len(miniapm.SNIPPETS["Ruby"])
+    store.revoke("default")
+    store.revoke("shop")
+    assert "<pre" not in client.get("/setup").text
 
 
 def test_list_shows_what_a_row_must_tell(client: Client, clock: Clock) -> None:
@@ -20772,23 +20782,85 @@ def test_contract_s_javascript_snippet_works_in_node(
     assert error["location"] == f"file://{program}:17"
 
 
-def test_setup_snippets_work_as_they_are(start: Callable[..., Server]) -> None:
+RAILS, SNIPPETS = (  # no registry that tests reach has the gem
+    [
+        (language, title)
+        for language, ways in miniapm.SNIPPETS.items()
+        for title in ways
+        if title.startswith("Rails") == is_for_gem
+    ]
+    for is_for_gem in (True, False)
+)
+# With what a snippet is run, and what follows its first line so that every later line moves.
+RUNNERS = {
+    "Python": ([sys.executable, "-c"], "import sys\n\n"),
+    "Ruby": (["ruby", "-e"], "1\n\n"),
+    "JavaScript": (["node", "-e"], "1;\n\n"),
+    "sh": (["sh", "-c"], "true\n\n"),
+}
+
+
+@pytest.mark.parametrize(("language", "title"), SNIPPETS, ids=[title for _, title in SNIPPETS])
+def test_setup_snippet_works_as_it_is_and_groups_by_no_line_number(
+    start: Callable[..., Server], tmp_path: Path, language: str, title: str
+) -> None:
     need_module("sentry_sdk")
     server = start()
-    page = html.unescape(requests.get(server.url + "/setup", timeout=10).text)
-    pattern = r'hidden>Copy</button><pre tabindex="0">(.*?)</pre></div>'
-    texts = re.findall(pattern, page, re.DOTALL)
-    shell = ["sh", "-c"]
-    commands = [shell, [sys.executable, "-c"], [need("node"), "-e"], shell]
+    query = urllib.parse.urlencode({"language": language})
+    page = requests.get(f"{server.url}/setup?{query}", timeout=10).text
+    shown = re.findall(r'<h3>([^<]*)</h3>.*?<pre tabindex="0">(.*?)</pre>', page, re.DOTALL)
+    text = {html.unescape(name): html.unescape(text) for name, text in shown}[title]
+    in_shell = language not in RUNNERS or text.startswith("export")
+    (program, *flags), moved = RUNNERS["sh" if in_shell else language]
+    (tmp_path / "miniapm.py").symlink_to(HERE / "miniapm.py")
     environ = clean_environ()
     environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
-    for command, text in zip(commands, texts, strict=True):
-        subprocess.run([*command, text], env=environ, timeout=30, check=True, capture_output=True)
-    assert sorted(error["message"] for error in server.errors()) == [
-        "Hello from JavaScript",
-        "Hello from a Sentry SDK",
-        "Hello from curl",
-        "division by zero",
+    for number in range(2):
+        done = subprocess.run(
+            [need(program), *flags, moved * number + text],
+            cwd=tmp_path,
+            env=environ,
+            timeout=30,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "Hello from" in done.stdout + done.stderr or not done.returncode, done.stderr
+        wait_until(lambda: [one["occurrences"] for one in server.errors()] == [number + 1])
+    (error,) = server.errors()
+    assert error["message"].startswith("Hello from ")
+
+
+def test_setup_snippet_for_rails_sets_what_the_gem_reads() -> None:
+    ((language, title),) = RAILS
+    text = miniapm.snippets(language, "http://127.0.0.1:3000", KEY, "")[title]
+    done = subprocess.run(["sh", "-c", f"{text}\nenv"], check=True, capture_output=True, text=True)
+    assert {"MINI_APM_URL=http://127.0.0.1:3000", f"MINI_APM_API_KEY={KEY}"} <= {
+        *done.stdout.splitlines()
+    }
+
+
+def test_setup_javascript_fingerprint_is_the_same_after_the_next_build(tmp_path: Path) -> None:
+    (snippet,) = miniapm.SNIPPETS["JavaScript"].values()
+    stacks = [
+        "TypeError: at 10:20:30\n    at pay (https://shop.test/assets/main-DRk3xYz1.js?v=1:1:200)",
+        "TypeError: at 10:20:31\n    at pay (https://shop.test/assets/main-BcQ81_Zz.js?v=2:1:317)",
+        "pay@https://shop.test/assets/main.4f6e2a90.js:12:5\nrun@https://shop.test/x.js:1:1",
+        "pay@https://shop.test/assets/main.99ee2b1c.js:14:9\nrun@https://shop.test/x.js:1:1",
+        "TypeError: x\n    at async file:///srv/pay.mjs:3:9",
+        "TypeError: x\n    at async file:///srv/pay.mjs:4:19",
+        "TypeError: x\n    at async file:///srv/ship.mjs:4:19",
+    ]
+    code = snippet.partition("async function")[0]
+    code += f"console.log({json.dumps(stacks)}.map((stack) => placeOf({{stack}})).join('\\n'))"
+    done = subprocess.run(
+        [need("node"), "-e", code], timeout=30, check=True, capture_output=True, text=True
+    )
+    assert [place for place, _ in itertools.groupby(done.stdout.splitlines())] == [
+        "at pay (https://shop.test/assets/main.js:0:0)",
+        "pay@https://shop.test/assets/main.js:0:0",
+        "at async file:///srv/pay.mjs:0:0",
+        "at async file:///srv/ship.mjs:0:0",
     ]
 
 
