@@ -88,6 +88,15 @@ from miniapm import App, Config, ErrorFilter, Store
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "miniapm.py").read_text(encoding="utf-8")
 README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def section_of(title: str) -> str:
+    """Return a section of the README without its heading, with the sections in it."""
+    found = re.search(rf"^(#+) {title}\n(.*)", README, re.MULTILINE | re.DOTALL)
+    assert found, title
+    return re.split(rf"^#{{1,{len(found[1])}}} ", found[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
 NOW_S = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 NOW_MS = int(NOW_S * 1000)
 DAY_MS = 86_400_000
@@ -341,16 +350,22 @@ sys.exit(miniapm.main())
 class Server:
     """`python miniapm.py` as a process of its own, on a free port.
 
-    With `is_slow` it thinks that its waitress lacks something that the faster path needs.
+    With `is_slow` it thinks that its waitress lacks something that the faster path needs. A
+    `command` starts it in another way.
     """
 
     def __init__(
-        self, folder: Path, *arguments: str, is_slow: bool = False, **environ: str
+        self,
+        folder: Path,
+        *arguments: str,
+        is_slow: bool = False,
+        command: list[str] | None = None,
+        **environ: str,
     ) -> None:
         self.db = folder / "miniapm.db"
         program = ["-c", SLOW_SERVER] if is_slow else [str(HERE / "miniapm.py")]
         self.process = subprocess.Popen(
-            [sys.executable, *program, "--port", "0", *arguments],
+            command or [sys.executable, *program, "--port", "0", *arguments],
             cwd=folder,
             env=clean_environ() | environ,
             stdout=subprocess.PIPE,
@@ -7423,8 +7438,8 @@ application = miniapm.wrap(application, at="/errors")
 
 
 def readme_examples() -> list[str]:
-    section = README.partition("## In your program")[2].partition("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    sections = ("Without a server", "In your program")
+    return [text for section in sections for text in readme_blocks("python", section)]
 
 
 def test_readme_has_four_examples_of_six_lines() -> None:
@@ -7434,7 +7449,7 @@ def test_readme_has_four_examples_of_six_lines() -> None:
 
 
 def test_readme_script_example_records(tmp_path: Path) -> None:
-    run_python(tmp_path, readme_examples()[0])
+    run_python(tmp_path, readme_examples()[1])
     (found,) = reports_in(tmp_path / "errors.db")
     assert found["exception_class"] == "ZeroDivisionError"
 
@@ -7459,7 +7474,7 @@ def test_readme_lists_every_framework_that_wrap_is_run_with() -> None:
     assert {name for name in names | {"aiohttp", "tornado"} if name not in said.lower()} == set()
 
 
-@pytest.mark.parametrize(("number", "server"), [(1, "flask"), (2, "uvicorn")])
+@pytest.mark.parametrize(("number", "server"), [(0, "flask"), (2, "uvicorn")])
 def test_readme_web_example_records_and_shows(tmp_path: Path, number: int, server: str) -> None:
     (tmp_path / "app.py").write_text(readme_examples()[number])
     port = free_port()
@@ -7471,13 +7486,13 @@ def test_readme_web_example_records_and_shows(tmp_path: Path, number: int, serve
         answer = requests.get(url + "/", headers={"X-Request-ID": "req-1"}, timeout=10)
         assert answer.status_code == 500
         wait_until(lambda: reports_in(tmp_path / "errors.db"))
-        page = requests.get(url + "/errors", timeout=10)
-        assert page.url == url + "/errors/errors"
+        page = requests.get(url + "/apm", timeout=10)
+        assert page.url == url + "/apm/errors"
         assert "ZeroDivisionError" in page.text
-        crawl(url, "/errors/errors")
-        moved = requests.post(url + "/errors/errors/1", data={"action": "resolve"}, timeout=10)
+        crawl(url, "/apm/errors")
+        moved = requests.post(url + "/apm/errors/1", data={"action": "resolve"}, timeout=10)
         assert '<em class="resolved">' in moved.text
-        assert requests.get(url + "/errorsome", timeout=10).status_code == 404
+        assert requests.get(url + "/apmore", timeout=10).status_code == 404
     (found,) = reports_in(tmp_path / "errors.db")
     assert (found["request_id"], found["request"]["url"]) == ("req-1", url + "/")
 
@@ -7495,7 +7510,8 @@ def crawl(url: str, start: str) -> None:
             target = html.unescape(target).partition("#")[0]
             if not target or target.startswith("vscode:"):
                 continue
-            assert target.startswith("/errors/"), (path, target)
+            target = urllib.parse.urljoin(path, target)
+            assert target.startswith("/apm/"), (path, target)
             if target not in seen:
                 seen.add(target)
                 todo.append(target)
@@ -13725,7 +13741,7 @@ def test_webhook_carries_a_signature_that_the_readme_says_how_to_check(
     send_out(webhook_form=peer.url, webhook_secret="open sesame")
     record(store)
     wait_until(lambda: peer.got)
-    section = README.partition("## Notifications")[2].partition("\n## ")[0]
+    section = section_of("Notifications")
     (snippet,) = re.findall(r"(?s)```python\n(.*?)```", section)
     scope: dict[str, Any] = {}
     exec(snippet, scope)  # noqa: S102 - the README is ours
@@ -15499,7 +15515,7 @@ def test_assistant_starts_before_its_server(tmp_path: Path) -> None:
 
 def readme_assistants() -> list[tuple[str, dict[str, Any]]]:
     """Return (name, command) for each assistant that the README sets up."""
-    section = README.partition("### Coding assistants")[2].partition("\n##")[0]
+    section = section_of("Coding assistants")
     blocks = dict(re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL))
     found = []
     for line in blocks["sh"].splitlines():
@@ -15544,7 +15560,7 @@ def test_readme_s_assistants_start_as_written(tmp_path: Path) -> None:
 
 
 def test_readme_s_terminal_commands_work_as_shown(tmp_path: Path) -> None:
-    section = README.partition("### In the terminal")[2].partition("###")[0]
+    section = section_of("In the terminal")
     (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     fill(tmp_path, {"message": "timeout"}, CHECKOUT)
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
@@ -16266,6 +16282,21 @@ def certificate(tmp_path_factory: Any) -> tuple[Path, Path]:
     return files[0], files[1]
 
 
+def start_nginx(folder: Path, server: str, port: int) -> subprocess.Popen[bytes]:
+    """Start an nginx with one `server` block, unprivileged and with its files in a folder."""
+    names = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = "".join(f"{name}_temp_path {folder};" for name in names)
+    (folder / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {folder}/nginx.pid; events {{}}"
+        f"http {{ access_log off; {temporary} server {{ {server} }} }}"
+    )
+    log = ["-e", str(folder / "nginx.log"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
+    process = subprocess.Popen([need("nginx"), *log], stderr=subprocess.DEVNULL)
+    with socket.socket() as probe:
+        wait_until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0)
+    return process
+
+
 class Proxy:
     """An nginx, unprivileged and in a folder of its own, that passes an address on to a server."""
 
@@ -16290,21 +16321,10 @@ class Proxy:
             self.session.verify = str(certificate[0])
         passed = "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"
         passed += f"proxy_set_header Host {host};" if host else ""
-        temporary = "".join(
-            f"{name}_temp_path {folder};"
-            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
         target = f"http://127.0.0.1:{self.server.port}{'/' if is_stripped else ''}"
-        (folder / "nginx.conf").write_text(
-            f"daemon off; master_process off; pid {folder}/nginx.pid;"
-            f"events {{}} http {{ access_log off; {temporary}"
-            f"server {{ listen 127.0.0.1:{port}{' ssl' if certificate else ''}; {tls}"
-            f"location {prefix}/ {{ proxy_pass {target}; {passed} }} }} }}"
-        )
-        log = ["-e", str(folder / "nginx.log"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
-        self.process = subprocess.Popen([need("nginx"), *log], stderr=subprocess.DEVNULL)
-        with socket.socket() as probe:
-            wait_until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0)
+        listen = f"listen 127.0.0.1:{port}{' ssl' if certificate else ''}; {tls}"
+        location = f"location {prefix}/ {{ proxy_pass {target}; {passed} }}"
+        self.process = start_nginx(folder, listen + location, port)
 
     def get(self, path: str, **options: Any) -> requests.Response:
         return self.session.get(self.url + path, timeout=9, **options)
@@ -16398,7 +16418,7 @@ def test_dashboard_behind_nginx_is_used_as_any_other(proxy: Proxy) -> None:
 def test_reports_behind_nginx_arrive_as_shown(proxy: Proxy) -> None:
     need("curl")
     proxy.post("/login", {"password": "open sesame"})
-    page = proxy.get("/setup").text
+    page = proxy.get("/setup?language=Sentry+SDK").text
     key, dsn = proxy.server.key, f"{proxy.url.replace('://', f'://{proxy.server.key}@')}/1"
     for text in (page, proxy.server.banner, run("keys", cwd=proxy.folder).stdout):
         assert dsn in text
@@ -20601,7 +20621,7 @@ PROMISES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def test_every_promise_of_the_readme_is_held_by_tests_that_are_there() -> None:
-    section = README.partition("## What it promises")[2].partition("\n## ")[0]
+    section = section_of("What it promises")
     said = [" ".join(item.split()) for item in re.findall(r"(?s)\n- (.+?)(?=\n- |\n\n)", section)]
     assert said == [sentence for sentence, _ in PROMISES]
     for _, names in PROMISES:
@@ -20820,13 +20840,14 @@ def test_setup_snippet_works_as_it_is_and_groups_by_no_line_number(
             [need(program), *flags, moved * number + text],
             cwd=tmp_path,
             env=environ,
-            timeout=30,
+            timeout=60,
             capture_output=True,
             text=True,
             check=False,
         )
         assert "Hello from" in done.stdout + done.stderr or not done.returncode, done.stderr
-        wait_until(lambda: [one["occurrences"] for one in server.errors()] == [number + 1])
+        wait_until(lambda: server.errors())
+    wait_until(lambda: server.errors()[0]["occurrences"] == 2)
     (error,) = server.errors()
     assert error["message"].startswith("Hello from ")
 
@@ -23097,6 +23118,274 @@ def test_bugsink_gets_ten_thousand_occurrences_once_each_through_restarts_of_eit
 
 # --- The README -----------------------------------------------------------------------------------
 
+# What runs each command of the README's ```sh blocks: how its lines begin, and the test.
+README_COMMANDS = {
+    "curl -O https://ADDRESS/miniapm.py": "test_readme_s_start_leads_to_a_first_error",
+    "python3 -m venv .venv && .venv/bin/pip install bottle waitress": (
+        "test_readme_s_start_leads_to_a_first_error"
+    ),
+    ".venv/bin/python miniapm.py": "test_readme_s_start_leads_to_a_first_error",
+    "curl -i ": "test_readme_s_report_by_curl_is_one_error_with_the_next",
+    "python miniapm.py --db errors.db": "test_readme_s_line_opens_the_database_of_a_program",
+    "python miniapm.py errors": "test_readme_s_terminal_commands_work_as_shown",
+    "python miniapm.py tail": "test_readme_s_terminal_commands_work_as_shown",
+    "claude mcp add": "test_readme_s_assistants_start_as_written",
+    "MINI_APM_PASSWORD='correct horse' python miniapm.py --host": (
+        "test_readme_s_line_opens_the_dashboard_to_other_machines"
+    ),
+    "MINI_APM_PASSWORD='correct horse' python miniapm.py --public-url": (
+        "test_readme_s_nginx_serves_the_tracker_under_a_path"
+    ),
+    "docker ": "test_readme_s_dockerfile_starts_an_open_tracker_with_a_password",
+    "python miniapm.py backup": "test_readme_s_backup_is_restored",
+    "rm -f miniapm.db-wal": "test_readme_s_backup_is_restored",
+    "export SENTRY_DSN": "test_python_sdk_reports_a_chained_exception",
+    "curl -s ": "test_examples_of_the_dashboard_as_json_work_as_shown",
+    "python miniapm.py export errors.ndjson": "test_readme_s_export_is_imported_as_it_is",
+    "python miniapm.py import": "test_readme_s_export_is_imported_as_it_is",
+    "python miniapm.py export --since 1d": "test_readme_s_pipe_fills_clickhouse",
+    "export MINI_APM_WEBHOOK": "test_readme_s_webhooks_are_read",
+    "litestream ": "test_litestream_restores_what_was_acknowledged_before_a_kill",
+    "python3 -m venv .venv && .venv/bin/pip install bottle waitress pytest": (
+        "test_ci_runs_the_readme_s_test_command"
+    ),
+}
+
+
+def readme_blocks(kind: str, section: str = "") -> list[str]:
+    """Return the README's code blocks of a kind, in one section or in all."""
+    return re.findall(
+        rf"```{kind}\n(.*?)```", section_of(section) if section else README, re.DOTALL
+    )
+
+
+def test_every_command_of_the_readme_is_run_by_a_test() -> None:
+    lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
+    assert len(lines) > 40
+    found = {
+        max((one for one in README_COMMANDS if line.startswith(one)), key=len, default=line)
+        for line in lines
+    }
+    assert found == set(README_COMMANDS)
+    for name in README_COMMANDS.values():
+        assert callable(globals().get(name)), name
+
+
+def test_readme_names_no_command_that_is_not_there() -> None:
+    named = re.findall(r"`python miniapm\.py ([a-z]+)", README)
+    assert len(named) > 10
+    assert set(named) == {name for name in miniapm.COMMANDS}
+
+
+def test_readme_begins_with_what_a_newcomer_needs_and_folds_the_rest() -> None:
+    plain = re.sub(r"<details>.*?</details>\n*", "", README, flags=re.DOTALL)
+    assert "details>" not in plain
+    assert len(plain.encode()) < 20_000
+    heads = re.findall(r"^## (.*)$", plain, re.MULTILINE)
+    assert heads == [
+        *("Start", "Report from your language", "Look at errors", "Configuration", "Reference"),
+        *("What it promises", "Security", "Secrets", "Limits", "Speed", "License"),
+    ]
+    assert plain.index("![") < plain.index("## Start")
+
+
+def test_readme_links_lead_to_its_headings() -> None:
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    heads = [
+        re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
+        for head in re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    ]
+    assert len(heads) == len(set(heads))
+    assert set(re.findall(r"\]\(#(.*?)\)", prose)) <= set(heads)
+    for path in re.findall(r"(?:\]\(|src=\")(\.github/[^)\"]*)", prose):
+        assert (HERE / path).is_file()
+
+
+@pytest.fixture
+def file_host() -> Iterator[str]:
+    """Serve the project's files; return the address."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=HERE)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{host.server_address[1]}"
+        host.shutdown()
+
+
+@pytest.mark.slow
+def test_readme_s_start_leads_to_a_first_error(tmp_path: Path, file_host: str) -> None:
+    download, install, command = section_of("Start").partition("```sh\n")[2].splitlines()[:3]
+    for line in (download.replace("https://ADDRESS", file_host), install):
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        if done.returncode and line == install:
+            missing(f"bottle and waitress ({done.stderr.strip()[-200:]})")
+        assert done.returncode == 0, done.stderr
+    server = Server(tmp_path, command=command.split(), MINI_APM_PORT="0")
+    pasted = server.banner[server.banner.index("curl -i") :] + server.process.stdout.readline() * 2
+    done = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("HTTP/1.1 202")
+    assert [error["message"] for error in server.errors()] == ["Hello from curl"]
+    assert server.stop(signal.SIGINT) == 0
+
+
+def test_readme_s_report_by_curl_is_one_error_with_the_next(start: Callable[..., Server]) -> None:
+    need("curl")
+    server = start()
+    (command,) = readme_blocks("sh", "Report from your language")[:1]
+    command = command.replace("http://127.0.0.1:3000", server.url)
+    for _ in range(2):
+        environ = clean_environ() | {"API_KEY": server.key}
+        subprocess.run(["bash", "-c", command], env=environ, check=True, capture_output=True)
+    (error,) = server.errors()
+    assert (error["occurrences"], error["location"]) == (2, "app/account.py:12 in iban_of")
+
+
+def test_readme_s_line_opens_the_database_of_a_program(tmp_path: Path) -> None:
+    run_python(tmp_path, readme_examples()[1])
+    server = Server(tmp_path, *readme_blocks("sh", "Without a server")[0].split()[2:])
+    assert [error["exception_class"] for error in server.errors()] == ["ZeroDivisionError"]
+    server.stop()
+
+
+def test_readme_s_export_is_imported_as_it_is(tmp_path: Path) -> None:
+    fill(tmp_path, {"message": "timeout"}, CHECKOUT)
+    for line in readme_blocks("sh", "Export and import")[0].splitlines():
+        assert run(*shlex.split(line)[2:], cwd=tmp_path).returncode == 0
+    assert export_of(tmp_path / "new.db") == (tmp_path / "errors.ndjson").read_bytes()
+
+
+def test_readme_s_pipe_fills_clickhouse(tmp_path: Path) -> None:
+    need_module("chdb")
+    fill(tmp_path, {"message": "timeout"}, CHECKOUT)
+    create = README_SQL[1].partition(";\n")[0]
+    # The client as the engine in a process; data may follow an INSERT's format.
+    client = tmp_path / "clickhouse-client"
+    client.write_text(f"""#!{sys.executable}
+import sys
+from chdb import session
+*options, flag, query = sys.argv[1:]
+assert (options, flag) == (["--date_time_input_format", "best_effort"], "--query")
+engine = session.Session("clickhouse")
+engine.query({create!r})
+engine.query("SET date_time_input_format = 'best_effort'")
+engine.query(query + chr(10) + sys.stdin.read())
+print(engine.query("SELECT message FROM occurrences ORDER BY id", "JSONCompactEachRow"))
+""")
+    client.chmod(0o700)
+    line = readme_blocks("sh", "Export and import")[1]
+    program = shlex.join([sys.executable, str(HERE / "miniapm.py")])
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", line.replace("python miniapm.py", program)],
+        cwd=tmp_path,
+        env=clean_environ() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [json.loads(row) for row in done.stdout.split("\n") if row] == [
+        ["timeout"],
+        [CHECKOUT["message"]],
+    ]
+
+
+def test_readme_s_webhooks_are_read() -> None:
+    ((line,),) = ([block.strip()] for block in readme_blocks("sh", "Notifications"))
+    value = shlex.split(line)[1].partition("=")[2].replace("…", "x")
+    config = miniapm.load_config({}, {"MINI_APM_WEBHOOK": value})
+    assert [(project, url.split("/")[2]) for project, url in config.webhook] == [
+        ("", "hooks.slack.com"),
+        ("my shop", "discord.com"),
+    ]
+
+
+def started_as_written(beginning: str) -> tuple[list[str], dict[str, str]]:
+    """Return the arguments and variables of the one command that begins so."""
+    (line,) = [
+        line
+        for block in readme_blocks("sh")
+        for line in block.splitlines()
+        if line.startswith(beginning)
+    ]
+    words = shlex.split(line)
+    at = words.index("miniapm.py")
+    return words[at + 1 :], dict(word.split("=", 1) for word in words[: at - 1])
+
+
+def test_readme_s_line_opens_the_dashboard_to_other_machines(
+    start: Callable[..., Server],
+) -> None:
+    arguments, variables = started_as_written(
+        "MINI_APM_PASSWORD='correct horse' python miniapm.py --host"
+    )
+    server = start(*arguments, **variables)
+    url = f"http://127.0.0.1:{server.port}"
+    server.url = url
+    for host, status in (("my.name", 200), ("192.168.1.5", 200), ("evil.example", 403)):
+        headers = {"Host": f"{host}:{server.port}"}
+        answer = requests.get(url + "/login", headers=headers, timeout=10)
+        assert answer.status_code == status, host
+        assert server.post(report(), headers=headers).status_code == 202
+    session = requests.Session()
+    session.post(url + "/login", {"password": variables["MINI_APM_PASSWORD"]}, timeout=10)
+    assert "RuntimeError" in session.get(url + "/errors", timeout=10).text
+
+
+def test_readme_s_nginx_serves_the_tracker_under_a_path(tmp_path: Path) -> None:
+    arguments, variables = started_as_written(
+        "MINI_APM_PASSWORD='correct horse' python miniapm.py --public-url"
+    )
+    (location,) = readme_blocks("nginx")
+    server = Server(tmp_path, *arguments, **variables)
+    port = free_port()
+    process = start_nginx(
+        tmp_path, f"listen 127.0.0.1:{port};" + location.replace(":3000", f":{server.port}"), port
+    )
+    url, headers = f"http://127.0.0.1:{port}/apm/login", {"Host": "my.name"}
+    assert 'action="/apm/login"' in requests.get(url, headers=headers, timeout=10).text
+    process.terminate()
+    assert process.wait(10) == 0
+    server.stop()
+
+
+def test_readme_s_dockerfile_starts_an_open_tracker_with_a_password(tmp_path: Path) -> None:
+    (dockerfile,) = readme_blocks("dockerfile")
+    lines = dict(line.split(" ", 1) for line in dockerfile.splitlines())
+    build, run_line = readme_blocks("sh", "In Docker")[0].splitlines()
+    variables = dict(word.split("=", 1) for word in shlex.split(lines["ENV"]))
+    words = shlex.split(run_line)
+    variables |= [words[at + 1].split("=", 1) for at, word in enumerate(words) if word == "-e"]
+    assert variables["MINI_APM_DB"] == f"{lines['VOLUME']}/miniapm.db"
+    assert words[words.index("-v") + 1].endswith(f":{lines['VOLUME']}")
+    assert shlex.split(build)[3] == words[-1]
+    shutil.copy(HERE / lines["COPY"].split()[0], tmp_path)
+    variables["MINI_APM_DB"] = str(tmp_path / "miniapm.db")
+    server = Server(
+        tmp_path,
+        command=[sys.executable, *json.loads(lines["CMD"])[1:]],
+        **variables,
+        MINI_APM_PORT="0",
+    )
+    assert "Open to" in server.banner
+    server.url = f"http://127.0.0.1:{server.port}"
+    server.report()
+    answer = requests.get(server.url, headers={"Host": "127.0.0.1:3000"}, timeout=10)
+    assert "/login" in answer.url
+    server.stop()
+
+
+def test_readme_s_backup_is_restored(start: Callable[..., Server], tmp_path: Path) -> None:
+    server = start()
+    server.report()
+    backup, restore = (block.strip() for block in readme_blocks("sh", "Back up and restore"))
+    assert run(*shlex.split(backup)[2:], cwd=tmp_path).returncode == 0
+    server.report(fingerprint="later")
+    server.stop(signal.SIGKILL)
+    (copy,) = (tmp_path / "copies").iterdir()
+    restore = re.sub(r"copies/\S+", f"copies/{copy.name}", restore)
+    subprocess.run(["bash", "-c", restore], cwd=tmp_path, check=True)
+    assert [error["occurrences"] for error in start().errors()] == [1]
+
 
 def test_ci_runs_the_readme_s_test_command() -> None:
     script = (HERE / ".ci" / "run").read_text()
@@ -23114,7 +23403,7 @@ def test_how_a_report_is_processed_names_what_the_file_has() -> None:
     assert f"{miniapm.MAX_FAST_BYTES // 1024} KiB" in text
 
 
-EXAMPLES = re.findall(r"^curl .*", README.partition("### The dashboard as JSON")[2], re.MULTILINE)
+EXAMPLES = re.findall(r"^curl .*", section_of("The dashboard as JSON"), re.MULTILINE)
 OUTPUTS = [
     '{"id":1,"exception_class":"RuntimeError","users":2}\n{"id":2,',
     '"open"\n[{"value":"1.2","count":3}]\n"m2"',
@@ -23142,8 +23431,7 @@ def test_examples_of_the_dashboard_as_json_work_as_shown(start: Callable[..., Se
     for number in range(3):
         server.report(message=f"m{number}", release="1.2", user_id=str(number % 2))
     server.report(fingerprint="other")
-    told_of_deploy = README.partition("### Releases and deploys")[2]
-    (deploy,) = re.findall(r"^curl .*", told_of_deploy.partition("\n### ")[0], re.MULTILINE)
+    (deploy,) = re.findall(r"^curl .*", section_of("Releases and deploys"), re.MULTILINE)
     for command, expected in zip([deploy, *EXAMPLES], ["", *OUTPUTS], strict=True):
         if "MINI_APM_PASSWORD" in command:
             server.stop()
@@ -23268,7 +23556,7 @@ def test_bench_compares_ingest_of_two_versions() -> None:
 
 
 def test_readme_says_of_every_speed_which_direction_is_better() -> None:
-    section = README.partition("## Speed")[2].partition("\n## ")[0]
+    section = section_of("Speed")
     head, _, *rows = [line.split("|")[1:-1] for line in re.findall(r"^\|.+", section, re.MULTILINE)]
     assert [cell.strip() for cell in head[:2]] == ["measure", "better"]
     assert {row[1].strip() for row in rows} == {"lower", "higher"}
