@@ -5,10 +5,10 @@
 # ///
 """MiniAPM: a self-hosted error tracker in one file.
 
-`python miniapm.py` takes error reports over HTTP, groups them by fingerprint in one SQLite
-database, and serves the dashboard in which a person reads and triages them. A Python program that
-imports the same file, and calls `init`, has its own errors recorded. The file reads from top to
-bottom: nothing refers to a name that is defined further down.
+`python miniapm.py` accepts error reports over HTTP, groups them by fingerprint in one SQLite
+database, and serves a dashboard to read and triage them. A Python program that imports this file
+and calls `init` records its own errors. The file reads from top to bottom: no code refers to a
+name that is defined further down.
 
 Contents:
     1. Limits
@@ -26,9 +26,9 @@ Contents:
 
 The path of a report: headers -> Intake.admit -> Sender -> HeldBody -> Intake.read -> Delivery of
 Occurrences -> Store.record -> Intake.answer_to -> 202. The path of a page:
-query string -> ErrorFilter -> Store.errors -> list of ErrorGroup -> template -> HTML. The way out:
-Store.next_notice or Store.unsent -> Webhook or Forward -> HttpPeer. Times inside are integer
-milliseconds UTC since 1970 (suffix `_ms`); in JSON they are ISO 8601 strings that end in Z.
+query string -> ErrorFilter -> Store.errors -> list of ErrorGroup -> template -> HTML. The path of a
+notification: Store.next_notice or Store.unsent -> Webhook or Forward -> HttpPeer. Times are integer
+milliseconds since 1970 in UTC (suffix `_ms`); in JSON they are ISO 8601 strings that end in Z.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ import wsgiref.util
 import zlib
 
 if sys.version_info < (3, 11):  # noqa: UP036 - one line instead of a traceback
-    said = f"miniapm.py needs Python 3.11 or newer; this is {sys.version.split()[0]}"
-    raise SystemExit(said) if __name__ == "__main__" else ImportError(said)
+    message = f"miniapm.py needs Python 3.11 or newer; this is {sys.version.split()[0]}"
+    raise SystemExit(message) if __name__ == "__main__" else ImportError(message)
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -100,7 +100,7 @@ try:
 except ModuleNotFoundError:
     if __name__ != "__main__":
         raise
-    sys.exit("miniapm.py: the package bottle is missing; pip install bottle waitress")
+    sys.exit("miniapm.py: the package bottle is missing; run: pip install bottle waitress")
 
 __version__ = "0.1.0"
 __all__ = [
@@ -123,136 +123,136 @@ _KIBIBYTE = 1024
 _MEBIBYTE = 1024 * _KIBIBYTE
 
 MAX_BODY_BYTES = 10 * _MEBIBYTE  # the default of the setting max_body_bytes
-BODY_PIECE_BYTES = 64 * _KIBIBYTE  # size of the pieces in which a body is held
+BODY_PIECE_BYTES = 64 * _KIBIBYTE  # bodies are held in pieces of this size
 MAX_HELD_BYTES = 128 * _MEBIBYTE  # the default of the setting max_held_bytes
-MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # what a refused body may send before it is cut off
+MAX_SWALLOWED_BYTES = 1024 * _MEBIBYTE  # a refused body is read and discarded up to this size
 MAX_HEADER_BYTES = 16 * _KIBIBYTE
-MAX_KNOWN_HEADER_BYTES = _KIBIBYTE  # of a request, by which its client is recognised
-MAX_KNOWN_HEADERS = 200
+MAX_KNOWN_HEADER_BYTES = _KIBIBYTE  # a longer request header is not cached
+MAX_KNOWN_HEADERS = 200  # in that cache
 MAX_FORM_BYTES = 256 * _KIBIBYTE
 MAX_LOGIN_BYTES = 8 * _KIBIBYTE
-MAX_BEARER_FORM_BYTES = 32 * _KIBIBYTE  # held before the password is checked
+MAX_BEARER_FORM_BYTES = 32 * _KIBIBYTE  # of a form whose password is not checked yet
 MAX_JSON_DEPTH_LEVELS = 64
-MAX_INDENTED_LEVELS = 20  # JSON that is nested deeper is shown on one line
-MAX_JSON_BYTES = 48 * _MEBIBYTE  # memory that one JSON text may take once it is parsed
-WINDOW_BYTES = _MEBIBYTE  # a large batch is decoded in pieces of this size
-BATCH_PART_REPORTS = 500  # of a large batch in one transaction; other writes can run in between
+MAX_INDENTED_LEVELS = 20  # deeper JSON is shown on one line
+MAX_JSON_BYTES = 48 * _MEBIBYTE  # memory for one JSON text once it is parsed
+WINDOW_BYTES = _MEBIBYTE  # large batches are decoded in pieces of this size
+BATCH_PART_REPORTS = 500  # in one transaction, so that other writes can run in between
 MAX_BATCH_ERRORS = 10_000
-MAX_DECODED_RATIO = 2  # a compressed body may have this many times max_body_bytes
+MAX_DECODED_RATIO = 2  # a compressed body may decode to this many times max_body_bytes
 MAX_ENVELOPE_ITEMS = 100
-MAX_ENVELOPE_HEADER_BYTES = 64 * _KIBIBYTE  # its own, and that of an item
+MAX_ENVELOPE_HEADER_BYTES = 64 * _KIBIBYTE  # of the envelope, and of each item
 MAX_EVENT_BYTES = _MEBIBYTE
-MAX_EXCEPTIONS = 50  # of a chain
+MAX_EXCEPTIONS = 50  # in a chain
 MAX_THREADS = 1_000
 MAX_BREADCRUMBS = 1_000
 MAX_BREADCRUMB_CHARS = 4 * _KIBIBYTE
 MAX_PAIRS = 200  # tags, headers, cookies
 MAX_FINGERPRINT_PARTS = 50
 
-# Longer values are cut with a visible mark, never refused.
+# Longer values are cut, not refused. A mark says how much is missing.
 MAX_CLASS_CHARS = 500
 MAX_MESSAGE_CHARS = 10_000
-MAX_FINGERPRINT_CHARS = 1_000  # as shown; grouping goes by all of it
+MAX_FINGERPRINT_CHARS = 1_000  # as shown; grouping uses the whole text
 MAX_ID_CHARS = 200
 MAX_LINE_CHARS = 10_000
 MAX_BACKTRACE_LINES = 500
 MAX_BACKTRACE_CHARS = 512 * _KIBIBYTE
-MAX_FRAMES = 2_000  # physical lines: those of a backtrace may hold newlines
+MAX_FRAMES = 2_000  # an entry of a backtrace may hold newlines
 MAX_CONTEXT_LINES = 50  # on each side of the failing line
 MAX_CONTEXT_CHARS = 64 * _KIBIBYTE
-MAX_SOURCE_FRAMES = 50  # of a chain: frames that keep source and variables
-MAX_SOURCE_LINES = 10  # of such a frame, before and after its line
+MAX_SOURCE_FRAMES = 50  # of a chain, that keep source and variables
+MAX_SOURCE_LINES = 10  # on each side of such a frame's line
 MAX_LOCALS = 50  # of such a frame
 MAX_EXCEPTIONS_CHARS = 128 * _KIBIBYTE  # the whole chain as JSON
 MAX_PARAMS_CHARS = 64 * _KIBIBYTE
 MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
-MAX_REMEMBERED_CHARS = 200  # a longer line or path is not cached
-MAX_FACET_CHARS = 200  # of a level, environment, release or tag, as the list filters by it
-MAX_FACET_VALUES = 100  # that an error remembers of each, the newest
+MAX_REMEMBERED_CHARS = 200  # longer lines and paths are not cached
+MAX_FACET_CHARS = 200  # of a level, environment, release or tag to filter by
+MAX_FACET_VALUES = 100  # an error remembers this many of each, the newest
 MAX_TAG_VALUES = 200
 MAX_REMEMBERED = {
     **dict.fromkeys(("level", "environment", "release"), MAX_FACET_VALUES),
     "tag": MAX_TAG_VALUES,
 }
-MAX_TAGS = 50  # of one report, that are remembered
-MAX_RELEASES = 10_000  # of a project, the newest, and those that its errors remember
+MAX_TAGS = 50  # remembered from one report
+MAX_RELEASES = 10_000  # of a project, the newest; those that its errors remember are also kept
 MAX_DEPLOYS = 1_000  # of a project, the newest
 MAX_DEPLOY_BYTES = 64 * _KIBIBYTE
 MAX_USERS = 10_000  # an error remembers this many users, the newest
 MAX_NOTE_CHARS = 2_000
-MAX_HISTORY = 100  # changes that an error remembers, the newest
-MAX_UNDO_MS = 60_000  # what a person did can be undone for this long
-MAX_COUNTED_ERRORS = 10_000  # of a project and status, whose values are counted to filter by
-MAX_CHOICE_COUNT = 1_000  # where counting the errors with one value of a filter stops
-MAX_TREND_HOURS = 31 * 24  # reports up to this old are counted by the hour, older ones by the day
-MAX_DAILY_HOURS = 10 * 366 * 24  # reports older than this are counted in blocks of 366 days
-MAX_NAME_CHARS = 32  # longest added name; how far before a secret word its name may begin
-SCRUB_AHEAD_CHARS = 4_096  # what is scrubbed beyond a cut
+MAX_HISTORY = 100  # an error remembers this many changes, the newest
+MAX_UNDO_MS = 60_000  # a person's action can be undone for this long
+MAX_COUNTED_ERRORS = 10_000  # of a project and status, the newest; filter menus count only these
+MAX_CHOICE_COUNT = 1_000  # errors with one value of a filter: counting stops here
+MAX_TREND_HOURS = 31 * 24  # newer reports are counted by the hour, older ones by the day
+MAX_DAILY_HOURS = 10 * 366 * 24  # older reports are counted in blocks of 366 days
+MAX_NAME_CHARS = 32  # longest added name; a name may begin this far before its secret word
+SCRUB_AHEAD_CHARS = 4_096  # scrubbed beyond a cut
 
-MAX_FUTURE_MS = 3_600_000  # a timestamp further ahead than this is not believed
+MAX_FUTURE_MS = 3_600_000  # timestamps further ahead are not believed
 MAX_WAITING_REPORTS = 2 * MAX_BATCH_ERRORS
-MAX_WAIT_S = 4.0  # what a write waits for its turn before it is refused
+MAX_WAIT_S = 4.0  # then a write that is still waiting for its turn is refused
 MAX_FAST_BYTES = 256 * _KIBIBYTE  # larger bodies are left to the thread pool
-MAX_ROUND_BYTES = 256 * _KIBIBYTE  # of bodies in one transaction of the loop
-MAX_TURN_S = 0.05  # what the server's loop waits for a write of another thread to end
-LOCK_STEP_S = 0.2  # how often the writer looks whether another process's lock is gone
+MAX_ROUND_BYTES = 256 * _KIBIBYTE  # of bodies in one transaction of the server's loop
+MAX_TURN_S = 0.05  # the server's loop waits this long for another thread's write
+LOCK_STEP_S = 0.2  # how often the writer retries while another process holds the lock
 MAX_DRAIN_S = 10.0
 MAX_CONNECTIONS = 500
-MIN_PATIENCE_S = 0.2  # what a connection may wait with a request, however many there are
+MIN_PATIENCE_S = 0.2  # a connection is open this long before it may be closed to make room
 MAX_ACCEPTED = 64  # new connections in one round of the server's loop
 BACKLOG_CONNECTIONS = 1_024
-MAX_IDLE_S = 30  # a connection that sends nothing for this long is closed
+MAX_IDLE_S = 30  # connections that send nothing for this long are closed
 MAX_REJECTION_REASONS = 30
 REJECTION_LOG_INTERVAL_S = 60.0
-MAX_LARGE_WAIT_S = 10.0  # what a large report waits for those before it
+MAX_LARGE_WAIT_S = 10.0  # a large report waits this long for those before it
 MAX_SEARCH_CHARS = 200
 MAX_SEARCHES = 2  # running at once
 MAX_SEARCH_S = 2.0
 MAX_SESSION_S = 30 * 24 * 3600
 MAX_LOGIN_DELAY_S = 60.0
 MAX_LOGIN_ADDRESSES = 1_000
-MAX_PERSON_CHARS = 60  # of the name given at a login
+MAX_PERSON_CHARS = 60  # of the name entered at a login
 MAX_LOGIN_BURST = 10  # wrong passwords from all addresses together; then one per LOGIN_PAUSE_S
 LOGIN_PAUSE_S = 6.0
 
-PAGE_ERRORS = 50  # rows on one page of the list, if the query does not say
+PAGE_ERRORS = 50  # default number of rows on a page of the list
 MAX_PAGE_ITEMS = 200
-SWEEP_STEP_ROWS = 500  # what retention removes in one transaction, fewer where it takes longer
+SWEEP_STEP_ROWS = 500  # removed by retention in one transaction; fewer if that is too slow
 SWEEP_STEP_S = 0.005
 SWEEP_STEP_PAGES = 100
 SWEEP_INTERVAL_S = 60.0
-MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # of what is kept in memory about the errors reported last
-KNOWN_OVERHEAD_BYTES = 200  # of each thing in it
-MIN_FREE_BYTES = 16 * _MEBIBYTE  # of the disk, or a tenth of a small one: kept for deleting
+MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # in the cache of recently reported errors
+KNOWN_OVERHEAD_BYTES = 200  # of each entry in it
+MIN_FREE_BYTES = 16 * _MEBIBYTE  # on the disk (a tenth of a small one), kept free for deleting
 FULL_RETRY_S = 30
 PROGRESS_INTERVAL_S = 3.0  # between progress lines of a long task
-MAX_WAL_BYTES = 8 * _MEBIBYTE  # with more in the write-ahead log a commit empties it itself
-MAX_KEYS_AGE_S = 0.05  # reading them for each request took 4 % of the time of storing a report
-CHECKPOINT_COMMITS = 50  # after this many, the log is copied into the database
+MAX_WAL_BYTES = 8 * _MEBIBYTE  # a commit checkpoints a larger write-ahead log itself
+MAX_KEYS_AGE_S = 0.05  # reading the keys per request took 4 % of the time of storing a report
+CHECKPOINT_COMMITS = 50  # between checkpoints of the write-ahead log
 REQUEST_BLOCK_IDS = 4_096  # occurrence ids whose request keys share one block of the index
-SWEEP_AFTER_REPORTS = 2_000  # a sweep comes early when this many have arrived
+SWEEP_AFTER_REPORTS = 2_000  # this many new reports start a sweep early
 
-# Capture: what a program that is watched may lose to it.
+# Capture: what it may cost the host program.
 MAX_QUEUED_REPORTS = 1_000
 MAX_SENT_REPORTS = 100
 MAX_SENT_BYTES = 4 * _MEBIBYTE
 MAX_REQUEST_BODY_BYTES = 64 * _KIBIBYTE  # of a form, kept for a report
-MAX_DETAILED_FRAMES = 20  # own frames of a chain that are captured with source and variables
-MAX_CAPTURED_VALUES = 250  # of variables, with all that is in them; frames after that get none
+MAX_DETAILED_FRAMES = 20  # own frames of a chain, captured with source and variables
+MAX_CAPTURED_VALUES = 250  # in variables, nested ones included; frames after that get none
 MAX_DESCRIBE_S = 0.02  # then the remaining variables are not opened
 MAX_REPR_CHARS = 500
-REPR_AHEAD_CHARS = 500  # what is scrubbed beyond that
+REPR_AHEAD_CHARS = 500  # scrubbed beyond that
 MAX_REPR_ITEMS = 20  # of one container
-MAX_REPR_VALUES = 60  # of one variable, with all that is inside
+MAX_REPR_VALUES = 60  # in one variable, nested ones included
 MAX_JSON_ITEMS = 2_000
 FLUSH_TIMEOUT_S = 2.0
 MAX_FORK_WAIT_S = 0.5
 HTTP_TIMEOUT_S = 10.0
 RETRY_FIRST_S = 0.5
-YIELD_S = 0.0001  # the background thread lets others run after each report
-CHILD_CHECK_S = 0.5  # how often a forked child's thread looks whether the child has ended
+YIELD_S = 0.0001  # the background thread pauses before each report so that others can run
+CHILD_CHECK_S = 0.5  # how often a forked child's thread checks whether the child has ended
 RETRY_LONGEST_S = 30.0
 COMPLAINT_INTERVAL_S = 60.0
 
@@ -260,7 +260,7 @@ COMPLAINT_INTERVAL_S = 60.0
 
 
 class MiniAPMError(Exception):
-    """Anything this module refuses to do; `status` is how HTTP says it."""
+    """The base of this module's errors; `status` is the HTTP status of the answer."""
 
     status = 500
 
@@ -272,13 +272,13 @@ class MiniAPMError(Exception):
         self.retry_after_s = retry_after_s
 
     def without_frames(self) -> Self:
-        """Return it without the frames it was raised in: to keep it would keep all their values."""
+        """Drop the traceback, which would keep every value in its frames alive."""
         self.__traceback__ = self.__context__ = self.__cause__ = None
         return self
 
 
 class BadRequest(MiniAPMError):
-    """The request is not what the API takes; `field` names the culprit: errors[3].message."""
+    """The request does not match the API; `field` is the path of the culprit: errors[3].message."""
 
     status = 400
 
@@ -290,7 +290,7 @@ class Unauthorized(MiniAPMError):
 
 
 class Forbidden(MiniAPMError):
-    """The request comes from a place that may not make it."""
+    """The request's host, origin or key is not allowed here."""
 
     status = 403
 
@@ -308,13 +308,13 @@ class TooLarge(MiniAPMError):
 
 
 class UnsupportedType(MiniAPMError):
-    """The body's Content-Type is not one the API takes."""
+    """The API does not accept the body's Content-Type."""
 
     status = 415
 
 
 class TooManyRequests(MiniAPMError):
-    """Requests came too often, such as wrong passwords; try again after `retry_after_s`."""
+    """Too many requests, such as wrong passwords; try again after `retry_after_s` seconds."""
 
     status = 429
 
@@ -326,7 +326,7 @@ class Unavailable(MiniAPMError):
 
 
 class BadSetting(MiniAPMError):
-    """A flag or variable has a value that the setting does not take."""
+    """A flag or variable has an invalid value."""
 
 
 # --- 3. Settings ----------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def _read_path(text: str) -> str:
 
 
 def _read_api_key(text: str) -> str:
-    # No quote, $ or backslash: the key goes into lines that are pasted into a shell.
+    # No quote, $ or backslash: people paste the key into a shell.
     if not re.fullmatch(rf"[^\s\"'`$!\\]{{1,{MAX_KEY_CHARS}}}", text) or not text.isprintable():
         raise ValueError(text)
     return text
@@ -370,8 +370,8 @@ def _read_switch(text: str) -> bool:
 def normal_host(text: str) -> str:
     """Return a host in the form used to compare hosts: no port, brackets or trailing dot.
 
-    Names are lower-case and in xn-- form, addresses as `ipaddress` writes them. Raises ValueError
-    for anything else.
+    Names are in lower case and xn-- form, addresses as `ipaddress` writes them. Anything else
+    raises ValueError.
     """
     bracketed = re.fullmatch(r"\[([^%\]]+)(?:%[^\]]*)?\](?::[0-9]{1,5})?", text)
     if bracketed or text.count(":") > 1:
@@ -449,14 +449,14 @@ def _read_path_map(text: str) -> tuple[tuple[str, str], ...]:
 def _read_url(pattern: str, url: str) -> str:
     parts = urllib.parse.urlsplit(url)
     if not re.fullmatch(pattern, url) or not parts.hostname or parts.port == 0:
-        raise ValueError(url)  # as .port does itself
+        raise ValueError(url)  # .port raises it too
     return url
 
 
 def _by_project(
     value: str, read: Callable[[str], Any]
 ) -> Callable[[str], tuple[tuple[str, Any], ...]]:
-    """Return a reader of VALUE and PROJECT=VALUE as pairs, the name empty for all projects."""
+    """Return a function that reads VALUE and PROJECT=VALUE as pairs; VALUE has an empty name."""
     name = rf"(?!{value}(?:[ ,]|\Z))((?:(?!://)[^=,])+?)"
     pair = rf"(?:{name} *= *)?({value})(?:[ ,]+|\Z)"
 
@@ -475,7 +475,7 @@ def _urls_by_project(pattern: str) -> Callable[[str], tuple[tuple[str, str], ...
 def _setting(
     default: Any, reader: tuple[Callable[[str], Any], str], help: str, *, is_secret: bool = False
 ) -> Any:
-    """Declare a setting: its default, how its text is read, what it takes, what it is for."""
+    """Declare a setting: its default, its reader with the values it takes, and its help text."""
     read, takes = reader
     metadata = {"read": read, "takes": takes, "help": help, "is_secret": is_secret}
     return field(default=default, repr=not is_secret, metadata=metadata)
@@ -489,7 +489,7 @@ _WEBHOOKS = (
 
 
 def is_loopback_name(name: str) -> bool:
-    """Tell whether a host name or address means this machine."""
+    """Return whether a host name or address means this machine."""
     with contextlib.suppress(ValueError):
         name = normal_host(name)
         if name == "localhost" or name.endswith(".localhost"):
@@ -500,16 +500,16 @@ def is_loopback_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings; each field is also a flag (`--max-body-bytes`) and a variable.
+    """All settings; each field is also a flag (`--max-body-bytes`) and an environment variable.
 
-    Sizes are in bytes, retention in days, `port` 0 lets the system choose.
+    Sizes are in bytes, retention in days. Port 0 picks a free port.
 
     >>> Config(port=8080).port
     8080
     """
 
     host: str = _setting("127.0.0.1", _TEXT, "address to listen on")
-    port: int = _setting(3000, _whole_number(0, 65_535), "port to listen on; 0 takes a free one")
+    port: int = _setting(3000, _whole_number(0, 65_535), "port to listen on; 0 picks a free one")
     db: str = _setting(
         "miniapm.db", (_read_path, "a path without control characters"), "path of the database"
     )
@@ -519,13 +519,13 @@ class Config:
             _read_api_key,
             f"up to {MAX_KEY_CHARS} characters without spaces, quotes, $, ! and backslash",
         ),
-        "key of the default project, in place of the generated one",
+        "API key of the default project, instead of a generated one",
         is_secret=True,
     )
     password: str | None = _setting(
         None,
         _TEXT,
-        "password of the dashboard; prefer the variable, flags are seen by others",
+        "password of the dashboard; prefer the variable: other users can see flags",
         is_secret=True,
     )
     allowed_hosts: tuple[str, ...] = _setting(
@@ -534,20 +534,20 @@ class Config:
             _read_hosts,
             "host names or addresses separated by commas: no http://, path or wildcard",
         ),
-        "names besides localhost at which the dashboard may be opened",
+        "host names at which the dashboard may be opened, in addition to localhost",
     )
     public_url: str | None = _setting(
         None,
         (
             _read_public_url,
-            "a URL such as https://my.name/apm: no user or query, path not /ingest or /assets",
+            "a URL such as https://my.name/apm: no user, no query, no path /ingest or /assets",
         ),
-        "address under which a reverse proxy serves the tracker",
+        "URL at which a reverse proxy serves the tracker",
     )
     max_body_bytes: int = _setting(
         MAX_BODY_BYTES,
         _whole_number(1_000, 512 * _MEBIBYTE),
-        "largest request body accepted; compressed ones may be twice that once decoded",
+        "largest request body accepted; a compressed one may decode to twice that",
     )
     max_held_bytes: int = _setting(
         MAX_HELD_BYTES,
@@ -558,7 +558,7 @@ class Config:
         30, _whole_number(1, 36_500), "days after which an occurrence is removed"
     )
     max_occurrences: int = _setting(
-        1_000, _whole_number(1, 1_000_000), "newest occurrences that are kept of one error"
+        1_000, _whole_number(1, 1_000_000), "how many of an error's newest occurrences are kept"
     )
     scrub_also: tuple[str, ...] = _setting(
         (),
@@ -569,9 +569,9 @@ class Config:
         "vscode",
         (
             _read_editor,
-            f"one of {', '.join(EDITORS)}, or a URL with {{path}}, perhaps {{line}} and {{column}}",
+            f"one of {', '.join(EDITORS)}, or a URL with {{path}}, optional {{line}}, {{column}}",
         ),
-        "editor that links on pages open source files in; or its URL, with {path} and {line}",
+        "editor in which links open source files, or its URL with {path} and {line}",
     )
     path_map: tuple[tuple[str, str], ...] = _setting(
         (),
@@ -581,15 +581,15 @@ class Config:
     webhook: tuple[tuple[str, str], ...] = _setting(
         (),
         _WEBHOOKS,
-        "where Slack, Mattermost or Discord are told of new and regressed errors; several times,"
-        " and as PROJECT=URL for one project; prefer the variable, a URL is a secret",
+        "URLs of Slack, Mattermost or Discord to notify of new and regressed errors; repeatable,"
+        " PROJECT=URL for one project; prefer the variable: a URL is a secret",
         is_secret=True,
     )
     webhook_form: tuple[tuple[str, str], ...] = _setting(
-        (), _WEBHOOKS, "the same for anything else that takes a form", is_secret=True
+        (), _WEBHOOKS, "the same for any other service that accepts a form", is_secret=True
     )
     webhook_secret: str | None = _setting(
-        None, _TEXT, "key of the signature that webhooks carry", is_secret=True
+        None, _TEXT, "key with which webhooks are signed", is_secret=True
     )
     webhook_after: tuple[tuple[str, int], ...] = _setting(
         (),
@@ -597,8 +597,8 @@ class Config:
             _by_project("[0-9]{1,7}", _whole_number(1, 1_000_000)[0]),
             "whole numbers from 1 to 1000000 or PROJECT=NUMBER, separated by spaces",
         ),
-        "occurrences of an error before webhooks tell of it, 1 where nothing is said; several"
-        " times, and as PROJECT=NUMBER for one project",
+        "occurrences of an error before webhooks report it, 1 if not set; repeatable,"
+        " PROJECT=NUMBER for one project",
     )
     forward: tuple[tuple[str, str], ...] = _setting(
         (),
@@ -606,7 +606,7 @@ class Config:
             _urls_by_project("https?://[^:@/]+(:[^@/]*)?@[^@?#]+/[^/@?#]+"),
             "DSNs such as https://KEY@host/1 or PROJECT=DSN, separated by spaces",
         ),
-        "Sentry-compatible trackers that get every occurrence too; several times, and as"
+        "DSNs of Sentry-compatible trackers that get a copy of every occurrence; repeatable,"
         " PROJECT=DSN for one project",
         is_secret=True,
     )
@@ -624,14 +624,14 @@ def flag_of(name: str) -> str:
 
 
 def exposing_flag(config: Config) -> str:
-    """Return the flag and value that let other machines in; empty if none do."""
+    """Return the flag and value that let other machines in, or an empty text."""
     if not config.is_local:
         return f"{flag_of('host')} {config.host}"
     host = urllib.parse.urlsplit(config.public_url or "//localhost").netloc
     return "" if is_loopback_name(host) else f"{flag_of('public_url')} {config.public_url}"
 
 
-URL_VARIABLE = "MINI_APM_URL"  # where programs report to; the tracker itself has no use for it
+URL_VARIABLE = "MINI_APM_URL"  # where programs report to; the tracker itself ignores it
 QUIET_VARIABLE = "MINI_APM_QUIET"  # 1: don't print where reports go
 
 
@@ -641,7 +641,7 @@ def variable_of(name: str) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
-    """Add the flags of the settings called `names` (all when empty) to a parser."""
+    """Add the flags of the settings in `names` (all if empty) to a parser."""
     for setting in dataclasses.fields(Config):
         if names and setting.name not in names:
             continue
@@ -664,10 +664,10 @@ def load_config(
     environ: Mapping[str, str],
     names: Sequence[str] = (),
 ) -> Config:
-    """Read the settings called `names` (all when empty); BadSetting names the flag.
+    """Read the settings in `names` (all if empty); BadSetting names the flag.
 
-    A flag beats a variable beats the default. An empty variable counts as absent. A setting that
-    holds several values may be given several times.
+    A flag overrides a variable, which overrides the default. An empty variable counts as unset.
+    The flag of a setting with several values may be repeated.
     """
     values: dict[str, Any] = {}
     for setting in dataclasses.fields(Config):
@@ -682,13 +682,13 @@ def load_config(
                 if not (text := one):
                     raise ValueError(text)
                 value = setting.metadata["read"](text)
-                is_more = isinstance(value, tuple) and setting.name in values
-                values[setting.name] = values[setting.name] + value if is_more else value
+                is_repeated = isinstance(value, tuple) and setting.name in values
+                values[setting.name] = values[setting.name] + value if is_repeated else value
         except ValueError:
-            came = "" if flag is not None else f" (from {variable_of(setting.name)})"
+            origin = "" if flag is not None else f" (from {variable_of(setting.name)})"
             shown = "" if setting.metadata["is_secret"] else f", not {text!r}"
             takes = setting.metadata["takes"]
-            raise BadSetting(f"{flag_of(setting.name)} takes {takes}{shown}{came}") from None
+            raise BadSetting(f"{flag_of(setting.name)} takes {takes}{shown}{origin}") from None
     return Config(**values)
 
 
