@@ -260,7 +260,10 @@ COMPLAINT_INTERVAL_S = 60.0
 
 
 class MiniAPMError(Exception):
-    """The base of this module's errors; `status` is the HTTP status of the answer."""
+    """The base of this module's errors; `status` is the HTTP status of the answer.
+
+    >>> raise BadRequest("message must be a string", field="message")
+    """
 
     status = 500
 
@@ -701,7 +704,7 @@ FILTERED = "[FILTERED]"
 
 @dataclass(frozen=True, slots=True)
 class SourceContext:
-    """The source around the line that failed; the lines carry no newline."""
+    """The source around the line that failed; no line contains a newline."""
 
     file: str
     lineno: int
@@ -714,12 +717,13 @@ class SourceContext:
 class Occurrence:
     """One report: cleaned, scrubbed, within all limits.
 
-    `fingerprint` is for display; `grouping_key`, the SHA-256 of what the client sent, decides.
-    `exceptions` is the exception chain as the API takes it.
-    `event_id`, 32 hexadecimal digits, is the same when the same report is sent again.
-    `disbelieved_timestamp` is what the client claimed when that lay in the future. `sent` is set
-    when nothing in the report had to be changed: the time of receipt and its JSON,
-    1800000000000:{…}, are then stored as they are.
+    `fingerprint` is for display. `grouping_key`, the SHA-256 of the fingerprint that was sent,
+    decides which error the report belongs to. `exceptions` is the chain in the API's form.
+    `event_id`, 32 hexadecimal digits, is the same when a report is sent again.
+    `disbelieved_timestamp` is the sent timestamp if it lay in the future. `sent` is set if nothing
+    in the report had to change: the time of receipt and the JSON text, 1800000000000:{…}.
+
+    >>> store.record(project.id, [parse_occurrence(report, received_ms)])
     """
 
     exception_class: str
@@ -739,20 +743,15 @@ class Occurrence:
     sent: str | None = field(default=None, compare=False, repr=False)
 
 
-def _display_table() -> dict[int, str]:
-    """Map what a page, a terminal or SQLite could trip over to characters that are shown."""
-    table = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
-    table[0x7F] = "\u2421"
-    unsafe = [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-    table.update(dict.fromkeys([*unsafe, *range(0xD800, 0xE000)], "\ufffd"))
-    return table
-
-
-_DISPLAY = _display_table()
+# Characters that could break a page, a terminal or SQLite, and visible ones to show instead.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_DISPLAY = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_DISPLAY |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+_DISPLAY |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+_DISPLAY |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 # The scrubber's tables of names and forms; the README explains both.
-# In a name, "_" stands for nothing, a space or one of _ . -
+# In these names, "_" matches nothing, a space or one of _ . -
 # Secret anywhere in a name: user_password, csrf-token, DB_PASSWORD.
 SECRET_NAMES = """
     passw pass_phrase pass_code pwd secret token cookie session csrf xsrf credential authorization
@@ -779,7 +778,7 @@ SECRET_FORMS = r"""
     lin_api_\w{20,}+ gsk_[A-Za-z0-9]{20,}+ rubygems_[0-9a-f]{20,}+ dapi[0-9a-f]{32}(?![\w-])
     ATATT3[\w=-]{20,}+ PMAK-[\w-]{20,}+ AGE-SECRET-KEY-[A-Z0-9]{20,}+
 """
-# Patterns that are rarely needed are strings: re compiles them then, and not at the import.
+# Patterns that are rarely needed are strings: re compiles them on first use, not at the import.
 # Names that contain such a word but no secret: max_tokens, tokenType, PublicKeyToken, session.rb.
 _HARMLESS_NAME = (
     r"public_?key_?token|(?:secret|token|cookie|session)(?:ar[iy]|i[sz]|maker|cutter)"
@@ -807,7 +806,7 @@ def _lowered(text: str) -> str:
     return lowered if len(lowered) == len(text) else text.replace("\u0130", "i").lower()
 
 
-@functools.cache  # compiling takes a millisecond that an import need not wait for
+@functools.cache  # compiled on first use, because it takes a millisecond
 def _token_pattern() -> re.Pattern[str]:
     return re.compile("|".join(SECRET_FORMS.split()), re.ASCII)
 
@@ -820,7 +819,7 @@ _TOKEN_RUN = b"a" * MIN_TOKEN_CHARS
 
 
 def _token_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Find tokens by their form, looking only at the start of words that are long enough."""
+    """Yield the spans of tokens recognised by their form, trying only the start of long words."""
     words, end = text.encode("ascii", "replace").translate(_WORD_BYTES), 0
     while (at := words.find(_TOKEN_RUN, end)) >= 0:
         before, found = text[at - 1 : at], _token_pattern().match(text, at)
@@ -891,13 +890,14 @@ _CARD_DIGITS = re.compile(  # by issuer, ISO/IEC 7812
 _CARD_ANYWHERE = re.compile(
     rf"{_CARD_DIGITS.pattern}|[2-6]\d{{3}}[ -](?:\d{{6}}[ -]\d{{4}}|\d{{4}}[ -]\d{{4}}[ -]\d\d)"
 )
-# Of these a card's digits hold one: to look for them takes a tenth of the pattern's time.
+# Every card number contains one of these (0 is any digit): a search for them takes a tenth of the
+# pattern's time.
 _CARD_RUNS = (b"0" * 14, b"0000 0000 00", b"000000 0000")
 _DOUBLED = bytes.maketrans(b"0123456789", b"0246813579")
 
 
 def _may_hold_card(text: str, digits: bytes) -> bool:
-    """Tell whether there may be a card's number in a text, of which `digits` shows the digits."""
+    """Return whether a text may hold a card number; `digits` is its bytes by _DIGIT_BYTES."""
     for run in _CARD_RUNS:
         at = digits.find(run)
         while at >= 0:
@@ -908,7 +908,7 @@ def _may_hold_card(text: str, digits: bytes) -> bool:
 
 
 def is_card_number(digits: str) -> bool:
-    """Tell whether digits are a card number: known issuer, length and check digit (Luhn)."""
+    """Return whether digits are a card number: known issuer, length and check digit (Luhn)."""
     if not _CARD_DIGITS.fullmatch(digits):
         return False
     raw = digits.encode()
@@ -944,7 +944,7 @@ def _without_iban(found: re.Match[str]) -> str:
     moved = compact[4:size] + compact[:4]
     if int("".join(str(int(one, 36)) for one in moved)) % 97 != 1:
         return found[0]
-    kept = len(compact) - size  # the pattern also took a word in capitals after it
+    kept = len(compact) - size  # the pattern also matched a word in capitals after it
     return FILTERED + (found[0][len(found[0].rstrip()) - kept :] if kept else "")
 
 
@@ -989,7 +989,7 @@ _CONSTANT = (
     r"(?i)&?(?:'\w+ )?(?:none|null|nil|true|false|undefined|nan|str|string|int|integer|bool|boolean"
     r"|bytes|float|any|object|array|unknown|never|varchar|char|text|token|void|optional|symbol|number)\b(?![\w-])"
 )
-_PROSE = (  # compiled when there is something to look at, as that takes a millisecond
+_PROSE = (  # compiled on first use, because it takes a millisecond
     r"(?i)(?:must|is|was|are|were|be|not|cannot|can|should|has|have|had|too|does|did|do|will|would|may"
     r"|could|required|invalid|missing|expired|wrong|incorrect|mismatch(?:ed)?|denied|failed|failure"
     r"|unknown|empty|blank|unauthorized|forbidden|the|an?|no|yes|on|off|ok|in|of|to|for|from|and|or"
@@ -1019,7 +1019,7 @@ _SCHEME = re.compile(r"\A(?:Bearer|Basic|Token|Digest) ", re.IGNORECASE)
 
 
 def clip(text: str, limit: int) -> str:
-    """Cut a text to `limit` characters and say how many are missing."""
+    """Cut a text to `limit` characters and append how many are missing."""
     return text if len(text) <= limit else f"{text[:limit]}… [{len(text) - limit:,} more cut]"
 
 
@@ -1032,7 +1032,7 @@ def _displayable(text: str) -> str:
 
 
 def is_shallow(text: str) -> bool:
-    """Tell whether a JSON text has too few brackets to be nested too deep."""
+    """Return whether a JSON text has too few brackets to be nested too deep."""
     return text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
 
 
@@ -1040,7 +1040,7 @@ MAX_VALUE_LOOK_CHARS = 64  # how much of a value is read to tell code and prose 
 MAX_LINE_LOOK_CHARS = 200  # how far before a name to look for the quotes around it
 MAX_TRIPLE_QUOTED_CHARS = 2_000
 MIN_FORM_CHARS = 12  # a shorter text holds no token, card or IBAN
-MIN_HINTED_CHARS = 300  # a shorter text is looked through with one pattern of all names
+MIN_HINTED_CHARS = 300  # a shorter text is searched with one pattern of all names
 MIN_CHARS_PER_SECRET = 128  # if secrets are denser, the rest of the text is replaced as a whole
 Span = tuple[int, int]
 
@@ -1049,19 +1049,19 @@ def _sub(
     pattern: re.Pattern[str],
     decide: Callable[[re.Match[str]], str],
     text: str,
-    said: str = FILTERED,
+    fallback: str = FILTERED,
 ) -> str:
-    """Replace each match as `decide` says, or every match if there are implausibly many."""
+    """Replace each match by decide(match), or by `fallback` if there are implausibly many."""
     most = len(text) // MIN_CHARS_PER_SECRET + 16
     text, count = pattern.subn(decide, text, most)
-    return text if count < most else pattern.sub(said, text)
+    return text if count < most else pattern.sub(fallback, text)
 
 
 _OWN_WORDS = frozenset(("pwd", "pass", "passwd", "pw", "token"))
 
 
 def _is_harmless_value(name: str, value: Any) -> bool:
-    """Tell whether a value is a working directory or a number of tokens, not a secret."""
+    """Return whether a value is a working directory or a number of tokens, not a secret."""
     lowered = name[-8:].lower()
     if lowered.endswith("pwd"):
         return isinstance(value, str) and _PATH.match(value) is not None
@@ -1072,7 +1072,7 @@ def _is_harmless_value(name: str, value: Any) -> bool:
 
 
 def _quoted_span(text: str, at: int, opening: re.Match[str]) -> Span | None:
-    """Return the span of the text between quotes, None if it is no secret."""
+    """Return the span of the text between quotes, or None if it is no secret."""
     start, mark = opening.end(), opening[2]
     if opening[1]:
         found = _ESCAPED.match(text, start)
@@ -1088,7 +1088,7 @@ def _quoted_span(text: str, at: int, opening: re.Match[str]) -> Span | None:
 
 
 def _is_closing_quote(text: str, begin: int, mark: str, after: str) -> bool:
-    """Tell if the quote after name= closes a string, as it does in "?token=" + token."""
+    """Return whether the quote after name= closes a string, as in "?token=" + token."""
     if after and after not in " +,;:)]}.\n":
         return False
     line = text[max(0, begin - MAX_LINE_LOOK_CHARS) : begin].rpartition("\n")[2]
@@ -1100,7 +1100,7 @@ def _span(found: re.Match[str] | None, group: int = 0) -> Span | None:
 
 
 def _pattern_of(words: Iterable[str]) -> str:
-    """Return a pattern of words that tries shared prefixes once; "$" ends a name's last word."""
+    """Return a pattern for any of the words; "$" in one means that it must end a name."""
     by_first: dict[str, list[str]] = {}
     for word in words:
         by_first.setdefault(word[:1], []).append(word[1:])
@@ -1113,7 +1113,7 @@ def _pattern_of(words: Iterable[str]) -> str:
 
 
 def _may_give_value(text: str, begin: int, end: int) -> bool:
-    """Tell whether a name followed by a space or > is a flag, a tag or SQL's PASSWORD."""
+    """Return whether a name before a space or > is a flag, a tag or SQL's PASSWORD."""
     return (
         text[begin] == "-"
         or text[begin - 1 : begin] in ("<", ":")
@@ -1122,13 +1122,13 @@ def _may_give_value(text: str, begin: int, end: int) -> bool:
     )
 
 
-# Each pattern begins with one fixed letter of its names: per character, that takes a sixth of the
-# time of a pattern that can begin with several letters.
+# A pattern that begins with one fixed letter takes a sixth of the time, per character, of one that
+# can begin with several.
 _RARE_LETTERS = "kpcsubj"
 
 
 def _hints_of(names: Iterable[str]) -> list[tuple[str, re.Pattern[str]]]:
-    """Group names by a letter they share; return each with a pattern that begins with it."""
+    """Group names by a letter they share; return each letter with a pattern that begins with it."""
     groups: dict[str, dict[str, list[str]]] = {}
     for name in dict.fromkeys(names):
         usable = (one for one in _RARE_LETTERS if name.partition(one)[0].count("_") < 2)
@@ -1140,7 +1140,7 @@ def _hints_of(names: Iterable[str]) -> list[tuple[str, re.Pattern[str]]]:
         beginnings = [rest for rest, befores in found.items() if "" in befores]
         ways = [_pattern_of(beginnings)] if beginnings else []
         for rest, befores in found.items():
-            head = re.split("[_$]", rest)[0]  # what comes before the letter is looked at last
+            head = re.split("[_$]", rest)[0]  # the part before the letter is checked last
             seen = [
                 f"(?<={before.replace('_', separator)}{letter}{head})"
                 for before in filter(None, befores)
@@ -1154,7 +1154,7 @@ def _hints_of(names: Iterable[str]) -> list[tuple[str, re.Pattern[str]]]:
 
 
 class _SecretNames:
-    """The patterns of secret names, made when first needed: they take a fifth of the import."""
+    """The patterns of secret names; compiling them at the import would take a fifth of its time."""
 
     def __init__(self, also: Iterable[str]) -> None:
         added = [re.sub("[. -]", "_", name.lower()) for name in also]
@@ -1174,12 +1174,12 @@ class Scrubber:
     """Replaces secrets in texts and in JSON; `also` adds names to the built-in ones.
 
     An added name matches as a word: `email` covers user_email, emailAddress and EMAIL.
-    `checks_left` is how many texts and names may still be checked one by one, at some microseconds
-    each. After that, every text that could hold a secret is replaced as a whole.
+    `checks_left` limits how many texts and names are checked in detail, at some microseconds each.
+    After that, every text that could hold a secret is replaced as a whole.
     """
 
     checks_left: float = math.inf
-    is_long = False  # true when the report is too long to look for what need not be scrubbed
+    is_long = False  # true if the report is too long to look for objects that are clean as a whole
     sent: str | None = None  # the report's JSON text, if that is plain
     longest: float = math.inf  # no string of the report is longer
 
@@ -1199,9 +1199,9 @@ class Scrubber:
         return one
 
     def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
-        """Tell whether a text may need scrubbing; if False, scrubbing would not change it.
+        """Return whether a text may need scrubbing; if False, scrubbing would not change it.
 
-        JSON text works too, although the letter of an escape may come right before a name.
+        JSON text works too: the letter of an escape right before a name does not hide it.
         """
         lowered = _lowered(text)
         if len(text) < MIN_HINTED_CHARS:
@@ -1222,7 +1222,7 @@ class Scrubber:
         return _may_hold_card(text, digits)
 
     def names_secret(self, name: str) -> bool:
-        """Tell whether a name stands for a secret."""
+        """Return whether a name stands for a secret."""
         lowered = _lowered(name)
         if not self._names.hit.search(lowered):
             return False
@@ -1235,8 +1235,8 @@ class Scrubber:
         )
 
     def is_secret(self, name: str, value: Any) -> bool:
-        """Tell whether a value must not be stored under its name."""
-        # None, booleans and empty values tell a reader much and a thief nothing.
+        """Return whether a value must not be stored under its name."""
+        # None, booleans and empty values help a reader, but not a thief.
         if not value or value is True or not self.names_secret(name[:SCRUB_AHEAD_CHARS]):
             return False
         self.checks_left -= 1
@@ -1262,11 +1262,7 @@ class Scrubber:
         return _sub(_CARD, _without_card, text) if b"0000" in digits else text
 
     def _without_named(self, text: str) -> str:
-        """Replace the values that follow the names of secrets.
-
-        Each takes microseconds. If there are implausibly many, the rest of the text is replaced
-        as a whole.
-        """
+        """Replace the values after secret names; after implausibly many, the rest of the text."""
         parts: list[str] = []
         kept = 0
         names_left = len(text) // 32 + 100
@@ -1295,7 +1291,7 @@ class Scrubber:
         return "".join(parts) + text[kept:] if parts else text
 
     def _secret_after(self, text: str, name: str, begin: int, form: re.Match[str]) -> Span | None:
-        """Return the span of the secret that follows a name, None if there is none."""
+        """Return the span of the secret that follows a name, or None."""
         plain_name = name.strip(".-")
         if not self.names_secret(plain_name):
             return None
@@ -1336,7 +1332,7 @@ class Scrubber:
     def _assigned(
         self, text: str, name: str, begin: int, form: re.Match[str], opening: re.Match[str] | None
     ) -> Span | None:
-        """Return the span of the secret assigned to a name, None if there is none."""
+        """Return the span of the secret that is assigned to a name, or None."""
         at, op = form.end(), form["op"]
         rest = text[at : at + MAX_VALUE_LOOK_CHARS]
         before = text[max(0, begin - 14) : begin].lower()
@@ -1351,8 +1347,8 @@ class Scrubber:
             if may_close and _is_closing_quote(text, begin, opening[2], after):
                 return None
             return _quoted_span(text, at, opening)
-        is_stand_in = _STAND_IN.match(_SCHEME.sub("", rest, count=1)) is not None
-        if "==" in op or op[0] == "!" or is_stand_in or _is_harmless_value(name, rest):
+        is_placeholder = _STAND_IN.match(_SCHEME.sub("", rest, count=1)) is not None
+        if "==" in op or op[0] == "!" or is_placeholder or _is_harmless_value(name, rest):
             return None
         if rest[:1] == "[" and rest[1:2] in ("'", '"'):
             return _span(_LIST.match(text, at))
@@ -1369,7 +1365,7 @@ class Scrubber:
         return _span((_LINE if is_line else _UNQUOTED).match(text, at))
 
     def _is_expression(self, rest: str, name: str, *, is_spaced: bool) -> bool:
-        """Tell whether a value without quotes is code rather than a secret."""
+        """Return whether a value without quotes is code rather than a secret."""
         if re.match(_CODE, rest) or re.match(_CONSTANT, rest) or _ROOT_PATH.match(rest):
             return True
         if found := _PATH_OF_NAMES.match(rest):
@@ -1397,15 +1393,15 @@ class Scrubber:
         return _displayable(text)
 
     def is_plain(self, text: str) -> bool:
-        """Tell whether nothing in a report's JSON text needs to be cleaned, scrubbed or cut.
+        """Return whether nothing in a report's JSON text needs to be cleaned or scrubbed.
 
-        Strings with own limits may need cutting. One check takes a tenth of the time of many.
+        Fields with a lower limit may need a cut. One check takes a tenth of the time of many.
         """
         # ASCII in JSON needs no more than this; isprintable() takes ten times as long.
         is_clean = not ("\n" in text or "\x7f" in text) if text.isascii() else text.isprintable()
         if len(text) > MAX_FIELD_CHARS or not is_clean:  # in a longer one a field may need a cut
             return False
-        if "\\" in text:  # other escapes may encode a character to replace or hide a hint
+        if "\\" in text:  # escapes other than these may encode unsafe characters or hide a name
             rest = text.replace("\\\\", "")
             if rest.count("\\") != rest.count('\\"') + rest.count("\\n") + rest.count("\\t"):
                 return False
@@ -1438,11 +1434,12 @@ scrub_text, clean = _DEFAULT_SCRUBBER.scrub_text, _DEFAULT_SCRUBBER.clean
 def scrubber_for(text: str, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Scrubber:
     """Return the scrubber for the report with this JSON text.
 
-    If the text is plain, `sent` holds it, to be stored unchanged; otherwise it is None.
+    If the text is plain, `sent` holds it, to be stored unchanged. Otherwise `sent` is None.
     """
     return PlainScrubber(text) if scrubber.is_plain(text) else scrubber.for_length(len(text))
 
 
+# Fields of an object that hold a name, and those that hold its value.
 _LABELS = ("name", "key", "header", "field", "param", "parameter", "Name", "Key", "Header", "k")
 _LABELLED = frozenset(("value", "val", "values", "content", "data", "v"))
 
@@ -1457,11 +1454,11 @@ def _without_private_keys(items: list[Any]) -> list[Any]:
     return [next(left) if isinstance(one, str) else one for one in items]
 
 
-CONTAINER_CHARS = 8  # that an object or array counts, beyond what is in it
+CONTAINER_CHARS = 8  # counted for an object or array, in addition to its contents
 
 
 class _Copier:
-    """Copies a JSON value: secrets replaced, strings cleaned, `budget` characters in all."""
+    """Copies a JSON value with secrets replaced and strings cleaned, cut to `budget` characters."""
 
     def __init__(self, budget: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> None:
         self.budget, self._scrubber = budget, scrubber
@@ -1496,7 +1493,7 @@ class _Copier:
         result: list[Any] = []
         if len(value) == 2 and isinstance(value[0], str) and self._scrubber.is_secret(*value):
             return [self._scrubber.clean(value[0], MAX_KEY_CHARS), FILTERED]  # a header as a pair
-        is_announced = False  # by the item before: --password or Authorization
+        is_announced = False  # by the item before it: --password or Authorization
         for position, item in enumerate(_without_private_keys(value)):
             if self.budget <= 0 or self._scrubber.checks_left <= 0:
                 result.append(f"… [{len(value) - position:,} more cut]")
@@ -1515,7 +1512,7 @@ class _Copier:
 
 
 def _scrubbed(value: Json, limit: int, scrubber: Scrubber) -> tuple[Json, int]:
-    """Return a JSON object without secrets and how many of `limit` characters it takes."""
+    """Return a JSON object without secrets, cut to about `limit` characters, and its size."""
     if not (scrubber.is_long or any(isinstance(v, str) and len(v) > limit for v in value.values())):
         text = json.dumps(value, ensure_ascii=False)
         if len(text) <= limit and scrubber.is_plain(text):
@@ -1525,12 +1522,12 @@ def _scrubbed(value: Json, limit: int, scrubber: Scrubber) -> tuple[Json, int]:
 
 
 def scrub(value: Json, limit: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
-    """Return a JSON object without secrets and of about `limit` characters at most."""
+    """Return a JSON object without secrets, cut to about `limit` characters."""
     return _scrubbed(value, limit, scrubber)[0]
 
 
 def scrub_fields(values: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
-    """Scrub unknown fields: one that is huge is cut and leaves room for the others."""
+    """Scrub unknown fields; a huge one is cut and leaves room for the others."""
     result: Json = {}
     left = MAX_EXTRA_CHARS
     for position, (name, value) in enumerate(values.items()):
@@ -1555,38 +1552,35 @@ def _finite(digits: str) -> float:
 
 
 _JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
-
-
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8
 _FOUR_BYTE_START = re.compile(rb"[\xf0-\xf4]")
 
 
 def refuse_costly_json(raw: bytes | bytearray, at: str = "") -> None:
     """Raise TooLarge for JSON that would take over MAX_JSON_BYTES of memory once parsed."""
-    if len(raw) <= _MEBIBYTE:  # it takes at most about 25 times its length
+    if len(raw) <= _MEBIBYTE:  # parsed, it takes at most about 25 times its length
         return
     size = len(raw)
-    if not raw.isascii():  # the widest character sets how many bytes each one takes
+    if not raw.isascii():  # the widest character decides how many bytes each one takes
         width = 4 if _FOUR_BYTE_START.search(raw) else 2
         size = width * len(raw.translate(None, _CONTINUATION_BYTES))
     objects = 64 * raw.count(b"[") + 200 * raw.count(b"{") + 24 * raw.count(b",")
     if 2 * size + 30 * raw.count(b'"') + objects > MAX_JSON_BYTES:
-        said = f"{at or 'the body'} would take too much memory: send fewer or shorter values"
-        raise TooLarge(said, field=at or None)
+        message = f"{at or 'the body'} would take too much memory: send fewer or shorter values"
+        raise TooLarge(message, field=at or None)
 
 
 def read_text(raw: bytes | bytearray, at: str = "") -> str:
-    """Return the text of a JSON body; BadRequest or TooLarge when it can't be taken.
+    """Decode JSON from UTF-8 unless parsing it would take too much memory; BadRequest or TooLarge.
 
-    `at` is the path of what is read when it is not the whole body.
+    `at` is its path in the body, empty if it is the whole body.
     """
-    what, field = at or "the body", at or None
     refuse_costly_json(raw, at)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        said = f"{what} must be UTF-8; byte {error.start} is not"
-        raise BadRequest(said, field=field) from None
+        message = f"{at or 'the body'} must be UTF-8; byte {error.start} is not"
+        raise BadRequest(message, field=at or None) from None
 
 
 def parse_json(text: str, at: str = "") -> Any:
@@ -1597,8 +1591,8 @@ def parse_json(text: str, at: str = "") -> Any:
     except RecursionError:
         raise BadRequest(f"{what} is nested too deep", field=field) from None
     except ValueError as error:
-        said = "a number has too many digits" if "set_int_max" in str(error) else str(error)
-        raise BadRequest(f"{what} must be JSON: {said}", field=field) from None
+        reason = "a number has too many digits" if "set_int_max" in str(error) else str(error)
+        raise BadRequest(f"{what} must be JSON: {reason}", field=field) from None
 
 
 _CONTAINERS = frozenset((dict, list))  # isinstance takes twice as long
@@ -1619,14 +1613,14 @@ def _is_deeper(value: Any, limit: int) -> bool:
 
 
 def refuse_depth(value: Any, at: str) -> None:
-    """Raise BadRequest for a value that is nested deeper than the pages and JSON can follow."""
+    """Raise BadRequest for a value that is nested over MAX_JSON_DEPTH_LEVELS deep."""
     if _is_deeper(value, MAX_JSON_DEPTH_LEVELS):
         where = at or "the body"
         raise BadRequest(f"{where} is nested over {MAX_JSON_DEPTH_LEVELS} deep", field=at or None)
 
 
 class _Fields:
-    """The fields of one JSON object, read by type; a refusal names the field's whole path."""
+    """Reads the fields of one JSON object by type; a refusal names the field's whole path."""
 
     def __init__(self, data: Any, at: str, tidy: Callable[[str, int], str] = clean) -> None:
         self.at, self.tidy = at, tidy
@@ -1659,7 +1653,7 @@ class _Fields:
         if not isinstance(value, list):
             raise self.refuse(name, "an array of strings")
         try:
-            "".join(value)  # a tenth of the time that it takes to look at each
+            "".join(value)  # takes a tenth of the time of checking each
         except TypeError:
             found = (at for at, line in enumerate(value) if not isinstance(line, str))
             raise self.refuse(f"{name}[{next(found)}]", "a string") from None
@@ -1672,13 +1666,10 @@ class _Fields:
         return value
 
 
-_EVENT_ID = re.compile("[0-9a-f]{32}")
-
-
 def read_event_id(value: Any) -> str | None:
-    """Return an event id as 32 hexadecimal digits, None for what is no UUID (RFC 9562)."""
+    """Return an event id as 32 hexadecimal digits, or None if it is no UUID (RFC 9562)."""
     digits = value.replace("-", "").lower() if isinstance(value, str) else ""
-    return digits if digits and _EVENT_ID.fullmatch(digits) else None
+    return digits if re.fullmatch("[0-9a-f]{32}", digits) else None
 
 
 def cut_middle(lines: list[Any], most: int, what: str = "lines") -> list[Any]:
@@ -1707,16 +1698,15 @@ def _bounded_lines(lines: list[str], scrubber: Scrubber) -> tuple[str, ...]:
 
 _EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 _FIRST_MS = -62_135_596_800_000  # the year 1
-
-
 _TIMESTAMP = re.compile(r"[0-9]{4}-?(?:[0-9]{2}-?[0-9]{2}|W[0-9]{2}-?[0-9])(?:[T ]\S+)?")
 _LEAP_SECOND = re.compile(r"(?:(?<=[T ][0-9]{2}:[0-5][0-9]:)|(?<=[T ][0-9]{2}[0-5][0-9]))60")
 
 
 def parse_timestamp(text: str) -> int:
-    """Return the UTC milliseconds of an ISO 8601 time (naive means UTC); ValueError if it is none.
+    """Return the UTC milliseconds of an ISO 8601 time; ValueError for any other text.
 
-    Digits of a second beyond the sixth are dropped; a leap second counts as the one before it.
+    A time without an offset is UTC. Digits of a second beyond the sixth are dropped; a leap second
+    counts as the second before it.
     """
     text = text.strip().upper()
     if not _TIMESTAMP.fullmatch(text):
@@ -1725,7 +1715,7 @@ def parse_timestamp(text: str) -> int:
     if parsed.tzinfo is None:
         parsed = parsed.replace(tzinfo=UTC)
     at_ms = (parsed - _EPOCH) // _MILLISECOND
-    if at_ms < _FIRST_MS:  # an offset led to before the first year, which has no text
+    if at_ms < _FIRST_MS:  # the offset led to a time before year 1, which iso_time() can't write
         raise ValueError(text)
     return at_ms
 
@@ -1807,7 +1797,7 @@ _FRAME_FIELDS: dict[str, tuple[type, str]] = {
     "own": (bool, "true or false"),
     "locals": (dict, "an object"),
 }
-_DETAIL_FIELDS = ("pre_context", "context_line", "post_context", "locals")  # what is cut first
+_DETAIL_FIELDS = ("pre_context", "context_line", "post_context", "locals")  # cut first
 
 
 def _check_frame(frame: Any, at: str) -> None:
@@ -1825,7 +1815,7 @@ def _check_frame(frame: Any, at: str) -> None:
 
 
 def _check_exceptions(exceptions: Any, path: str) -> None:
-    """Raise BadRequest for a field `exceptions` that is not of the documented shape."""
+    """Raise BadRequest if the field `exceptions` does not have the documented shape."""
     if not isinstance(exceptions, list):
         raise BadRequest(f"{path} must be an array of objects", field=path)
     for position, one in enumerate(exceptions):
@@ -1843,7 +1833,7 @@ def _check_exceptions(exceptions: Any, path: str) -> None:
 
 
 def _fits(exceptions: Sequence[Json]) -> bool:
-    """Tell whether nothing has to be cut in a field `exceptions` that is small as a whole."""
+    """Return whether the field `exceptions` of a report that is small as a whole needs no cut."""
     frames = [frame for one in exceptions for frame in one.get("frames") or ()]
     detailed = [frame for frame in frames if type(frame) is dict and "context_line" in frame]
     return (
@@ -1859,8 +1849,8 @@ def _fits(exceptions: Sequence[Json]) -> bool:
 class _ChainCleaner:
     """Bounds and cleans a checked field `exceptions`; the result has the same shape.
 
-    The names and places of all frames come first. Source and variables get what room is left, in
-    the order of the chain.
+    The names and places of all frames are kept first. Source and variables get the remaining room,
+    in the order of the chain.
     """
 
     def __init__(self, scrubber: Scrubber) -> None:
@@ -1985,7 +1975,7 @@ def _free_fields(fields: _Fields, scrubber: Scrubber) -> tuple[Json | None, Json
 
 
 def grouping_key_of(fingerprint: str) -> bytes:
-    """Return what decides whether two reports are one error."""
+    """Return the SHA-256 of a fingerprint; equal keys in one project are one error."""
     return hashlib.sha256(fingerprint.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -1999,9 +1989,9 @@ def parse_occurrence(
 ) -> Occurrence:
     """Turn one decoded report into an Occurrence; BadRequest names the field that is wrong.
 
-    `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]),
-    `scrubber` what scrubber_for() returns for one from outside. `trust` skips the checks of depth
-    and `exceptions`. Unknown fields go to `extra`.
+    `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]). A report
+    from outside needs the scrubber that scrubber_for() returns. `trust` skips the checks of depth
+    and of `exceptions`. Unknown fields go to `extra`.
     """
     sent, tidy = scrubber.sent, scrubber.clean
     fields = _Fields(data, at, tidy)
@@ -2035,7 +2025,7 @@ def read_report(text: str, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUB
 
 @dataclass(frozen=True, slots=True)
 class Deploy:
-    """A release that was put into use; what was not told is empty."""
+    """A release that was put into use; texts that were not sent are empty."""
 
     at_ms: int
     version: str
@@ -2049,14 +2039,15 @@ class Deploy:
 
     @property
     def release(self) -> str:
-        """The name of its release."""
+        """The release: the version or, without one, the commit."""
         return self.version or self.git_sha
 
 
 def parse_deploy(data: Any, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Deploy:
     """Turn a decoded deploy into a Deploy; BadRequest names the field that is wrong.
 
-    The original MiniAPM has `env` for environment. Unknown fields are ignored.
+    The field `environment` may be called `env`, as in the original MiniAPM. Unknown fields are
+    ignored.
     """
     fields = _Fields(data, "", scrubber.clean)
 
@@ -2081,7 +2072,7 @@ def parse_deploy(data: Any, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRU
 
 def iso_time(time_ms: int) -> str:
     """Return milliseconds as ISO 8601 UTC: 2024-01-01T12:00:00.000Z."""
-    # Not by datetime, which crashes while 3.13.0 finalizes: capture still works then.
+    # Python 3.13.0's datetime crashes while the interpreter shuts down; capture must work then.
     seconds, milliseconds = divmod(time_ms, 1000)
     if not -62_135_596_800 <= seconds < 253_402_300_800:
         raise OverflowError("not in the years 1 to 9999")
@@ -2091,7 +2082,7 @@ def iso_time(time_ms: int) -> str:
 
 
 def to_payload(occurrence: Occurrence) -> Json:
-    """Return an occurrence as the JSON object that the API takes, unknown fields included."""
+    """Return an occurrence as the JSON object that the API accepts, with its unknown fields."""
     payload: Json = {
         "exception_class": occurrence.exception_class,
         "message": occurrence.message,
@@ -2116,13 +2107,11 @@ _STORED_FIELDS = (
     *("exception_class", "message", "backtrace", "fingerprint", "occurred_ms", "request_id"),
     *("user_id", "params", "exceptions", "extra", "disbelieved_timestamp"),
 )
-
-
-_AS_SENT = "="  # what a stored text begins with when the time and a report's own JSON follow
+_AS_SENT = "="  # a stored text that begins with this holds the time and the report's own JSON
 
 
 def dump_occurrence(occurrence: Occurrence) -> str:
-    """Return the text that is stored for an occurrence, without what has its own column."""
+    """Return the text to store for an occurrence, without the values that have their own column."""
     if occurrence.sent is not None:
         return _AS_SENT + occurrence.sent
     values = {
@@ -2135,8 +2124,8 @@ def dump_occurrence(occurrence: Occurrence) -> str:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
-# The fields that an export adds to a report. If a report has one of these names itself, all its
-# unknown fields are in `fields`.
+# The fields that an export adds to a report. If the report itself uses one of these names, all of
+# its unknown fields go to `fields`.
 _LINE_FIELDS = {
     *("kind", "id", "project", "error_id", "received_at", "grouping_key"),
     *("disbelieved_timestamp", "fields"),
@@ -2163,7 +2152,7 @@ def to_line(occurrence: Occurrence) -> Json:
 
 
 class _Verbatim(PlainScrubber):
-    """Keeps a report that was cleaned before as it is: a cut text is not cut again."""
+    """Keeps an already cleaned report as it is: a cut text is not cut again."""
 
     def __init__(self) -> None:
         super().__init__("{}")
@@ -2182,7 +2171,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _is_clean(given: Json, exact: Occurrence, cleaned: Occurrence, scrubber: Scrubber) -> bool:
-    """Tell whether cleaning found nothing in a report but texts that had been cut before."""
+    """Return whether cleaning changed nothing in a report but texts that had been cut before."""
     size, least = (len(dump_occurrence(one)) for one in (exact, cleaned))
     if size > least * 3 // 2 + 1_000 or any(_displayable(one) != one for one in _strings(given)):
         return False
@@ -2192,7 +2181,7 @@ def _is_clean(given: Json, exact: Occurrence, cleaned: Occurrence, scrubber: Scr
 
 
 def read_cleaned(report: Json, received_ms: int) -> Occurrence:
-    """Turn what to_payload() returned into the same Occurrence."""
+    """Turn a payload from to_payload() back into the same Occurrence."""
     exact = parse_occurrence(report, received_ms, scrubber=_Verbatim(), trust=True)
     lines, exceptions = tuple(report["backtrace"]), tuple(report.get("exceptions") or ())
     return dataclasses.replace(exact, backtrace=lines, exceptions=exceptions, sent=None)
@@ -2203,7 +2192,7 @@ def from_line(
 ) -> Occurrence:
     """Turn a line of an export, or any report, into an Occurrence; BadRequest says what is wrong.
 
-    It is checked, cleaned and scrubbed as a report is, but what was cut before stays as it is.
+    It is checked, cleaned and scrubbed like any report, but texts cut before are not cut again.
     """
     given = {name: value for name, value in line.items() if name not in _LINE_FIELDS}
     fields, changes = _Fields(line, ""), dict[str, Any]()
@@ -2226,7 +2215,7 @@ def from_line(
 
 
 def _columns(text: str) -> dict[str, Any]:
-    """Return columns by name: `#` marks whole numbers, `{}` an object, the others are strings."""
+    """Map names of columns to types: `#` marks a whole number, `{}` an object, others are texts."""
     kinds = {"#": int, "{": dict}
     return {one.rstrip("#{}"): kinds.get(one.rstrip("}")[-1], str) for one in text.split()}
 
@@ -2254,7 +2243,7 @@ _MAY_BE_NULL = {
     *("first_release", "last_release", "first_ms", "before"),
 }
 _TYPE_NAMES = {int: "a whole number", str: "a string", list: "an array"}
-MAX_LINE_ID = 2**32  # in an export: a search by request looks at each 4,096 ids in between
+MAX_LINE_ID = 2**32  # in an export: a search by request takes a step per 4,096 ids
 
 
 def _is_of(value: Any, kind: Any, name: str) -> bool:
@@ -2275,7 +2264,7 @@ def _entry_of(entry: Any, columns: Mapping[str, type], at: str) -> Json:
 
 
 def read_line(line: Json) -> Json:
-    """Return the values of a line of an export, by column; BadRequest names the wrong field."""
+    """Return the values of an export's line by column; BadRequest names the wrong field."""
     fields, values = _Fields(line, ""), dict[str, Any]()
     for name, kind in _LINE_KINDS[line["kind"]].items():
         shown = re.sub("_ms$", "_at", name)
@@ -2296,7 +2285,7 @@ def read_line(line: Json) -> Json:
 
 
 def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None) -> Occurrence:
-    """Return the occurrence that dump_occurrence wrote."""
+    """Return the occurrence that dump_occurrence() wrote."""
     if text.startswith(_AS_SENT):
         received, _, sent = text.removeprefix(_AS_SENT).partition(":")
         data = json.loads(sent)
@@ -2316,9 +2305,9 @@ def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None)
 
 
 def pack(text: str, sample: bytes | None) -> bytes:
-    """Compress a stored text (zlib, RFC 1950), by what it has in common with a sample."""
+    """Compress a stored text (zlib, RFC 1950), with a sample as the dictionary if there is one."""
     data = text.encode()
-    # A small memory level: the default would clear 256 KiB for each text.
+    # A low memory level: the default would clear 256 KiB for each text.
     options = (3, zlib.DEFLATED, zlib.MAX_WBITS, 5, zlib.Z_DEFAULT_STRATEGY)
     engine = zlib.compressobj(*options) if sample is None else zlib.compressobj(*options, sample)
     return engine.compress(data) + engine.flush()
@@ -2329,24 +2318,24 @@ def unpack(packed: bytes, sample: bytes | None) -> str:
     return zlib.decompressobj(zdict=sample or b"").decompress(packed).decode()
 
 
-FACETS = ("level", "environment", "release")  # unknown fields by which the list can be filtered
+FACETS = ("level", "environment", "release")  # unknown fields that the list can filter by
 
 
 def facet_of(occurrence: Occurrence, name: str) -> str:
-    """Return an occurrence's level (by default error), environment or release, empty if none."""
+    """Return an occurrence's level (by default error), environment or release, or an empty text."""
     value = occurrence.extra.get(name) or (name == "level" and "error")
     return clip(value, MAX_FACET_CHARS) if isinstance(value, str) else ""
 
 
 def tags_of(occurrence: Occurrence) -> dict[str, str]:
-    """Return an occurrence's tags: what the field `tags` holds, if that is an object."""
+    """Return an occurrence's tags: the field `tags`, if it is an object, with values as text."""
     tags = occurrence.extra.get("tags")
     pairs = tags.items() if isinstance(tags, dict) else ()
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in pairs}
 
 
 def breadcrumbs_of(occurrence: Occurrence) -> list[Json]:
-    """Return what led to an occurrence: the field `breadcrumbs`, if that is a list of objects."""
+    """Return an occurrence's breadcrumbs: the objects in its list `breadcrumbs`, if it has one."""
     crumbs = occurrence.extra.get("breadcrumbs")
     return [one for one in crumbs if isinstance(one, dict)] if isinstance(crumbs, list) else []
 
@@ -2356,7 +2345,7 @@ def _object(value: Any) -> Json:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text; None and empty containers give an empty one."""
+    """Return a value as text, empty for None and empty containers."""
     if isinstance(value, str):
         return value
     return "" if value in (None, {}, []) else json.dumps(value, ensure_ascii=False)
