@@ -275,7 +275,7 @@ class MiniAPMError(Exception):
         self.retry_after_s = retry_after_s
 
     def without_frames(self) -> Self:
-        """Drop the traceback, which would keep every value in its frames alive."""
+        """Return the error without its traceback, which would keep all values in its frames."""
         self.__traceback__ = self.__context__ = self.__cause__ = None
         return self
 
@@ -518,10 +518,7 @@ class Config:
     )
     api_key: str | None = _setting(
         None,
-        (
-            _read_api_key,
-            f"up to {MAX_KEY_CHARS} characters without spaces, quotes, $, ! and backslash",
-        ),
+        (_read_api_key, f"up to {MAX_KEY_CHARS} characters: no space, quote, $, ! or backslash"),
         "API key of the default project, instead of a generated one",
         is_secret=True,
     )
@@ -533,18 +530,12 @@ class Config:
     )
     allowed_hosts: tuple[str, ...] = _setting(
         (),
-        (
-            _read_hosts,
-            "host names or addresses separated by commas: no http://, path or wildcard",
-        ),
+        (_read_hosts, "host names or addresses, separated by commas: no http://, path or *"),
         "host names at which the dashboard may be opened, in addition to localhost",
     )
     public_url: str | None = _setting(
         None,
-        (
-            _read_public_url,
-            "a URL such as https://my.name/apm: no user, no query, no path /ingest or /assets",
-        ),
+        (_read_public_url, "a URL like https://my.name/apm: no user, query, /ingest or /assets"),
         "URL at which a reverse proxy serves the tracker",
     )
     max_body_bytes: int = _setting(
@@ -584,7 +575,7 @@ class Config:
     webhook: tuple[tuple[str, str], ...] = _setting(
         (),
         _WEBHOOKS,
-        "URLs of Slack, Mattermost or Discord to notify of new and regressed errors; repeatable,"
+        "URLs of Slack, Mattermost or Discord to notify of new and regressed errors; repeatable;"
         " PROJECT=URL for one project; prefer the variable: a URL is a secret",
         is_secret=True,
     )
@@ -600,7 +591,7 @@ class Config:
             _by_project("[0-9]{1,7}", _whole_number(1, 1_000_000)[0]),
             "whole numbers from 1 to 1000000 or PROJECT=NUMBER, separated by spaces",
         ),
-        "occurrences of an error before webhooks report it, 1 if not set; repeatable,"
+        "occurrences of an error before webhooks report it, 1 if not set; repeatable;"
         " PROJECT=NUMBER for one project",
     )
     forward: tuple[tuple[str, str], ...] = _setting(
@@ -609,7 +600,7 @@ class Config:
             _urls_by_project("https?://[^:@/]+(:[^@/]*)?@[^@?#]+/[^/@?#]+"),
             "DSNs such as https://KEY@host/1 or PROJECT=DSN, separated by spaces",
         ),
-        "DSNs of Sentry-compatible trackers that get a copy of every occurrence; repeatable,"
+        "DSNs of Sentry-compatible trackers that get a copy of every occurrence; repeatable;"
         " PROJECT=DSN for one project",
         is_secret=True,
     )
@@ -721,7 +712,7 @@ class Occurrence:
     decides which error the report belongs to. `exceptions` is the chain in the API's form.
     `event_id`, 32 hexadecimal digits, is the same when a report is sent again.
     `disbelieved_timestamp` is the sent timestamp if it lay in the future. `sent` is set if nothing
-    in the report had to change: the time of receipt and the JSON text, 1800000000000:{…}.
+    in the report had to change: the time of receipt and the JSON to store, 1800000000000:{…}.
 
     >>> store.record(project.id, [parse_occurrence(report, received_ms)])
     """
@@ -811,6 +802,7 @@ def _token_pattern() -> re.Pattern[str]:
     return re.compile("|".join(SECRET_FORMS.split()), re.ASCII)
 
 
+# For fast searches: word characters as "a", all else as spaces; digits as 0, capitals as A.
 _WORD_BYTES = re.sub(rb"[^a]", b" ", re.sub(rb"[\w-]", b"a", bytes(range(256))))
 _DIGIT_BYTES = bytes(range(256)).translate(
     bytes.maketrans(b"123456789BCDEFGHIJKLMNOPQRSTUVWXYZ-", b"0" * 9 + b"A" * 25 + b" ")
@@ -1071,13 +1063,9 @@ def _is_harmless_value(name: str, value: Any) -> bool:
 def _quoted_span(text: str, at: int, opening: re.Match[str]) -> Span | None:
     """Return the span of the text between quotes, or None if it is no secret."""
     start, mark = opening.end(), opening[2]
-    if opening[1]:
-        found = _ESCAPED.match(text, start)
-        end = found.end() if found else start
-    elif len(mark) == 3 and (end := text.find(mark, start, start + MAX_TRIPLE_QUOTED_CHARS)) >= 0:
-        pass
-    else:
-        found = _BODY_OF_QUOTE[mark[0]].match(text, start)
+    end = text.find(mark, start, start + MAX_TRIPLE_QUOTED_CHARS) if len(mark) == 3 else -1
+    if opening[1] or end < 0:
+        found = (_ESCAPED if opening[1] else _BODY_OF_QUOTE[mark[0]]).match(text, start)
         end = found.end() if found else start
     body = _SCHEME.sub("", text[start:end], count=1)
     is_known = end == start or body == FILTERED or _STAND_IN.fullmatch(body)
@@ -1097,7 +1085,7 @@ def _span(found: re.Match[str] | None, group: int = 0) -> Span | None:
 
 
 def _pattern_of(words: Iterable[str]) -> str:
-    """Return a pattern for any of the words; "$" in one means that it must end a name."""
+    """Return a pattern for any of the words; "_" is an optional separator, "$" ends a word."""
     by_first: dict[str, list[str]] = {}
     for word in words:
         by_first.setdefault(word[:1], []).append(word[1:])
@@ -1297,21 +1285,17 @@ class Scrubber:
         if form["op"] is not None:
             return self._assigned(text, plain_name, begin, form, opening)
         if form["pair"] is not None:
-            is_open = text[max(0, begin - 2) : begin - 1] in ("(", "[", "{")
             if opening is None or not form["close"] or not before:
                 return None
-            span = _quoted_span(text, at, opening)
-            is_wordy = span is not None and _WORDY.fullmatch(text[span[0] : span[1]])
-            is_pair = (
-                is_open and text[span[1] + 1 : span[1] + 2] in (")", "]", "}") if span else False
-            )
+            if (span := _quoted_span(text, at, opening)) is None:
+                return None
+            is_open = text[max(0, begin - 2) : begin - 1] in ("(", "[", "{")
+            is_pair = is_open and text[span[1] + 1 : span[1] + 2] in (")", "]", "}")
+            is_wordy = _WORDY.fullmatch(text[span[0] : span[1]])
             is_header = "-" in plain_name or _HEADER.search(plain_name.lower())  # or a form field
-            if name[0] == "-" or is_header or (is_pair and not is_wordy):
-                return span
-            return None
+            return span if name[0] == "-" or is_header or (is_pair and not is_wordy) else None
         if form["more"] is not None:
-            is_close = form["close"] or form["more"].startswith(",")
-            if not is_close:
+            if not (form["close"] or form["more"].startswith(",")):
                 return None
             return _quoted_span(text, at, opening) if opening else _span(_UNQUOTED.match(text, at))
         if opening and plain_name.lower().startswith("passw"):
@@ -1376,7 +1360,7 @@ class Scrubber:
         is_statement = is_spaced and (len(word) <= 2 or rest[found.end() :][:1] == ";")
         if is_statement or word in (name.lower(), "pwd", "pass", "passwd", "pw", "token"):
             return True
-        is_compound = "_" in word or found[1].lower() != found[1][:1].lower() + found[1][1:]
+        is_compound = "_" in word or found[1][1:] != word[1:]
         return is_compound and self.names_secret(found[1])
 
     def clean(self, text: str, limit: int) -> str:
@@ -1531,8 +1515,8 @@ def scrub_fields(values: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
         if left <= 0:
             result["…"] = f"[{len(values) - position:,} more cut]"
             break
-        made, size = _scrubbed({name: value}, min(left, MAX_FIELD_CHARS), scrubber)
-        result |= made
+        scrubbed, size = _scrubbed({name: value}, min(left, MAX_FIELD_CHARS), scrubber)
+        result |= scrubbed
         left -= size
     return result
 
@@ -1568,7 +1552,7 @@ def refuse_costly_json(raw: bytes | bytearray, at: str = "") -> None:
 
 
 def read_text(raw: bytes | bytearray, at: str = "") -> str:
-    """Decode JSON from UTF-8 unless parsing it would take too much memory; BadRequest or TooLarge.
+    """Return UTF-8 JSON as text; BadRequest if it is not UTF-8, TooLarge if too costly to parse.
 
     `at` is its path in the body, empty if it is the whole body.
     """
@@ -1679,18 +1663,17 @@ def cut_middle(lines: list[Any], most: int, noun: str = "lines") -> list[Any]:
 
 
 def _bounded_lines(lines: list[str], scrubber: Scrubber) -> tuple[str, ...]:
-    if scrubber.longest <= MAX_LINE_CHARS and len(lines) <= MAX_BACKTRACE_LINES:
-        return tuple(lines)  # as sent
+    is_plain = scrubber.longest <= MAX_LINE_CHARS and len(lines) <= MAX_BACKTRACE_LINES
+    if is_plain or not lines:
+        return tuple(lines)
     lines = cut_middle(lines, MAX_BACKTRACE_LINES)
     limit = MAX_LINE_CHARS
     if sum(map(len, lines)) > MAX_BACKTRACE_CHARS:
         limit = min(limit, MAX_BACKTRACE_CHARS // len(lines))
     lines = _without_private_keys(lines)
-    if max(map(len, lines), default=0) > limit or any("\n" in line for line in lines):
+    if max(map(len, lines)) > limit or any("\n" in line for line in lines):
         return tuple(scrubber.clean(line, limit) for line in lines)
-    return tuple(
-        map(_displayable, scrubber.scrub_text("\n".join(lines)).split("\n") if lines else ())
-    )
+    return tuple(map(_displayable, scrubber.scrub_text("\n".join(lines)).split("\n")))
 
 
 _TIMESTAMP = re.compile(r"[0-9]{4}-?(?:[0-9]{2}-?[0-9]{2}|W[0-9]{2}-?[0-9])(?:[T ]\S+)?")
@@ -1857,15 +1840,15 @@ class _ChainCleaner:
         """Return the cleaned chain."""
         kept = exceptions[:MAX_EXCEPTIONS]
         stacks = [self._cut(one.get("frames") or []) for one in kept]
-        made = [self._bare(one, frames) for one, frames in zip(kept, stacks, strict=True)]
-        for one, frames in zip(made, stacks, strict=True):
+        cleaned = [self._bare(one, frames) for one, frames in zip(kept, stacks, strict=True)]
+        for one, frames in zip(cleaned, stacks, strict=True):
             for position, frame in enumerate(frames):
                 if isinstance(frame, dict):
                     one["frames"][position] |= self._details(frame)
         if len(exceptions) > MAX_EXCEPTIONS:
-            cut = f"[{len(exceptions) - MAX_EXCEPTIONS:,} more cut]"
-            made.append({"exception_class": "…", "message": cut})
-        return tuple(made)
+            mark = f"[{len(exceptions) - MAX_EXCEPTIONS:,} more cut]"
+            cleaned.append({"exception_class": "…", "message": mark})
+        return tuple(cleaned)
 
     def _cut(self, frames: list[Any]) -> list[Any]:
         room = self._frames_left
@@ -1880,7 +1863,7 @@ class _ChainCleaner:
 
     def _bare(self, one: Json, frames: list[Any]) -> Json:
         """Return an exception with its frames, but without their source and variables."""
-        made: Json = {
+        bare: Json = {
             "exception_class": self._text(one["exception_class"], MAX_CLASS_CHARS),
             "message": self._text(one.get("message") or "", MAX_MESSAGE_CHARS),
             "frames": [
@@ -1895,7 +1878,7 @@ class _ChainCleaner:
             ],
         }
         relation = one.get("relation")
-        return made | {"relation": relation} if relation else made
+        return bare | {"relation": relation} if relation else bare
 
     def _details(self, frame: Json) -> Json:
         """Return as much of a frame's source and variables as there is room for."""
@@ -2123,12 +2106,12 @@ _GROUPING_KEY = re.compile("[0-9a-fA-F]{64}")
 def to_line(occurrence: Occurrence) -> Json:
     """Return a report that from_line() turns into exactly this occurrence."""
     line: Json = {}
-    extra, own = occurrence.extra, {*_LINE_FIELDS}
-    own |= set() if occurrence.source_context else {"source_context"}
-    own |= {"event_id"} if occurrence.event_id else set()
-    if not own.isdisjoint(extra):
+    extra, reserved = occurrence.extra, {*_LINE_FIELDS}
+    reserved |= set() if occurrence.source_context else {"source_context"}
+    reserved |= {"event_id"} if occurrence.event_id else set()
+    if not reserved.isdisjoint(extra):
         line["fields"] = extra
-        extra = {name: value for name, value in extra.items() if name not in own}
+        extra = {name: value for name, value in extra.items() if name not in reserved}
         occurrence = dataclasses.replace(occurrence, extra=extra)
     # The shown fingerprint may have been cut or scrubbed.
     if grouping_key_of(occurrence.fingerprint) != occurrence.grouping_key:
@@ -2345,7 +2328,7 @@ def _text(value: Any) -> str:
 class Frame:
     """One call of a stack trace; a line that names no call has only its `text`.
 
-    `text` is the line as reported. `is_own` is true for the application's code, false for a
+    `text` is the frame as reported. `is_own` is true for the application's code, false for a
     library's. `source` is the code around the line, `locals` the variables by name.
     """
 
@@ -2506,7 +2489,7 @@ _T = TypeVar("_T")
 
 
 def _remember_short(read: Callable[[str], _T]) -> Callable[[str], _T]:
-    """Cache a function's results for short texts, which recur in later reports."""
+    """Cache results for short texts, which recur in later reports: locating takes half the time."""
     short = functools.lru_cache(1_000)(read)
     return lambda text: short(text) if len(text) <= MAX_REMEMBERED_CHARS else read(text)
 
@@ -2626,7 +2609,7 @@ def _read_frame(text: str) -> Frame:
         file = re.sub(r"(?<=.)[?#].*", "", file)
     elif module:
         function = f"{module}:{function.replace(',', '/')}"
-    has_package = line.startswith("(") and language == "elixir"  # more reliable than the module
+    has_package = line.startswith("(") and language == "elixir"  # it decides, not the module
     called = "" if has_package or language in ("python", "ruby", "javascript") else function
     is_own = is_own_code(file, called) and not _pattern(_LIBRARY_PREFIX).match(line)
     is_own = mark[1] == "own" if mark else is_own
@@ -2771,7 +2754,7 @@ def _frames_in_order(lines: Sequence[str]) -> Iterator[Frame]:
         frame = _read_frame(line)
         language = frame.language
         if language == "javascript" and not frame.function and _RUST_FUNCTION.match(above):
-            language = "rust"  # called from C: `at ./libc-start.c:360:3`
+            language = "rust"  # a frame in C: `at ./libc-start.c:360:3`
         if language in ("go", "rust") and above:
             found = (_GO_FUNCTION if language == "go" else _RUST_FUNCTION).match(above)
             name = found["name"] if found else None
