@@ -418,9 +418,8 @@ def _read_public_url(text: str) -> str:
 
 def _read_names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
-    if not all(re.fullmatch(r"[a-z][a-z0-9]*(?:[_. -][a-z0-9]+)*", name) for name in names):
-        raise ValueError(text)
-    if not all(2 <= len(name) <= MAX_NAME_CHARS for name in names):
+    form = r"[a-z][a-z0-9]*(?:[_. -][a-z0-9]+)*"
+    if not all(2 <= len(one) <= MAX_NAME_CHARS and re.fullmatch(form, one) for one in names):
         raise ValueError(text)
     return names
 
