@@ -3081,14 +3081,14 @@ def fingerprint_of(exception_class: str, message: str, place: tuple[str, str] | 
 
 
 def _objects(value: Any, most: int) -> list[Json]:
-    """Return the last objects of a list that SDKs send bare or within `values`."""
+    """Return the last `most` objects of a list, which SDKs send bare or as `values`."""
     values = value.get("values") if isinstance(value, dict) else value
     values = values[-most:] if isinstance(values, list) else []
     return [one for one in values if isinstance(one, dict)]
 
 
 def _pairs(value: Any) -> Json:
-    """Return an object that SDKs send as such or as a list of pairs: tags, headers, cookies."""
+    """Return tags, headers or cookies as an object; some SDKs send a list of pairs."""
     if isinstance(value, dict):
         return dict(itertools.islice(value.items(), MAX_PAIRS))
     pairs = value[:MAX_PAIRS] if isinstance(value, list) else []
@@ -3096,41 +3096,41 @@ def _pairs(value: Any) -> Json:
 
 
 def _first(values: Iterable[Any]) -> str | None:
-    """Return the first value that is not empty, as text."""
+    """Return the first value that isn't empty, as text."""
     return next(filter(None, map(_text, values)), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """One request of a Sentry SDK: a header, and the type and payload of each item."""
+    """One request of a Sentry SDK: its header, and the type and payload of each item."""
 
     header: Json
     items: tuple[tuple[str, memoryview], ...]
 
 
 def header_line(raw: bytes | bytearray, start: int, at: str) -> tuple[Json, int]:
-    """Return the JSON object of the line that begins at `start`, and where the next one begins."""
+    """Return the JSON object on the line at `start`, and the start of the next line."""
     end = raw.find(b"\n", start)
     end = end if end >= 0 else len(raw)
     if end - start > MAX_ENVELOPE_HEADER_BYTES:
-        raise TooLarge(f"{at} has over {MAX_ENVELOPE_HEADER_BYTES:,} bytes of header", field=at)
+        raise TooLarge(f"the header of {at} has over {MAX_ENVELOPE_HEADER_BYTES:,} bytes", field=at)
     header = parse_json(read_text(raw[start:end], at), at)
     if not isinstance(header, dict):
-        raise BadRequest(f"{at} must begin with a line that is a JSON object", field=at)
+        raise BadRequest(f"{at} must begin with a JSON object on one line", field=at)
     return header, min(end + 1, len(raw))
 
 
 def _payload_end(raw: bytes | bytearray, start: int, header: Json, at: str) -> int:
-    """Return where a payload ends: by its length, else at the next newline or the end."""
+    """Return where a payload ends: after its `length`, else at the next newline or the end."""
     length = header.get("length")
     if type(length) is not int or length < 0:
         newline = raw.find(b"\n", start)
         return newline if newline >= 0 else len(raw)
     end = start + length
     if end > len(raw):
-        raise BadRequest(f"{at} ends before its length of {length:,} bytes", field=at)
+        raise BadRequest(f"{at} is shorter than its length of {length:,} bytes", field=at)
     if raw[end : end + 1] not in (b"", b"\n"):
-        raise BadRequest(f"{at} goes on beyond its length of {length:,} bytes", field=at)
+        raise BadRequest(f"{at} is longer than its length of {length:,} bytes", field=at)
     return end
 
 
@@ -3138,12 +3138,12 @@ _CONTENT = re.compile(rb"[^\n]")
 
 
 def parse_envelope(raw: bytes | bytearray) -> Envelope:
-    """Split an envelope into its items; only their headers are decoded.
+    """Split an envelope into its items without decoding their payloads.
 
-    Source: develop.sentry.dev, "Envelopes". A line of JSON, then for each item a line of JSON and
-    a payload: `length` bytes when the item's header says so, else up to the next newline or the
-    end. Blank lines before an item are skipped. BadRequest names the part that is malformed, the
-    envelope or items[2]; TooLarge when there are too many.
+    Source: develop.sentry.dev, "Envelopes". A header is one line of JSON. The envelope's header
+    comes first, then each item's header and payload: `length` bytes if the header has that, else
+    up to the next newline or the end. Blank lines before an item are skipped. BadRequest names the
+    malformed part, the envelope or items[2]; too many items raise TooLarge.
     """
     view = memoryview(raw)
     header, position = header_line(raw, 0, "the envelope")
@@ -3159,9 +3159,9 @@ def parse_envelope(raw: bytes | bytearray) -> Envelope:
 
 
 def envelope_of_event(raw: bytes | bytearray) -> Envelope:
-    """Return an envelope around a lone event, as SDKs sent it before there were envelopes.
+    """Wrap a lone event, which SDKs sent before envelopes existed.
 
-    Some compressed it with zlib, encoded that in Base64 and did not say so.
+    Some sent it zlib-compressed and in Base64, without a header that says so.
     """
     if raw[:1] not in (b"{", b" ", b"\n"):
         with contextlib.suppress(ValueError, zlib.error):
@@ -3171,7 +3171,7 @@ def envelope_of_event(raw: bytes | bytearray) -> Envelope:
 
 
 def read_event(payload: memoryview, at: str) -> Json:
-    """Decode an event; BadRequest or TooLarge says why it is refused."""
+    """Decode an event; raise BadRequest or TooLarge if it is refused."""
     if len(payload) > MAX_EVENT_BYTES:
         raise TooLarge(f"{at} is larger than {MAX_EVENT_BYTES:,} bytes", field=at)
     text = read_text(bytes(payload), at)
@@ -3184,7 +3184,7 @@ def read_event(payload: memoryview, at: str) -> Json:
 
 
 def dsn_of(url: str, key: str, project_id: int) -> str:
-    """Return the address that a Sentry SDK reports to, with a project's key in it."""
+    """Return a project's DSN, the URL with its key to which Sentry SDKs report."""
     scheme, _, rest = url.partition("://")
     return f"{scheme}://{urllib.parse.quote(key, safe='')}@{rest}/{project_id}"
 
@@ -3209,9 +3209,9 @@ _OBJECTS = ("user", "request", "contexts", "extra", "modules", "sdk")
 
 
 def _normalized(event: Json) -> Json:
-    """Return an event in the form of today's SDKs; a part of another shape becomes empty.
+    """Return an event in the form that today's SDKs send; malformed parts become empty.
 
-    `exception` becomes the chain, from the exception that was raised on; it is never empty.
+    `exception` becomes a list that starts with the exception that was raised, never empty.
     """
     if "sentry.interfaces." in " ".join(event):  # sentry.interfaces.Exception, until 2016
         event = {
@@ -3230,21 +3230,21 @@ def _normalized(event: Json) -> Json:
     found["exception"] = _objects(error, MAX_EXCEPTIONS)[::-1] or [{}]
     if headers := found["request"].get("headers"):
         texts = {
-            name: ", ".join(map(_text, said)) if isinstance(said, list) else said
-            for name, said in _pairs(headers).items()
+            name: ", ".join(map(_text, value)) if isinstance(value, list) else value
+            for name, value in _pairs(headers).items()
         }
         found["request"] = found["request"] | {"headers": texts}
     return found
 
 
 def _frames_sent(part: Json) -> list[Json]:
-    """Return the frames of an exception or thread, which SDKs send oldest first."""
+    """Return the frames of an exception or thread, innermost first."""
     frames = _object(part.get("stacktrace")).get("frames")
     return _objects(frames, MAX_BACKTRACE_LINES)[::-1]
 
 
 def _number_of(value: Any) -> int:
-    """Return a number or numeric string as a whole number, 0 for anything else."""
+    """Return a number or numeric string as a whole number, 0 if it is invalid or negative."""
     try:
         number = int(float(value or 0))
     except (TypeError, ValueError, OverflowError):
@@ -3253,7 +3253,7 @@ def _number_of(value: Any) -> int:
 
 
 def _function_of(frame: Json, platform: str) -> str:
-    """Return a frame's function or, if it has no name, its offset in the binary.
+    """Return a frame's function, or its offset in the binary if it has no name.
 
     The load address differs between runs; the offset does not.
     """
@@ -3272,7 +3272,7 @@ def _function_of(frame: Json, platform: str) -> str:
 
 
 def _add_details(found: Json, frame: Json) -> None:
-    """Add a Sentry frame's source and variables, without dunder names such as __name__."""
+    """Copy a Sentry frame's source and variables, except dunder names such as __name__."""
     if isinstance(line := frame.get("context_line"), str):
         found["context_line"] = line
         for name in ("pre_context", "post_context"):
@@ -3287,9 +3287,9 @@ def _add_details(found: Json, frame: Json) -> None:
 
 
 def _frame_of_sdk(frame: Json, platform: str) -> Json | str:
-    """Return a Sentry frame in the API's form; an asynchronous gap is a string.
+    """Return a Sentry frame in the API's form; an asynchronous gap becomes a string.
 
-    `in_app` decides whether it is own, unless the SDK is known to be wrong.
+    `own` follows `in_app`, except where SDKs are known to get it wrong.
     """
     path = _text(frame.get("abs_path"))
     if path.startswith("<asynchronous"):
@@ -3315,11 +3315,11 @@ def _frame_of_sdk(frame: Json, platform: str) -> Json | str:
 
 
 def _frames_of_threads(event: Json, error: Json) -> list[Json]:
-    """Return the frames of the thread in which an error was raised, or of the event."""
+    """Return the frames of the thread most likely to have raised an error, else the event's."""
     threads = _objects(event.get("threads"), MAX_THREADS)
-    named = error.get("thread_id")
+    thread_id = error.get("thread_id")
     tests: tuple[Callable[[Json], Any], ...] = (
-        lambda thread: named is not None and _text(thread.get("id")) == _text(named),
+        lambda thread: thread_id is not None and _text(thread.get("id")) == _text(thread_id),
         lambda thread: thread.get("crashed"),
         lambda thread: thread.get("current"),
         lambda thread: thread.get("main") or len(threads) == 1,
@@ -3337,25 +3337,25 @@ def _relation_of(error: Json) -> str:
 
 
 def _exceptions_of(event: Json, name: str, message: str) -> list[Json]:
-    """Return an event's exceptions as the API takes them; `name` and `message` are the first's.
+    """Return an event's exceptions in the API's form; the first gets `name` and `message`.
 
-    If none has frames, the first one gets those of a thread, else those of the event. If no frame
-    is marked as own, paths and modules decide.
+    If none has frames, the first gets those of a thread or the event. If no frame is marked as
+    own, paths and modules decide.
     """
     errors, found = event["exception"], []
     stacks = [_frames_sent(one) for one in errors]
     if not any(stacks):
         stacks[0] = _frames_of_threads(event, errors[0])
-    calls: list[tuple[Json, Json]] = []  # each Sentry frame, and what became of it
+    calls: list[tuple[Json, Json]] = []  # Sentry frames and their API form
     for error, stack in zip(errors, stacks, strict=True):
         frames = [_frame_of_sdk(frame, event["platform"]) for frame in stack]
         pairs = zip(stack, frames, strict=True)
         calls += [(sent, frame) for sent, frame in pairs if isinstance(frame, dict)]
-        said = {"exception_class": name, "message": message}
+        exception = {"exception_class": name, "message": message}
         if error is not errors[0]:
-            said = {"exception_class": _text(error.get("type")).strip() or "Error"}
-            said |= {"message": _text(error.get("value")), "relation": _relation_of(error)}
-        found.append(said | {"frames": frames})
+            exception = {"exception_class": _text(error.get("type")).strip() or "Error"}
+            exception |= {"message": _text(error.get("value")), "relation": _relation_of(error)}
+        found.append(exception | {"frames": frames})
     if not any(frame["own"] for _, frame in calls):
         for sent, frame in calls:
             path = _text(sent.get("abs_path")) or frame.get("file")
@@ -3373,7 +3373,7 @@ _PLACEHOLDER = re.compile(
 
 
 def _filled(template: str, params: Any) -> str:
-    """Return a log's template with its values filled in, each bounded."""
+    """Fill a log template with its parameters; each is cut to a bounded length."""
     values = params if isinstance(params, list) else []
     names = {str(number): value for number, value in enumerate(values)} | _object(params)
     unnamed = iter(values)
@@ -3391,9 +3391,9 @@ def _filled(template: str, params: Any) -> str:
 
 
 def _logged(event: Json) -> tuple[str, str]:
-    """Return an event's message, from a log or plain, and its template."""
-    for said in (event.get("logentry"), event.get("message")):
-        entry = {"formatted": said} if isinstance(said, str) else _object(said)
+    """Return the message of an event's log entry or plain message, and its template."""
+    for sent in (event.get("logentry"), event.get("message")):
+        entry = {"formatted": sent} if isinstance(sent, str) else _object(sent)
         template = _text(entry.get("message"))
         message = _text(entry.get("formatted")) or _filled(template, entry.get("params"))
         if message:
@@ -3402,13 +3402,13 @@ def _logged(event: Json) -> tuple[str, str]:
 
 
 def _heading_of(event: Json, error: Json) -> tuple[str, str, str]:
-    """Return an event's class, its message, and the message that its fingerprint uses."""
-    said = _text(error.get("value"))
+    """Return an event's class, its message, and the message for its fingerprint."""
+    value = _text(error.get("value"))
     if name := _text(error.get("type")).strip():
-        return name, said, said
+        return name, value, value
     message, template = _logged(event)
-    if not message and said:
-        return "Error", said, said
+    if not message and value:
+        return "Error", value, value
     return event["logger"].strip() or "Message", message, template
 
 
@@ -3416,10 +3416,10 @@ _VARIABLE = re.compile(r"\{\{\s*([\w.-]+)\s*\}\}")
 
 
 def _fingerprint_of_event(event: Json, default: str, name: str, message: str, frame: Frame) -> str:
-    """Return the fingerprint that an event sends, its variables replaced, else `default`.
+    """Return an event's fingerprint with its variables replaced, or `default` if it has none.
 
-    Source: docs.sentry.io, "SDK Fingerprinting" and "Fingerprint Rules". Unknown variables are
-    kept as written.
+    Source: docs.sentry.io, "SDK Fingerprinting" and "Fingerprint Rules". Unknown variables stay
+    as written.
     """
     parts = event.get("fingerprint")
     if not isinstance(parts, list) or not any(_text(part).strip() for part in parts):
@@ -3456,13 +3456,10 @@ def _request_id_of(event: Json) -> str | None:
     return _first((*found, _object(event["contexts"].get("trace")).get("trace_id")))
 
 
-_SECONDS = re.compile(r"[0-9]{1,12}(?:\.[0-9]{0,12})?")
-
-
 def _time_of(value: Any) -> str | None:
-    """Return a time, in seconds since 1970 or ISO 8601, as the latter; None if it is neither."""
+    """Return seconds since 1970 or an ISO 8601 time as ISO 8601, None for anything else."""
     with contextlib.suppress(ValueError, OverflowError):
-        if isinstance(value, str) and not _SECONDS.fullmatch(value):
+        if isinstance(value, str) and not re.fullmatch(r"[0-9]{1,12}(?:\.[0-9]{0,12})?", value):
             time_ms = parse_timestamp(value)
             return value if value.endswith("Z") else iso_time(time_ms)
         if type(value) in (int, float, str) and (seconds := float(value)) >= 0:
@@ -3472,17 +3469,15 @@ def _time_of(value: Any) -> str | None:
 
 def _breadcrumb_of(crumb: Json) -> Json:
     """Return a breadcrumb with its time in ISO 8601."""
-    said = crumb.get("timestamp")
-    is_iso = isinstance(said, str) and said.endswith("Z")
-    time_text = None if is_iso else _time_of(said)
+    time_text = _time_of(crumb.get("timestamp"))
     return crumb | {"timestamp": time_text} if time_text else crumb
 
 
-_MAX_BREADCRUMBS_CHARS = MAX_FIELD_CHARS * 3 // 4  # together, as far as they are limited
+_MAX_BREADCRUMBS_CHARS = MAX_FIELD_CHARS * 3 // 4  # of all, where a report is longer than this
 
 
 def _newest_breadcrumbs(crumbs: list[Json]) -> list[Json]:
-    """Return the newest breadcrumbs that fit into a field, and how many more there were."""
+    """Return the newest breadcrumbs that fit into a field, after a note of how many don't."""
     kept: list[Json] = []
     room = _MAX_BREADCRUMBS_CHARS
     for crumb in reversed(crumbs):
@@ -3495,12 +3490,10 @@ def _newest_breadcrumbs(crumbs: list[Json]) -> list[Json]:
     return kept[::-1]
 
 
-_MECHANISM = ("type", "handled", "data", "meta")
-
-
 def _surroundings_of(event: Json, error: Json) -> Json:
-    """Return what is kept of an event that the API has no field for."""
+    """Return the parts of an event that are kept but have no field in the API."""
     mechanism = _object(error.get("mechanism"))
+    names = [n for n in ("type", "handled", "data", "meta") if mechanism.get(n) is not None]
     found = {
         "level": event["level"],
         **{name: event[name] for name in _TEXTS},
@@ -3508,7 +3501,7 @@ def _surroundings_of(event: Json, error: Json) -> Json:
         "exception_module": _text(error.get("module")),
         "log_message": _logged(event)[0] if error.get("type") else "",
         "log_params": _object(event.get("logentry")).get("params"),
-        "mechanism": {n: mechanism[n] for n in _MECHANISM if mechanism.get(n) is not None},
+        "mechanism": {name: mechanism[name] for name in names},
         "tags": event["tags"],
         "user": event["user"],
         "request": event["request"],
@@ -3521,17 +3514,17 @@ def _surroundings_of(event: Json, error: Json) -> Json:
 
 
 def report_of_event(event: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
-    """Turn a Sentry event into a report; parts of an unknown shape are left out.
+    """Turn a Sentry event into a report; malformed parts are left out.
 
     Source: develop.sentry.dev, "Event Payloads". The last exception is the one that was raised.
 
     | report | event |
     |---|---|
     | class, message | type, value of the last exception; else logger, logentry or message |
-    | exceptions | the chain from the last exception on, else the stack of a thread |
-    | fingerprint | fingerprint with its variables replaced, else by fingerprint_of |
-    | user_id | user.id, .username, .email, .ip_address, the first there is |
-    | request_id | header X-Request-Id, tag request_id, contexts.trace.trace_id |
+    | exceptions | the chain, last exception first, else the stack of a thread |
+    | fingerprint | fingerprint with its variables replaced, else fingerprint_of() |
+    | user_id | the first of user.id, .username, .email, .ip_address |
+    | request_id | the first of header X-Request-Id, tag request_id, contexts.trace.trace_id |
     | timestamp, event_id | timestamp, in seconds or ISO 8601; event_id |
     | the rest | _surroundings_of |
     """
@@ -3559,7 +3552,7 @@ def report_of_event(event: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json
     return found | _surroundings_of(event, error)
 
 
-# JSON text holds no cycle, and looking for one takes a fifth of the time.
+# Parsed JSON has no cycles; looking for them takes a fifth of the time.
 _COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 
 
