@@ -3571,9 +3571,9 @@ def occurrence_from_sentry(
 
 # --- 7. Schema ------------------------------------------------------------------------------------
 
-APPLICATION_ID = 0x4D41504D  # "MAPM" in the file's header: tells our database from others
+APPLICATION_ID = 0x4D41504D  # "MAPM" in the file's header marks a MiniAPM database
 
-# One tuple of statements a version; PRAGMA user_version counts those that have run.
+# One tuple of statements per version; PRAGMA user_version counts the tuples that have run.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "CREATE TABLE settings (name TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -3584,7 +3584,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE api_keys (
             id INTEGER PRIMARY KEY, project_id INTEGER NOT NULL REFERENCES projects (id),
             key TEXT NOT NULL UNIQUE, created_ms INTEGER NOT NULL, revoked_ms INTEGER)""",
-        # AUTOINCREMENT here and below: the link to what is gone never leads to something else.
+        # AUTOINCREMENT, here and below: no id is reused, so an old link never leads elsewhere.
         """CREATE TABLE errors (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
             project_id INTEGER NOT NULL REFERENCES projects (id),
@@ -3622,28 +3622,28 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "ALTER TABLE errors ADD COLUMN level TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE occurrences ADD COLUMN project_id INTEGER",  # NULL in rows from before
+        "ALTER TABLE occurrences ADD COLUMN project_id INTEGER",  # NULL in older rows
         "ALTER TABLE occurrences ADD COLUMN event_id BLOB",
         """CREATE UNIQUE INDEX occurrences_by_event ON occurrences (event_id, project_id)
             WHERE event_id IS NOT NULL""",
-        # Values that an error came with: name is level, environment, release or tag (name:value).
+        # Values that an error had: `name` is level, environment, release or tag (name:value).
         """CREATE TABLE error_facets (
             id INTEGER PRIMARY KEY, error_id INTEGER NOT NULL, name TEXT NOT NULL,
             value TEXT NOT NULL, UNIQUE (error_id, name, value))""",
-        # The first report of an error, by which its later ones are compressed; it never changes.
+        # An error's first report, the dictionary that compresses later ones. It never changes.
         "CREATE TABLE samples (error_id INTEGER PRIMARY KEY, body BLOB NOT NULL)",
         "CREATE INDEX facets_by_value ON error_facets (name, value) WHERE name <> 'tag'",
     ),
     # Reports may be stored as they were sent, which older programs can't read.
     (),
-    # A report may carry its exceptions, and is found by its request id.
+    # Reports may carry exceptions and are found by request id.
     (
         "ALTER TABLE occurrences ADD COLUMN request_key INTEGER",
         """CREATE INDEX occurrences_by_request ON occurrences (request_key)
             WHERE request_key IS NOT NULL""",
     ),
-    # So that users can be forgotten, ids follow the day on which users were last seen. Users
-    # stored earlier count as seen with the newest report of their error.
+    # Ids follow the day a user was last seen, so that retention can remove old users. Users
+    # stored earlier count as seen with their error's newest report.
     (
         "ALTER TABLE errors ADD COLUMN has_more_users INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE error_users RENAME TO old_users",
@@ -3661,7 +3661,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE INDEX buckets_by_length ON buckets
             ((hour % 24 = 0) + (hour % 8784 = 0), hour)""",
     ),
-    # Retention walks the ids: an index by time would cost a write for every report. Between one
+    # Retention goes by id, because an index by time would cost a write per report. Between one
     # `last_id` and the next, ids are in order of receipt.
     (
         "CREATE TABLE clock_steps (last_id INTEGER PRIMARY KEY)",
@@ -3671,7 +3671,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
                 ORDER BY id DESC LIMIT 1) - 60000""",
         "DROP INDEX occurrences_by_receipt",
     ),
-    # Errors have a history and may wake; values are counted from here on.
+    # Errors get a history, ignored ones can wake, and values are counted from here on.
     (
         "ALTER TABLE errors ADD COLUMN note TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE errors ADD COLUMN wake_ms INTEGER",
@@ -3680,7 +3680,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "UPDATE errors SET uncounted = occurrence_count",
         "ALTER TABLE error_facets ADD COLUMN count INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE error_facets ADD COLUMN first_ms INTEGER",
-        # `before` is what undo restores; rows of one action hold the id of its first.
+        # Undo restores `before`. All rows of an action hold the id of its first row.
         """CREATE TABLE history (
             id INTEGER PRIMARY KEY AUTOINCREMENT, action INTEGER NOT NULL,
             error_id INTEGER NOT NULL, at_ms INTEGER NOT NULL, what TEXT NOT NULL,
@@ -3708,7 +3708,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX releases_by_project ON releases (project_id)",
         # Set when only a release newer than this one may reopen the error.
         "ALTER TABLE errors ADD COLUMN resolved_release INTEGER",
-        # Of the first and the last occurrence that came with one.
+        # Those of the first and the last occurrence that had a release.
         "ALTER TABLE errors ADD COLUMN first_release TEXT",
         "ALTER TABLE errors ADD COLUMN last_release TEXT",
         """UPDATE errors SET first_release = COALESCE(
@@ -3727,16 +3727,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             at_ms INTEGER NOT NULL, version TEXT NOT NULL, git_sha TEXT NOT NULL,
             environment TEXT NOT NULL, deployer TEXT NOT NULL, description TEXT NOT NULL)""",
         "CREATE INDEX deploys_by_time ON deploys (project_id, at_ms)",
-        # Webhooks: `news` is new or regressed until it has become a notice.
+        # For webhooks: `news` is new or regressed until a notice is made of it.
         "ALTER TABLE errors ADD COLUMN news TEXT",
         "CREATE INDEX errors_with_news ON errors (id) WHERE news IS NOT NULL",
-        # Of an import: the same error in the export's tracker, and the last id counted of there.
+        # For imports: the error's identity in the other tracker, and the last id counted there.
         "ALTER TABLE errors ADD COLUMN origin TEXT",
         "ALTER TABLE errors ADD COLUMN origin_id INTEGER",
         """CREATE TABLE notices (
             id INTEGER PRIMARY KEY AUTOINCREMENT, error_id INTEGER NOT NULL, what TEXT NOT NULL,
             at_ms INTEGER NOT NULL)""",
-        # Where notices and occurrences are sent, and the last id that arrived there.
+        # Where notices and occurrences are sent, and the last id sent there.
         """CREATE TABLE targets (
             name TEXT PRIMARY KEY, last_id INTEGER NOT NULL, sent_count INTEGER NOT NULL DEFAULT 0,
             refused_count INTEGER NOT NULL DEFAULT 0, sent_ms INTEGER,
@@ -3745,7 +3745,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
 )
 
-MAX_UNSENT_OCCURRENCES = 1_000_000  # that wait to be forwarded and are kept for that
+MAX_UNSENT_OCCURRENCES = 1_000_000  # kept beyond other limits while they wait to be forwarded
 MAX_NOTICES = 10_000  # the newest
 
 # Statements that run for every report take tuples: dicts take 2 % longer.
@@ -3759,12 +3759,12 @@ SELECT_BY_KEY = """
     FROM errors WHERE project_id = ? AND grouping_key = ?"""
 RECORD_AGAIN = f"""
     UPDATE errors SET {_ERROR_VALUES}, first_seen_ms = MIN(first_seen_ms, ?) WHERE id = ?"""
-# The short form of RECORD_AGAIN, enough for most reports; it changes two indexes only.
+# A short form of RECORD_AGAIN, enough for most reports; it changes only two indexes.
 RECORD_KNOWN = f"""
     UPDATE errors SET {_ERROR_VALUES}
     WHERE first_seen_ms <= ? AND id = ? AND status IN ('open', 'ignored')
         AND wake_ms IS NULL AND wake_count IS NULL"""
-# Not one upsert: each conflict would use up an id of errors.
+# Not an upsert: every conflict would use up an id.
 RECORD_FIRST = """
     INSERT INTO errors (exception_class, message, location, level, last_seen_ms, last_release,
         first_seen_ms, first_release, occurrence_count, stored_count, status_ms, project_id,
@@ -3815,7 +3815,7 @@ FORGET_FACETS = """
         LIMIT -1 OFFSET :most)"""
 COUNT_USERS = "UPDATE errors SET user_count = user_count + :count WHERE id = :error_id"
 
-# NULL: not resolved in the next release; empty: so resolved, when no release was known.
+# NULL: not resolved "in the next release". Empty: resolved so while no release was known.
 _RESOLVED_RELEASE_NAME = """COALESCE((SELECT name FROM releases WHERE id = resolved_release),
         IIF(resolved_release IS NULL, NULL, '')) AS resolved_release"""
 _ERROR_COLUMNS = f"""id, project_id,
@@ -3854,7 +3854,7 @@ SELECT_TALLIES = "SELECT name, value, count, first_ms FROM error_facets WHERE er
 SELECT_BUCKETS = """
     SELECT error_id, hour, count FROM json_each(:ids) JOIN buckets ON error_id = json_each.value
     WHERE hour >= :since_hour"""
-# The errors seen last stand for the rest: reading more would take seconds.
+# Only the errors seen last are counted: reading all could take seconds.
 COUNT_FACETS = f"""
     SELECT name, value, COUNT(*) AS count, MAX(error_facets.id) AS newest_id FROM
         (SELECT id FROM errors WHERE project_id = :project_id AND status = :status
@@ -3955,7 +3955,7 @@ SELECT_KEY_OWNER = """
 SELECT_SETTING = "SELECT value FROM settings WHERE name = :name"
 SET_SETTING = "INSERT OR REPLACE INTO settings (name, value) VALUES (:name, :value)"
 
-# Each of these removes a step of occurrences in one statement, and tells whose they were.
+# Statements with RETURNING error_id remove one step of rows and return their errors.
 DELETE_EXPIRED = """
     DELETE FROM occurrences WHERE id IN
         (SELECT id FROM (SELECT id, received_ms FROM occurrences
@@ -3992,7 +3992,7 @@ DISCOUNT_STORED = "UPDATE errors SET stored_count = stored_count - :count WHERE 
 DISCOUNT_USERS = """
     UPDATE errors SET user_count = user_count - :count, has_more_users = :has_more
     WHERE id = :error_id"""
-# A release that an error remembers is kept: if it came back, it would seem to be a new one.
+# A release that an error remembers is kept: it would count as new when reported again.
 DELETE_SURPLUS_RELEASES = f"""
     DELETE FROM releases WHERE id IN
         (SELECT releases.id FROM projects CROSS JOIN releases ON project_id = projects.id
@@ -4031,8 +4031,8 @@ DELETE_VALUES = tuple(
 DELETE_SAMPLE = "DELETE FROM samples WHERE error_id = :error_id"
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
 
-# Targets: where notices and occurrences are sent. A new one starts with what comes next.
-# The lag counts ids up to the newest that is left: those after it may have been removed.
+# Targets are where notices and occurrences are sent; a new one gets only later ones. Ids up to
+# the newest row count as waiting: rows with higher ids may have been removed.
 _NEWEST_ID = "COALESCE((SELECT MAX(id) FROM {}), 0)"
 _IS_FORWARD = "name LIKE 'forward %'"
 KEEP_TARGETS = (
@@ -4083,8 +4083,8 @@ SELECT_NOTICES = """
     FROM notices LEFT JOIN errors ON errors.id = error_id
     WHERE notices.id > :last_id ORDER BY notices.id"""
 
-# Exports read in steps, each with its own short transaction: a long one keeps the log from being
-# copied. The children of an error come as JSON, in the order of their ids.
+# Exports read in short transactions: a long one keeps the log from being copied into the
+# database. An error's children come as JSON, in order of their ids.
 EXPORT_ROWS = {
     "project": """
         SELECT id, name, created_ms FROM projects WHERE id > :id ORDER BY id LIMIT :step""",
@@ -4130,7 +4130,7 @@ SELECT_LAST_IDS = """
         (SELECT COALESCE(MAX(id), 0) FROM errors),
         (SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'occurrences')"""
 SELECT_PROJECT_ID = "SELECT id AS project_id FROM projects WHERE name = :name"
-# Imported rows keep their ids where these are free.
+# Imported rows keep their ids if these are free.
 _FREE_ID = "(SELECT :id WHERE NOT EXISTS (SELECT 1 FROM {0} WHERE id = :id))"
 IMPORT_PROJECT = f"""
     INSERT OR IGNORE INTO projects (id, name, created_ms)
@@ -4170,7 +4170,7 @@ SELECT_PLACE = "SELECT received_ms, error_id FROM occurrences WHERE id = :id"
 IMPORT_OCCURRENCE = """
     INSERT INTO occurrences (id, error_id, received_ms, body, project_id, event_id, request_key)
     VALUES (?, ?, ?, ?, ?, ?, ?) RETURNING id"""
-# An id that was free may lie between others: so before and after each there may be a step.
+# A new row may lie between old ones, so the clock may step before and after it.
 IMPORT_CLOCK_STEPS = f"""
     INSERT OR IGNORE INTO clock_steps (last_id)
     SELECT (SELECT MAX(id) FROM occurrences WHERE id < late.id) FROM
@@ -4219,7 +4219,7 @@ REMOVE_PROJECT = (
     "DELETE FROM settings WHERE name = 'demo'",
 )
 
-# The command check reads everything. First: errors whose numbers differ from their rows.
+# For the command check, which reads everything: errors whose counts differ from their rows.
 CHECK_ERRORS = """
     SELECT id, occurrence_count, stored_count, user_count,
         (SELECT COALESCE(SUM(count), 0) FROM buckets WHERE error_id = errors.id) AS hours,
