@@ -4253,7 +4253,7 @@ DAY_MS = 24 * HOUR_MS
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """Owner of errors; `keys` are those that are accepted now."""
+    """A project, which owns errors; `keys` are its valid ones."""
 
     id: int
     name: str
@@ -4265,13 +4265,13 @@ class Project:
 class ErrorGroup:
     """All occurrences with one fingerprint in one project.
 
-    `occurrence_count` counts all that were ever reported, `stored_count` those still kept;
-    class, message, location and level are the newest occurrence's. `user_count` counts the users
-    that are remembered; `has_more_users` says that there were more. An ignored error is opened
-    again at `wake_ms`, or by the report that brings `occurrence_count` to `wake_count`. The
-    first `uncounted` occurrences are in no Tally. `first_release` and `last_release` are those of
-    the first and last occurrence that came with one. If only a newer release than
-    `resolved_release` reopens a resolved error, that is not None; it is empty if unknown.
+    `occurrence_count` counts all occurrences, `stored_count` those still kept. Class, message,
+    location and level are the newest occurrence's. `user_count` counts the remembered users;
+    `has_more_users` is true if there were more. An ignored error wakes at `wake_ms`, or when
+    `occurrence_count` reaches `wake_count`. The first `uncounted` occurrences are in no Tally.
+    `first_release` and `last_release` are those of the first and last occurrence with a release.
+    A resolved error is reopened only by a release newer than `resolved_release`: None if any
+    report reopens it, empty if no release was known.
     """
 
     id: int
@@ -4302,7 +4302,7 @@ class ErrorGroup:
 
 @dataclass(frozen=True, slots=True)
 class StoredOccurrence:
-    """An occurrence with its place among the kept ones of its error, in order of receipt.
+    """An occurrence and its place among its error's kept ones, in order of receipt.
 
     The oldest has `position` 1, the newest has `kept`.
     """
@@ -4321,7 +4321,7 @@ class StoredOccurrence:
 
 @dataclass(frozen=True, slots=True)
 class FeedItem:
-    """An occurrence as it came in, of any error and project."""
+    """An occurrence in the feed of all errors and projects."""
 
     occurrence: Occurrence
     id: int
@@ -4365,14 +4365,14 @@ def _duration(duration_ms: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Snooze:
-    """How long an error stays ignored: for a time, until it has occurred so often, or for ever."""
+    """How long an error stays ignored: a time, a number of occurrences, or for ever."""
 
     for_ms: int | None = None
     count: int | None = None
 
     @property
     def text(self) -> str:
-        """The end as a phrase, empty if there is none."""
+        """The snooze as a phrase such as "for 1 h", empty if it has no end."""
         times = "once more" if self.count == 1 else f"{self.count or 0:,} more times"
         ends = [] if self.for_ms is None else [f"for {_duration(self.for_ms)}"]
         return " or ".join(ends if self.count is None else [*ends, f"until it occurs {times}"])
@@ -4391,10 +4391,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """A value that an error came with, and how many occurrences had it; levels aren't counted.
+    """A value that an error had, and how many occurrences had it; levels aren't counted.
 
-    `name` is level, environment, release or a tag's. `first_ms` is the time of the first such
-    occurrence, None if that is not known.
+    `name` is level, environment, release or a tag's name. `first_ms` is the time of the first such
+    occurrence, None if unknown.
     """
 
     name: str
@@ -4405,7 +4405,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One step, by a person or a program, that resolved, ignored, reopened or deleted errors."""
+    """One step that resolved, ignored, reopened or deleted `count` errors."""
 
     id: int
     what: str
@@ -4415,10 +4415,10 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How far sending to one address has come; `last_id` is of a notice or an occurrence.
+    """The progress of sending to one address; `last_id` is the last notice or occurrence sent.
 
-    `retry_ms` is when a failed sending is tried again. `oldest_ms` is when the oldest occurrence
-    that waits was received.
+    After a failure, sending is retried at `retry_ms`. The oldest waiting occurrence was received
+    at `oldest_ms`.
     """
 
     name: str
@@ -4435,11 +4435,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A webhook's message: an error that is new or regressed, and the number of others."""
+    """What a webhook announces: a new or regressed error, and the number of others."""
 
-    last_id: int  # of the notices that this one stands for
+    last_id: int  # of all the stored notices that this one covers
     what: str
-    error: ErrorGroup | None  # None if nothing is left to tell
+    error: ErrorGroup | None  # None if there is nothing to announce
     others: int
 
 
@@ -4452,7 +4452,7 @@ class Choice:
     count: int
 
 
-# True while this module works for itself: what goes wrong in it is never recorded.
+# True while this module does its own work, whose failures are never recorded.
 _is_busy_here: contextvars.ContextVar[bool] = contextvars.ContextVar("miniapm_busy", default=False)
 
 
@@ -4472,7 +4472,7 @@ def _like(term: str, start: str = "%", end: str = "%") -> str:
 
 @dataclass(frozen=True, slots=True)
 class SearchTerm:
-    """One term of a search: a text that must, or must not, be in a field or anywhere."""
+    """One term of a search: text that must, or must not, be in a field or anywhere."""
 
     field: str  # one of SEARCH_FIELDS, empty for anywhere
     text: str
@@ -4481,12 +4481,10 @@ class SearchTerm:
 
 SEARCH_FIELDS = ("user", "request", "file", "since", "until", *FACETS)
 _SEARCH_PART = re.compile(r'(-?)(?:([^\s:"]+):(?!:))?(?:"([^"]+)"(?!\S)|(\S*))')
-_AGE = re.compile(r"([0-9]{1,4})([mhdw])")
-_AGE_UNITS_MS = {"m": 60_000, "h": HOUR_MS, "d": 24 * HOUR_MS, "w": 7 * 24 * HOUR_MS}
 
 
 def parse_search(text: str) -> list[SearchTerm]:
-    """Return the terms of a search; raise BadRequest for one without a value.
+    """Return the terms of a search; raise BadRequest for a field without a value.
 
     A term is a word or a "phrase"; a minus before it excludes matches. A name from
     SEARCH_FIELDS and a colon before it limit the search to that field.
@@ -4511,15 +4509,13 @@ def parse_search(text: str) -> list[SearchTerm]:
 
 
 def time_of_search(term: SearchTerm, now_ms: int, name: str = "q") -> int:
-    """Return the time of a since: or until: term in ms; raise BadRequest if it is not a time.
-
-    The refusal names the parameter.
-    """
-    if age := _AGE.fullmatch(term.text):
-        return now_ms - int(age[1]) * _AGE_UNITS_MS[age[2]]
+    """Return the time of a since: or until: term in ms; BadRequest(field=`name`) if invalid."""
+    if age := re.fullmatch("([0-9]{1,4})([mhdw])", term.text):
+        units_ms = {"m": 60_000, "h": HOUR_MS, "d": DAY_MS, "w": 7 * DAY_MS}
+        return now_ms - int(age[1]) * units_ms[age[2]]
     try:
         is_day = not re.search("[T ]", term.text)
-        whole_day_ms = 24 * HOUR_MS - 1 if is_day and term.field == "until" else 0
+        whole_day_ms = DAY_MS - 1 if is_day and term.field == "until" else 0
         return parse_timestamp(term.text) + whole_day_ms
     except ValueError:
         expected = "needs an age such as 30m, 12h, 2d or 1w, or a date such as 2026-11-20"
@@ -4530,8 +4526,8 @@ _TIMES = {"since": "last_seen_ms >= :{}", "until": "first_seen_ms <= :{}"}
 _HAS_FACET = """EXISTS (SELECT 1 FROM error_facets
     WHERE error_id = errors.id AND name = '{}' AND value = :{})"""
 _LIKE = "LIKE :{0} ESCAPE '\\'"
-# A request's key is its CRC-32 below a block's number. Random keys would touch an index page per
-# report; instead, reports that arrive together share a block, and a search looks in every block.
+# A request key is a block number followed by the CRC-32 of the request id. Reports that arrive
+# together share a block, and so a page of the index; a search looks in every block.
 _HAS_REQUEST = """id IN (SELECT error_id FROM occurrences WHERE request_key IN (
     WITH RECURSIVE block (number) AS (
         SELECT MIN(request_key) >> 32 FROM occurrences WHERE request_key IS NOT NULL
@@ -4555,7 +4551,7 @@ _IS_TAG = _HAS_FACET.format("tag", "{0}_tag COLLATE NOCASE")
 
 
 def _condition(term: SearchTerm, name: str, now_ms: int) -> tuple[str, Json]:
-    """Return the SQL of a term, and the values that it names.
+    """Return a term's SQL condition and its values.
 
     A tag may have the name of a search field: `user:7` finds the user and the tag.
     """
@@ -4573,7 +4569,7 @@ def _condition(term: SearchTerm, name: str, now_ms: int) -> tuple[str, Json]:
 
 
 def _where(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
-    """Compose the condition on one project's errors, and its values except `status`."""
+    """Compose a list's WHERE and its values, except `project_id` and `status`."""
     conditions = ["project_id = :project_id", "status = :status"]
     values: Json = {}
     for position, term in enumerate(parse_search(wanted.search)):
@@ -4594,12 +4590,12 @@ def count_statement(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
 
 
 def _is_ascending(wanted: ErrorFilter) -> bool:
-    """Tell whether the first row to read has the least value: a page before goes backwards."""
+    """Return whether rows are read in ascending order; a page before a cursor reads backwards."""
     return (wanted.order == "asc") != bool(wanted.before)
 
 
 def list_statement(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
-    """Compose the SQL of a page's errors in one project and status, one more than the page."""
+    """Compose the SQL that reads a page's errors, plus one, of one project and status."""
     where, values = _where(wanted, now_ms)
     column = "shown_users" if wanted.sort == "users" else SORTS[wanted.sort]
     is_ascending = _is_ascending(wanted)
@@ -4625,7 +4621,7 @@ def _refusal_of(error: Exception) -> Exception:
 
 
 def _connect(path: str, mode: str = "rw") -> sqlite3.Connection:
-    # Not as a mere path: where the file was deleted, another one would be made.
+    # A plain path would create the file again if it was deleted.
     uri = f"file://{urllib.parse.quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"
     db = sqlite3.connect(
         uri, timeout=MAX_WAIT_S, isolation_level=None, check_same_thread=False, uri=True
@@ -4636,9 +4632,9 @@ def _connect(path: str, mode: str = "rw") -> sqlite3.Connection:
 
 
 def _create_private(path: str) -> None:
-    """Create the database's file with mode 0600, unless there is one."""
+    """Create the database's file with mode 0600 unless it exists."""
     try:
-        # Opening an existing one would be wrong: closing it drops SQLite's locks.
+        # O_EXCL: opening and closing an existing file would drop SQLite's locks.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         pass
@@ -4651,53 +4647,53 @@ def _pragma(db: sqlite3.Connection, name: str) -> int:
 
 
 def write_line(text: str, out: TextIO, end: str = "\n") -> None:
-    """Print at once; characters that the stream's encoding lacks are escaped."""
+    """Print and flush; escape characters that the stream's encoding lacks."""
     encoding = out.encoding or "utf-8"
     out.write((text + end).encode(encoding, "backslashreplace").decode(encoding))
     out.flush()
 
 
 def print_line(text: str, out: TextIO | None = None, end: str = "\n") -> None:
-    """Print at once, on stdout by default; a stream that is closed or full is not an error."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or none at all
+    """Print and flush, on stdout by default; ignore a stream that is full, closed or missing."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         write_line(text, out or sys.stdout, end)
 
 
 def progress_printer() -> Callable[[str], None]:
-    """Return a function that shows progress on stderr now and then; an empty text ends it.
+    """Return a function that shows progress on stderr now and then; call it with "" at the end.
 
     On a terminal it rewrites one line, which is cleared at the end.
     """
-    is_terminal, said_s, is_shown = os.isatty(2), time.monotonic(), False
+    is_terminal, shown_s, is_shown = os.isatty(2), time.monotonic(), False
 
-    def tell(text: str) -> None:
-        nonlocal said_s, is_shown
-        is_due = time.monotonic() - said_s >= (0.2 if is_terminal else PROGRESS_INTERVAL_S)
+    def show_progress(text: str) -> None:
+        nonlocal shown_s, is_shown
+        is_due = time.monotonic() - shown_s >= (0.2 if is_terminal else PROGRESS_INTERVAL_S)
         if is_terminal and (is_due if text else is_shown):
             print_line(f"miniapm: {text}".ljust(79) if text else " " * 79, sys.stderr, "\r")
         elif text and is_due:
             print_line(f"miniapm: {text}", sys.stderr)
         if is_due:
-            said_s, is_shown = time.monotonic(), True
+            shown_s, is_shown = time.monotonic(), True
 
-    return tell
+    return show_progress
 
 
 def progress_bar(total: int, unit: str, *, is_shown: bool = True) -> Callable[[int | None], None]:
     """Return a function that shows how much is done, on a terminal only; None clears it.
 
-    A total of 0 is unknown.
+    A `total` of 0 means that it is unknown.
     """
-    tell, began_s = progress_printer(), time.monotonic()
+    show_progress, began_s = progress_printer(), time.monotonic()
 
     def show(done: int | None) -> None:
         if done is None:
-            tell("")
+            show_progress("")
             return
         rate = done / max(0.001, time.monotonic() - began_s)
         share = min(1.0, done / total) if total else 0.0
         bar = f"[{'#' * int(24 * share):.<24}] {share:4.0%}, " if total else ""
-        tell(f"{bar}{done:,} {unit}, {rate:,.0f} a second")
+        show_progress(f"{bar}{done:,} {unit}, {rate:,.0f} a second")
 
     return show if is_shown and os.isatty(2) else lambda done: None
 
@@ -4705,31 +4701,31 @@ def progress_bar(total: int, unit: str, *, is_shown: bool = True) -> Callable[[i
 def back_up(source: sqlite3.Connection, target: str) -> None:
     """Copy a snapshot of a database into a new file of mode 0600 and verify it, or leave no file.
 
-    Safe while others write; `source` has begun a transaction. Raises MiniAPMError when the file
-    exists or can't be written.
+    Others may write meanwhile; `source` must have begun a transaction. Raises MiniAPMError if the
+    file exists or can't be written.
     """
     folder, name = os.path.split(os.path.abspath(target))
     if os.path.lexists(target):
         raise MiniAPMError(f"{target} exists; it was not overwritten")
-    mib = _pragma(source, "page_count") * 4096 // _MEBIBYTE  # the first read: of this moment
-    tell = progress_printer()
+    mib = _pragma(source, "page_count") * 4096 // _MEBIBYTE  # this read starts the snapshot
+    show_progress = progress_printer()
 
-    def copied(_: int, left: int, total: int) -> None:
-        tell(f"{100 * (total - left) // total} % of {mib:,} MiB are copied")
+    def show_copied(_: int, left: int, total: int) -> None:
+        show_progress(f"copied {100 * (total - left) // total} % of {mib:,} MiB")
 
     try:
         handle, part = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # of mode 0600
         try:
             os.close(handle)
             with contextlib.closing(_connect(part)) as copy:
-                source.backup(copy, pages=1_000, progress=copied)
-                copy.execute("PRAGMA journal_mode = DELETE")  # one file and no other
-                copy.set_progress_handler(lambda: tell("the copy is being checked"), 100_000)
+                source.backup(copy, pages=1_000, progress=show_copied)
+                copy.execute("PRAGMA journal_mode = DELETE")  # no -wal file beside the copy
+                copy.set_progress_handler(lambda: show_progress("checking the copy"), 100_000)
                 found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
-            tell("")
+            show_progress("")
             if found != "ok":
                 raise MiniAPMError(f"the copy is damaged: {found}")
-            os.link(part, target)  # which does not overwrite
+            os.link(part, target)  # does not overwrite
         finally:
             os.unlink(part)
     except FileExistsError:
@@ -4739,17 +4735,17 @@ def back_up(source: sqlite3.Connection, target: str) -> None:
 
 
 def _refuse_without_room(db: sqlite3.Connection, path: str) -> None:
-    """Raise MiniAPMError unless a copy, and the log of a migration, fit on the disk."""
+    """Raise MiniAPMError unless the disk has room for a copy and a migration's log."""
     needed = _pragma(db, "page_count") * _pragma(db, "page_size") * 5 // 4  # the log took 5 %
     free = shutil.disk_usage(os.path.dirname(path)).free
     if free < needed:
-        need, there = -(-needed // _MEBIBYTE), free // _MEBIBYTE
-        said = f"bringing {path} up to date needs {need:,} MiB on its disk; {there:,} MiB are there"
-        raise MiniAPMError(f"{said}; it was not changed")
+        need, left = -(-needed // _MEBIBYTE), free // _MEBIBYTE
+        sizes = f"{need:,} MiB of disk space; {left:,} MiB are free"
+        raise MiniAPMError(f"migrating {path} needs {sizes}; it was not changed")
 
 
 def _keep_old_version(db: sqlite3.Connection, path: str) -> None:
-    """Copy a database beside itself before its schema changes."""
+    """Copy a database to a file next to it before its schema changes."""
     db.execute("BEGIN")
     version = _pragma(db, "user_version")
     _refuse_without_room(db, path)
@@ -4759,8 +4755,8 @@ def _keep_old_version(db: sqlite3.Connection, path: str) -> None:
     )
     back_up(db, target)
     db.execute("ROLLBACK")
-    said = f"{path} is brought from version {version} to {len(MIGRATIONS)}; as it was: {target}"
-    print_line(f"miniapm: {said}", sys.stderr)
+    change = f"migrating {path} from version {version} to {len(MIGRATIONS)}"
+    print_line(f"miniapm: {change}; the old one is kept as {target}", sys.stderr)
 
 
 def refuse_foreign(db: sqlite3.Connection, path: str) -> None:
@@ -4781,7 +4777,7 @@ def _release_in(body: bytes | str, sample: bytes | None) -> str | None:
 
 
 def _migrate(db: sqlite3.Connection, path: str) -> None:
-    """Bring the schema to the newest version in one transaction; refuse what is not ours."""
+    """Migrate to the newest schema in one transaction; refuse another program's database."""
     is_new = db.execute("SELECT NOT EXISTS (SELECT 1 FROM sqlite_master)").fetchone()[0]
     if is_new:
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # has no effect once there are tables
@@ -4794,8 +4790,8 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
     db.execute("PRAGMA synchronous = FULL")
     if _pragma(db, "user_version") == len(MIGRATIONS):
         return
-    tell = progress_printer()
-    db.set_progress_handler(lambda: tell("the schema is being changed"), 100_000)
+    show_progress = progress_printer()
+    db.set_progress_handler(lambda: show_progress("changing the schema"), 100_000)
     db.create_function("release_in", 2, _release_in)
     db.execute("BEGIN IMMEDIATE")
     totals = None if is_new else db.execute(CHECK_TOTALS).fetchone()
@@ -4808,18 +4804,18 @@ def _migrate(db: sqlite3.Connection, path: str) -> None:
     db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
     db.execute("COMMIT")
     db.set_progress_handler(None, 0)
-    tell("")
+    show_progress("")
 
 
 def refuse_unwritable(path: str) -> None:
-    """Refuse another user's database: its owner could not use the files made next to it."""
+    """Refuse another user's database, whose owner couldn't use the files made next to it."""
     may_make_files = os.access(os.path.dirname(path) or ".", os.W_OK)
     if may_make_files and os.path.exists(path) and not os.access(path, os.W_OK):
-        raise MiniAPMError(f"can't write the database {path}: it belongs to somebody else")
+        raise MiniAPMError(f"can't write the database {path}: it belongs to another user")
 
 
 def open_database(path: str) -> sqlite3.Connection:
-    """Open a database for writing, made or migrated as needed; MiniAPMError says why not."""
+    """Open a database for writing; create or migrate it if needed, or raise MiniAPMError."""
     _create_private(path)
     refuse_unwritable(path)
     with contextlib.ExitStack() as undo:
