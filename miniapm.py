@@ -4073,7 +4073,7 @@ SELECT_NEWS = """
 POST_NOTICES = (
     """
     INSERT INTO notices (error_id, what, at_ms) SELECT id, news, :now_ms FROM errors
-    WHERE news IS NOT NULL AND id IN (SELECT value FROM json_each(:told)) ORDER BY id""",
+    WHERE news IS NOT NULL AND id IN (SELECT value FROM json_each(:recent)) ORDER BY id""",
     "UPDATE errors SET news = NULL WHERE id IN (SELECT value FROM json_each(:due))",
     "DELETE FROM notices WHERE id <= (SELECT MAX(id) FROM notices) - :most",
 )
@@ -4841,12 +4841,12 @@ Work = Callable[[sqlite3.Connection], Any]
 
 
 def _run_in_savepoint(work: Work, db: sqlite3.Connection) -> tuple[Any, Exception | None]:
-    """Return the result of the work, or the reason why its writes were rolled back."""
+    """Return the work's result, or the error for which its writes were rolled back."""
     db.execute("SAVEPOINT part")
     try:
         result = work(db)
-    except Exception as error:  # one's failure must not take its neighbours down
-        if not db.in_transaction:  # a full disk has rolled back everything already
+    except Exception as error:  # a failed part must not undo the others
+        if not db.in_transaction:  # a full disk has rolled everything back
             raise
         db.execute("ROLLBACK TO part")
         db.execute("RELEASE part")
@@ -4856,10 +4856,10 @@ def _run_in_savepoint(work: Work, db: sqlite3.Connection) -> tuple[Any, Exceptio
 
 
 def lack_of_space(path: str) -> str:
-    """Say that the disk of a database is nearly full, empty if it is not.
+    """Return a message if the disk of a database is nearly full, else an empty text.
 
-    The rest is kept for deleting, which needs room in SQLite's log, and for copying that log into
-    the database.
+    The last bytes are kept for deleting, which needs room in SQLite's log, and for copying that
+    log into the database.
     """
     try:
         disk = shutil.disk_usage(os.path.dirname(path))
@@ -4879,22 +4879,22 @@ class _Job:
 
 
 def _copy_log(db: sqlite3.Connection) -> None:
-    """Copy what can be copied now of the write-ahead log into the database."""
-    with contextlib.suppress(sqlite3.Error):  # the next copy will say why not
+    """Copy as much of the write-ahead log into the database as can be copied now."""
+    with contextlib.suppress(sqlite3.Error):  # a lasting fault shows in the next write
         db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
 
 class Writer:
-    """The one connection that writes, and its thread: what waits is committed as one group.
+    """The only connection that writes, and its thread, which commits waiting jobs as a group.
 
-    Another thread may have its turn with run_here(). A job that fails is undone alone; when the
-    commit fails, every job of the group has failed. Without a thread there is run_alone().
+    A job that fails is rolled back alone; if the commit fails, all jobs of the group fail.
+    run_here() writes from another thread; run_alone() writes if there is no writer thread.
     """
 
     def __init__(self, db: sqlite3.Connection, path: str, *, threads: bool, wait_s: float) -> None:
         self._db = db
         self._path = path
-        # Device and inode of the files that have been seen; the last two come later.
+        # Device and inode of each file, None until it exists: -wal and -shm are made later.
         self._files: dict[str, tuple[int, int] | None] = dict.fromkeys(
             path + end for end in ("", "-wal", "-shm")
         )
@@ -4904,11 +4904,11 @@ class Writer:
         self._turn = threading.Lock()  # held while the connection is used
         self._locked_since_s = math.inf  # by another process
         self._wait_s = wait_s
-        self.is_refusing = False  # what run_alone() is asked
+        self.is_refusing = False  # whether writes in the calling thread are refused
         self._commits = 0
         self._is_copy_due = False
-        self.trouble = ""  # why the last transaction was not written
-        self.after_undo: Callable[[], None] = lambda: None  # called when a transaction was undone
+        self.trouble = ""  # why the last transaction failed
+        self.after_undo: Callable[[], None] = lambda: None  # called after a rollback
         self._is_closed = False
         self._thread: threading.Thread | None = None
         if threads:
@@ -4916,10 +4916,10 @@ class Writer:
             self._thread.start()
 
     def run(self, work: Work, reports: int = 0) -> Any:
-        """Return what `work(connection)` returned once it is on disk; raise what it raised.
+        """Run `work(connection)`; return its result once it is on disk, or raise its error.
 
-        Unavailable when too many reports wait and when the job's turn does not come within
-        MAX_WAIT_S, for another process's lock or a long queue: then nothing was written.
+        Raises Unavailable, with nothing written, when too many reports wait or the job's turn does
+        not come within MAX_WAIT_S.
         """
         job = _Job(work, reports)
         with self._changed:
@@ -4929,7 +4929,7 @@ class Writer:
                 raise Unavailable("too many reports are waiting", retry_after_s=1)
             self._jobs.append(job)
             self._changed.notify()
-        # Late arrivals at a lock that lasts wait less: threads are needed for reading.
+        # The longer a lock lasts, the less new jobs wait: they hold threads that readers need.
         locked_s = max(0.0, time.monotonic() - self._locked_since_s)
         try:
             return job.future.result(max(MAX_WAIT_S / 20, MAX_WAIT_S - locked_s))
@@ -4939,7 +4939,7 @@ class Writer:
             return job.future.result()
 
     def run_here(self, work: Work) -> Any:
-        """Do what run() does in the calling thread; Unavailable unless it can be done at once."""
+        """Do what run() does in the calling thread; Unavailable after MAX_TURN_S."""
         if self._locked_since_s < math.inf:
             raise Unavailable("the database is locked by another process", retry_after_s=2)
         return self._run_in_turn(work, MAX_TURN_S)
@@ -4978,7 +4978,7 @@ class Writer:
             raise Unavailable("the store is closed", retry_after_s=5)
 
     def close(self, timeout_s: float) -> None:
-        """Finish waiting jobs, then close; without a thread, wait `timeout_s` at most."""
+        """Finish waiting jobs, then close; without a thread, wait at most `timeout_s`."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -4990,7 +4990,7 @@ class Writer:
 
     def copy_log(self) -> None:
         """Copy the log over a separate connection, so that commits can go on."""
-        if self.has_lost_files():  # it would go into another database
+        if self.has_lost_files():  # the log would go into another database
             return
         with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self._path)) as db:
             _copy_log(db)
@@ -5024,7 +5024,7 @@ class Writer:
         self._locked_since_s = math.inf
 
     def _wait_for_jobs(self) -> bool:
-        """Wait until there is something to do; False when the writer is to end."""
+        """Wait until there is something to do; return False when the writer must end."""
         with self._changed:
             while True:
                 while self._jobs and self._jobs[0].future.cancelled():
@@ -5034,7 +5034,7 @@ class Writer:
                 self._changed.wait()
 
     def _take(self) -> list[_Job]:
-        """Take jobs for a short transaction; small ones overtake large ones that don't fit."""
+        """Take jobs for one short transaction; small ones overtake large ones that don't fit."""
         taken: list[_Job] = []
         later: collections.deque[_Job] = collections.deque()
         room = BATCH_PART_REPORTS
@@ -5048,7 +5048,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Commit what the block writes in the transaction that has begun, or undo it."""
+        """Commit the transaction that has begun after the block, or roll it back."""
         try:
             if self._has_lost_files and self.has_lost_files():
                 raise self._files_refusal()
@@ -5072,7 +5072,7 @@ class Writer:
             self._copy_soon()
 
     def _copy_soon(self) -> None:
-        """Let the thread copy the log; what it can't keep up with, SQLite copies in a commit."""
+        """Have the thread copy the log; if it can't keep up, SQLite copies it in a commit."""
         if self._thread is None:
             _copy_log(self._db)
         with self._changed:
@@ -5080,7 +5080,7 @@ class Writer:
             self._changed.notify()
 
     def has_lost_files(self) -> bool:
-        """Tell whether a file of the database was deleted or replaced; SQLite doesn't notice."""
+        """Return whether a file of the database was deleted or replaced; SQLite can't tell."""
         has_lost = False  # a local, because other threads read the attribute
         for path, known in self._files.items():
             try:
@@ -5094,21 +5094,21 @@ class Writer:
         return has_lost
 
     def notice_lost_files(self) -> None:
-        """Do what a write would do about files that were deleted or replaced, without waiting."""
+        """React to deleted or replaced files as a write would, without waiting for a turn."""
         if self.has_lost_files() and not self.trouble and self._turn.acquire(blocking=False):
             self.trouble = str(self._files_refusal())
             _copy_log(self._db)
             self._turn.release()
 
     def _files_refusal(self) -> MiniAPMError:
-        said = "(with -wal and -shm) was deleted or replaced; restart the server"
-        return MiniAPMError(f"{self._path} {said}")
+        problem = "(with -wal and -shm) was deleted or replaced; restart the server"
+        return MiniAPMError(f"{self._path} {problem}")
 
     def _commit(self, jobs: list[_Job]) -> None:
         try:
             with self._transaction():
                 outcomes = [_run_in_savepoint(job.work, self._db) for job in jobs]
-        except Exception as error:  # noqa: BLE001 - the thread must outlive what a disk does
+        except Exception as error:  # noqa: BLE001 - the thread must survive any error
             self._fail(jobs, error)
             return
         for job, (result, failure) in zip(jobs, outcomes, strict=True):
@@ -5126,9 +5126,9 @@ def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
     values = {"name": "default", "key": key, "now_ms": now_ms}
     owner = db.execute(SELECT_KEY_OWNER, values).fetchone()
     if owner is not None and owner["name"] != "default":
-        raise BadSetting(f"{flag_of('api_key')} is a key of the project {owner['name']!r} already")
+        raise BadSetting(f"{flag_of('api_key')} is a key of the project {owner['name']!r}")
     if owner is not None and owner["revoked_ms"] is None:
-        return  # with any keys that were created in addition
+        return  # the project's other keys stay valid
     db.execute(INSERT_PROJECT, values)
     db.execute(REVOKE_KEYS, values)
     db.execute(INSERT_KEY, values)
@@ -5147,8 +5147,8 @@ def change_status(
 ) -> int:
     """Change the status of errors and add it to their history; return the action's id or 0.
 
-    `what` is that of a Change, or deleted. Errors that have the status already are left out.
-    With `in_next_release`, only a report of a newer release than those known now reopens them.
+    `what` is a Change's, or "deleted". Errors that already have the status are skipped. With
+    `in_next_release`, only a release newer than all known ones reopens the errors.
     """
     values = {
         "ids": json.dumps(list(error_ids)),
@@ -5171,7 +5171,7 @@ def change_status(
 
 
 def wake(db: sqlite3.Connection, error: sqlite3.Row, now_ms: int) -> None:
-    """Open an ignored error whose time is over, or that has occurred often enough."""
+    """Reopen an ignored error whose snooze is over."""
     if error["wake_ms"] is not None and error["wake_ms"] <= now_ms:
         after = _duration(error["wake_ms"] - error["status_ms"])
     else:
@@ -5194,12 +5194,12 @@ def facets_of(occurrence: Occurrence) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
-# A project's id, and one of its reports with the text that is stored.
+# Project id, occurrence, the text to store
 _Report = tuple[int, Occurrence, str]
 
 
 def is_stored(project_id: int, event_id: str, db: sqlite3.Connection) -> bool:
-    """Tell whether an event is stored; one of a deleted error loses its id and counts as new."""
+    """Return whether an event is stored; one of a deleted error loses its id and counts as new."""
     values = {"project_id": project_id, "event_id": bytes.fromhex(event_id)}
     found = db.execute(SELECT_EVENT, values).fetchone()
     if found is not None and found["status"] == "deleted":
@@ -5210,7 +5210,7 @@ def is_stored(project_id: int, event_id: str, db: sqlite3.Connection) -> bool:
 def _grouped(
     reports: Iterable[_Report], db: sqlite3.Connection
 ) -> dict[tuple[int, bytes], list[_Report]]:
-    """Group reports by error; leave out those that are stored, unless their error is deleted."""
+    """Group reports by error; leave out stored ones, unless their error is deleted."""
     groups: dict[tuple[int, bytes], list[_Report]] = {}
     seen: set[tuple[int, str]] = set()
     for report in reports:
@@ -5225,10 +5225,10 @@ def _grouped(
 
 
 def bucket_hour(hour: int, now_hour: int) -> int:
-    """Return the hour under which reports of `hour` are counted: itself or an earlier one.
+    """Return the hour under which `hour` is counted: itself, or the start of its day or 366 days.
 
-    This limits an error to about 6,500 buckets, whatever times its reports claim. As hours grow
-    old, retention moves their counts in the same way.
+    This limits an error to about 6,500 buckets, whatever times its reports claim. Retention moves
+    counts in the same way as hours grow old.
     """
     if hour >= now_hour - MAX_TREND_HOURS:
         return hour
@@ -5238,19 +5238,19 @@ def bucket_hour(hour: int, now_hour: int) -> int:
 
 @dataclass(slots=True)
 class _Known:
-    """What is known of an error without asking the database."""
+    """What the recorder remembers of an error."""
 
     id: int
-    sample: bytes  # by which its reports are compressed
-    is_new: bool  # until its first reports are written: there is nothing to look for
+    sample: bytes  # the report that compresses the others
+    is_new: bool  # True until its first reports are written
     # Values already stored: facets as (name, value), users as (day last seen, user id).
     seen: set[tuple[str | int, str]] = field(default_factory=set)
-    lines: int | None = None  # the hash of the newest report's lines, which may be long
-    location: str = ""  # found in those lines
+    lines: int | None = None  # hash of the newest report's backtrace and source
+    location: str = ""  # of that report
 
 
 def _released(group: Sequence[_Report]) -> list[tuple[int, str]]:
-    """Return time and release of the reports that have one."""
+    """Return the time and release of each report that has a release."""
     return [
         (one.occurred_ms, release)
         for _, one, _ in group
@@ -5261,7 +5261,7 @@ def _released(group: Sequence[_Report]) -> list[tuple[int, str]]:
 def _error_values_of(
     error: _Known | None, group: Sequence[_Report]
 ) -> tuple[str | int | None, ...]:
-    """Return one error's values of _ERROR_VALUES from its reports, and their earliest time."""
+    """Return the values of _ERROR_VALUES for an error's reports, then their earliest time."""
     last, count = group[-1][1], len(group)
     # Finding a location takes as long as packing the report; most repeat the previous location.
     lines = None if last.exceptions else hash((last.backtrace, last.source_context))
@@ -5273,11 +5273,10 @@ def _error_values_of(
         error.lines, error.location = lines, location
     times = [one.occurred_ms for _, one, _ in group]
     first_ms, last_ms = min(times), max(times)
-    if len(released := _released(group)) > 1:
-        released.sort(key=operator.itemgetter(0))
+    released = sorted(_released(group), key=operator.itemgetter(0))
     first, newest = (released[0][1], released[-1][1]) if released else (None, None)
-    said = (last.exception_class, last.message, location, facet_of(last, "level"))
-    return (*said, last_ms, newest, first_ms, first, count, count, last_ms, first_ms)
+    shown = (last.exception_class, last.message, location, facet_of(last, "level"))
+    return (*shown, last_ms, newest, first_ms, first, count, count, last_ms, first_ms)
 
 
 def _open_again(
@@ -5287,9 +5286,9 @@ def _open_again(
     now_ms: int,
     db: sqlite3.Connection,
 ) -> None:
-    """Open an error to which reports have come, if it is resolved or no longer to be ignored.
+    """Reopen an error that got reports, if it is resolved or its snooze is over.
 
-    `releases` holds the ids of theirs.
+    `releases` maps (project id, release) to the release's id.
     """
     if error["status"] == "resolved":
         release, since = facet_of(group[0][1], "release"), error["resolved_release"]
@@ -5309,8 +5308,8 @@ def _open_again(
 class _Recorder:
     """Writes reports within the writer's transactions.
 
-    A cache of the errors reported last (a few megabytes) saves most statements. It is emptied
-    after a rollback, and when another process has written.
+    A cache of the last reported errors (a few megabytes) saves most statements. It is emptied
+    after a rollback and when another process has written.
     """
 
     def __init__(self, now_ms: Callable[[], int]) -> None:
@@ -5321,7 +5320,7 @@ class _Recorder:
         self._data_version = -1
 
     def forget(self) -> None:
-        """Forget everything, because an undone transaction may have written it."""
+        """Empty the caches, which may hold values that were rolled back."""
         self._known.clear()
         self._releases.clear()
         self._known_bytes = 0
@@ -5338,7 +5337,7 @@ class _Recorder:
         self._grow(sum(KNOWN_OVERHEAD_BYTES + len(value) for _, value in new))
 
     def write(self, reports: Sequence[_Report], db: sqlite3.Connection) -> list[Exception | None]:
-        """Write all reports together or, when one of them can't be, each by itself."""
+        """Write all reports together, or one by one if that fails; return each one's refusal."""
         _, refusal = _run_in_savepoint(functools.partial(self.write_together, reports), db)
         if refusal is None:
             return [None] * len(reports)
@@ -5350,7 +5349,7 @@ class _Recorder:
         return [refusal]
 
     def write_together(self, reports: Sequence[_Report], db: sqlite3.Connection) -> None:
-        """Write all reports or none, except those that are stored already."""
+        """Write all reports or none; skip those already stored."""
         if (version := _pragma(db, "data_version")) != self._data_version:
             self.forget()
             self._data_version = version
@@ -5385,7 +5384,7 @@ class _Recorder:
     def _record_releases(
         self, reports: Sequence[_Report], now_ms: int, db: sqlite3.Connection
     ) -> None:
-        """Number the releases of reports in order of their first appearance."""
+        """Store new releases in order of first appearance, and remember their ids."""
         if len(self._releases) > MAX_RELEASES:
             self._releases.clear()
         for project_id, one, _ in reports:
@@ -5400,10 +5399,10 @@ class _Recorder:
         received_ms: int,
         db: sqlite3.Connection,
     ) -> Iterator[tuple[_Known, Sequence[_Report]]]:
-        """Update each error from its reports, in order of receipt; return the errors."""
+        """Create or update the error of each group; yield it with its reports."""
         known = {key: self._known.get(key) for key in groups}
-        news = {key: _error_values_of(known[key], group) for key, group in groups.items()}
-        updates = [(*news[key], error.id) for key, error in known.items() if error]
+        values = {key: _error_values_of(known[key], group) for key, group in groups.items()}
+        updates = [(*values[key], error.id) for key, error in known.items() if error]
         db.execute("SAVEPOINT known")
         are_known = not updates or db.executemany(RECORD_KNOWN, updates).rowcount == len(updates)
         if not are_known:  # one was resolved or deleted, or has an older report now
@@ -5411,30 +5410,30 @@ class _Recorder:
         db.execute("RELEASE known")
         for key, group in groups.items():
             error = known[key] if are_known else None
-            yield error or self._record_error(key, group, news[key], received_ms, db), group
+            yield error or self._record_error(key, group, values[key], received_ms, db), group
 
     def _record_error(
         self,
         key: tuple[int, bytes],
         group: Sequence[_Report],
-        news: tuple[str | int | None, ...],
+        values: tuple[str | int | None, ...],
         received_ms: int,
         db: sqlite3.Connection,
     ) -> _Known:
-        """Create or update an error that is not in the cache or has changed since."""
+        """Create or update an error that isn't in the cache or has changed since."""
         known = self._known.get(key)
         row = db.execute(SELECT_BY_KEY, key).fetchone()
         if is_new := row is None:
-            values = (*news[:-2], received_ms, *key, group[-1][1].fingerprint)
-            row = db.execute(RECORD_FIRST, values).fetchone()
+            first_values = (*values[:-2], received_ms, *key, group[-1][1].fingerprint)
+            row = db.execute(RECORD_FIRST, first_values).fetchone()
         else:
-            db.execute(RECORD_AGAIN, (*news, row["id"]))
+            db.execute(RECORD_AGAIN, (*values, row["id"]))
             _open_again(row, group, self._releases, received_ms, db)
         if known is not None and known.id == row["id"]:
             return known
         ids = {"error_id": row["id"]}
         packed = None if is_new else db.execute(SELECT_SAMPLE, ids).fetchone()
-        if packed is None:  # an error's first report is what the others are compressed by
+        if packed is None:  # the first report becomes the sample
             sample = group[0][2].encode()
             db.execute(RECORD_SAMPLE, ids | {"body": pack(group[0][2], None)})
         else:
@@ -5464,7 +5463,7 @@ class _Recorder:
         tallies: list[tuple[int, int, int, str, str]],
         db: sqlite3.Connection,
     ) -> None:
-        """Remember the values of reports, and add the parameters of COUNT_FACET to `tallies`."""
+        """Store the values of reports; add the parameters of COUNT_FACET to `tallies`."""
         found: dict[tuple[str, str], tuple[int, int]] = {}  # the newest last
         has_default = error.seen.issuperset(_FACETS_BY_DEFAULT)
         for _, one, _ in group:
@@ -5473,13 +5472,13 @@ class _Recorder:
             for pair in dict.fromkeys(facets_of(one)):
                 count, first_ms = found.pop(pair, (0, one.occurred_ms))
                 found[pair] = count + 1, min(first_ms, one.occurred_ms)
-        tallies += [(*said, error.id, *pair) for pair, said in found.items() if pair[0] != "level"]
+        tallies += [(*sums, error.id, *pair) for pair, sums in found.items() if pair[0] != "level"]
         is_new, error.is_new = error.is_new, False
         if error.seen.issuperset(found):
             return
         for name in dict.fromkeys(pair[0] for pair in found if pair not in error.seen):
             newest = [pair for pair in reversed(found) if pair[0] == name]
-            # Values that recur must not be driven out by those that differ in each report.
+            # Recurring values must not be pushed out by values that differ in each report.
             newest.sort(key=lambda pair: found[pair][0] < 2)
             again = sum(found[pair][0] >= 2 for pair in newest)
             newest = newest[: MAX_REMEMBERED[name]]
@@ -5499,7 +5498,7 @@ class _Recorder:
 def _occurrence_in(row: sqlite3.Row, key: bytes) -> Occurrence:
     """Return the occurrence that a row holds."""
     body, sample, event_id = row["body"], row["sample"], row["event_id"]
-    if isinstance(body, bytes):  # a text is from before reports were compressed
+    if isinstance(body, bytes):  # older reports are stored as plain text
         body = unpack(body, sample and zlib.decompress(sample))
     return load_occurrence(body, key, event_id and event_id.hex())
 
@@ -5512,19 +5511,19 @@ def _stored_occurrence(row: sqlite3.Row) -> StoredOccurrence:
 
 
 def _occurrence_to_send(row: sqlite3.Row) -> Occurrence | None:
-    """Return the occurrence of a row that is to be sent, None if it is deleted or unreadable."""
+    """Return a row's occurrence, None if it must not be sent or can't be read."""
     with contextlib.suppress(ValueError, TypeError, KeyError, zlib.error, MiniAPMError):
         return row["grouping_key"] and _occurrence_in(row, row["grouping_key"])
     return None
 
 
 def _restore(row: sqlite3.Row, recorder: _Recorder, db: sqlite3.Connection) -> None:
-    """Give an error the state it had before a change, and remove the change from its history.
+    """Restore the state an error had before a change, and remove the change from its history.
 
-    If reports have created a new error while this one was deleted, the older of the two gets
-    the occurrences of both.
+    If reports created a new error while this one was deleted, the older of the two gets all
+    occurrences.
     """
-    # An older version did not note the release.
+    # Changes stored by older versions lack the release.
     before, project_id = {"resolved_release": None} | json.loads(row["before"]), row["project_id"]
     before["grouping_key"] = key = bytes.fromhex(before["grouping_key"])
     taken = db.execute(SELECT_BY_KEY, (project_id, key)).fetchone()
@@ -5542,7 +5541,7 @@ def _restore(row: sqlite3.Row, recorder: _Recorder, db: sqlite3.Connection) -> N
 
 
 def undo_action(action_id: int, now_ms: int, recorder: _Recorder, db: sqlite3.Connection) -> int:
-    """Restore errors that have not changed since an action; return how many, 0 if too late."""
+    """Restore the errors that haven't changed since an action; return how many, 0 if too late."""
     rows = db.execute(SELECT_UNDOABLE, {"id": action_id, "now_ms": now_ms}).fetchall()
     try:
         for row in rows:
@@ -5553,9 +5552,9 @@ def undo_action(action_id: int, now_ms: int, recorder: _Recorder, db: sqlite3.Co
 
 
 def faults_of(db: sqlite3.Connection) -> Iterator[str]:
-    """Say what is wrong in a database, a line each; nothing when it is whole.
+    """Yield a line for each fault of a database.
 
-    Looks at the file's structure, at every error's numbers and at every report.
+    Checks the file's structure, every error's counts and every report.
     """
     for row in db.execute("PRAGMA integrity_check(20)"):
         if row[0] != "ok":
@@ -5574,7 +5573,7 @@ def faults_of(db: sqlite3.Connection) -> Iterator[str]:
 
 
 def owner_of(key: str, keys: Iterable[tuple[int, bytes]]) -> int | None:
-    """Return the id of the project a key belongs to, compared in constant time."""
+    """Return the id of the project that a key belongs to; compare in constant time."""
     presented, owner = key.encode("utf-8", "surrogatepass"), None
     for project_id, known in keys:
         if hmac.compare_digest(presented, known):
@@ -5611,8 +5610,8 @@ class Readers:
         self._all: list[sqlite3.Connection] = []  # lent or idle
         self._is_abandoned = False  # closed while one was lent
         self._lock = threading.Lock()
-        self._watching: sqlite3.Connection | None = None  # a count is of one connection
-        self._prefix = secrets.token_hex(8)  # the counts of another process mean nothing here
+        self._watching: sqlite3.Connection | None = None  # data_version counts per connection
+        self._prefix = secrets.token_hex(8)  # so versions of different processes differ
 
     def version(self) -> str:
         """Return a text that changes with every commit of any process; takes microseconds."""
@@ -5625,7 +5624,7 @@ class Readers:
 
     @contextlib.contextmanager
     def lend(self, *, one_statement: bool = False) -> Iterator[sqlite3.Connection]:
-        """Lend a connection for a block; for one statement, a transaction takes twice as long."""
+        """Lend a connection for a block, in a transaction unless it runs one statement only."""
         try:
             try:
                 db = self._idle.get_nowait()
@@ -5633,7 +5632,7 @@ class Readers:
                 db = _connect(self._path)
                 self._all.append(db)
                 db.execute("PRAGMA query_only = ON")
-            if not one_statement:
+            if not one_statement:  # which would take twice as long
                 db.execute("BEGIN")
             try:
                 yield db
@@ -5679,7 +5678,7 @@ class _KeyCache:
         return self._keys
 
     def expire(self) -> None:
-        """Have the keys read again."""
+        """Make the next call read the keys again."""
         self._until_s = 0.0
 
 
@@ -5694,14 +5693,15 @@ def _search_deadline(db: sqlite3.Connection) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
             raise
-        said = f"the search was stopped after {MAX_SEARCH_S:g} s; narrow it to a field or time,"
-        raise Unavailable(f"{said} such as file:cart.py or since:1d", field="q") from None
+        advice = "narrow it to a field or time, such as file:cart.py or since:1d"
+        problem = f"the search was stopped after {MAX_SEARCH_S:g} s"
+        raise Unavailable(f"{problem}; {advice}", field="q") from None
     finally:
         db.set_progress_handler(None, 0)
 
 
 def _parts_of(db: sqlite3.Connection, wanted: ErrorFilter) -> list[Json]:
-    """Return the pairs of a project and a status from which a list takes its errors."""
+    """Return each pair of a project and a status whose errors a list shows."""
     statuses = STATUSES if wanted.status == "all" else (wanted.status,)
     ids = [row["id"] for row in db.execute("SELECT id FROM projects")]
     ids = ids if wanted.project_id is None else [wanted.project_id]
@@ -5728,7 +5728,7 @@ def _choices_of(db: sqlite3.Connection, wanted: ErrorFilter) -> dict[str, tuple[
 
 
 class Triage:
-    """The part of Store that pages use: reads errors and changes their state."""
+    """The part of Store that reads errors and changes their state."""
 
     now_ms: Callable[[], int]
     reading: Callable[[], contextlib.AbstractContextManager[sqlite3.Connection]]
@@ -5736,10 +5736,10 @@ class Triage:
     _recorder: _Recorder
 
     def errors(self, wanted: ErrorFilter) -> ErrorPage:
-        """Return one page of errors; costs the same on every page and for every history.
+        """Return one page of errors; the time depends on neither the page nor the history.
 
-        Each project and status has its part of an index in the right order; the parts' first
-        rows are merged here.
+        For each project and status, an index holds the errors in order; the first rows of each
+        are merged.
         """
         now_ms = self.now_ms()
         statement, values = list_statement(wanted, now_ms)
@@ -5760,10 +5760,9 @@ class Triage:
         return _page_of(found, counts, wanted)
 
     def neighbours(self, wanted: ErrorFilter, error: ErrorGroup) -> tuple[int | None, int | None]:
-        """Return the ids of the errors before and after one in a list; None where there is none.
+        """Return the ids of the errors before and after one in a list, None if there is none.
 
-        The error itself need not be in the list any more. If the search is invalid or takes too
-        long, there are none.
+        The error itself may have left the list. An invalid or slow search has no neighbours.
         """
         here = getattr(error, SORTS[wanted.sort]), error.id
         found: list[int | None] = [None, None]
@@ -5799,8 +5798,8 @@ class Triage:
     ) -> tuple[StoredOccurrence, ...]:
         """Return a page of an error's kept occurrences, the newest first.
 
-        It starts with the newest, or right after the id `after`, or ends right before the id
-        `before`. The last one's `older_id` and the first one's `newer_id` say if there are more.
+        It starts with the newest or right after the id `after`, or ends right before the id
+        `before`. The last one's `older_id` and the first one's `newer_id` show if there are more.
         """
         values: Json = {"error_id": error_id, "id": before or after or 2**63 - 1, "limit": limit}
         with self.reading() as db:
@@ -5809,16 +5808,16 @@ class Triage:
         return tuple(map(_stored_occurrence, rows))
 
     def feed(self, after_id: int | None, limit: int) -> tuple[FeedItem, ...]:
-        """Return the first occurrences stored after an id, by default the newest, oldest first."""
+        """Return the next occurrences after an id, or the newest if that is None; oldest first."""
         statement = SELECT_FEED_END if after_id is None else SELECT_FEED
         with self.reading() as db:
             values = {"id": 2**63 - 1 if after_id is None else after_id, "limit": limit}
             rows = sorted(db.execute(statement, values), key=operator.itemgetter("id"))
-        told = operator.itemgetter("id", "error_id", "project_id", "project", "received_ms")
-        return tuple(FeedItem(_occurrence_in(row, row["grouping_key"]), *told(row)) for row in rows)
+        rest = operator.itemgetter("id", "error_id", "project_id", "project", "received_ms")
+        return tuple(FeedItem(_occurrence_in(row, row["grouping_key"]), *rest(row)) for row in rows)
 
     def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
-        """Return how often each error occurred in each hour since 1970, zeros left out."""
+        """Return each error's count by hour since 1970; hours without occurrences are left out."""
         values = {"ids": json.dumps(list(error_ids)), "since_hour": since_hour}
         found: dict[int, dict[int, int]] = {error_id: {} for error_id in error_ids}
         with self.reading() as db:
@@ -5827,7 +5826,7 @@ class Triage:
         return found
 
     def tallies(self, error_id: int) -> tuple[Tally, ...]:
-        """Return the values that an error came with, by name, those that occurred most first."""
+        """Return an error's values sorted by name, then the most frequent first."""
         with self.reading() as db:
             rows = db.execute(SELECT_TALLIES, {"id": error_id}).fetchall()
         found = []
@@ -5842,18 +5841,18 @@ class Triage:
             return tuple(Change(**row) for row in db.execute(SELECT_HISTORY, {"id": error_id}))
 
     def deploys(self, project_id: int | None, since_ms: int) -> tuple[Deploy, ...]:
-        """Return the deploys of a project or, without one, of all; MAX_DEPLOYS, newest first."""
+        """Return the MAX_DEPLOYS newest deploys of a project, or of all; newest first."""
         with self.reading() as db:
             values = {"project_id": project_id, "since_ms": since_ms}
             return tuple(Deploy(**row) for row in db.execute(SELECT_DEPLOYS, values))
 
     def facets(self, wanted: ErrorFilter) -> dict[str, tuple[Choice, ...]]:
-        """Return the projects, levels, environments and releases to choose from.
+        """Return the projects, levels, environments and releases that a list can be filtered by.
 
-        All count the errors with the filter's status. Levels, environments and releases, the
-        newest first, count only those in its project, of which the MAX_COUNTED_ERRORS seen last
-        are read. Values without errors are left out, except the filter's own. Raises
-        Unavailable like errors().
+        Each counts the errors with the filter's status. Levels, environments and releases come
+        newest first and count only the filter's project, of which the MAX_COUNTED_ERRORS seen last
+        are read. Those without errors are left out, except the chosen ones. Raises Unavailable
+        like errors().
         """
         with self.reading() as db, _search_deadline(db):
             return _choices_of(db, wanted)
@@ -5869,8 +5868,8 @@ class Triage:
     ) -> int:
         """Make errors open, resolved or ignored; return the action's id, 0 if nothing changed.
 
-        Ignored ones stay so until the end of `snooze`, by default for ever. Ones that are resolved
-        in the next release reopen only with a report of a release that is not known yet.
+        Ignored errors stay so until `snooze` ends, by default for ever. Errors resolved
+        `in_next_release` reopen only when a release that isn't known yet reports them.
         """
         what = "reopened" if status == "open" else status
         until = snooze if status == "ignored" else Snooze()
@@ -5879,24 +5878,24 @@ class Triage:
         return int(self.write(lambda db: change(db, error_ids, what, self.now_ms())))
 
     def delete(self, error_ids: Sequence[int], *, by: str = "") -> int:
-        """Delete errors, at once for every reader; return the action's id, 0 if nothing changed.
+        """Delete errors; return the action's id, 0 if nothing changed.
 
-        Retention removes their rows once the deletion can't be undone any more.
+        Readers see them no more. Retention removes their rows once the deletion can't be undone.
         """
         change = functools.partial(change_status, by=by)
         return int(self.write(lambda db: change(db, error_ids, "deleted", self.now_ms())))
 
     def action(self, action_id: int) -> Action | None:
-        """Return what one click did; None when that is unknown, undone or too old to be undone."""
+        """Return an action, None if it is unknown, undone or too old to be undone."""
         with self.reading() as db:
             values = {"id": action_id, "now_ms": self.now_ms()}
             row = db.execute(SELECT_ACTION, values).fetchone()
         return None if row is None else Action(**row)
 
     def undo(self, action_id: int) -> int:
-        """Undo an action; return how many errors are as before. NotFound when it is too late.
+        """Undo an action; return how many errors were restored. NotFound if it is too late.
 
-        Errors that changed again since stay as they are.
+        Errors that have changed since are left as they are.
         """
         restored: int = self.write(
             lambda db: undo_action(action_id, self.now_ms(), self._recorder, db)
@@ -5906,7 +5905,7 @@ class Triage:
         return restored
 
     def set_note(self, error_id: int, text: str) -> None:
-        """Write a note on an error in place of its old one; NotFound if there is no such error."""
+        """Replace an error's note; NotFound if there is no such error."""
         text = _UNSAFE.sub("", text.replace("\r\n", "\n")).replace("\t", " ")
         note = text.strip()[:MAX_NOTE_CHARS]
         if not self.write(lambda db: db.execute(SET_NOTE, {"id": error_id, "note": note}).rowcount):
@@ -5914,7 +5913,7 @@ class Triage:
 
 
 class Queues:
-    """The part of Store that tells what is still to be sent, and remembers what was."""
+    """The part of Store that tracks what was sent to each target, and what is still to send."""
 
     now_ms: Callable[[], int]
     reading: Callable[[], contextlib.AbstractContextManager[sqlite3.Connection]]
@@ -5922,23 +5921,23 @@ class Queues:
     error: Callable[[int], ErrorGroup]
 
     def targets(self) -> dict[str, Target]:
-        """Return where things are sent, by name."""
+        """Return the active targets by name."""
         with self.reading() as db:
             return {row["name"]: Target(**row) for row in db.execute(SELECT_TARGETS)}
 
     def keep_targets(self, names: Collection[str]) -> None:
-        """Add the targets that are new and retire all others."""
+        """Activate these targets, adding new ones, and deactivate all others."""
         values = {"names": json.dumps([*names])}
         self.write(lambda db: [db.execute(statement, values) for statement in KEEP_TARGETS])
 
     def save_target(self, target: Target) -> None:
-        """Remember how far a target has come."""
+        """Store a target's progress."""
         self.write(lambda db: db.execute(SAVE_TARGET, dataclasses.asdict(target)).rowcount)
 
     def unsent(self, last_id: int, step: int) -> list[tuple[int, str, Occurrence | None]]:
-        """Return the next occurrences, each with its id and project; None if it is not sent.
+        """Return id, project and occurrence of the next occurrences; None for one not to send.
 
-        Those of deleted errors and of the project that the setting `demo` names are not.
+        Those of deleted errors and of the demo project aren't sent, nor are unreadable ones.
         """
         with self.reading() as db:
             rows = db.execute(SELECT_UNSENT, {"last_id": last_id, "step": step}).fetchall()
@@ -5947,26 +5946,26 @@ class Queues:
     def post_notices(
         self, after_id: int, least: Mapping[str, int], since_ms: int = 0, step: int = 500
     ) -> int:
-        """Turn the news of a step of errors into notices; return the last one's id, 0 at the end.
+        """Turn the news of `step` errors into notices; return the last error's id, 0 at the end.
 
-        News of errors with fewer occurrences than `least` names for their project, or for "",
-        wait; those from before `since_ms` are forgotten.
+        News waits until its error has as many occurrences as `least` names for its project, or
+        for "". News from before `since_ms` is dropped.
         """
         with self.reading() as db:
             rows = db.execute(SELECT_NEWS, {"after_id": after_id, "step": step}).fetchall()
         usual = least.get("", 1)
         due = [row for row in rows if row["occurrence_count"] >= least.get(row["project"], usual)]
-        told = [row["id"] for row in due if row["status_ms"] >= since_ms]
-        values: Json = {"due": json.dumps([row["id"] for row in due]), "told": json.dumps(told)}
+        recent = [row["id"] for row in due if row["status_ms"] >= since_ms]
+        values: Json = {"due": json.dumps([row["id"] for row in due]), "recent": json.dumps(recent)}
         values |= {"now_ms": self.now_ms(), "most": MAX_NOTICES}
         if due:
             self.write(lambda db: [db.execute(statement, values) for statement in POST_NOTICES])
         return rows[-1]["id"] if len(rows) == step else 0
 
     def next_notice(self, last_id: int, projects: Collection[str]) -> Notice:
-        """Return the oldest notice after an id that is about an open error.
+        """Return one Notice that covers all after an id, about the oldest whose error is open.
 
-        It stands for all later ones too. Without `projects`, those of all count.
+        Without `projects`, the errors of all projects count.
         """
         with self.reading() as db:
             rows = db.execute(SELECT_NOTICES, {"last_id": last_id}).fetchall()
@@ -5981,12 +5980,12 @@ class Queues:
 
 
 class Store(Triage, Queues):
-    """Everything that is kept, in one SQLite database.
+    """All stored data, in one SQLite database.
 
-    `path` names the database, which is made with mode 0600 if there is none; `now` returns
-    seconds since 1970. Several threads and processes may use one database at once. Readers
-    never wait for the writer. Without `threads`, a write is done in the calling thread, which waits
-    for its turn for `wait_s` at most. Raises MiniAPMError when the database can't be used.
+    `path` names the database, which is created with mode 0600 if it doesn't exist; `now` returns
+    seconds since 1970. Several threads and processes may use one database at once. Readers never
+    wait for the writer. Without `threads`, a write runs in the calling thread, which waits at most
+    `wait_s` for its turn. Raises MiniAPMError if the database can't be used.
 
     >>> store = Store("errors.db")
     >>> project = store.ensure_default_project()
@@ -6007,7 +6006,7 @@ class Store(Triage, Queues):
         self._writer = Writer(db, self.path, threads=threads, wait_s=wait_s)
         self.write = self._writer.run if threads else self._writer.run_alone
         self.copy_log = self._writer.copy_log
-        self.has_surplus = threading.Event()  # there may be something for Retention to remove
+        self.has_surplus = threading.Event()  # Retention may have something to remove
         self._reports_since_surplus = 0
         self._keys = _KeyCache(self._readers)
         self._recorder = _Recorder(self.now_ms)
@@ -6015,7 +6014,7 @@ class Store(Triage, Queues):
 
     @property
     def trouble(self) -> str:
-        """Why reports can't be stored, as far as is known now; empty if they can."""
+        """Why reports can't be stored, as far as is known; empty if they can."""
         return lack_of_space(self.path) or self._writer.trouble
 
     def look_for_trouble(self) -> str:
@@ -6024,15 +6023,15 @@ class Store(Triage, Queues):
         return self.trouble
 
     def now_ms(self) -> int:
-        """Return the time that `now` gives, in milliseconds."""
+        """Return the current time in milliseconds since 1970."""
         return int(self.now() * 1000)
 
     def refuse_writes(self, is_refusing: bool) -> None:
-        """Set whether new and waiting writes are refused, so that close() is quick."""
+        """Set whether writes in the calling thread are refused, so that close() is quick."""
         self._writer.is_refusing = is_refusing
 
     def close(self, timeout_s: float = MAX_WAIT_S) -> None:
-        """Finish what is being written and read, and close every connection."""
+        """Finish running reads and writes, then close every connection."""
         self._writer.close(timeout_s)
         self._readers.close(timeout_s)
 
@@ -6053,7 +6052,7 @@ class Store(Triage, Queues):
             raise Unavailable(problem, retry_after_s=FULL_RETRY_S)
 
     def _prepared(self, reports: Iterable[tuple[int, Occurrence]]) -> list[_Report]:
-        """Return reports with the texts to be stored; Unavailable when the disk is nearly full."""
+        """Return reports with the texts to store; Unavailable if the disk is nearly full."""
         self._refuse_when_full()
         return [(project_id, one, dump_occurrence(one)) for project_id, one in reports]
 
@@ -6062,27 +6061,27 @@ class Store(Triage, Queues):
     ) -> list[MiniAPMError | None]:
         """Commit occurrences to disk in one transaction; return the refusal or None for each.
 
-        One whose event_id the project has already is not stored again, and not refused. Raises
-        Unavailable or MiniAPMError when none was stored.
+        An event_id that the project already has is neither stored again nor refused. Raises
+        Unavailable or MiniAPMError if none was stored.
         """
-        given = self._prepared((project_id, one) for one in occurrences)
+        reports = self._prepared((project_id, one) for one in occurrences)
         outcomes: list[MiniAPMError | None] = self.write(
-            functools.partial(self._recorder.write, given), len(given)
+            functools.partial(self._recorder.write, reports), len(reports)
         )
-        self._count_surplus(len(given))
+        self._count_surplus(len(reports))
         return outcomes
 
     def record_here(self, reports: Sequence[tuple[int, Occurrence]]) -> None:
-        """Commit occurrences, each with its project's id, in the calling thread: all or none.
+        """Commit (project id, occurrence) pairs in the calling thread, all or none.
 
-        Raises MiniAPMError when one can't be stored, and where record() would wait.
+        Raises MiniAPMError if one can't be stored or the turn does not come within MAX_TURN_S.
         """
-        given = self._prepared(reports)
-        self._writer.run_here(functools.partial(self._recorder.write_together, given))
-        self._count_surplus(len(given))
+        prepared = self._prepared(reports)
+        self._writer.run_here(functools.partial(self._recorder.write_together, prepared))
+        self._count_surplus(len(prepared))
 
     def record_deploy(self, project_id: int, deploy: Deploy) -> None:
-        """Commit a deploy, by which its release is known if it was not; Unavailable if it can't."""
+        """Commit a deploy, and its release if that is new; Unavailable if the disk is full."""
         self._refuse_when_full()
         values = dataclasses.asdict(deploy) | {"project_id": project_id}
 
@@ -6108,12 +6107,12 @@ class Store(Triage, Queues):
         return tuple(Project(**row | {"keys": tuple(json.loads(row["keys"]))}) for row in rows)
 
     def keys(self) -> Keys:
-        """Return every valid key; another process's change is seen within MAX_KEYS_AGE_S."""
+        """Return every valid key; changes by other processes show within MAX_KEYS_AGE_S."""
         self._writer.refuse_if_closed()
         return self._keys.current()
 
     def create_key(self, name: str) -> str:
-        """Add a new key to the project called `name`, made if there is none; return the key."""
+        """Add a new key to the project `name`, created if needed; return the key."""
         refuse_name(name)
         key = f"proj_{secrets.token_hex(16)}"
         values = {"name": name, "key": key, "now_ms": self.now_ms()}
@@ -6127,7 +6126,7 @@ class Store(Triage, Queues):
         return key
 
     def revoke(self, name: str) -> int:
-        """Revoke all keys of a project, or the one key given; NotFound if there is none."""
+        """Revoke all keys of the project `name`, or the key `name`; NotFound if there is none."""
         values = {"name": name, "now_ms": self.now_ms()}
         revoked: int = self.write(lambda db: db.execute(REVOKE_KEYS, values).rowcount)
         self._keys.expire()
@@ -6136,10 +6135,10 @@ class Store(Triage, Queues):
         return revoked
 
     def ensure_default_project(self, key: str | None = None) -> Project:
-        """Return the project `default`, made with a key if there is none.
+        """Return the project `default`; create it, with a key, if needed.
 
-        A `key` that it does not have yet replaces those it has. Raises BadSetting when the key
-        belongs to another project.
+        A `key` that it does not have yet replaces its others. Raises BadSetting if the key belongs
+        to another project.
         """
         existing = next((p for p in self.projects() if p.name == "default"), None)
         if key is not None:
@@ -6154,7 +6153,7 @@ class Store(Triage, Queues):
     # Upkeep
 
     def setting(self, name: str) -> Any:
-        """Return what the database remembers under a name, None if nothing.
+        """Return a stored value, None if there is none.
 
         `secret` holds 32 random bytes that stay the same for the life of the database.
         """
@@ -6163,12 +6162,12 @@ class Store(Triage, Queues):
         return None if row is None else row[0]
 
     def set_setting(self, name: str, value: str | int) -> None:
-        """Remember a value under a name."""
+        """Store a value under a name."""
         self.write(lambda db: db.execute(SET_SETTING, {"name": name, "value": value}).rowcount)
 
 
 def _remove_counted(db: sqlite3.Connection, statement: str, discount: str, values: Json) -> int:
-    """Remove rows with a statement and lower their errors' counts; return how many rows."""
+    """Remove rows with a statement and lower their errors' counts; return the number of rows."""
     removed = collections.Counter(row["error_id"] for row in db.execute(statement, values))
     counts = [{"error_id": error_id, "count": count} for error_id, count in removed.items()]
     db.executemany(discount, [values | one for one in counts])
@@ -6176,38 +6175,38 @@ def _remove_counted(db: sqlite3.Connection, statement: str, discount: str, value
 
 
 def _remove_deleted(db: sqlite3.Connection, step: int, now_ms: int) -> int:
-    """Remove some rows of errors whose deletion can't be undone any more; return how many."""
+    """Remove up to `step` rows of errors whose deletion can't be undone; return how many."""
     left = step
     while left > 0 and (error := db.execute(SELECT_DELETED, {"now_ms": now_ms}).fetchone()):
         values = {"error_id": error["id"], "step": left}
         left -= _remove_counted(db, DELETE_OLDEST, DISCOUNT_STORED, values)
         left -= sum(db.execute(statement, values).rowcount for statement in DELETE_VALUES)
-        if left > 0:  # so nothing of it is left
+        if left > 0:  # nothing else of it is left
             db.execute(DELETE_SAMPLE, values)
             left -= db.execute(DELETE_ERROR, values).rowcount
     return step - left
 
 
 def _release_pages(db: sqlite3.Connection) -> int:
-    """Give one step of free pages back to the disk; return how many they were.
+    """Give one step of free pages back to the disk; return how many.
 
-    A tenth of the file stays free, for the reports that come next.
+    A tenth of the file stays free for the next reports.
     """
     free = _pragma(db, "freelist_count") - _pragma(db, "page_count") // 10
     step = max(0, min(free, SWEEP_STEP_PAGES))
     for _ in range(step):
-        db.execute("PRAGMA incremental_vacuum(1)")  # however large N is, execute frees one
+        db.execute("PRAGMA incremental_vacuum(1)")  # execute() frees one page, whatever the number
     return step
 
 
 class Retention:
-    """Removes what is too old or too much, in steps of one short transaction each.
+    """Removes old and surplus rows, in steps of one short transaction each.
 
-    `retention_days` counts from receipt; of each error the newest `max_occurrences` are kept.
-    Of its users the newest MAX_USERS are remembered, for as many days. Its other counts, first and
-    last seen and the trend stay. An error with nothing left is removed unless it is ignored. Of
-    a project the newest MAX_RELEASES and MAX_DEPLOYS are kept.
-    Occurrences that wait to be forwarded stay, MAX_UNSENT_OCCURRENCES at most.
+    An error keeps its newest `max_occurrences` and its newest MAX_USERS users, for
+    `retention_days` after receipt. Its other counts, first and last seen and the trend stay. An
+    error with no occurrences left is removed unless it is ignored. A project keeps its newest
+    MAX_RELEASES and MAX_DEPLOYS. Occurrences that wait to be forwarded stay, up to
+    MAX_UNSENT_OCCURRENCES.
     """
 
     def __init__(self, store: Store, retention_days: int, max_occurrences: int) -> None:
@@ -6216,15 +6215,15 @@ class Retention:
         self._max_occurrences = max_occurrences
         self._is_stopped = False
         self._step_rows = SWEEP_STEP_ROWS
-        self._sent_id = 2**63 - 1  # the last occurrence that does not wait to be forwarded
+        self._sent_id = 2**63 - 1  # occurrences after this one wait to be forwarded
         self._thread = threading.Thread(target=self._run, name="miniapm-retention", daemon=True)
 
     def start(self) -> None:
-        """Sweep in a thread of its own, now and whenever there may be something to remove."""
+        """Start a thread that sweeps now and whenever there may be something to remove."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the step that is running."""
+        """Stop after the running step."""
         self._is_stopped = True
         self._store.has_surplus.set()
         if self._thread.is_alive():
@@ -6241,9 +6240,9 @@ class Retention:
             self._store.has_surplus.clear()
 
     def sweep(self) -> None:
-        """Remove all that is to be removed now and give the space back to the disk.
+        """Remove everything that is due, and give the space back to the disk.
 
-        Ignored errors whose time is over are opened.
+        Ignored errors whose time is over are reopened.
         """
         with self._store.reading() as db:
             (self._sent_id,) = db.execute(SELECT_SENT_ID).fetchone()
@@ -6270,14 +6269,14 @@ class Retention:
         return db.execute(statement, {"step": self._step_rows}).rowcount
 
     def _repeat(self, step: Work) -> int:
-        """Do a step until nothing is left to do; return how often there was more."""
+        """Repeat a step until it finds nothing to do; return how often it found something."""
         count = 0
         while not self._is_stopped and self._store.write(functools.partial(self._timed, step)):
             count += 1
         return count
 
     def _timed(self, step: Work, db: sqlite3.Connection) -> int:
-        """Do a step, and let the next one be as large as takes about SWEEP_STEP_S."""
+        """Run a step, and size the next one so that it takes about SWEEP_STEP_S."""
         began_s = time.perf_counter()
         done: int = step(db)
         is_slow = time.perf_counter() - began_s > SWEEP_STEP_S
@@ -6304,13 +6303,13 @@ class Retention:
         return 0
 
     def _remove_expired_users(self, db: sqlite3.Connection) -> int:
-        # Users beyond MAX_USERS were seen even earlier, so they would have expired as well.
+        # Users beyond MAX_USERS were seen even earlier, so they have expired too.
         cutoff_day = (self._store.now_ms() - self._retention_ms) // DAY_MS
         values = {"cutoff_day": cutoff_day, "step": self._step_rows, "has_more": False}
         return _remove_counted(db, DELETE_EXPIRED_USERS, DISCOUNT_USERS, values)
 
     def _remove_surplus(self, crowded: list[Json], db: sqlite3.Connection) -> int:
-        """Remove a step from the last of the errors; return how many errors are left."""
+        """Remove one step of surplus rows, the last error first; return how many errors remain."""
         left = self._step_rows
         while crowded and left > 0:
             values = crowded[-1] | {"step": left, "has_more": True}
@@ -6345,7 +6344,7 @@ def _exported_rows(db: sqlite3.Connection, statement: str, values: Json) -> Iter
 
 
 def _line_of_row(kind: str, row: sqlite3.Row) -> Json:
-    """Return a row that is no occurrence as a line of an export."""
+    """Return a row of any kind except an occurrence as a line of an export."""
     line: Json = {"kind": kind}
     for name, column in _LINE_KINDS[kind].items():
         value = json.loads(row[name]) if isinstance(column, dict) else row[name]
@@ -6357,10 +6356,10 @@ def _line_of_row(kind: str, row: sqlite3.Row) -> Json:
 def export_lines(
     db: sqlite3.Connection, after_id: int = 0, since_ms: int | None = None
 ) -> Iterator[tuple[int, Json]]:
-    """Yield the lines of an export, each with the id of its occurrence, 0 for the others.
+    """Yield the lines of an export, each with its occurrence's id, 0 for other kinds of lines.
 
-    `db` has begun a transaction. What is stored from now on is left out, as are deleted errors.
-    An error comes before its first occurrence; those without any come last, in a whole export.
+    `db` must have begun a transaction. Later reports and deleted errors are left out. An error
+    comes before its first occurrence; errors without any come last, in a whole export only.
     """
     last_id, last_error_id, _ = db.execute(SELECT_LAST_IDS).fetchone()
     db.execute("COMMIT")
@@ -6369,10 +6368,10 @@ def export_lines(
     for kind, statement in EXPORT_ROWS.items():
         for row in _exported_rows(db, statement, values):
             yield 0, _line_of_row(kind, row)
-    told: set[int] = set()
+    exported: set[int] = set()
     for row in _exported_rows(db, EXPORT_OCCURRENCES, values | {"id": after_id}):
-        if (error_id := row["error_id"]) not in told:
-            told.add(error_id)
+        if (error_id := row["error_id"]) not in exported:
+            exported.add(error_id)
             for error in db.execute(EXPORT_ERROR, {"id": error_id}).fetchall():
                 yield 0, _line_of_row("error", error)
         place: Json = {"kind": "occurrence", "id": row["id"], "project": row["project"]}
@@ -6380,7 +6379,7 @@ def export_lines(
         yield row["id"], place | to_line(_occurrence_in(row, row["grouping_key"]))
     if not after_id and since_ms is None:
         for row in _exported_rows(db, EXPORT_EMPTY_ERRORS, values | {"step": 1}):
-            if row["id"] not in told:
+            if row["id"] not in exported:
                 yield 0, _line_of_row("error", row)
     yield 0, {"kind": "end"}
 
@@ -6389,8 +6388,8 @@ def export_lines(
 class _ImportedError:
     """An error to which an import adds occurrences.
 
-    `origin` is the same error in the tracker that exported it, of which the occurrences up to
-    `counted_id` are in its numbers.
+    `origin` identifies the error in the tracker that exported it. Its counts already include
+    occurrences from there up to the id `counted_id`.
     """
 
     id: int
@@ -6412,14 +6411,14 @@ def _id_in(fields: _Fields, name: str) -> int | None:
     return value
 
 
-MAX_NAMED_LINES = 100  # that are wrong: a file that is no export may have a million
+MAX_NAMED_LINES = 100  # invalid lines reported: a file that isn't an export may have a million
 
 
 class Importer:
     """Writes the lines of exports into a database, in batches of one transaction each.
 
-    An occurrence that is there already is skipped. `failures` counts the lines that are wrong, of
-    which `refuse` is told the first; `has_ended` says whether the export was whole.
+    Occurrences that are already stored are skipped. `failures` counts the invalid lines; `refuse`
+    is called for the first MAX_NAMED_LINES. `has_ended` is False if the export is incomplete.
     """
 
     def __init__(
@@ -6427,14 +6426,14 @@ class Importer:
     ) -> None:
         self._store, self._scrubber, self._refuse = store, scrubber, refuse
         self._recorder = _Recorder(store.now_ms)
-        self._created: dict[str, int] = {}  # when the export's projects were
+        self._created: dict[str, int] = {}  # when, by the project's name
         self.added = self.skipped = self.failures = 0
         self.has_ended = True
         with store.reading() as db:
             self._last_id = db.execute(SELECT_LAST_IDS).fetchone()[2]
 
     def run(self, lines: Iterable[bytes]) -> None:
-        """Import all lines; a line that is wrong is refused, the others are kept."""
+        """Import all lines; an invalid line is refused, the others are kept."""
         batch: _Lines = []
         size = 0
         for number, raw in enumerate(lines, 1):
@@ -6503,7 +6502,7 @@ class Importer:
         return f"{created_ms}.{error_id}" if error_id and created_ms is not None else None
 
     def _write(self, batch: _Lines) -> None:
-        """Write a batch or, when one of its lines can't be written, each by itself."""
+        """Write a batch, or its lines one by one if that fails."""
         if problem := lack_of_space(self._store.path):
             raise Unavailable(problem)
         failures: list[tuple[int, MiniAPMError]] = []
@@ -6547,7 +6546,7 @@ class Importer:
         return added
 
     def _add_occurrences(self, lines: Sequence[Json], db: sqlite3.Connection) -> int:
-        """Add occurrences in their order; return how many were not there yet."""
+        """Add occurrences in order; return how many were new."""
         errors: dict[tuple[int, bytes], _ImportedError] = {}
         ids = []
         for line in lines:
@@ -6571,7 +6570,7 @@ class Importer:
     def _add_occurrence(
         self, line: Json, error: _ImportedError, db: sqlite3.Connection
     ) -> int | None:
-        """Add one occurrence; return its id, None if it is there already."""
+        """Add one occurrence; return its id, None if it is already stored."""
         one, project_id = line["report"], line["project_id"]
         place = db.execute(SELECT_PLACE, line).fetchone()
         free_id = line["id"] if place is None else None
@@ -6590,13 +6589,13 @@ class Importer:
         body, event = pack(text, error.sample), event_id and bytes.fromhex(event_id)
         values = (free_id, error.id, line["received_ms"], body, project_id, event, key)
         error.stored += 1
-        # The numbers include occurrences that retention has removed since.
+        # The error's counts include exported occurrences that were removed since.
         if line["origin"] != error.origin or (line["id"] or 0) > error.counted_id:
             error.counted.append(line)
         return int(db.execute(IMPORT_OCCURRENCE, values).fetchone()[0])
 
     def _count(self, error: _ImportedError, project_id: int, db: sqlite3.Connection) -> None:
-        """Add what was added to an error to its numbers."""
+        """Update an error's counts for the occurrences added to it."""
         reports = [(project_id, line["report"], "") for line in error.counted]
         newest = [line["id"] or 0 for line in error.counted if line["origin"] == error.origin]
         values = {"id": error.id, "stored": error.stored - len(reports), "count": len(reports)}
@@ -6619,7 +6618,7 @@ class Importer:
         db.executemany(COUNT_FACET, tallies)
 
     def _add_error(self, values: Json, db: sqlite3.Connection) -> None:
-        """Create an error with its numbers, status and history, unless it is there."""
+        """Create an error with its counts, status and history, unless it exists."""
         values |= {"last_id": self._last_id, "now_ms": self._store.now_ms()}
         if db.execute(SELECT_IMPORTED, values).fetchone() is not None:
             return
