@@ -3244,7 +3244,7 @@ def _frames_sent(part: Json) -> list[Json]:
 
 
 def _number_of(value: Any) -> int:
-    """Return a number or numeric string as a whole number, 0 if it is invalid or negative."""
+    """Return a number or numeric string as a whole number, 0 if invalid or out of range."""
     try:
         number = int(float(value or 0))
     except (TypeError, ValueError, OverflowError):
@@ -3473,7 +3473,7 @@ def _breadcrumb_of(crumb: Json) -> Json:
     return crumb | {"timestamp": time_text} if time_text else crumb
 
 
-_MAX_BREADCRUMBS_CHARS = MAX_FIELD_CHARS * 3 // 4  # of all, where a report is longer than this
+_MAX_BREADCRUMBS_CHARS = MAX_FIELD_CHARS * 3 // 4  # of all, if a report is longer than this
 
 
 def _newest_breadcrumbs(crumbs: list[Json]) -> list[Json]:
@@ -4270,8 +4270,8 @@ class ErrorGroup:
     `has_more_users` is true if there were more. An ignored error wakes at `wake_ms`, or when
     `occurrence_count` reaches `wake_count`. The first `uncounted` occurrences are in no Tally.
     `first_release` and `last_release` are those of the first and last occurrence with a release.
-    A resolved error is reopened only by a release newer than `resolved_release`: None if any
-    report reopens it, empty if no release was known.
+    Only a release newer than `resolved_release` reopens a resolved error; None means that any
+    report does, empty that no release was known.
     """
 
     id: int
@@ -4858,8 +4858,8 @@ def _run_in_savepoint(work: Work, db: sqlite3.Connection) -> tuple[Any, Exceptio
 def lack_of_space(path: str) -> str:
     """Return a message if the disk of a database is nearly full, else an empty text.
 
-    The last bytes are kept for deleting, which needs room in SQLite's log, and for copying that
-    log into the database.
+    Space is reserved for deleting, which needs room in SQLite's log, and for copying that log
+    into the database.
     """
     try:
         disk = shutil.disk_usage(os.path.dirname(path))
@@ -4879,7 +4879,7 @@ class _Job:
 
 
 def _copy_log(db: sqlite3.Connection) -> None:
-    """Copy as much of the write-ahead log into the database as can be copied now."""
+    """Copy as much of the write-ahead log into the database as is possible now."""
     with contextlib.suppress(sqlite3.Error):  # a lasting fault shows in the next write
         db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
@@ -5126,7 +5126,7 @@ def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
     values = {"name": "default", "key": key, "now_ms": now_ms}
     owner = db.execute(SELECT_KEY_OWNER, values).fetchone()
     if owner is not None and owner["name"] != "default":
-        raise BadSetting(f"{flag_of('api_key')} is a key of the project {owner['name']!r}")
+        raise BadSetting(f"{flag_of('api_key')} is a key of project {owner['name']!r}")
     if owner is not None and owner["revoked_ms"] is None:
         return  # the project's other keys stay valid
     db.execute(INSERT_PROJECT, values)
@@ -5547,7 +5547,7 @@ def undo_action(action_id: int, now_ms: int, recorder: _Recorder, db: sqlite3.Co
         for row in rows:
             _restore(row, recorder, db)
     finally:
-        recorder.forget()  # a failure is rolled back
+        recorder.forget()  # also if it failed, which rolls back
     return len(rows)
 
 
@@ -5849,9 +5849,9 @@ class Triage:
     def facets(self, wanted: ErrorFilter) -> dict[str, tuple[Choice, ...]]:
         """Return the projects, levels, environments and releases that a list can be filtered by.
 
-        Each counts the errors with the filter's status. Levels, environments and releases come
+        All count the errors with the filter's status. Levels, environments and releases come
         newest first and count only the filter's project, of which the MAX_COUNTED_ERRORS seen last
-        are read. Those without errors are left out, except the chosen ones. Raises Unavailable
+        are read. Values without errors are left out, except the chosen ones. Raises Unavailable
         like errors().
         """
         with self.reading() as db, _search_deadline(db):
@@ -5880,7 +5880,7 @@ class Triage:
     def delete(self, error_ids: Sequence[int], *, by: str = "") -> int:
         """Delete errors; return the action's id, 0 if nothing changed.
 
-        Readers see them no more. Retention removes their rows once the deletion can't be undone.
+        Readers no longer see them. Retention removes their rows once that can't be undone.
         """
         change = functools.partial(change_status, by=by)
         return int(self.write(lambda db: change(db, error_ids, "deleted", self.now_ms())))
@@ -5935,9 +5935,10 @@ class Queues:
         self.write(lambda db: db.execute(SAVE_TARGET, dataclasses.asdict(target)).rowcount)
 
     def unsent(self, last_id: int, step: int) -> list[tuple[int, str, Occurrence | None]]:
-        """Return id, project and occurrence of the next occurrences; None for one not to send.
+        """Return (id, project, occurrence) for each of the next occurrences, oldest first.
 
-        Those of deleted errors and of the demo project aren't sent, nor are unreadable ones.
+        The occurrence is None if its error was deleted, if it belongs to the demo project, or if
+        it can't be read.
         """
         with self.reading() as db:
             rows = db.execute(SELECT_UNSENT, {"last_id": last_id, "step": step}).fetchall()
@@ -6131,7 +6132,7 @@ class Store(Triage, Queues):
         revoked: int = self.write(lambda db: db.execute(REVOKE_KEYS, values).rowcount)
         self._keys.expire()
         if not revoked:
-            raise NotFound(f"no project or key called {name!r} has a key to revoke")
+            raise NotFound(f"{name!r} is neither a valid key nor a project with one")
         return revoked
 
     def ensure_default_project(self, key: str | None = None) -> Project:
@@ -6202,11 +6203,11 @@ def _release_pages(db: sqlite3.Connection) -> int:
 class Retention:
     """Removes old and surplus rows, in steps of one short transaction each.
 
-    An error keeps its newest `max_occurrences` and its newest MAX_USERS users, for
-    `retention_days` after receipt. Its other counts, first and last seen and the trend stay. An
-    error with no occurrences left is removed unless it is ignored. A project keeps its newest
-    MAX_RELEASES and MAX_DEPLOYS. Occurrences that wait to be forwarded stay, up to
-    MAX_UNSENT_OCCURRENCES.
+    An error keeps its newest `max_occurrences` occurrences and MAX_USERS users for
+    `retention_days` after receipt; its other counts, first and last seen and the trend stay. An
+    error without occurrences is removed unless it is ignored. A project keeps its newest
+    MAX_RELEASES releases and MAX_DEPLOYS deploys. Occurrences that wait to be forwarded stay, up
+    to MAX_UNSENT_OCCURRENCES.
     """
 
     def __init__(self, store: Store, retention_days: int, max_occurrences: int) -> None:
@@ -6411,7 +6412,7 @@ def _id_in(fields: _Fields, name: str) -> int | None:
     return value
 
 
-MAX_NAMED_LINES = 100  # invalid lines reported: a file that isn't an export may have a million
+MAX_NAMED_LINES = 100  # that are invalid; a file that isn't an export may have a million
 
 
 class Importer:
@@ -6426,7 +6427,7 @@ class Importer:
     ) -> None:
         self._store, self._scrubber, self._refuse = store, scrubber, refuse
         self._recorder = _Recorder(store.now_ms)
-        self._created: dict[str, int] = {}  # when, by the project's name
+        self._created: dict[str, int] = {}  # by project: when it was created
         self.added = self.skipped = self.failures = 0
         self.has_ended = True
         with store.reading() as db:
