@@ -3134,9 +3134,6 @@ def _payload_end(raw: bytes | bytearray, start: int, header: Json, at: str) -> i
     return end
 
 
-_CONTENT = re.compile(rb"[^\n]")
-
-
 def parse_envelope(raw: bytes | bytearray) -> Envelope:
     """Split an envelope into its items without decoding their payloads.
 
@@ -3145,10 +3142,10 @@ def parse_envelope(raw: bytes | bytearray) -> Envelope:
     up to the next newline or the end. Blank lines before an item are skipped. BadRequest names the
     malformed part, the envelope or items[2]; too many items raise TooLarge.
     """
-    view = memoryview(raw)
+    view, not_newline = memoryview(raw), re.compile(rb"[^\n]")
     header, position = header_line(raw, 0, "the envelope")
     items: list[tuple[str, memoryview]] = []
-    while found := _CONTENT.search(raw, position):
+    while found := not_newline.search(raw, position):
         at = f"items[{len(items)}]"
         if len(items) == MAX_ENVELOPE_ITEMS:
             raise TooLarge(f"the envelope has over {MAX_ENVELOPE_ITEMS} items", field=at)
@@ -3219,8 +3216,7 @@ def _normalized(event: Json) -> Json:
             for name, value in event.items()
         }
     found = event | {name: _text(event.get(name)) for name in ("level", *_TEXTS)}
-    for name in _OBJECTS:
-        found[name] = _object(event.get(name))
+    found |= {name: _object(event.get(name)) for name in _OBJECTS}
     level = found["level"].lower() or "error"
     found["level"] = _LEVELS.get(level, level)
     found["tags"] = {name: _text(value) for name, value in _pairs(event.get("tags")).items()}
@@ -3565,8 +3561,7 @@ def occurrence_from_sentry(
     if len(text) > _MAX_BREADCRUMBS_CHARS and "breadcrumbs" in report:
         report["breadcrumbs"] = _newest_breadcrumbs(report["breadcrumbs"])
         text = _COMPACT_JSON.encode(report)
-    one = scrubber_for(text, scrubber)
-    return parse_occurrence(report, received_ms, scrubber=one, trust=True)
+    return parse_occurrence(report, received_ms, scrubber=scrubber_for(text, scrubber), trust=True)
 
 
 # --- 7. Schema ------------------------------------------------------------------------------------
@@ -6046,8 +6041,6 @@ class Store(Triage, Queues):
         self._writer.refuse_if_closed()
         return self._readers.version()
 
-    # Reports
-
     def _refuse_when_full(self) -> None:
         if problem := lack_of_space(self.path):
             raise Unavailable(problem, retry_after_s=FULL_RETRY_S)
@@ -6099,8 +6092,6 @@ class Store(Triage, Queues):
             self._reports_since_surplus = 0
             self.has_surplus.set()
 
-    # Projects
-
     def projects(self) -> tuple[Project, ...]:
         """Return all projects, the oldest first."""
         with self.reading() as db:
@@ -6141,17 +6132,12 @@ class Store(Triage, Queues):
         A `key` that it does not have yet replaces its others. Raises BadSetting if the key belongs
         to another project.
         """
-        existing = next((p for p in self.projects() if p.name == "default"), None)
         if key is not None:
             self.write(functools.partial(_replace_keys, key, self.now_ms()))
             self._keys.expire()
-        elif existing is None:
+        elif all(p.name != "default" for p in self.projects()):
             self.create_key("default")
-        else:
-            return existing
         return next(p for p in self.projects() if p.name == "default")
-
-    # Upkeep
 
     def setting(self, name: str) -> Any:
         """Return a stored value, None if there is none.
@@ -6334,11 +6320,8 @@ class Retention:
         return len(old)
 
 
-EXPORT_STEP_ROWS = 100  # read in one transaction; each may hold a megabyte
-
-
 def _exported_rows(db: sqlite3.Connection, statement: str, values: Json) -> Iterator[sqlite3.Row]:
-    values = {"id": 0, "step": EXPORT_STEP_ROWS} | values
+    values = {"id": 0, "step": 100} | values  # rows in memory, each perhaps a megabyte
     while rows := db.execute(statement, values).fetchall():
         yield from rows
         values["id"] = rows[-1]["id"]
@@ -6412,7 +6395,7 @@ def _id_in(fields: _Fields, name: str) -> int | None:
     return value
 
 
-MAX_NAMED_LINES = 100  # that are invalid; a file that isn't an export may have a million
+MAX_NAMED_LINES = 100  # a file that isn't an export may have a million invalid lines
 
 
 class Importer:
