@@ -4026,8 +4026,8 @@ DELETE_VALUES = tuple(
 DELETE_SAMPLE = "DELETE FROM samples WHERE error_id = :error_id"
 DELETE_ERROR = "DELETE FROM errors WHERE id = :error_id"
 
-# Targets are where notices and occurrences are sent; a new one gets only later ones. Ids up to
-# the newest row count as waiting: rows with higher ids may have been removed.
+# Targets are where notices and occurrences are sent; a new target gets only those still to come.
+# Ids up to the newest row count as waiting: rows with higher ids may have been removed.
 _NEWEST_ID = "COALESCE((SELECT MAX(id) FROM {}), 0)"
 _IS_FORWARD = "name LIKE 'forward %'"
 KEEP_TARGETS = (
@@ -4360,7 +4360,7 @@ def _duration(duration_ms: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Snooze:
-    """How long an error stays ignored: a time, a number of occurrences, or for ever."""
+    """How long an error stays ignored: for a time, a number of occurrences, or for ever."""
 
     for_ms: int | None = None
     count: int | None = None
@@ -5043,7 +5043,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Commit the transaction that has begun after the block, or roll it back."""
+        """Commit the current transaction after the block; roll it back if that fails."""
         try:
             if self._has_lost_files and self.has_lost_files():
                 raise self._files_refusal()
