@@ -4729,21 +4729,17 @@ def back_up(source: sqlite3.Connection, target: str) -> None:
         raise MiniAPMError(f"can't write {target}: {error}") from None
 
 
-def _refuse_without_room(db: sqlite3.Connection, path: str) -> None:
-    """Raise MiniAPMError unless the disk has room for a copy and a migration's log."""
-    needed = _pragma(db, "page_count") * _pragma(db, "page_size") * 5 // 4  # the log took 5 %
+def _keep_old_version(db: sqlite3.Connection, path: str) -> None:
+    """Copy a database to a file next to it; MiniAPMError if the disk lacks room to migrate then."""
+    db.execute("BEGIN")
+    version = _pragma(db, "user_version")
+    # A migration's log took 5 % of the database's size.
+    needed = _pragma(db, "page_count") * _pragma(db, "page_size") * 5 // 4
     free = shutil.disk_usage(os.path.dirname(path)).free
     if free < needed:
         need, left = -(-needed // _MEBIBYTE), free // _MEBIBYTE
         sizes = f"{need:,} MiB of disk space; {left:,} MiB are free"
         raise MiniAPMError(f"migrating {path} needs {sizes}; it was not changed")
-
-
-def _keep_old_version(db: sqlite3.Connection, path: str) -> None:
-    """Copy a database to a file next to it before its schema changes."""
-    db.execute("BEGIN")
-    version = _pragma(db, "user_version")
-    _refuse_without_room(db, path)
     names = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
     target = next(
         name for more in names if not os.path.lexists(name := f"{path}.version{version}{more}")
@@ -5703,25 +5699,6 @@ def _parts_of(db: sqlite3.Connection, wanted: ErrorFilter) -> list[Json]:
     return [{"project_id": one, "status": status} for one in ids for status in statuses]
 
 
-def _choices_of(db: sqlite3.Connection, wanted: ErrorFilter) -> dict[str, tuple[Choice, ...]]:
-    statuses = STATUSES if wanted.status == "all" else (wanted.status,)
-    limits = {"statuses": json.dumps(statuses), "most": MAX_CHOICE_COUNT}
-    projects = db.execute(COUNT_PROJECTS, limits)
-    choices = {"project": tuple(Choice(str(one), name, count) for one, name, count in projects)}
-    rows = [row for part in _parts_of(db, wanted) for row in db.execute(COUNT_FACETS, part)]
-    rows.sort(key=operator.itemgetter("newest_id"), reverse=True)
-    counts: dict[str, dict[str, int]] = {name: {} for name in FACETS}
-    for name, value, count, _ in rows:
-        counts[name][value] = counts[name].get(value, 0) + count
-    for name, found in counts.items():
-        chosen = getattr(wanted, name)
-        values = dict.fromkeys([*found][:MAX_FACET_VALUES] + [chosen] * bool(chosen))
-        choices[name] = tuple(
-            Choice(one, one, min(found.get(one, 0), MAX_CHOICE_COUNT)) for one in values
-        )
-    return choices
-
-
 class Triage:
     """The part of Store that reads errors and changes their state."""
 
@@ -5849,8 +5826,23 @@ class Triage:
         are read. Values without errors are left out, except the chosen ones. Raises Unavailable
         like errors().
         """
+        statuses = STATUSES if wanted.status == "all" else (wanted.status,)
+        limits = {"statuses": json.dumps(statuses), "most": MAX_CHOICE_COUNT}
         with self.reading() as db, _search_deadline(db):
-            return _choices_of(db, wanted)
+            projects = db.execute(COUNT_PROJECTS, limits).fetchall()
+            rows = [row for part in _parts_of(db, wanted) for row in db.execute(COUNT_FACETS, part)]
+        choices = {"project": tuple(Choice(str(one), name, count) for one, name, count in projects)}
+        rows.sort(key=operator.itemgetter("newest_id"), reverse=True)
+        counts: dict[str, dict[str, int]] = {name: {} for name in FACETS}
+        for name, value, count, _ in rows:
+            counts[name][value] = counts[name].get(value, 0) + count
+        for name, found in counts.items():
+            chosen = getattr(wanted, name)
+            values = dict.fromkeys([*found][:MAX_FACET_VALUES] + [chosen] * bool(chosen))
+            choices[name] = tuple(
+                Choice(one, one, min(found.get(one, 0), MAX_CHOICE_COUNT)) for one in values
+            )
+        return choices
 
     def set_status(
         self,
