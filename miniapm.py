@@ -6609,24 +6609,24 @@ class Importer:
 
 # --- 9. Capture -----------------------------------------------------------------------------------
 
-SKIPPED = (KeyboardInterrupt, SystemExit, GeneratorExit)  # ways to end, not errors
-# Log lines, as `logger: message`, in which servers repeat what has been recorded already.
+SKIPPED = (KeyboardInterrupt, SystemExit, GeneratorExit)  # normal ends, not errors
+# Log lines (`logger: message`) in which servers repeat an error that is already recorded.
 _REPEATED_LINE = (
     r"(?:django\.server|werkzeug|tornado\.access): "
     r"|uvicorn\.error: Application (?:startup|shutdown) failed\. Exiting"
 )
-MAX_HAND_ON_S = 0.5  # between a record and its copy, passed on between logging and loguru
+MAX_HAND_ON_S = 0.5  # until a bridge between logging and loguru has copied a record
 _NOTEBOOK_CELL = r"/(?:ipykernel|marimo)_\d+/"
 TRACEBACK_TITLE = "Traceback (most recent call last)"
 CONTEXT_LINES = 5  # of source on each side of the failing line
-# The parts of a context that are fields of a report; the others are shown as its context.
+# Names in a context that become fields of the report; the others stay in its `context`.
 CONTEXT_FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("user_id", "request_id"), (str, int, float)),
     **dict.fromkeys(("params", "tags"), (dict,)),
     **dict.fromkeys(("level", "release", "environment"), (str,)),
 }
 STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
-# Where console scripts are installed; a Python inside another program may not know itself.
+# Where console scripts are installed. An embedded Python may have no sys.executable.
 SCRIPTS = os.path.dirname(os.path.abspath(sys.executable)) if sys.executable else ""
 HERE = os.path.abspath(__file__)
 
@@ -6634,19 +6634,19 @@ _given_context: contextvars.ContextVar[Json] = contextvars.ContextVar("miniapm_c
 
 
 class Complaints:
-    """Says on stderr what capture could not do, once a minute for each kind; never by logging."""
+    """Prints capture's own failures to stderr, at most once a minute per kind; never logs them."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._said_s: dict[str, float] = {}
+        self._printed_s: dict[str, float] = {}
 
     def print_line(self, kind: str, detail: object) -> None:
-        """Say it, unless the same kind was said within the last minute."""
+        """Print a line, unless one of the same kind was printed within the last minute."""
         now_s = self._now()
-        since_s = now_s - self._said_s.get(kind, -math.inf)
+        since_s = now_s - self._printed_s.get(kind, -math.inf)
         if sys.stderr is not None and since_s >= COMPLAINT_INTERVAL_S:
-            self._said_s[kind] = now_s
-            with contextlib.suppress(Exception):  # the host may have put anything there
+            self._printed_s[kind] = now_s
+            with contextlib.suppress(Exception):  # the host may have replaced sys.stderr
                 print_line(clean(f"miniapm: {kind}: {detail}", MAX_CLASS_CHARS), sys.stderr)
 
 
@@ -6654,12 +6654,12 @@ def call_safely(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function that touches host objects; return its result, or None if it raises."""
     try:
         return function(*arguments)
-    except Exception:  # noqa: BLE001 - a detail that fails must not cost the report
+    except Exception:  # noqa: BLE001 - a failing detail must not lose the report
         return None
 
 
 # A metaclass can run code when its class is inspected; these bypass it.
-# For the same reason types are compared with `is` and found by id(): they may define __eq__.
+# It may define __eq__ too, so types are compared with `is` and looked up by id().
 _class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 class_module: Callable[[type], Any] = type.__dict__["__module__"].__get__
 class_bases: Callable[[type], tuple[type, ...]] = type.__dict__["__mro__"].__get__
@@ -6668,12 +6668,12 @@ _arguments_of = BaseException.__dict__["args"].__get__
 
 
 def class_name(kind: type) -> str:
-    """Return a class's name as plain text, although it may be of a subclass of str."""
+    """Return a class's name as a plain str, even if it was set to a subclass of str."""
     return str.__str__(_class_name(kind))
 
 
 def class_attribute(kind: type, name: str) -> Any:
-    """Return a class's own or inherited attribute without calling descriptors, else None."""
+    """Return a class's own or inherited attribute, or None, without calling descriptors."""
     for base in class_bases(kind):
         if name in (members := class_members(base)):
             return members[name]
@@ -6681,7 +6681,7 @@ def class_attribute(kind: type, name: str) -> Any:
 
 
 def plain_attributes(value: object) -> Json:
-    """Return an object's attributes from its slots and `__dict__`; runs no code of its class."""
+    """Return the attributes in an object's slots and `__dict__` without running its code."""
     found: Json = {}
     kind = type(value)
     for base in class_bases(kind):
@@ -6705,13 +6705,13 @@ def plain_attributes(value: object) -> Json:
 
 
 def plain_attribute(owner: object, name: str) -> Any:
-    """Return an attribute that is a text or a number in the object or its class, else None."""
+    """Return an attribute of an object or its class if it is a str or an int, else None."""
     found = plain_attributes(owner).get(name, class_attribute(type(owner), name))
     return found if type(found) is str or type(found) is int else None
 
 
 def _hidden_names(kind: type) -> set[str]:
-    """Return the fields that dataclasses, attrs and pydantic are told to leave out of a repr."""
+    """Return the names of fields declared with repr=False (dataclasses, attrs, pydantic)."""
     hidden: set[str] = set()
     for table in ("__dataclass_fields__", "__attrs_attrs__", "__pydantic_fields__"):
         fields = class_attribute(kind, table)
@@ -6727,12 +6727,12 @@ def _hidden_names(kind: type) -> set[str]:
 
 
 def names_of_fields(value: Any) -> tuple[str, ...]:
-    """Return the names of a named tuple's fields, nothing for any other object."""
+    """Return a named tuple's field names, or () for any other object."""
     names = class_attribute(type(value), "_fields")
     if type(names) is not tuple or not issubclass(type(value), tuple):
         return ()
-    is_fit = len(names) == tuple.__len__(value) and all(type(name) is str for name in names)
-    return names if is_fit else ()
+    is_valid = len(names) == tuple.__len__(value) and all(type(name) is str for name in names)
+    return names if is_valid else ()
 
 
 # Values of the standard library whose repr is short and calls nothing else.
@@ -6746,7 +6746,7 @@ _VALUE_CLASSES = {
 
 
 def is_standard_value(kind: type) -> bool:
-    """Tell whether a class is one of _VALUE_CLASSES, and not only named like it."""
+    """Return whether a class is one of _VALUE_CLASSES, not just a namesake."""
     module, name = class_module(kind), class_name(kind)
     if type(module) is not str or name not in _VALUE_CLASSES.get(module.partition(".")[0], ()):
         return False
@@ -6754,16 +6754,16 @@ def is_standard_value(kind: type) -> bool:
 
 
 def _short(text: str) -> str:
-    """Cut a repr; what the cut would make unrecognisable as a secret goes before."""
+    """Cut a long repr; scrub it first, since half a secret would not be recognised."""
     if len(text) <= MAX_REPR_CHARS:
         return text
     if len(text) > MAX_REPR_CHARS + REPR_AHEAD_CHARS:
         return scrub_text(text[: MAX_REPR_CHARS + REPR_AHEAD_CHARS])[:MAX_REPR_CHARS] + "…"
-    return clip(scrub_text(text[: MAX_REPR_CHARS + REPR_AHEAD_CHARS]), MAX_REPR_CHARS)
+    return clip(scrub_text(text), MAX_REPR_CHARS)
 
 
 def qualified_name(kind: type) -> str:
-    """Return a class's name with its module, without it for built-in classes."""
+    """Return `module.Name` for a class, or `Name` for a built-in one."""
     name, module = str.__str__(type.__dict__["__qualname__"].__get__(kind)), class_module(kind)
     return f"{module}.{name}" if type(module) is str and module != "builtins" else name
 
@@ -6775,25 +6775,25 @@ _MOMENT_PARTS = {
     time_of_day: _TIME_PARTS,
     timedelta: ("days", "seconds", "microseconds"),
 }
-# By the id of a class: how it and its subclasses are written. Filled below.
+# By id(class): the function that writes its instances and those of subclasses. Filled below.
 _WRITERS: dict[int, Callable[..., str]] = {}
 
 
 def _is_secret_pair(name: Any, value: Any) -> bool:
-    """Tell whether a value belongs to a secret name; looks at built-in values only."""
+    """Return whether a name marks its value as secret; inspects built-in values only."""
     text = name.decode("latin-1") if type(name) is bytes else name
     if not issubclass(type(text), str):
         return False
-    text = str.__getitem__(text, slice(SCRUB_AHEAD_CHARS))  # of a subclass, the plain text
+    text = str.__getitem__(text, slice(SCRUB_AHEAD_CHARS))  # plain even for a subclass
     return _DEFAULT_SCRUBBER.is_secret(text, value if id(type(value)) in _WRITERS else "…")
 
 
 class ValueWriter:
-    """Writes one value as text of about MAX_REPR_CHARS, or as JSON, and runs none of its code.
+    """Writes values as text of about MAX_REPR_CHARS, or as JSON, without running their code.
 
-    Built-in types and some of the standard library are written as values, of whatever size. Any
-    other object is its class with its plain attributes: <Order id=7 items=[…]>. Values under secret
-    names are filtered. With `calls_repr`, a `__repr__` that a class writes itself is called.
+    Built-in types and some of the standard library are written as values. Any other object is
+    written as its class and plain attributes: <Order id=7 items=[…]>. Values under secret names
+    are filtered. With `calls_repr`, a `__repr__` written in Python is called.
     """
 
     def __init__(self, *, calls_repr: bool = False) -> None:
@@ -6804,20 +6804,20 @@ class ValueWriter:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Allow MAX_DESCRIBE_S of this thread's time from now on."""
+        """Start the time budget of MAX_DESCRIBE_S."""
         self._end_s = time.perf_counter() + MAX_DESCRIBE_S
         self._end_cpu_s = time.thread_time() + MAX_DESCRIBE_S
 
     def is_late(self) -> bool:
-        """Tell whether that time is over, not counting what other threads took."""
+        """Return whether the time budget is used up, by the clock and by this thread's CPU time."""
         return time.perf_counter() > self._end_s and time.thread_time() > self._end_cpu_s
 
     def has_room(self) -> bool:
-        """Tell whether there is room for more variables."""
+        """Return whether the budgets allow more variables."""
         return self.room > 0 and not self.is_late()
 
     def text(self, value: Any, levels: int = 3) -> str:
-        """Return a value as text; containers and objects are opened for some levels."""
+        """Return a value as text, with containers and objects opened `levels` deep."""
         self.texts_left -= 1
         if self.texts_left < 0 or self.is_late():
             return "…"
@@ -6829,8 +6829,8 @@ class ValueWriter:
         if is_standard_value(kind):
             return _short(repr(value))
         if issubclass(kind, enum.Enum):
-            said = (plain_attribute(value, name) for name in ("_name_", "_value_"))
-            return f"<{class_name(kind)}.{next((one for one in said if one is not None), '')}>"
+            labels = (plain_attribute(value, name) for name in ("_name_", "_value_"))
+            return f"<{class_name(kind)}.{next((one for one in labels if one is not None), '')}>"
         for base in class_bases(kind)[:-1]:
             if (write := _WRITERS.get(id(base))) is not None:
                 text = write(self, value, levels)
@@ -6864,7 +6864,7 @@ class ValueWriter:
         ]
 
     def items(self, value: Any, levels: int, base: Any, ends: str) -> str:
-        """Return a built-in container, or a subclass of one, opened."""
+        """Return the text of a built-in container or of a subclass."""
         count = base.__len__(value)
         if not levels:
             return f"<{class_name(type(value))} of {count:,}>"
@@ -6885,7 +6885,7 @@ class ValueWriter:
         return _short(f"{ends[0]}{', '.join(parts)}{ends[1]}".strip(" "))
 
     def text_or_bytes(self, value: Any, _: int, base: Any) -> str:
-        """Return the repr of a text or of bytes."""
+        """Return the repr of a str or bytes, cut early."""
         if type(value) is not base or len(value) > MAX_REPR_CHARS:
             value = base.__getitem__(value, slice(MAX_REPR_CHARS + REPR_AHEAD_CHARS))
         return _short(repr(value))
@@ -6895,19 +6895,19 @@ class ValueWriter:
         bits = int.bit_length(value)
         return f"<int of {bits:,} bits>" if bits > 1_000 else int.__repr__(value)
 
-    def moment(self, value: Any, _: int, base: Any) -> str:
-        """Return a value of `datetime`; its tzinfo may be a class of the host's."""
+    def date_or_time(self, value: Any, _: int, base: Any) -> str:
+        """Return the text of a `datetime` value, whose tzinfo may be of a host's class."""
         parts = {name: getattr(base, name).__get__(value) for name in _MOMENT_PARTS[base]}
         zone = base.tzinfo.__get__(value) if "minute" in parts else None
-        said = "" if zone is None else " UTC" if zone is UTC else f" in {self.text(zone, 0)}"
-        return repr(base(**parts)) + said
+        suffix = "" if zone is None else " UTC" if zone is UTC else f" in {self.text(zone, 0)}"
+        return repr(base(**parts)) + suffix
 
     def error(self, value: Any, levels: int) -> str:
-        """Return an exception's arguments."""
+        """Return the text of an exception's arguments."""
         return self.items(_arguments_of(value), levels, tuple, "  ")
 
     def json(self, value: Any, levels: int = 8) -> Any:
-        """Return a bounded copy of a value as JSON; what JSON has no form for becomes text."""
+        """Return a bounded copy of a value as JSON; types that JSON lacks become text."""
         self._values_left -= 1
         kind = type(value)
         if value is None or kind is bool or (kind is float and math.isfinite(value)):
@@ -6955,7 +6955,7 @@ _WRITERS |= {
     },
     id(tuple): functools.partial(ValueWriter.items, base=tuple, ends="()"),
     id(re.Pattern): lambda writer, value, levels: f"<Pattern {writer.text(value.pattern)}>",
-    **{id(kind): functools.partial(ValueWriter.moment, base=kind) for kind in _MOMENT_PARTS},
+    **{id(kind): functools.partial(ValueWriter.date_or_time, base=kind) for kind in _MOMENT_PARTS},
     id(BaseException): ValueWriter.error,
     id(type): lambda _, value, levels: f"<class {qualified_name(value)}>",
     id(types.ModuleType): lambda _, value, levels: f"<module {plain_attribute(value, '__name__')}>",
@@ -6970,22 +6970,22 @@ _WRITERS |= {
 
 
 def absolute(file: str) -> str:
-    """Return a file's path from the root, also when the current folder is gone."""
+    """Return a file's absolute path, or the path as it is if the current folder is gone."""
     return str(call_safely(os.path.abspath, file) or file)
 
 
 def is_application_file(file: str) -> bool:
-    """Tell whether a file is the application's: no library, no console script, not this module."""
+    """Return whether a file is the application's, not a library, console script or this module."""
     path = absolute(file)
     is_ours = path == HERE or path.startswith(STDLIB) or os.path.dirname(path) == SCRIPTS
     return not file.startswith("<") and not is_ours and is_own_path(path)
 
 
 def project_root_of(caller: types.FrameType | None) -> str:
-    """Return the folder whose files are the application's, as seen by the code that called init().
+    """Return the folder of the application's own files, for the code that called init().
 
-    That is the current folder, unless it is / or the code lies elsewhere. Then it is the folder
-    that holds the code, or the code's top package.
+    It is the current folder, unless that is / or does not contain the code. Then it is the folder
+    that contains the code, or its top-level package.
     """
     folder = absolute("")
     while caller is not None and not is_application_file(caller.f_code.co_filename):
@@ -7002,7 +7002,7 @@ def project_root_of(caller: types.FrameType | None) -> str:
 
 
 def safe_text(value: object) -> str:
-    """Return str(value), whatever its __str__ raises."""
+    """Return str(value), or a placeholder if its __str__ raises."""
     try:
         return str(value)[: 2 * MAX_MESSAGE_CHARS]
     except Exception as error:  # noqa: BLE001 - a host's __str__ may do anything
@@ -7027,7 +7027,7 @@ def text_of_error(error: BaseException) -> str:
 
 
 def source_around(file: str, lineno: int) -> Json:
-    """Return the source around a line as a frame of `exceptions` has it, empty without source."""
+    """Return the source around a line as fields of a frame; empty without source."""
     lines, at = linecache.getlines(file), lineno - 1
     if not 0 <= at < len(lines):
         return {}
@@ -7040,17 +7040,17 @@ def source_around(file: str, lineno: int) -> Json:
 
 
 def add_sources(exceptions: Iterable[Json]) -> None:
-    """Add the source to the frames whose `context_line` is None: a read of files, off the host."""
+    """Read the source of frames whose `context_line` is None; keeps file reads off host threads."""
     for frame in itertools.chain.from_iterable(one["frames"] for one in exceptions):
         if isinstance(frame, dict) and frame.get("context_line", "") is None:
             frame |= call_safely(source_around, frame["file"], frame["lineno"]) or {}
 
 
 def variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
-    """Return a frame's variables, of a module's only the plain values."""
+    """Return a frame's variables; at module level, no imports, functions and classes."""
     variables = frame.f_locals
     if type(variables) is not dict and class_name(type(variables)) != "FrameLocalsProxy":
-        return []  # a namespace of the host's making
+        return []  # a namespace that the host made
     found = list(variables.items())
     if variables is frame.f_globals:
         dull = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
@@ -7066,12 +7066,12 @@ def variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
 
 
 def described_variables(frame: types.FrameType, writer: ValueWriter) -> Json:
-    """Return a frame's variables as text; without room, values are not opened."""
+    """Return a frame's variables as text; values are opened while the budgets last."""
     texts: Json = {}
     for name, value in variables_of(frame):
         kind = type(value)
         if value is None or kind is bool or (kind is int and -(10**18) < value < 10**18):
-            texts[name] = repr(value)  # a third of the time that it takes the writer
+            texts[name] = repr(value)  # takes a third of the writer's time
             writer.room -= 1
             continue
         writer.texts_left = MAX_REPR_VALUES
@@ -7080,7 +7080,7 @@ def described_variables(frame: types.FrameType, writer: ValueWriter) -> Json:
     return texts
 
 
-# A class derived from BaseException can't override these.
+# Subclasses can't override these.
 _attributes_of = BaseException.__dict__["__dict__"]
 _traceback_of = BaseException.__dict__["__traceback__"].__get__
 _cause_of = BaseException.__dict__["__cause__"].__get__
@@ -7090,7 +7090,7 @@ _members_in = BaseExceptionGroup.__dict__["exceptions"].__get__
 
 
 def exception_chain(error: BaseException) -> list[tuple[BaseException, str]]:
-    """Return an exception's chain, each member with its relation to the one before."""
+    """Return an exception's chain: each exception with its relation to the one before."""
     found: list[tuple[BaseException, str]] = []
     seen: set[int] = set()
     waiting = [(error, "")]
@@ -7111,7 +7111,7 @@ def exception_chain(error: BaseException) -> list[tuple[BaseException, str]]:
 
 
 def message_of(error: BaseException) -> str:
-    """Return an exception's text and the notes that were added to it (PEP 678)."""
+    """Return an exception's text, followed by its notes (PEP 678)."""
     notes = _attributes_of.__get__(error).get("__notes__")
     parts = [text_of_error(error), *(notes[:MAX_PAIRS] if type(notes) is list else ())]
     cut = (part[: 2 * MAX_MESSAGE_CHARS] for part in parts if type(part) is str)
@@ -7136,7 +7136,7 @@ _hop = operator.attrgetter(".".join(["tb_next"] * _HOP_ENTRIES))  # 200,000 entr
 def ends_of_traceback(
     entry: types.TracebackType | None, most: int
 ) -> tuple[list[types.TracebackType], int, list[types.TracebackType]]:
-    """Return the outermost entries, the number of those left out, and the innermost entries."""
+    """Return a traceback's outermost entries, the number left out, and the innermost entries."""
     outer: list[types.TracebackType] = []
     while entry is not None and len(outer) < most // 2:
         outer.append(entry)
@@ -7166,7 +7166,7 @@ class RecordMark:
 
 
 class _Attributes(dict[str, Any]):
-    """A built-in exception's `__dict__` that carries its mark; copied as a plain dict."""
+    """A `__dict__` that carries a built-in exception's mark; pickled as a plain dict."""
 
     __slots__ = ("mark",)
     mark: RecordMark
@@ -7176,16 +7176,16 @@ class _Attributes(dict[str, Any]):
 
 
 class RecordMarks:
-    """Finds an exception's mark, which the host can't see and no pickle copies.
+    """Finds an exception's mark, which is invisible to the host and never pickled.
 
-    Exceptions of the host's classes are referenced weakly, which built-in ones can't be.
+    Exceptions of host classes are referenced weakly. Built-in ones can't be.
     """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[BaseException], RecordMark]] = {}
 
     def of(self, error: BaseException) -> RecordMark:
-        """Return an exception's mark, made when first asked for."""
+        """Return an exception's mark, creating it on first use."""
         key = id(error)
         known = self._known.get(key)
         if known is not None and known[0]() is error:
@@ -7196,7 +7196,7 @@ class RecordMarks:
         mark = RecordMark()
         try:
             self._known[key] = weakref.ref(error, lambda _: self._known.pop(key, None)), mark
-        except TypeError:  # of a built-in class
+        except TypeError:  # a built-in class
             attributes = _Attributes(attributes)
             attributes.mark = mark
             _attributes_of.__set__(error, attributes)
@@ -7209,7 +7209,7 @@ _PYTHONS = {"cpython": "CPython", "pypy": "PyPy"}
 
 @dataclass(frozen=True, slots=True)
 class Describer:
-    """Turns what a Python program knows of an error into a report, on the thread where it is."""
+    """Turns an exception or log record into a report, on the thread where it occurs."""
 
     project_root: str
     release: str | None = None
@@ -7217,19 +7217,19 @@ class Describer:
     with_locals: bool | str = True
 
     def _inside(self, file: str) -> str | None:
-        """Return a file's path from the project's root, None when it lies elsewhere."""
+        """Return a file's path relative to the project root, or None if it is outside."""
         root = os.path.join(self.project_root, "")
         path = absolute(file)
         return path[len(root) :] if path.startswith(root) else None
 
-    @functools.lru_cache(1_000)  # noqa: B019 - there is one for a client
+    @functools.lru_cache(1_000)  # noqa: B019 - there is one per client
     def is_own(self, file: str) -> bool:
-        """Tell whether a file is the application's and inside its root."""
+        """Return whether a file is the application's and in the project root or a notebook."""
         is_inside = self._inside(file) is not None or re.search(_NOTEBOOK_CELL, file) is not None
         return is_inside and is_application_file(file)
 
     def relative(self, file: str) -> str:
-        """Return a file's path from the project's root, or what it is called in its library."""
+        """Return a file's path relative to the project root, or its base name outside it."""
         inside = None if file.startswith("<") else self._inside(file)
         return inside or os.path.basename(file)
 
@@ -7241,14 +7241,14 @@ class Describer:
         most = MAX_BACKTRACE_LINES // len(chain) - 1
         exceptions: list[Json] = []
         for one, relation in chain:
-            said = {"exception_class": qualified_name(type(one)), "message": message_of(one)}
-            exceptions.append(said | ({"relation": relation} if relation else {}))
+            fields = {"exception_class": qualified_name(type(one)), "message": message_of(one)}
+            exceptions.append(fields | ({"relation": relation} if relation else {}))
             exceptions[-1]["frames"] = self._frames(one, most, writer)
         frame = location_frame_of_json(exceptions)
         return self._report(name, message, frame) | {"exceptions": exceptions}
 
     def _report(self, name: str, message: str, frame: Frame | None, text: str = "") -> Json:
-        """Return a report's main fields; `text` stands for the message in the fingerprint."""
+        """Return a report's main fields; `text` replaces the message in the fingerprint."""
         place = (self.relative(frame.file or ""), frame.function or "") if frame else None
         return {
             "exception_class": name,
@@ -7258,13 +7258,13 @@ class Describer:
         }
 
     def _frames(self, error: BaseException, most: int, writer: ValueWriter) -> list[Any]:
-        """Return frames, innermost first; of a deep stack, only its two ends."""
+        """Return frames, innermost first; a deep stack keeps only its two ends."""
         outer, left_out, inner = ends_of_traceback(_traceback_of(error), most)
-        found = ((self._bare(one), one.tb_frame) for one in reversed(outer + inner))
-        # Frames of capture() are not the program's own.
+        found = ((self._plain_frame(one), one.tb_frame) for one in reversed(outer + inner))
+        # Leave out this module's frames, such as capture()'s.
         entries = [(made, frame) for made, frame in found if made["file"] != __file__]
         if not any(made["own"] for made, _ in entries):
-            for made, _ in entries:  # code that the application generated, or that was typed in
+            for made, _ in entries:  # generated code, or code typed at a prompt
                 made["own"] = made["file"].startswith("<") and is_own_path(made["file"])
         for made, frame in entries:
             if made["own"]:
@@ -7276,9 +7276,9 @@ class Describer:
             frames.insert(0, place | {"own": self.is_own(place["file"])})
         return frames
 
-    def _bare(self, entry: types.TracebackType) -> Json:
+    def _plain_frame(self, entry: types.TracebackType) -> Json:
         code = entry.tb_frame.f_code
-        file = str.__str__(code.co_filename)  # of generated code these may be other texts
+        file = str.__str__(code.co_filename)  # generated code may use subclasses of str
         return {
             "file": file,
             "lineno": entry.tb_lineno or 0,
@@ -7298,11 +7298,11 @@ class Describer:
             made["locals"] = call_safely(described_variables, frame, writer) or {}
 
     def log_message(self, record: logging.LogRecord) -> str:
-        """Return the text of a log record, whatever its arguments are."""
+        """Return a log record's text, even if its arguments don't fit."""
         if type(record.msg) is dict and type(record.msg.get("event")) is str:  # structlog's
             return str(record.msg["event"])[: 2 * MAX_MESSAGE_CHARS]
         message = call_safely(record.getMessage)
-        if type(message) is not str:  # its arguments don't fit its text
+        if type(message) is not str:
             message = f"{safe_text(record.msg)} {ValueWriter().text(record.args)}"
         return message[: 2 * MAX_MESSAGE_CHARS]
 
@@ -7322,7 +7322,7 @@ class Describer:
         return report | {"exceptions": [one | {"frames": [frame | {"context_line": None}]}]}
 
     def printed_traceback(self, message: str) -> Json | None:
-        """Describe the exception whose printed traceback is in a message, None if there is none."""
+        """Describe the exception whose traceback a message contains, None without a traceback."""
         before, title, after = message.partition(TRACEBACK_TITLE)
         lines = (title + after).splitlines()
         places = [at for at, line in enumerate(lines) if line.lstrip().startswith("File ")]
@@ -7335,7 +7335,7 @@ class Describer:
         return report | {"backtrace": lines, "log_message": before.strip() or None}
 
     def surroundings(self) -> Json:
-        """Return what is the same for every report of this process."""
+        """Return the fields that all reports of this process share."""
         name = sys.implementation.name
         return {
             "release": self.release,
@@ -7347,13 +7347,13 @@ class Describer:
 
 
 class Form:
-    """A submitted form's bytes; read off the host's threads."""
+    """A submitted form's bytes, parsed off the host's threads."""
 
     def __init__(self, kind: str, body: bytes) -> None:
         self._kind, self._body = kind, body
 
     def fields(self) -> Json:
-        """Return the first MAX_PAIRS fields, files left out; nothing when it is no form."""
+        """Return the first MAX_PAIRS fields without files; empty for any other body."""
         media_type = self._kind.partition(";")[0].strip().lower()
         found: dict[str, list[str]] = {}
         if media_type == "application/x-www-form-urlencoded":
@@ -7365,14 +7365,14 @@ class Form:
         return {name: values if values[1:] else values[0] for name, values in found.items()}
 
     def _parts(self) -> Iterator[tuple[str, str]]:
-        """Read multipart/form-data (RFC 7578) in linear time, which `email` does not."""
+        """Parse multipart/form-data (RFC 7578) in linear time, unlike `email`."""
         boundary = re.search(r'boundary="?([^";,\s]{1,200})', self._kind, re.IGNORECASE)
         if boundary is None:
             return
         mark = b"--" + boundary[1].encode("latin-1", "replace")
         for part in self._body.split(mark, MAX_PAIRS + 1)[1 : MAX_PAIRS + 1]:
             head, _, content = part.partition(b"\r\n\r\n")
-            head = head[:_KIBIBYTE]  # of a part; a real one is much shorter
+            head = head[:_KIBIBYTE]  # real ones are much shorter
             name = re.search(rb'[;\s]name="?([^";\r\n]*)', head, re.IGNORECASE)
             if name and not re.search(rb"[;\s]filename\*?=", head, re.IGNORECASE):
                 texts = (one.decode("utf-8", "replace") for one in (name[1], content))
@@ -7380,21 +7380,21 @@ class Form:
 
 
 class Request:
-    """The HTTP request that is being served; what it says is looked at only for a report.
+    """The HTTP request being served; its facts are read only when a report needs them.
 
     `source` is a WSGI environ, an ASGI scope or, for aiohttp and Tornado, facts and headers.
     """
 
-    _body: bytearray | None = None  # the part of it that was read
+    _body: bytearray | None = None  # as far as the application has read it
     handled_error: BaseException | None = None  # by the framework, or printed to wsgi.errors
     has_ended = False
 
     def __init__(self, source: Mapping[str, Any]) -> None:
         self._source = source
-        self.error_before = sys.exc_info()[1]  # of the server, not of the request
+        self.error_before = sys.exc_info()[1]  # the server's, not the request's
 
     def keep(self, part: bytes) -> bytes:
-        """Remember a part of the body on its way to the application."""
+        """Keep a copy of a body part that the application reads, and return the part."""
         if part:
             if self._body is None:
                 self._body = bytearray()
@@ -7406,7 +7406,7 @@ class Request:
         self.has_ended, self.handled_error, self.error_before = True, None, None
 
     def headers(self) -> dict[str, str]:
-        """Return the headers by their names, as in X-Request-Id."""
+        """Return the headers by name, spelled like X-Request-Id."""
         return {name.title(): value for name, value in self._source["headers"].items()}
 
     def facts(self) -> Json:
@@ -7414,37 +7414,37 @@ class Request:
         return {name: self._source[name] for name in ("method", "url", "remote_address")}
 
     def user(self) -> Any:
-        """Return the user's id where server or framework say it, else None."""
+        """Return the user's id if the server or framework provides it, else None."""
         return None
 
     def describe(self) -> Json:
-        """Return the report's fields that come from the request, as far as they can be had."""
+        """Return the report fields that come from the request, without those that fail."""
         headers, user = call_safely(self.headers) or {}, call_safely(self.user)
-        said = (call_safely(self.facts) or {}) | {"headers": headers}
+        request = (call_safely(self.facts) or {}) | {"headers": headers}
         if self._body:
-            said["form"] = Form(headers.get("Content-Type", ""), bytes(self._body))
+            request["form"] = Form(headers.get("Content-Type", ""), bytes(self._body))
         if self.has_ended:
-            said["recorded"] = "after the request had ended"
+            request["recorded"] = "after the request had ended"
         return {
-            "request": said,
+            "request": request,
             "request_id": headers.get("X-Request-Id"),
             "user_id": None if user is None else str(user),
         }
 
 
 def _user_of_flask() -> Any:
-    """Return the id of Flask-Login's user, as far as the application has looked it up."""
+    """Return the id of Flask-Login's user if the application has loaded it, else None."""
     flask = sys.modules.get("flask")
     if flask is None or not flask.has_request_context():
         return None
     if (user := flask.g.get("_login_user")) is None:
         return None
     session = flask.session._get_current_object()
-    return plain_attribute(user, "id") or dict.get(session, "_user_id")  # notes no access
+    return plain_attribute(user, "id") or dict.get(session, "_user_id")  # not marked as accessed
 
 
 class WsgiRequest(Request):
-    """A request as a WSGI environ tells it."""
+    """A request from a WSGI environ."""
 
     def headers(self) -> dict[str, str]:
         named = {
@@ -7467,7 +7467,7 @@ class WsgiRequest(Request):
 
 
 class AsgiRequest(Request):
-    """A request as an ASGI scope tells it."""
+    """A request from an ASGI scope."""
 
     def headers(self) -> dict[str, str]:
         return {
@@ -7485,7 +7485,7 @@ class AsgiRequest(Request):
             "remote_address": (source.get("client") or [None])[0],
         }
 
-    def user(self) -> Any:  # that Starlette's AuthenticationMiddleware found
+    def user(self) -> Any:  # set by Starlette's AuthenticationMiddleware
         names = ("identity", "id", "username", "display_name")
         user = self._source.get("user")
         return next(filter(None, (plain_attribute(user, name) for name in names)), None)
@@ -7497,7 +7497,7 @@ _current_request: contextvars.ContextVar[Request | None] = contextvars.ContextVa
 
 
 class Retry(Exception):
-    """The destination can't take reports now; `after_s` is how long it asks to be left alone."""
+    """The destination can't take reports now and asks for a pause of `after_s`."""
 
     def __init__(self, reason: str, after_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -7505,10 +7505,10 @@ class Retry(Exception):
 
 
 class StoreDestination:
-    """Puts occurrences into a database of this machine, with no server in between.
+    """Writes occurrences to a database on this machine, with no server in between.
 
-    SQLite keeps a process's locks in memory that a fork copies: a child would take its parent's
-    locks for its own. So the store is closed before a fork, and opened again when needed.
+    SQLite keeps locks in memory that a fork copies, so a child would take its parent's locks for
+    its own. Therefore the store is closed before a fork and reopened when needed.
     """
 
     fork_wait_s = MAX_FORK_WAIT_S
@@ -7526,17 +7526,17 @@ class StoreDestination:
             store.refuse_writes(True)
 
     def before_fork(self, end_s: float) -> None:
-        """Close the store, unless that takes until `end_s` on the monotonic clock."""
+        """Close the store; give up at `end_s` on the monotonic clock."""
         if not self._lock.acquire(timeout=max(0.0, end_s - time.monotonic())):
             return
         self._forking.add(threading.get_ident())
         if self._store is not None:
             self._store.close(max(0.0, end_s - time.monotonic()))
-            self._abandoned.append(self._store)  # for what is still being read from it
+            self._abandoned.append(self._store)  # reads may still be using it
             self._store = None
 
     def after_fork(self) -> None:
-        """Go on in the parent."""
+        """Allow deliveries again in the parent."""
         if threading.get_ident() in self._forking:
             self._forking.discard(threading.get_ident())
             self._abandoned.clear()
@@ -7545,15 +7545,15 @@ class StoreDestination:
             store.refuse_writes(False)
 
     def start_anew(self) -> None:
-        """Begin with nothing in the child; a store that is open is the parent's."""
+        """Start without a store in the child; an open one is the parent's."""
         self._lock = threading.RLock()
         self._forking = set()
         if self._store is not None:
-            self._abandoned.append(self._store)  # referenced, for closing it would do harm
+            self._abandoned.append(self._store)  # keeps it from being closed, which would do harm
             self._store = None
 
     def store(self) -> Store:
-        """Return the store, opened when it is not; a page does not wait for a delivery."""
+        """Return the store, opening it if needed; a page does not wait for a delivery."""
         if (store := self._store) is not None:
             return store
         with self._lock:
@@ -7568,18 +7568,18 @@ class StoreDestination:
                 self._store.close()
                 self._store = None
 
-    def deliver(self, waiting: collections.deque[Occurrence], complain: Complaints) -> None:
-        """Take occurrences off `waiting` as they are stored; Retry when they can't be now."""
+    def deliver(self, waiting: collections.deque[Occurrence], log: Complaints) -> None:
+        """Store the occurrences and empty `waiting`; raise Retry if that fails for now."""
         with self._lock, self._refusal_as_retry():
-            self._record(self.store(), waiting, complain)
+            self._record(self.store(), waiting, log)
 
     def deliver_at_end(
-        self, waiting: collections.deque[Occurrence], complain: Complaints, timeout_s: float
+        self, waiting: collections.deque[Occurrence], log: Complaints, timeout_s: float
     ) -> None:
-        """Do what deliver() does while the interpreter ends, when a lock may be held for ever."""
+        """Deliver at interpreter exit, without the lock: a frozen thread may hold it."""
         make = functools.partial(Store, self.path, threads=False, wait_s=timeout_s)
         with self._refusal_as_retry(), contextlib.closing(make()) as store:
-            self._record(store, waiting, complain)
+            self._record(store, waiting, log)
 
     @staticmethod
     @contextlib.contextmanager
@@ -7590,29 +7590,29 @@ class StoreDestination:
             raise Retry(str(refusal), refusal.retry_after_s or 0) from None
 
     def _record(
-        self, store: Store, waiting: collections.deque[Occurrence], complain: Complaints
+        self, store: Store, waiting: collections.deque[Occurrence], log: Complaints
     ) -> None:
         project = store.ensure_default_project(self._api_key)
         for refusal in store.record(project.id, list(waiting)):
             if refusal is not None:
-                complain.print_line("a report was refused", refusal)
+                log.print_line("a report was refused", refusal)
         waiting.clear()
 
     def sweep(self) -> None:
-        """Remove what is past its retention and what the dashboard deleted."""
+        """Apply retention, and finish what the dashboard deleted."""
         config = load_config({}, os.environ, ("retention_days", "max_occurrences"))
         with self._lock:
             Retention(self.store(), config.retention_days, config.max_occurrences).sweep()
 
     def has_reports(self) -> bool:
-        """Tell whether there is a database with something in it."""
+        """Return whether there is a database with an error in it."""
         if os.path.exists(self.path):
             with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(self.path)) as db:
                 return db.execute("SELECT 1 FROM errors LIMIT 1").fetchone() is not None
         return False
 
     def how_to_read(self) -> str:
-        """Say where the reports are."""
+        """Return where the reports are and how to read them."""
         here = absolute("") + os.sep
         module, database = (shlex.quote(path.removeprefix(here)) for path in (HERE, self.path))
         return f"errors are in {database}; to read them: python {module} --db {database}"
@@ -7620,7 +7620,7 @@ class StoreDestination:
 
 @dataclass(frozen=True, slots=True)
 class HttpAnswer:
-    """An HTTP server's answer."""
+    """An HTTP response."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -7633,21 +7633,21 @@ class HttpAnswer:
 
     @property
     def retry_after_s(self) -> float:
-        """How long the server asks to be left alone, in its header Retry-After; 0 if it doesn't."""
-        said = self.headers.get("Retry-After", "").strip()
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", said):
-            return float(said)
+        """The pause that the Retry-After header asks for, 0 without the header."""
+        text = self.headers.get("Retry-After", "").strip()
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
+            return float(text)
         with contextlib.suppress(ValueError, TypeError, OverflowError):
-            at = email.utils.parsedate_to_datetime(said)
+            at = email.utils.parsedate_to_datetime(text)
             return max(0.0, at.timestamp() - time.time())
         return 0.0
 
 
 class HttpPeer:
-    """Asks one server; follows no redirect and reads a bounded part of an answer.
+    """Sends requests to one server; follows no redirects and reads a bounded part of responses.
 
-    Raises OSError, HTTPException or ValueError. With `keeps`, the connection is used again. Without
-    `needs_body`, a status that says yes is enough, whatever becomes of the body.
+    Raises OSError, HTTPException or ValueError. `keeps` reuses the connection. Without
+    `needs_body`, a success status is enough, even if the body can't be read.
     """
 
     def __init__(self, url: str, *, keeps: bool = False, needs_body: bool = False) -> None:
@@ -7660,7 +7660,7 @@ class HttpPeer:
         self._keeps, self._needs_body = keeps, needs_body
         self._kept: http.client.HTTPConnection | None = None
         self._socket: socket.socket | None = None
-        self.began_s = math.inf  # on the monotonic clock, while a request is under way
+        self.began_s = math.inf  # monotonic start of the current request
         self._is_aborted = False
 
     def ask(
@@ -7670,7 +7670,7 @@ class HttpPeer:
         headers: Mapping[str, str],
         timeout_s: float = HTTP_TIMEOUT_S,
     ) -> HttpAnswer:
-        """Send a POST, or a GET if there is no body; return the answer."""
+        """Send a POST, or a GET without a body; return the response."""
         kept, self._kept = self._kept, None
         self.began_s, self._is_aborted = time.monotonic(), False
         try:
@@ -7679,7 +7679,7 @@ class HttpPeer:
                     return self._exchange(kept, path, body, headers)
                 except ConnectionError:
                     if self._is_aborted:
-                        raise  # else the server has closed it meanwhile
+                        raise  # otherwise the server has closed the idle connection
             connection = self._connect(timeout=timeout_s)
             return self._exchange(connection, path, body, headers)
         finally:
@@ -7693,27 +7693,27 @@ class HttpPeer:
                 connection.connect()
             self._socket = connection.sock
             is_sent = False
-            with contextlib.suppress(ConnectionError):  # a refusal may come before all is sent
+            with contextlib.suppress(ConnectionError):  # the server may refuse before all is sent
                 connection.request("GET" if body is None else "POST", path, body, headers)
                 is_sent = True
             answer = connection.getresponse()
-            said, is_yes = b"", 200 <= answer.status < 300 and not self._needs_body
-            with contextlib.suppress(*((OSError, http.client.HTTPException) if is_yes else ())):
-                said = answer.read(64 * (_MEBIBYTE if self._needs_body else _KIBIBYTE))
+            data, is_enough = b"", 200 <= answer.status < 300 and not self._needs_body
+            with contextlib.suppress(*((OSError, http.client.HTTPException) if is_enough else ())):
+                data = answer.read(64 * (_MEBIBYTE if self._needs_body else _KIBIBYTE))
             if self._keeps and is_sent and answer.isclosed() and not answer.will_close:
                 self._kept = connection
-            return HttpAnswer(answer.status, answer.headers, said)
+            return HttpAnswer(answer.status, answer.headers, data)
         finally:
             if self._kept is not connection:
                 connection.close()
 
     def close(self) -> None:
-        """Close the connection that was kept."""
+        """Close the kept connection."""
         if self._kept is not None:
             self._kept.close()
 
     def abort(self) -> None:
-        """Make a request that another thread has begun fail at once."""
+        """Make a request that another thread is sending fail at once."""
         self._is_aborted = True
         if (connected := self._socket) is not None:
             with contextlib.suppress(OSError):
@@ -7721,39 +7721,39 @@ class HttpPeer:
 
 
 def reason_of(error: Exception) -> str:
-    """Return why a request failed, without the number that the system has for it."""
+    """Return why a request failed, without the errno."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def base_of(url: str) -> str:
-    """Return a tracker's URL without a user, password and last slash."""
+    """Return a tracker's URL without user, password and trailing slash."""
     parts = urllib.parse.urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
 
 
 def bearer(secret: str) -> dict[str, str]:
-    """Return the header that carries a key or password; http.client sends it as UTF-8."""
+    """Return the header for a key or password, in the form that http.client sends as UTF-8."""
     return {"Authorization": f"Bearer {secret}".encode().decode("latin-1")}
 
 
 class HttpDestination:
     """Sends occurrences to a tracker's /ingest/errors/batch."""
 
-    fork_wait_s = MAX_TURN_S  # nothing of it has to be closed
+    fork_wait_s = MAX_TURN_S  # there is nothing to close
 
     def __init__(self, url: str, api_key: str) -> None:
         self._peer, self._base = HttpPeer(url), base_of(url)
         self._path = urllib.parse.urlsplit(self._base).path + "/ingest/errors/batch"
         self._headers = bearer(api_key) | {"Content-Type": "application/json"}
-        "localhost".encode("idna")  # nothing can be imported once the interpreter ends
+        "localhost".encode("idna")  # loads the codec: no import works at interpreter exit
 
     def deliver(
         self,
         waiting: collections.deque[Occurrence],
-        complain: Complaints,
+        log: Complaints,
         timeout_s: float = HTTP_TIMEOUT_S,
     ) -> None:
-        """Take occurrences off `waiting` as they are accepted; Retry when they can't be now."""
+        """Send the occurrences and empty `waiting`; raise Retry if that fails for now."""
         while waiting:
             some: list[str] = []
             size = 0
@@ -7763,24 +7763,24 @@ class HttpDestination:
                     break
                 some.append(text)
                 size += len(text)
-            self._post(f'{{"errors": [{",".join(some)}]}}'.encode(), complain, timeout_s)
+            self._post(f'{{"errors": [{",".join(some)}]}}'.encode(), log, timeout_s)
             for _ in some:
                 waiting.popleft()
 
     deliver_at_end = deliver
 
-    def _post(self, body: bytes, complain: Complaints, timeout_s: float) -> None:
+    def _post(self, body: bytes, log: Complaints, timeout_s: float) -> None:
         try:
             answer = self._peer.ask(self._path, body, self._headers, timeout_s)
         except (OSError, http.client.HTTPException) as error:
             raise Retry(reason_of(error)) from None
-        said = answer.said
-        is_final = answer.status < 500 or '"rejected"' in said
+        text = answer.said
+        is_final = answer.status < 500 or '"rejected"' in text
         if answer.status == 429 or not is_final:
             raise Retry(f"HTTP {answer.status}", answer.retry_after_s)
-        if answer.status >= 300 or '"rejected"' in said:
-            reason = answer.headers.get("Location") or said
-            complain.print_line(f"reports were refused with HTTP {answer.status}", reason)
+        if answer.status >= 300 or '"rejected"' in text:
+            reason = answer.headers.get("Location") or text
+            log.print_line(f"reports were refused with HTTP {answer.status}", reason)
 
     def _nothing(self, *_: object) -> None:
         """Do nothing: the tracker owns the database and runs retention."""
@@ -7788,12 +7788,12 @@ class HttpDestination:
     before_fork = after_fork = start_anew = close = sweep = hurry = has_reports = _nothing
 
     def how_to_read(self) -> str:
-        """Say where the reports are."""
+        """Return where the reports are."""
         return f"errors are on {self._base}/"
 
 
 def merged(parts: Iterable[Json]) -> Json:
-    """Return JSON objects as one: a later value wins, objects in both are merged."""
+    """Merge JSON objects: a later value wins unless it is None; objects in both are joined."""
     result: Json = {}
     for part in parts:
         for name, value in part.items():
@@ -7807,7 +7807,7 @@ def merged(parts: Iterable[Json]) -> Json:
 def _report_of_dropped(count: int) -> Json:
     return {
         "exception_class": "miniapm.ReportsDropped",
-        "message": f"{count:,} reports were dropped while the tracker could not take them",
+        "message": f"{count:,} reports were dropped because the queue was full",
         "backtrace": [],
         "fingerprint": "miniapm: reports were dropped",
         "event_id": secrets.token_hex(16),
@@ -7815,7 +7815,7 @@ def _report_of_dropped(count: int) -> Json:
 
 
 def fields_of_context(given: Any) -> Json:
-    """Split a context into fields of a report and the rest; an id of a wrong type becomes text."""
+    """Split a context into report fields and the rest; ids of other types become text."""
     if given is None:
         return {}
     copied = ValueWriter().json(given)
@@ -7833,8 +7833,8 @@ def fields_of_context(given: Any) -> Json:
 
 
 def call_around_forks(owner: object) -> None:
-    """Have before_fork(), after_fork() and, in a child, start_anew() called around every fork."""
-    this = weakref.ref(owner)  # hooks can't be unregistered, and must not keep the owner alive
+    """Register before_fork(), after_fork() and, for a child, start_anew() as fork hooks."""
+    this = weakref.ref(owner)  # hooks stay registered and must not keep the owner alive
 
     def calling(name: str) -> Callable[[], None]:
         return lambda: getattr(this(), name, lambda: None)()
@@ -7848,25 +7848,25 @@ def call_around_forks(owner: object) -> None:
 
 
 class Outbox:
-    """A bounded queue and the one thread that empties it into a destination.
+    """A bounded queue, with one thread that delivers it to a destination.
 
-    `prepare` turns a report into an Occurrence, or None to drop it; `announce` is called once,
-    after the first delivery. What does not fit is counted and dropped; the count is reported when
-    there is room again. A report is kept until the destination takes or refuses it. The thread
-    ends before a fork and starts again after it. Once the interpreter ends, no thread can be
-    started: put() then delivers by itself, for FLUSH_TIMEOUT_S in all.
+    `prepare` turns a report into an Occurrence, or into None to drop it; `announce` is called
+    after each delivery. Reports that don't fit are dropped; their count is reported once there is
+    room. Others are kept until the destination accepts or refuses them. The thread ends before a
+    fork and restarts after it. No thread can start at interpreter exit: put() then delivers
+    directly, within FLUSH_TIMEOUT_S in total.
     """
 
     def __init__(
         self,
         destination: StoreDestination | HttpDestination,
         prepare: Callable[[Json, RecordMark | None], Occurrence | None],
-        complain: Complaints,
+        log: Complaints,
         announce: Callable[[], None],
     ) -> None:
         self._destination = destination
         self._prepare = prepare
-        self._complain = complain
+        self._complain = log
         self._announce, self._is_child = announce, False
         self._begin()
         call_around_forks(self)
@@ -7875,24 +7875,24 @@ class Outbox:
         self._changed = threading.Condition()
         self._reports: collections.deque[tuple[Json, RecordMark | None]] = collections.deque()
         self._unsent: collections.deque[Occurrence] = collections.deque()
-        self._in_hand = 0  # reports that the thread has taken and not yet delivered
+        self._in_hand = 0  # reports that the thread has taken but not yet delivered
         self._dropped = 0
         self._is_hurried = self._is_closed = False
-        self._forks = 0  # that are under way, in several threads perhaps
+        self._forks = 0  # under way, perhaps in several threads
         self._swept_s = time.monotonic()
         self._has_ended, self._retry_s = False, 0.0
-        self._end_left_s = FLUSH_TIMEOUT_S  # for what is delivered while the interpreter ends
+        self._end_left_s = FLUSH_TIMEOUT_S  # for deliveries at interpreter exit
         self._thread: threading.Thread | None = None
 
     def start_anew(self) -> None:
-        """Begin with nothing in a child: the parent's thread and reports are the parent's."""
+        """Start empty in a child: thread and reports stay with the parent."""
         self._begin()
         self._is_child = True
         _is_busy_here.set(False)  # the fork may have interrupted us
         self._destination.start_anew()
 
     def before_fork(self) -> None:
-        """End the thread and close the destination; wait its `fork_wait_s` at most."""
+        """End the thread and close the destination, within its `fork_wait_s`."""
         self._stop_thread(time.monotonic() + self._destination.fork_wait_s)
 
     def _stop_thread(self, end_s: float) -> None:
@@ -7906,32 +7906,32 @@ class Outbox:
         self._destination.before_fork(end_s)
 
     def after_fork(self) -> None:
-        """Go on in the parent."""
+        """Continue in the parent."""
         self._destination.after_fork()
         with self._changed:
             self._forks -= 1
-            if self._reports or self._unsent:  # else later: Python warns of a fork beside threads
+            if self._reports or self._unsent:  # else later: Python warns of forks with threads
                 self._start()
 
     def keep_running(self) -> None:
-        """Keep the thread running: retention must work even if nothing fails."""
+        """Start the thread, since retention must run even if nothing is reported."""
         with self._changed:
             self._start()
 
     def _start(self) -> bool:
-        """Start the thread unless there is one; return False once Python allows no more."""
+        """Start the thread unless it runs; return False once Python allows no more."""
         if self._forks or (self._thread is not None and self._thread.is_alive()):
             return True
         thread = threading.Thread(target=self._run, name="miniapm", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # no more threads for now or, while Python ends, for good
+        except RuntimeError as error:  # none left for now or, at interpreter exit, for good
             return "shutdown" not in str(error)
         self._thread = thread
         return True
 
     def is_full(self) -> bool:
-        """Tell whether there is no room for a report."""
+        """Return whether there is no room for a report."""
         return len(self._reports) >= MAX_QUEUED_REPORTS or self._is_closed
 
     def count_drop(self) -> None:
@@ -7940,7 +7940,7 @@ class Outbox:
             self._dropped += 1
 
     def put(self, report: Json, mark: RecordMark | None = None) -> bool:
-        """Queue a report, without waiting; tell whether there was room."""
+        """Queue a report without waiting; return whether there was room."""
         if sys.is_finalizing() or self._has_ended:
             return self._deliver_at_end([(report, mark)])
         with self._changed:
@@ -7961,11 +7961,11 @@ class Outbox:
         timeout_s = self._end_left_s if self._has_ended else FLUSH_TIMEOUT_S
         try:
             if timeout_s <= 0 or began_s < self._retry_s:
-                raise Retry("there was no more time")
+                raise Retry("out of time")
             occurrences = collections.deque(self._prepared(reports))
             self._destination.deliver_at_end(occurrences, self._complain, timeout_s)
         except Retry as retry:
-            self._complain.print_line("reports were lost at the program's end", retry)
+            self._complain.print_line("reports were lost at exit", retry)
             self._retry_s = began_s + RETRY_LONGEST_S  # the next ones would wait in vain too
             return False
         finally:
@@ -7975,11 +7975,11 @@ class Outbox:
         return True
 
     def flush(self, timeout_s: float = FLUSH_TIMEOUT_S) -> bool:
-        """Try to deliver all that waits, for `timeout_s` at most; True when nothing is left."""
+        """Deliver the queue within `timeout_s`; return whether nothing is left."""
         with self._changed:
             self._is_hurried = True
             if self._reports:
-                self._start()  # where that failed before
+                self._start()  # it may have failed before
             self._changed.notify_all()
             is_empty = self._changed.wait_for(
                 lambda: not self._reports and not self._in_hand, max(0.0, timeout_s)
@@ -7988,18 +7988,18 @@ class Outbox:
         return is_empty
 
     def flush_before_exit(self) -> None:
-        """Flush, unless that failed just now: execvp() tries one folder after the other."""
+        """Flush, unless that has just failed: execvp() tries one folder after another."""
         if time.monotonic() >= self._retry_s and not self.flush():
             self._retry_s = time.monotonic() + RETRY_LONGEST_S
 
     def end(self) -> None:
-        """Flush and close at the interpreter's end; from now on put() delivers at once."""
+        """Flush and close at interpreter exit; from now on put() delivers directly."""
         began_s = time.monotonic()
         self._has_ended = True
         with self._changed:
             if self._reports:
                 self._start()
-        if self._thread is None and self._reports:  # there was never a thread to have
+        if self._thread is None and self._reports:  # no thread could be started
             self._deliver_at_end([self._reports.popleft() for _ in range(len(self._reports))])
             return
         self.flush()
@@ -8035,11 +8035,11 @@ class Outbox:
 
     @property
     def _is_orphaned(self) -> bool:
-        """True in a child that was forked in a thread, when that thread has ended."""
+        """True in a forked child whose main thread has ended."""
         return self._is_child and not threading.main_thread().is_alive()
 
     def _wait(self) -> bool:
-        """Wait for reports or the time of a sweep; False when the thread is to end."""
+        """Wait for reports or the next sweep; return False when the thread must end."""
         longest_s = CHILD_CHECK_S if self._is_child else SWEEP_INTERVAL_S
         wait_s = max(0.0, min(longest_s, self._swept_s + SWEEP_INTERVAL_S - time.monotonic()))
         with self._changed:
@@ -8074,12 +8074,12 @@ class Outbox:
                 self._announce()
             except Retry as retry:
                 if not self._forks:
-                    self._complain.print_line("reports wait, will try again", retry)
+                    self._complain.print_line("reports are waiting, will try again", retry)
                 self._pause(min(max(pause_s, retry.after_s), RETRY_LONGEST_S))
                 pause_s *= 2
                 if self._is_orphaned:  # nothing else keeps the process alive
                     self._unsent.clear()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the host goes on
+            except Exception as error:  # noqa: BLE001 - the host must go on
                 self._complain.print_line("reports were lost", f"{type(error).__name__}: {error}")
                 self._unsent.clear()
         if not self._unsent:
@@ -8094,11 +8094,11 @@ class Outbox:
                 step_s = min(left_s, CHILD_CHECK_S) if self._is_child else left_s
                 if self._changed.wait_for(lambda: self._is_hurried or self._must_stop, step_s):
                     break
-            self._is_hurried = False  # one attempt at once; then the pauses go on
+            self._is_hurried = False  # one attempt now, then the pauses continue
 
 
 def destination_of(where: str, api_key: str | None) -> StoreDestination | HttpDestination:
-    """Return what a URL or a database's path stands for; BadSetting for a URL without a key."""
+    """Return the destination for a URL or a database path; BadSetting for a URL without a key."""
     if not re.match(r"https?://", where):
         return StoreDestination(where, api_key)
     try:
@@ -8111,7 +8111,7 @@ def destination_of(where: str, api_key: str | None) -> StoreDestination | HttpDe
 
 
 def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], None]:
-    """Put `make(what is there)` in its place; return what puts it back, if nobody came after."""
+    """Replace an attribute by make(original); return its undo, which spares later replacements."""
     original = getattr(owner, name)
     ours = make(original)
     setattr(owner, name, ours)
@@ -8124,7 +8124,7 @@ def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], 
 
 
 def _hook(owner: Any, name: str, record: Callable[..., None]) -> Callable[[], None]:
-    """Call `record` before a hook; return the undo."""
+    """Call `record` before a function whenever it runs; return the undo."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def hook(*arguments: Any, **named: Any) -> Any:
@@ -8140,7 +8140,7 @@ def _hook(owner: Any, name: str, record: Callable[..., None]) -> Callable[[], No
 
 
 def _hook_once(owner: Any, name: str, record: Callable[..., None]) -> None:
-    """Hook for the rest of the process, unless that was done before."""
+    """Hook a function for the rest of the process, unless it is hooked already."""
     if not hasattr(getattr(owner, name), "is_hooked"):
         _hook(owner, name, record)
         getattr(owner, name).is_hooked = True
@@ -8155,22 +8155,22 @@ def _hook_loguru(_: Record, record_log: RecordLog) -> Callable[[], None]:
     logger = sys.modules["loguru"].logger
 
     def sink(message: Any) -> None:
-        said = message.record
+        record = message.record
         fields = {
-            "name": said["name"] or "loguru",
-            "msg": said["message"],
-            "levelno": said["level"].no,
-            "levelname": said["level"].name,
-            "pathname": said["file"].path,
-            "lineno": said["line"],
-            "funcName": said["function"],
-            "created": said["time"].timestamp(),
-            "exc_info": said["exception"],
+            "name": record["name"] or "loguru",
+            "msg": record["message"],
+            "levelno": record["level"].no,
+            "levelname": record["level"].name,
+            "pathname": record["file"].path,
+            "lineno": record["line"],
+            "funcName": record["function"],
+            "created": record["time"].timestamp(),
+            "exc_info": record["exception"],
             "_source": "loguru",
         }
-        record_log(logging.makeLogRecord(said["extra"] | fields))
+        record_log(logging.makeLogRecord(record["extra"] | fields))
 
-    # A format that is a function, or loguru would call the repr of every variable.
+    # The format is a function: with a text, loguru would call every variable's repr.
     options = {"format": lambda _: "{message}", "diagnose": False, "backtrace": False}
     add = functools.partial(logger.add, sink, level="ERROR", **options)
     numbers = [add()]
@@ -8178,7 +8178,7 @@ def _hook_loguru(_: Record, record_log: RecordLog) -> Callable[[], None]:
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def remove(self: Any, handler_id: int | None = None) -> None:
             original(self, handler_id)
-            if handler_id is None:  # of all handlers, with which most set-ups begin
+            if handler_id is None:  # removes all handlers, as most setups do first
                 numbers.append(add())
 
         return remove
@@ -8188,7 +8188,7 @@ def _hook_loguru(_: Record, record_log: RecordLog) -> Callable[[], None]:
 
 
 def _hook_ipython(record: Record, _: RecordLog) -> Callable[[], None]:
-    """Record what a cell raises, unless the host has a handler for that; return the undo."""
+    """Record what a cell raises, unless the host has its own handler; return the undo."""
     shell = sys.modules["IPython"].get_ipython()
     if shell is None or shell.custom_exceptions:
         return lambda: None
@@ -8202,7 +8202,7 @@ def _hook_ipython(record: Record, _: RecordLog) -> Callable[[], None]:
 
 
 def _hook_gevent(record: Record, _: RecordLog) -> Callable[[], None]:
-    """Record what ends a greenlet; return the undo."""
+    """Record exceptions that end a greenlet; return the undo."""
 
     def handle(hub: object, context: object, kind: object, error: Any, *_: object) -> None:
         if issubclass(type(error), Exception):
@@ -8215,7 +8215,7 @@ _FRAMEWORK_HOOKS = {"loguru": _hook_loguru, "IPython": _hook_ipython, "gevent.hu
 
 
 def _user_of_django(request: object) -> Any:
-    """Return the id of a Django request's user, as far as Django has looked it up."""
+    """Return the id of a Django request's user if Django has loaded it, else None."""
     user = plain_attributes(request).get("_cached_user")
     meta = plain_attributes(class_attribute(type(user), "_meta"))
     return plain_attribute(user, plain_attributes(meta.get("pk")).get("attname") or "pk")
@@ -8223,7 +8223,7 @@ def _user_of_django(request: object) -> Any:
 
 @contextlib.contextmanager
 def _within_django(request: object) -> Iterator[None]:
-    """Add a Django request to what is recorded in the block, unless there is one already."""
+    """Add a Django request to reports from this block, unless they have a request already."""
     environ = plain_attributes(request).get("META")
     given = WsgiRequest(environ) if type(environ) is dict else None
     token = _current_request.set(_current_request.get() or given)
@@ -8237,13 +8237,12 @@ _IMPORTED = {one.__name__: one for one in list(globals().values()) if inspect.is
 
 
 class Client:
-    """Records errors of this program; what it does never raises, waits for long or recurses.
+    """Records errors of this program; recording never raises, recurses or blocks for long.
 
-    `where` is a tracker's URL or a database's path, `project_root` the folder of the
-    application's own code. `release` and `environment` are shown with each report, `with_locals`
-    adds the variables of own frames; "repr" calls the `__repr__` of their classes.
-    `before_send(occurrence)` returns the occurrence, another one, or None to drop it; it runs in
-    the background thread.
+    `where` is a tracker's URL or a database path, `project_root` the folder of the application's
+    own code. `release` and `environment` are shown with each report. `with_locals` adds the
+    variables of own frames; "repr" calls the `__repr__` of their classes. The background thread
+    calls `before_send(occurrence)`, which returns that occurrence, another one or None to drop it.
 
     >>> client = Client("errors.db", release="1.2")
     >>> uninstall = client.install()
@@ -8269,37 +8268,36 @@ class Client:
         self._outbox = Outbox(self.destination, self._prepare, self._complain, self._announce)
         self._surroundings: tuple[int, Json] = (0, {})
         self._marks = RecordMarks()
-        self._known_logs: set[str] = set()  # the newest records, by their event ids
+        self._known_logs: set[str] = set()  # event ids of the newest records
         self._last_log = threading.local()
-        import mmap  # only a program that captures pays for it
+        import mmap  # costs only programs that capture
 
-        self._announced = mmap.mmap(-1, 1)  # of this process and its children
+        self._announced = mmap.mmap(-1, 1)  # shared with child processes
         self._announced[0] = os.environ.get(QUIET_VARIABLE) == "1"
         self.mounted_at = ""
         self.flush, self.close = self._outbox.flush, self._outbox.close
         self.keep_running = self._outbox.keep_running
 
     def record(self, error: BaseException | None, context: Json | None = None) -> None:
-        """Record an exception once, with the context given here and by `capture` and `wrap`.
+        """Record an exception once, with the context given here and by capture() and wrap().
 
         `context` may hold user_id, request_id, params, tags, level, release and environment; other
-        names are kept as its context. Ends of a program (KeyboardInterrupt, SystemExit) are not
-        recorded.
+        names stay in the report's context. KeyboardInterrupt and SystemExit are not recorded.
         """
         if issubclass(type(error), BaseException) and not issubclass(type(error), SKIPPED):
             self._guard(self._record_exception, error, context)
 
     def record_log(self, record: logging.LogRecord) -> None:
-        """Record a log record at ERROR or above: its exception, or else its message."""
+        """Record a log record of level ERROR or above: its exception, or else its message."""
         if record.levelno >= logging.ERROR:
             self._guard(self._record_logged, record)
 
     def _guard(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Do work that must not be noticed by the host, unless it is part of such work itself."""
+        """Call `work` without raising; do nothing if called from such work."""
         try:
             if not _is_busy_here.get():
                 with _own_work():
-                    if sys.is_finalizing():  # re's patterns and others import while they work
+                    if sys.is_finalizing():  # re and others import while they work
                         sys.modules.update(_IMPORTED)
                     work(*arguments)
         except Exception as error:  # noqa: BLE001 - the host must not notice
@@ -8311,7 +8309,7 @@ class Client:
     ) -> None:
         mark = self._marks.of(error)
         if mark.process_id != os.getpid():
-            mark.is_delivered = False  # what a parent delivered before the fork is the parent's
+            mark.is_delivered = False  # the parent delivered it before the fork
         elif mark.is_delivered or self._before_send is None:
             return
         if self._outbox.is_full():
@@ -8331,7 +8329,7 @@ class Client:
         line = f"{record.name}: {message}"
         is_repeated = error is None and re.match(_REPEATED_LINE, line) is not None
         is_repeated = is_repeated or self._is_forwarded_copy(record, message)
-        # A record that a QueueHandler hands on comes again, maybe in another process.
+        # A QueueHandler passes a record on, which comes again, perhaps in another process.
         origin = (record.process, record.thread, record.created, record.name, record.lineno)
         origin_text = f"{origin} {message.partition(chr(10))[0]}"
         event_id = hashlib.md5(
@@ -8342,7 +8340,7 @@ class Client:
         if len(self._known_logs) >= MAX_QUEUED_REPORTS:
             self._known_logs = set()
         self._known_logs.add(event_id)
-        request = record.__dict__.get("request")  # Django adds it
+        request = record.__dict__.get("request")  # added by Django
         given = {name: value for name, value in vars(record).items() if name not in _LOG_FIELDS}
         if type(plain_attributes(request).get("META")) is dict:
             del given["request"]
@@ -8356,19 +8354,19 @@ class Client:
                 printed = self._describer.printed_traceback(message)
                 report = printed or self._describer.log_record(record, message)
                 self._outbox.put(self._complete(report | {"event_id": event_id}, context))
-            elif not issubclass(type(error), SKIPPED):  # servers log that they were told to end
+            elif not issubclass(type(error), SKIPPED):  # servers log when they are stopped
                 text = message.partition(TRACEBACK_TITLE)[0].strip()
                 more = {"log_message": text} if text and text != safe_text(error) else {}
                 self._record_exception(error, context, more | {"event_id": event_id})
 
     def _is_forwarded_copy(self, record: logging.LogRecord, message: str) -> bool:
-        """Tell whether a handler passes a record on between logging and loguru."""
+        """Return whether a record is the copy that a bridge between logging and loguru made."""
         now = time.monotonic(), message.partition("\n")[0], record.__dict__.get("_source")
         last, self._last_log.of_thread = getattr(self._last_log, "of_thread", now), now
         return last[1] == now[1] and last[2] != now[2] and now[0] - last[0] < MAX_HAND_ON_S
 
     def _exception_of_log(self, record: logging.LogRecord, message: str) -> BaseException | None:
-        """Return the exception that a log record is about, None if it is about none."""
+        """Return the exception that a log record is about, if any."""
         given: Any = record.exc_info
         if type(record.msg) is dict:
             given = record.msg.get("exc_info") or given
@@ -8380,7 +8378,7 @@ class Client:
         if given is True or (TRACEBACK_TITLE in message and class_name(type(current)) in message):
             return current
         request = _current_request.get() if record.name == "django.request" else None
-        return request.handled_error if request else None  # which a middleware answered
+        return request.handled_error if request else None  # answered by a middleware
 
     def _complete(self, report: Json, context: Any) -> Json:
         if self._surroundings[0] != os.getpid():
@@ -8397,9 +8395,9 @@ class Client:
         return merged([*parts, *map(fields_of_context, (_given_context.get({}), context))])
 
     def _prepare(self, report: Json, mark: RecordMark | None) -> Occurrence | None:
-        """Turn a report into an Occurrence and let the host have a look; off the host's threads."""
+        """Turn a report into an Occurrence and pass it to before_send()."""
         if mark is not None and mark.is_delivered:
-            return None  # seen twice before before_send had seen the first
+            return None  # queued again before before_send had seen the first
         add_sources(report.get("exceptions", ()))
         request = report.get("request", {})
         if isinstance(form := request.get("form"), Form):
@@ -8411,27 +8409,27 @@ class Client:
         return sent
 
     def _announce(self) -> None:
-        """Say once on stderr where reports go and how to read them."""
+        """Print once to stderr where reports go and how to read them."""
         if not self._announced[0] and sys.stderr is not None:
             self._announced[0] = True
             here = f", or open {self.mounted_at}/ of this program" if self.mounted_at else ""
             call_safely(print_line, f"miniapm: {self.destination.how_to_read()}{here}", sys.stderr)
 
     def install(self) -> Callable[[], None]:
-        """Record everything uncaught and every ERROR that is logged; return what undoes it.
+        """Record uncaught exceptions and logged errors; return a function that undoes it.
 
-        Hooks: sys.excepthook, threading.excepthook, sys.unraisablehook, logging (and by it
-        asyncio's tasks), multiprocessing and, if already imported, loguru, IPython and
-        gevent. Each calls what it replaced. os._exit, by which forked children end, and os.exec*
-        flush first.
+        Hooks sys.excepthook, threading.excepthook, sys.unraisablehook, logging (asyncio reports
+        failed tasks there), multiprocessing and, if already imported, loguru, IPython and gevent.
+        Each hook calls what it replaced. os._exit, which ends forked children, and os.exec* flush
+        first.
         """
         undo = [
             _hook(sys, "excepthook", lambda kind, error, tb: self.record(error)),
-            _hook(threading, "excepthook", lambda said: self.record(said.exc_value)),
-            _hook(sys, "unraisablehook", lambda said: self.record(said.exc_value)),
-            # Not a handler: logging's defaults and Flask's look whether the root logger has one.
+            _hook(threading, "excepthook", lambda args: self.record(args.exc_value)),
+            _hook(sys, "unraisablehook", lambda args: self.record(args.exc_value)),
+            # Not a handler: logging and Flask set up their own only if the root logger has none.
             _hook(logging.Logger, "callHandlers", lambda logger, record: self.record_log(record)),
-            # A failing multiprocessing child ends with this, even if run() called init().
+            # A failing multiprocessing child calls this last, even if run() called init().
             _hook(traceback, "print_exc", lambda *_, **__: self._record_uncaught_in_child()),
             *(
                 _hook(os, name, lambda *_, **__: self._guard(self._outbox.flush_before_exit))
@@ -8468,7 +8466,7 @@ class _Default:
 
 
 class ClientOptions(TypedDict, total=False):
-    """What init() passes on to Client."""
+    """Options that init() passes to Client."""
 
     project_root: str | None
     release: str | None
@@ -8480,12 +8478,12 @@ class ClientOptions(TypedDict, total=False):
 def init(
     where: str | None = None, *, api_key: str | None = None, **options: Unpack[ClientOptions]
 ) -> Callable[[], None]:
-    """Record what goes wrong in this program from now on; return a function that undoes it.
+    """Record this program's errors from now on; return a function that undoes it.
 
-    `where` is a tracker's URL or a database's path, by default MINI_APM_URL; without either it does
-    nothing. A second call replaces the first. `api_key` is by default MINI_APM_API_KEY. The options
-    are project_root, release, environment, with_locals and before_send, as for Client. Raises
-    BadSetting for a URL that is malformed or has no key.
+    `where` is a tracker's URL or a database path and defaults to MINI_APM_URL; without either,
+    nothing is recorded. `api_key` defaults to MINI_APM_API_KEY. Client explains the options
+    project_root, release, environment, with_locals and before_send. A second call replaces the
+    first. Raises BadSetting for a malformed URL or a URL without a key.
 
     >>> uninstall = init("errors.db")
     """
@@ -8520,10 +8518,10 @@ def record_error(error: BaseException | None = None, context: Json | None = None
 
 @contextlib.contextmanager
 def capture(**context: Any) -> Iterator[None]:
-    """Record an exception that leaves the block, which it still does, with a context.
+    """Record an exception that leaves the block, with a context, and let it propagate.
 
-    The context also goes with whatever else is recorded within the block; its names are those of
-    record_error(). Works as a decorator too, of functions that are neither async nor generators.
+    Everything else recorded in the block gets the context too. It may hold the same names as in
+    record_error(). Also decorates functions that are neither async nor generators.
 
     >>> with capture(user_id=7, tags={"region": "eu"}):
     ...     pass
@@ -8535,13 +8533,13 @@ def capture(**context: Any) -> Iterator[None]:
         record_error(error)
         raise
     finally:
-        # A generator may be closed in another context than it was begun in.
+        # A generator may be closed in another context than it started in.
         with contextlib.suppress(ValueError):
             _given_context.reset(token)
 
 
 class _WatchedStream:
-    """A stream of a WSGI environ that passes everything on."""
+    """A stream in a WSGI environ that forwards everything to the original."""
 
     def __init__(self, stream: Any, request: Request) -> None:
         self._stream = stream
@@ -8559,7 +8557,7 @@ class _WatchedStream:
 
 
 class _KeptInput(_WatchedStream):
-    """A wsgi.input that remembers what the application reads of it."""
+    """A wsgi.input that keeps a copy of what the application reads."""
 
     def read(self, *size: int) -> bytes:
         return self._request.keep(self._stream.read(*size))
@@ -8592,7 +8590,7 @@ class _WatchedErrors(_WatchedStream):
 
 
 class RequestScope:
-    """Adds a request to whatever is recorded in the block, and records what leaves it."""
+    """Adds a request to everything recorded in the block, and records exceptions that leave it."""
 
     __slots__ = ("_request", "_token")
 
@@ -8610,7 +8608,7 @@ class RequestScope:
 
 
 class _Answer:
-    """A WSGI answer whose parts are made with the request at hand."""
+    """A WSGI response whose parts are produced inside the request's scope."""
 
     _iterator: Iterator[bytes] | None = None
 
@@ -8634,14 +8632,14 @@ class _Answer:
 
 
 class _SizedAnswer(_Answer):
-    """One whose number of parts is known, which lets servers send a Content-Length."""
+    """A response with a known number of parts, so that servers can send a Content-Length."""
 
     def __len__(self) -> int:
         return len(self._parts)  # type: ignore[arg-type]
 
 
 def _record_failure(request: Request, error: BaseException | None = None) -> None:
-    """Record why an application answers that it failed: `error`, or what it handles now."""
+    """Record the cause of an error response: `error`, or the exception handled last."""
     for one in (error, request.handled_error, sys.exc_info()[1]):
         if one is not None:
             if one is not request.error_before:
@@ -8650,16 +8648,16 @@ def _record_failure(request: Request, error: BaseException | None = None) -> Non
 
 
 def _note_handled(*_: object, **__: object) -> None:
-    """Remember the current exception until the status of its answer is known."""
+    """Remember the current exception until the status of the response is known."""
     if (request := _current_request.get()) is not None:
         request.handled_error = sys.exc_info()[1]
 
 
 def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a WSGI application that adds its request to whatever is recorded meanwhile.
+    """Return a WSGI application that records `app`'s errors and adds the request to all reports.
 
-    Frameworks that answer errors themselves hand the exception to start_response, as Bottle does,
-    or write its traceback to wsgi.errors, as Falcon does.
+    Frameworks that answer errors themselves pass the exception to start_response (Bottle) or
+    write its traceback to wsgi.errors (Falcon).
     """
 
     def captured(environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -8674,7 +8672,7 @@ def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
             environ["wsgi.input"] = _KeptInput(environ["wsgi.input"], request)
         if "wsgi.errors" in environ:
             environ["wsgi.errors"] = _WatchedErrors(environ["wsgi.errors"], request)
-        token = _current_request.set(request)  # RequestScope would cost more than all the rest
+        token = _current_request.set(request)  # RequestScope would cost more than the rest
         try:
             parts = app(environ, start)
         except Exception as error:
@@ -8682,7 +8680,7 @@ def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
             raise
         finally:
             _current_request.reset(token)
-        # What is a list, or a file for the server to send, runs no more of the application's code.
+        # A list, or a file that the server sends, runs no more of the application's code.
         finished = (list, tuple, environ.get("wsgi.file_wrapper"))
         if type(parts) not in finished:
             return (_SizedAnswer if hasattr(type(parts), "__len__") else _Answer)(parts, request)
@@ -8693,16 +8691,16 @@ def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_failure(message: Any) -> bool:
-    """Tell whether an ASGI message says that the application failed."""
+    """Return whether an ASGI message says that the application failed."""
     if message["type"].endswith("http.response.start"):
         return bool(message["status"] >= 500)
     return message["type"] == "websocket.close" and message.get("code") in (1011, 4500)
 
 
 def capture_asgi(app: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an ASGI application that adds its request to whatever is recorded meanwhile.
+    """Return an ASGI application that records `app`'s errors and adds the request to all reports.
 
-    Frameworks that answer errors themselves, as Litestar, do it while they handle the exception.
+    Frameworks that answer errors themselves (Litestar) do so while they handle the exception.
     """
 
     async def captured(scope: Any, receive: Callable[[], Any], send: Callable[..., Any]) -> None:
@@ -8731,7 +8729,7 @@ def capture_asgi(app: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def capture_aiohttp(app: Any) -> Any:
-    """Add a middleware to an aiohttp application that does what capture_wsgi() does."""
+    """Add middlewares to an aiohttp application that do what capture_wsgi() does."""
     web = sys.modules["aiohttp.web"]
 
     @web.middleware  # type: ignore[untyped-decorator]
@@ -8741,7 +8739,7 @@ def capture_aiohttp(app: Any) -> Any:
         token = _current_request.set(scope)
         try:
             answer = await handler(request)
-            if getattr(answer, "status", 0) >= 500:  # aiohttp itself refuses what is no answer
+            if getattr(answer, "status", 0) >= 500:  # aiohttp itself refuses an invalid response
                 scope.keep(getattr(request, "_read_bytes", None) or b"")
                 _record_failure(scope)
             return answer
@@ -8768,7 +8766,7 @@ def capture_aiohttp(app: Any) -> Any:
 
 
 def capture_tornado(app: Any) -> Any:
-    """Record what Tornado's handlers raise, with the request; for all applications."""
+    """Record what Tornado handlers raise, with the request, in all applications."""
     web = sys.modules["tornado.web"]
 
     def record(handler: Any, kind: object, error: Any, tb: object) -> None:
@@ -8792,13 +8790,13 @@ def _record_signalled(
 
 
 def adapter_for(app: object) -> Callable[[Any], Any] | None:
-    """Return what captures an application that is neither WSGI nor ASGI, None for another one."""
+    """Return the capture function for an aiohttp or Tornado application, else None."""
     adapters = {"aiohttp.web_app": capture_aiohttp, "tornado.web": capture_tornado}
     bases = [one for one in class_bases(type(app)) if class_name(one) == "Application"]
     return next((adapters[name] for one in bases if (name := class_module(one)) in adapters), None)
 
 
-# Framework functions that get an exception before they or the application's handlers answer.
+# Framework functions that get an exception before it is answered.
 _ERROR_HANDLERS = (
     ("cherrypy._cprequest", "Request", "handle_error"),
     ("django.core.handlers.base", "BaseHandler", "process_exception_by_middleware"),
@@ -8812,7 +8810,7 @@ _ERROR_HANDLERS = (
 
 
 def watch_error_handlers() -> None:
-    """Note what frameworks answer themselves, whatever is set up for logging."""
+    """Remember exceptions that frameworks answer themselves, however logging is set up."""
     for module, owner, name in _ERROR_HANDLERS:
         call_safely(_hook_once, getattr(sys.modules.get(module), owner, None), name, _note_handled)
     if signal_ := getattr(sys.modules.get("django.core.signals"), "got_request_exception", None):
