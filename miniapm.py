@@ -6660,7 +6660,6 @@ def call_safely(function: Callable[..., Any], *arguments: Any) -> Any:
 
 # A metaclass can run code when its class is inspected; these bypass it.
 # It may define __eq__ too, so types are compared with `is` and looked up by id().
-_class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 class_module: Callable[[type], Any] = type.__dict__["__module__"].__get__
 class_bases: Callable[[type], tuple[type, ...]] = type.__dict__["__mro__"].__get__
 class_members: Callable[[type], Mapping[str, Any]] = type.__dict__["__dict__"].__get__
@@ -6669,7 +6668,7 @@ _arguments_of = BaseException.__dict__["args"].__get__
 
 def class_name(kind: type) -> str:
     """Return a class's name as a plain str, even if it was set to a subclass of str."""
-    return str.__str__(_class_name(kind))
+    return str.__str__(type.__dict__["__name__"].__get__(kind))
 
 
 def class_attribute(kind: type, name: str) -> Any:
@@ -6753,7 +6752,7 @@ def is_standard_value(kind: type) -> bool:
     return module in sys.modules and vars(sys.modules[module]).get(name) is kind
 
 
-def _short(text: str) -> str:
+def _cut_repr(text: str) -> str:
     """Cut a long repr; scrub it first, since half a secret would not be recognised."""
     if len(text) <= MAX_REPR_CHARS:
         return text
@@ -6808,18 +6807,18 @@ class ValueWriter:
         self._end_s = time.perf_counter() + MAX_DESCRIBE_S
         self._end_cpu_s = time.thread_time() + MAX_DESCRIBE_S
 
-    def is_late(self) -> bool:
+    def is_out_of_time(self) -> bool:
         """Return whether the time budget is used up, by the clock and by this thread's CPU time."""
         return time.perf_counter() > self._end_s and time.thread_time() > self._end_cpu_s
 
     def has_room(self) -> bool:
         """Return whether the budgets allow more variables."""
-        return self.room > 0 and not self.is_late()
+        return self.room > 0 and not self.is_out_of_time()
 
     def text(self, value: Any, levels: int = 3) -> str:
         """Return a value as text, with containers and objects opened `levels` deep."""
         self.texts_left -= 1
-        if self.texts_left < 0 or self.is_late():
+        if self.texts_left < 0 or self.is_out_of_time():
             return "…"
         kind = type(value)
         if (write := _WRITERS.get(id(kind))) is not None:
@@ -6827,19 +6826,19 @@ class ValueWriter:
         if self._calls_repr and type(class_attribute(kind, "__repr__")) is types.FunctionType:
             return self._own_repr(value)
         if is_standard_value(kind):
-            return _short(repr(value))
+            return _cut_repr(repr(value))
         if issubclass(kind, enum.Enum):
             labels = (plain_attribute(value, name) for name in ("_name_", "_value_"))
             return f"<{class_name(kind)}.{next((one for one in labels if one is not None), '')}>"
         for base in class_bases(kind)[:-1]:
             if (write := _WRITERS.get(id(base))) is not None:
                 text = write(self, value, levels)
-                return text if text.startswith("<") else _short(f"{class_name(kind)}({text})")
+                return text if text.startswith("<") else _cut_repr(f"{class_name(kind)}({text})")
         return self._object(value, levels)
 
     def _own_repr(self, value: Any) -> str:
         try:
-            return _short(repr(value))
+            return _cut_repr(repr(value))
         except Exception as error:  # noqa: BLE001 - a host's __repr__ may raise anything
             return f"<{class_name(type(value))}: its repr raised {class_name(type(error))}>"
 
@@ -6855,7 +6854,7 @@ class ValueWriter:
             parts.append(f"{name}={text}")
         if len(shown) > MAX_REPR_ITEMS:
             parts.append("…")
-        return _short(f"<{' '.join(parts)}>")
+        return _cut_repr(f"<{' '.join(parts)}>")
 
     def _pair(self, name: Any, value: Any, levels: int) -> list[str]:
         return [
@@ -6882,13 +6881,13 @@ class ValueWriter:
             parts = [self.text(one, levels - 1) for one in some]
         if count > len(some):
             parts.append(f"… {count - len(some):,} more")
-        return _short(f"{ends[0]}{', '.join(parts)}{ends[1]}".strip(" "))
+        return _cut_repr(f"{ends[0]}{', '.join(parts)}{ends[1]}".strip(" "))
 
     def text_or_bytes(self, value: Any, _: int, base: Any) -> str:
         """Return the repr of a str or bytes, cut early."""
         if type(value) is not base or len(value) > MAX_REPR_CHARS:
             value = base.__getitem__(value, slice(MAX_REPR_CHARS + REPR_AHEAD_CHARS))
-        return _short(repr(value))
+        return _cut_repr(repr(value))
 
     def whole_number(self, value: Any, _: int) -> str:
         """Return an int as text, or only its size if it is large."""
@@ -7047,7 +7046,7 @@ def add_sources(exceptions: Iterable[Json]) -> None:
 
 
 def variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
-    """Return a frame's variables; at module level, no imports, functions and classes."""
+    """Return a frame's variables; at module level, without imports, functions and classes."""
     variables = frame.f_locals
     if type(variables) is not dict and class_name(type(variables)) != "FrameLocalsProxy":
         return []  # a namespace that the host made
@@ -8829,19 +8828,18 @@ _SPAN_WORDS = {
 }
 MAX_USUAL_DELAY_MS = 60_000  # a report received later than this shows both times
 MAX_SHOWN_RELEASES = 5
-MAX_SHOWN_SHA_CHARS = 12
-MAX_TOLD_DEPLOYS = 3  # in one bar of a chart, or in its label
-MIN_RISING = 5  # an error with fewer occurrences in the last day is not called rising
+MAX_TOLD_DEPLOYS = 3  # in a chart's bar or in its label
+MIN_RISING = 5  # fewer occurrences in a day never count as rising
 _MARKED = ("resolved", "regressed", "release")
-NEXT_RELEASE = "next-release"  # until when an error may be resolved
-# How long an error may be ignored: what the menu says, and the time in ms
+NEXT_RELEASE = "next-release"  # the only value of `until`
+# How long to ignore an error: label in the menu, time in ms
 SNOOZES = {
     "forever": ("Forever", None),
     "1h": ("For 1 hour", HOUR_MS),
     "1d": ("For 1 day", DAY_MS),
     "1w": ("For 1 week", 7 * DAY_MS),
 }
-RESOLUTIONS = {NEXT_RELEASE: ("Resolve in the next release", None)}  # in the same form
+RESOLUTIONS = {NEXT_RELEASE: ("Resolve in the next release", None)}  # like SNOOZES
 SORT_LABELS = {
     "count": "Count",
     "users": "Users",
@@ -8852,7 +8850,7 @@ LEADING_SECTIONS = ("Request", "Params")  # shown before the breadcrumbs
 
 
 def time_ago(time_ms: int, now_ms: int) -> str:
-    """Return how far from now a time is: `3 h ago`, `in 2 d`."""
+    """Return a time relative to now: `3 h ago`, `in 2 d`."""
     seconds = abs(now_ms - time_ms) // 1000
     if seconds < 45:
         return "just now"
@@ -8879,7 +8877,7 @@ def trend(buckets: Mapping[int, int], span: str, now_ms: int) -> list[tuple[int,
 
 
 def trend_text(series: Sequence[tuple[int, int]], span: str) -> str:
-    """Say how many occurrences a trend shows, and how many its highest bar."""
+    """Return a trend's total and its highest bar as text."""
     counts, (time, part) = [count for _, count in series], _SPAN_WORDS[span]
     if not any(counts):
         return f"None in the last {time}"
@@ -8888,25 +8886,25 @@ def trend_text(series: Sequence[tuple[int, int]], span: str) -> str:
 
 
 def shortest_span(buckets: Mapping[int, int], since_ms: int, now_ms: int) -> str:
-    """Return the shortest span of a trend that reaches back to a time, or the longest."""
+    """Return the shortest span that reaches back to a time, or else the longest span."""
     spans = (span for span in SPANS if trend(buckets, span, now_ms)[0][0] <= since_ms)
     return next(spans, [*SPANS][-1])
 
 
 def bars_path(series: Sequence[tuple[int, int]]) -> tuple[str, int]:
-    """Return the SVG path of a bar chart, bars from 0 to each count at x = 2, 6, …; its height."""
+    """Return the SVG path of a bar chart with bars at x = 2, 6, …, and the chart's height."""
     bars = [(4 * i + 2, count) for i, (_, count) in enumerate(series) if count]
     path = "".join([f"M{x} 0V-{count}" for x, count in bars])
     return path, max([count for _, count in bars], default=1)
 
 
 def span_of(series: Sequence[tuple[int, int]]) -> str:
-    """Return when a trend's first bar begins and how long a bar lasts, in ms, for the script."""
+    """Return the start of a trend's first bar and the length of a bar in ms, for the script."""
     return f"{series[0][0]} {series[1][0] - series[0][0]}"
 
 
 def is_rising(error: ErrorGroup, buckets: Mapping[int, int], now_ms: int) -> bool:
-    """Tell whether an error occurred at least twice as often in the last day as the day before."""
+    """Return whether an error occurred at least twice as often as the day before."""
     day = now_ms // HOUR_MS - 24
     last = sum(count for hour, count in buckets.items() if hour > day)
     before = sum(count for hour, count in buckets.items() if day - 24 < hour <= day)
@@ -8914,17 +8912,17 @@ def is_rising(error: ErrorGroup, buckets: Mapping[int, int], now_ms: int) -> boo
 
 
 def change_text(change: Change) -> str:
-    """Say a line of an error's history: `Ignored for 1 h by Ann`."""
-    what = "Opened again" if change.what == "woke" else change.what.capitalize()
+    """Return a change as text: `Ignored for 1 h by Ann`."""
+    what = "Reopened" if change.what == "woke" else change.what.capitalize()
     return " ".join(filter(None, (what, change.detail, change.by and f"by {change.by}")))
 
 
 def events_of(
     error: ErrorGroup, history: Sequence[Change], tallies: Sequence[Tally]
 ) -> list[tuple[int, str, str]]:
-    """Return (time in ms, kind, text) of what happened to an error, the newest first.
+    """Return an error's events as (time in ms, kind, text), the newest first.
 
-    Of the releases that it occurred in, the newest MAX_SHOWN_RELEASES are told.
+    Of its releases, only the newest MAX_SHOWN_RELEASES are included.
     """
     releases = sorted(
         (one.first_ms, "release", f"First seen in release {one.value}")
@@ -8942,7 +8940,7 @@ Marks = list[tuple[float, str, str]]  # (x in a chart, kind, text)
 
 
 def chart_marks(events: Sequence[tuple[int, str, str]], series: Sequence[tuple[int, int]]) -> Marks:
-    """Return the marks of an error's events within a trend."""
+    """Return chart marks for an error's events within a trend."""
     (start_ms, _), (next_ms, _), *_ = series
     scale = 4 / (next_ms - start_ms)
     shown = [one for one in events if one[0] >= start_ms and one[1] in _MARKED]
@@ -8950,21 +8948,21 @@ def chart_marks(events: Sequence[tuple[int, str, str]], series: Sequence[tuple[i
 
 
 def deploy_text(deploy: Deploy, *, of_project: bool = False) -> str:
-    """Say a deploy: `Deployed 1.3 of shop to production by ann`."""
-    release = deploy.version or deploy.git_sha[:MAX_SHOWN_SHA_CHARS]
+    """Return a deploy as text: `Deployed 1.3 of shop to production by ann`."""
+    release = deploy.version or deploy.git_sha[:12]
     project, deployer = deploy.project if of_project else "", deploy.deployer
-    said = {"Deployed": release, "of": project, "to": deploy.environment, "by": deployer}
-    return " ".join(f"{word} {name}" for word, name in said.items() if name)
+    parts = {"Deployed": release, "of": project, "to": deploy.environment, "by": deployer}
+    return " ".join(f"{word} {name}" for word, name in parts.items() if name)
 
 
 def _deploy_lines(deploys: Sequence[Deploy]) -> list[str]:
-    told = [f"{deploy_text(one)}, {exact_time(one.at_ms)}" for one in deploys[:MAX_TOLD_DEPLOYS]]
-    rest = len(deploys) - len(told)
-    return [*told, f"{rest:,} more deploy{'s' if rest > 1 else ''}"] if rest else told
+    lines = [f"{deploy_text(one)}, {exact_time(one.at_ms)}" for one in deploys[:MAX_TOLD_DEPLOYS]]
+    rest = len(deploys) - len(lines)
+    return [*lines, f"{rest:,} more deploy{'s' if rest > 1 else ''}"] if rest else lines
 
 
 def deploy_marks(deploys: Sequence[Deploy], series: Sequence[tuple[int, int]]) -> tuple[str, Marks]:
-    """Return what a trend's label says of deploys, the newest first, and a mark for each bar."""
+    """Return a label for the deploys within a trend, the newest first, and a mark for each bar."""
     (start_ms, _), (next_ms, _), *_ = series
     step_ms = next_ms - start_ms
     bars: dict[int, list[Deploy]] = {}
@@ -8983,7 +8981,7 @@ def deploy_marks(deploys: Sequence[Deploy], series: Sequence[tuple[int, int]]) -
 
 
 def ticks_of(deploys: Sequence[Deploy], now_ms: int) -> dict[int, tuple[str, Marks]]:
-    """Return deploy_marks() of the list's trends by project."""
+    """Return deploy_marks() for the list's trends, by project id."""
     series, project_of = trend({}, "24h", now_ms), operator.attrgetter("project_id")
     groups = itertools.groupby(sorted(deploys, key=project_of), project_of)
     return {project_id: deploy_marks([*found], series) for project_id, found in groups}
@@ -8994,7 +8992,7 @@ def _parse_cursor(name: str, text: str) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(-?[0-9]{1,16})\.([0-9]{1,16})", text)
     if not found:
-        raise BadRequest(f"{name} must be a cursor of the list", field=name)
+        raise BadRequest(f"{name} must be a cursor from the list", field=name)
     return int(found[1]), int(found[2])
 
 
@@ -9016,15 +9014,15 @@ def number_of(query: Mapping[str, str], name: str, most: int, default: int | Non
 
 
 def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
-    """Return the filter of a query string; BadRequest names the wrong parameter.
+    """Return the filter in a query string; BadRequest names the invalid parameter.
 
     status: open, resolved, ignored, all; q: a search, see parse_search; project: an id; level,
     environment, release: as reported; sort: last_seen, first_seen, count, users; order: desc, asc;
-    limit: errors on a page; after, before: cursors.
+    limit: errors per page; after, before: cursors.
     """
     project = query.get("project", "")
     if project and not re.fullmatch(r"[0-9]{1,16}", project):
-        raise BadRequest("project must be the id of a project", field="project")
+        raise BadRequest("project must be a project's id", field="project")
     facets: Json = {name: query.get(name, "").translate(_DISPLAY) for name in FACETS}
     return ErrorFilter(
         status=one_of(query, "status", (*STATUSES, "all")),
@@ -9040,7 +9038,7 @@ def parse_filter(query: Mapping[str, str]) -> ErrorFilter:
 
 
 def filter_query(wanted: ErrorFilter, **changes: Any) -> str:
-    """Return the query string of a changed filter, for page one unless the changes name a page."""
+    """Return the query string of a changed filter, for page one unless the changes set a cursor."""
     wanted = dataclasses.replace(wanted, **{"after": None, "before": None} | changes)
     pairs = {
         "status": "" if wanted.status == "open" else wanted.status,
@@ -9073,23 +9071,23 @@ def value_query(name: str, value: str) -> str:
 def shares_of(
     error: ErrorGroup, tallies: Sequence[Tally]
 ) -> dict[str, list[tuple[str, int, str, str]]]:
-    """Return, by name, (value, percent, percent as text, query) of what an error came with.
+    """Return (value, percent, percent as text, query) for an error's tag values, by tag.
 
-    The percent is of the occurrences that carry the value; values that were never counted have no
-    text. Environments and releases come first, then the tags.
+    The percentage counts occurrences with the value; values that were never counted have no text.
+    Environments and releases come before the tags.
     """
     total = max(1, error.occurrence_count - error.uncounted)
     shares: dict[str, list[tuple[str, int, str, str]]] = {"environment": [], "release": []}
     for one in tallies:
         percent = min(100, round(100 * one.count / total))
-        said = f"{percent or '<1'} %" if one.count else ""
-        share = (one.value, percent, said, value_query(one.name, one.value))
+        text = f"{percent or '<1'} %" if one.count else ""
+        share = (one.value, percent, text, value_query(one.name, one.value))
         shares.setdefault(one.name, []).append(share)
     return {name: values for name, values in shares.items() if values and name != "level"}
 
 
 def choice_query(wanted: ErrorFilter, name: str, value: str) -> str:
-    """Return the query string of a filter with one of its choices taken."""
+    """Return the query string of a filter after one choice."""
     change: Json = {"project_id": int(value)} if name == "project" else {name: value}
     return filter_query(wanted, **change)
 
@@ -9101,14 +9099,14 @@ def sort_query(wanted: ErrorFilter, name: str) -> str:
 
 
 def hidden_fields(wanted: ErrorFilter) -> list[tuple[str, str]]:
-    """Return the parameters that a form for another search keeps."""
+    """Return the parameters that the search form keeps."""
     return urllib.parse.parse_qsl(filter_query(wanted, search="").lstrip("?"))
 
 
 def active_filters(
     wanted: ErrorFilter, projects: Sequence[Project]
 ) -> list[tuple[str, str, str, str]]:
-    """Return the chips of the filters in use, except status and search; a click removes it."""
+    """Return chips for the active filters except status and search; a click removes a filter."""
     chips = [
         (filter_query(wanted, **{name: ""}), name, value, " ×")
         for name in FACETS
@@ -9124,9 +9122,9 @@ def active_filters(
 def filter_choices(
     wanted: ErrorFilter, facets: Mapping[str, Sequence[Choice]]
 ) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Return (title, choices) for each column of the filters; a choice is (query, label, count).
+    """Return (title, choices) for each column of filters; a choice is (query, label, count).
 
-    One project is no choice.
+    A single project is not offered.
     """
     columns = [
         (
@@ -9148,16 +9146,16 @@ def filter_choices(
 
 
 def counted_text(wanted: ErrorFilter, page: ErrorPage) -> str:
-    """Return the sentence that explains the numbers in the filter panel."""
-    status = "any status" if wanted.status == "all" else f"the status {wanted.status}"
+    """Return the text that explains the counts in the filter panel."""
+    status = "any status" if wanted.status == "all" else f"status {wanted.status}"
     project = " in this project" if wanted.project_id else ""
     is_part = page.counts[wanted.status] > MAX_COUNTED_ERRORS
-    recent = f" All but the {MAX_COUNTED_ERRORS:,} seen last may be missing." if is_part else ""
-    return f"The numbers count errors with {status}{project}.{recent}"
+    recent = f" Errors beyond the {MAX_COUNTED_ERRORS:,} latest may be missing." if is_part else ""
+    return f"The counts include errors with {status}{project}.{recent}"
 
 
 def empty_text(wanted: ErrorFilter, problem: str) -> str:
-    """Say why a list is empty."""
+    """Return why the list is empty."""
     if problem:
         return "The search is invalid."
     if filter_query(wanted, status="open", sort="last_seen", order="desc"):
@@ -9168,14 +9166,14 @@ def empty_text(wanted: ErrorFilter, problem: str) -> str:
 
 
 def is_regressed(error: ErrorGroup) -> bool:
-    """Tell whether an error was resolved and has come back."""
+    """Return whether an error was resolved and has come back."""
     return error.status == "open" and error.regressed_ms is not None
 
 
 def badges_of(
     error: ErrorGroup, hidden: Collection[str] = (), new_since_ms: float = math.inf
 ) -> list[tuple[str, str]]:
-    """Return (kind, text) of an error's badges; a `hidden` status has none."""
+    """Return an error's badges as (kind, text); a `hidden` status has none."""
     badges = [] if error.status in hidden else [(error.status, error.status)]
     if is_regressed(error):
         badges.append(("regressed", "regressed"))
@@ -9188,21 +9186,21 @@ def badges_of(
 
 
 def user_count_text(error: ErrorGroup) -> str:
-    """Return the number of an error's users for display, with a + if there were more."""
+    """Return an error's user count as text, with a + if there were more users."""
     return f"{error.user_count:,}{'+' if error.has_more_users else ''}"
 
 
 def releases_of(error: ErrorGroup) -> dict[str, str]:
-    """Return the first and the last release of an error by name, as far as they are known."""
-    said = {
+    """Return the known ones of an error's first and last release, by label."""
+    releases = {
         "First seen in release": error.first_release,
         "Last seen in release": error.last_release,
     }
-    return {name: release for name, release in said.items() if release}
+    return {label: release for label, release in releases.items() if release}
 
 
 def facts_of(error: ErrorGroup) -> dict[str, str]:
-    """Return the facts about an error by name, except times."""
+    """Return the facts that an error's page shows, except times, by label."""
     status, kept = error.status.capitalize(), error.stored_count
     if error.resolved_release is not None:
         after = f"release after {error.resolved_release}"
@@ -9220,18 +9218,18 @@ def facts_of(error: ErrorGroup) -> dict[str, str]:
 
 
 def times_of(error: ErrorGroup) -> dict[str, int]:
-    """Return the times in ms that an error's page shows, by name."""
+    """Return the times in ms that an error's page shows, by label."""
     times = {"First seen": error.first_seen_ms, "Last seen": error.last_seen_ms}
-    return times if error.wake_ms is None else {"Opens again": error.wake_ms} | times
+    return times if error.wake_ms is None else {"Reopens": error.wake_ms} | times
 
 
 def line_and_column_of(frame: Frame) -> str:
-    """Return what is known of a call's line and column: `:7:13`, `:7` or nothing."""
+    """Return a frame's line and column as text: `:7:13`, `:7` or nothing."""
     column = f":{frame.column}" if frame.column else ""
     return f":{frame.lineno}{column}" if frame.lineno and frame.place else ""
 
 
-# Texts that stand where a file's path would, and characters that no link should carry.
+# Placeholders for a file's path, and characters that no link should contain.
 _NO_FILE = (
     r"[<>\x00-\x1f\x7f-\x9f\u2400-\u2426\ufffd\ud800-\udfff]|^\./internal/.*\.[cm]?js$"
     r"|^\./\((?:eval|irb|pry|erb)\b|eval\(\)'d|^\./\[native code\]$|\.(?:so|dylib|dll|exe)$"
@@ -9240,8 +9238,8 @@ _NO_FILE = (
 
 
 def _path_to_compare(text: str) -> str:
-    """Return a path as `/a`, `C:/a` or `./a`, and a URL decoded and without its query."""
-    if re.match("[A-Za-z][A-Za-z0-9+.-]+:", text):  # one letter would be a drive
+    """Return a path as `/a`, `C:/a` or `./a`, or a URL decoded and without its query."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:", text):  # a single letter is a drive
         text = urllib.parse.unquote(re.sub(r"(?s)[?#].*", "", text))
         text = re.sub("(?i)^file://(?:localhost)?(?=/)", "", text)
     elif not text.startswith("/"):
@@ -9253,13 +9251,13 @@ def _path_to_compare(text: str) -> str:
 
 @dataclass(frozen=True)
 class Editor:
-    """Makes the links that open frames in an editor, by a name in EDITORS or a URL's template."""
+    """Makes links that open frames in an editor, from a name in EDITORS or a URL template."""
 
     template: str
     path_map: tuple[tuple[str, str], ...] = ()  # pairs (FROM, TO)
 
     def link(self, frame: Frame) -> str:
-        """Return the URL that opens a frame's file at its line, empty if its path is not known."""
+        """Return the URL that opens a frame's file at its line, empty if the path is unknown."""
         path = re.sub("^([A-Z])%3A", r"\1:", urllib.parse.quote(self._path_of(frame)))
         url = EDITORS.get(self.template, self.template).replace("://{path}", ":///{path}")
         url = url.replace("/{path}", "/" + path.removeprefix("/")).replace("{path}", path)
@@ -9267,14 +9265,14 @@ class Editor:
         return url.replace("{column}", str(max(1, frame.column or 1))) if path else ""
 
     def _path_of(self, frame: Frame) -> str:
-        """Return where a frame's file lies, by the longest FROM that begins its path."""
+        """Return the path of a frame's file here, mapped by the longest FROM that matches."""
         file = frame.file or ""
         paths = [_path_to_compare(frame.root + file), _path_to_compare(file)]
         if not file or any(re.search(_NO_FILE, path) for path in paths):
             return ""
         pairs = [(_path_to_compare(start).removesuffix("/"), to) for start, to in self.path_map]
         pairs.sort(key=lambda pair: -len(pair[0]))
-        roots = [re.match("/(?!/)|[A-Z]:/", path) for path in paths]  # a click on //server logs in
+        roots = [re.match("/(?!/)|[A-Z]:/", path) for path in paths]  # //server would log in
         pairs += [(root[0][:-1], root[0]) for root in roots if root]
         for (start, target), path in itertools.product(pairs, paths):
             if f"{path}/".startswith(f"{start}/"):
@@ -9285,16 +9283,16 @@ class Editor:
 
 
 def _request_of(occurrence: Occurrence) -> Json:
-    """Return what a report says of the request that failed, empty unless that has a URL."""
+    """Return the failed request from a report, empty without a URL."""
     params, extra = occurrence.params or {}, occurrence.extra
-    plain = [said for said in (extra, params) if said.get("method")]  # else url may be an argument
+    plain = [one for one in (extra, params) if one.get("method")]  # else url may be an argument
     requests = map(_object, (extra.get("request"), params.get("request"), *plain))
     is_url = re.compile(r"(?i)https?://[^/?#\s]").match
-    return next((said for said in requests if is_url(_text(said.get("url")))), {})
+    return next((one for one in requests if is_url(_text(one.get("url")))), {})
 
 
 def _pairs_left(value: Any) -> list[tuple[str, str]]:
-    """Return the pairs of an object or a list, one for each item of a list, but none scrubbed."""
+    """Return the unscrubbed pairs of an object or a list of pairs, one per item of a list value."""
     pairs = value if isinstance(value, list) else map(list, _object(value).items())
     return [
         (_text(pair[0]), _text(one))
@@ -9348,7 +9346,7 @@ def curl_of(occurrence: Occurrence) -> str:
     known = {name.lower(): text.lower() for name, text in headers}
     kind = known.get("content-type", "form-urlencoded" if request.get("form") else "")
     body, method = _body_of(request, kind), _text(request.get("method")).upper()
-    options = ["-g"] if re.search(r"[][{}]", url) else []  # or curl would take them for a pattern
+    options = ["-g"] if re.search(r"[][{}]", url) else []  # curl would read a pattern
     if method == "HEAD":
         options, body = [*options, "-I"], []
     elif re.fullmatch("[A-Z]+", method) and method != ("POST" if body else "GET"):
@@ -9360,9 +9358,9 @@ def curl_of(occurrence: Occurrence) -> str:
 def group_frames(
     frames: Sequence[Frame], location: Frame | None
 ) -> list[tuple[str, tuple[Frame, ...], bool]]:
-    """Group frames into items (kind, frames, is open): a run of library calls is one item.
+    """Group frames into items (kind, frames, is open); a run of library calls is one item.
 
-    The location is open, and so is the innermost own frame: a cause shows its own failing line.
+    The location and the innermost own frame are open, so that a cause shows its failing line.
     """
 
     def kind_of(frame: Frame) -> str:
@@ -9411,9 +9409,9 @@ def crumb_of(breadcrumb: Json) -> tuple[str, str, str, str, str]:
         rest.pop(name, "") for name in ("timestamp", "category", "type", "level", "message", "data")
     )
     details = rest | (data if isinstance(data, dict) else {"data": data} if data else {})
-    said = (f"{name}: {' '.join(readable(value).split())}" for name, value in details.items())
+    pairs = (f"{name}: {' '.join(readable(value).split())}" for name, value in details.items())
     clock = readable(time).partition("T")[2].removesuffix("Z")[:12] or readable(time)
-    return clock, readable(category or kind), readable(level), readable(text), "; ".join(said)
+    return clock, readable(category or kind), readable(level), readable(text), "; ".join(pairs)
 
 
 def _crumb_texts(occurrence: Occurrence) -> list[str]:
@@ -9421,13 +9419,13 @@ def _crumb_texts(occurrence: Occurrence) -> list[str]:
 
 
 def logged_as(occurrence: Occurrence) -> str:
-    """Return the message with which the exception was logged, unless it is the exception's own."""
-    said = occurrence.extra.get("log_message")
-    return said if isinstance(said, str) and said != occurrence.message else ""
+    """Return the log message that came with an exception, unless it is the exception's own."""
+    text = occurrence.extra.get("log_message")
+    return text if isinstance(text, str) and text != occurrence.message else ""
 
 
 def other_messages(occurrence: Occurrence, error: ErrorGroup) -> list[tuple[str, str]]:
-    """Return (label, text) of the messages that an error's page does not show above."""
+    """Return (label, text) for the messages that the top of an error's page does not show."""
     own = occurrence.exception_class, occurrence.message
     messages = [own] if own != (error.exception_class, error.message) else []
     if logged := logged_as(occurrence):
@@ -9436,17 +9434,15 @@ def other_messages(occurrence: Occurrence, error: ErrorGroup) -> list[tuple[str,
 
 
 def clock_text(occurrence: Occurrence) -> str:
-    """Say that a report's time was not believed, empty if it was."""
-    if occurrence.disbelieved_timestamp is None:
+    """Return a warning if a report's time was not believed, else an empty text."""
+    if (claimed := occurrence.disbelieved_timestamp) is None:
         return ""
-    said = (
-        f"The report gave the time {occurrence.disbelieved_timestamp}, over an hour ahead of this"
-    )
-    return f"{said} server's clock. The time of receipt is used instead."
+    problem = f"The report's time, {claimed}, is over an hour ahead of this server's clock."
+    return f"{problem} The time of receipt is used instead."
 
 
 def order_text(chain: Sequence[ChainedException]) -> str:
-    """Say in which order the frames of a chain are shown."""
+    """Return the order in which a chain's frames are shown."""
     if not any(one.frames for one in chain):
         return "The report has no stack trace."
     has_calls = any(frame.is_call for one in chain for frame in one.frames)
@@ -9454,29 +9450,29 @@ def order_text(chain: Sequence[ChainedException]) -> str:
 
 
 def occurrence_times(stored: StoredOccurrence) -> list[tuple[str, int]]:
-    """Return (label, time in ms) of an occurrence; its receipt only if that was much later."""
+    """Return an occurrence's times as (label, ms), with the receipt only if it was much later."""
     occurred_ms, received_ms = stored.occurrence.occurred_ms, stored.received_ms
     is_late = abs(received_ms - occurred_ms) > MAX_USUAL_DELAY_MS
     return [("", occurred_ms), *([("· received", received_ms)] if is_late else [])]
 
 
 def shown_tags(occurrence: Occurrence) -> Json:
-    """Return the tags by which an occurrence's error is found."""
+    """Return the tags of an occurrence that can be searched."""
     return dict(itertools.islice(tags_of(occurrence).items(), MAX_TAGS))
 
 
 def tag_chips(occurrence: Occurrence) -> list[tuple[str, str, str, str]]:
-    """Return the chips of an occurrence's tags; each leads to the errors that have the tag."""
+    """Return chips for an occurrence's tags; each leads to the errors with that tag."""
     return [(tag_query(*tag), *tag, "") for tag in shown_tags(occurrence).items()]
 
 
 def sections_of(
     occurrence: Occurrence, only: tuple[str, ...] = ("",), without: tuple[str, ...] = ()
 ) -> list[tuple[str, Json]]:
-    """Return (title, values) for each table of what an occurrence holds besides its backtrace.
+    """Return (title, values) for each table of an occurrence's data except its backtrace.
 
-    Tags that are found, breadcrumbs and the log message are left out, since pages show them in
-    other ways. `only` and `without` choose by the start of the title.
+    Searchable tags, breadcrumbs and the log message are left out, since pages show them
+    elsewhere. `only` and `without` select by the start of the title.
     """
     ids = {"user_id": occurrence.user_id, "request_id": occurrence.request_id}
     overview: Json = {name: value for name, value in ids.items() if value is not None}
@@ -9494,7 +9490,7 @@ def sections_of(
             overview[name] = value
             continue
         parts = {key: part for key, part in value.items() if isinstance(part, dict) and part}
-        if name == "request":  # SDKs send every part, whether or not there is something in it
+        if name == "request":  # SDKs send empty parts too
             value = {key: part for key, part in value.items() if part not in ("", None, [], {})}
         elif len(parts) < len(value):
             parts = {}
@@ -9763,7 +9759,7 @@ def project_json(project: Project, counts: Mapping[str, int]) -> Json:
 
 
 def deploy_json(deploy: Deploy) -> Json:
-    """Return a deploy as JSON; what was not told is null."""
+    """Return a deploy as JSON; missing values are null."""
     names = ("version", "git_sha", "environment", "deployer", "description")
     return {
         "id": deploy.id,
@@ -9775,7 +9771,7 @@ def deploy_json(deploy: Deploy) -> Json:
 
 
 def occurrences_json(page: Sequence[StoredOccurrence], limit: int, root: str) -> Json:
-    """Return some occurrences as JSON, with the addresses of the newer and the older ones."""
+    """Return a page of occurrences as JSON, with the URLs of the pages before and after."""
 
     def url(name: str, stored: StoredOccurrence, neighbour: int | None) -> str | None:
         path = f"{root}/errors/{stored.error_id}/occurrences.json"
@@ -9798,7 +9794,7 @@ def occurrences_json(page: Sequence[StoredOccurrence], limit: int, root: str) ->
 
 
 def feed_json(page: Sequence[FeedItem], root: str) -> Json:
-    """Return occurrences of all projects as JSON, with what a line about each says."""
+    """Return occurrences of all projects as JSON, each with the facts for one line."""
     return {
         "occurrences": [
             {
@@ -9819,7 +9815,7 @@ def feed_json(page: Sequence[FeedItem], root: str) -> Json:
 
 
 def action_json(action: Action | None, what: str) -> Json:
-    """Return what was done as JSON; without an action, nothing had to be changed."""
+    """Return an action as JSON; None means that nothing had to change."""
     return {
         "id": action.id if action else None,
         "what": what,
@@ -9830,7 +9826,7 @@ def action_json(action: Action | None, what: str) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class ErrorDetails:
-    """An error, one of its occurrences and what else its page tells; `buckets` are a year's."""
+    """An error, one of its occurrences and the rest of its page; `buckets` cover a year."""
 
     error: ErrorGroup
     stored: StoredOccurrence | None
@@ -9843,7 +9839,7 @@ def detail_json(details: ErrorDetails, now_ms: int, root: str) -> Json:
     """Return an error, its trend in every span, its history, tags and an occurrence as JSON."""
     tags: dict[str, list[Json]] = {}
     for one in details.tallies:
-        if one.name != "level":  # of which nothing is counted
+        if one.name != "level":  # levels are not counted
             tags.setdefault(one.name, []).append({"value": one.value, "count": one.count})
     return {
         "error": error_json(details.error, root),
@@ -9864,14 +9860,14 @@ def detail_json(details: ErrorDetails, now_ms: int, root: str) -> Json:
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """Return a Markdown code block that the text can't end, whatever it holds."""
+    """Return a Markdown code block that its text can't end."""
     longest = max(map(len, re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{text}\n{fence}\n"
 
 
 def _code(text: str) -> str:
-    """Return a Markdown code span that the text can't end."""
+    """Return a Markdown code span that its text can't end."""
     text = " ".join(text.split()) or " "
     ticks = "`" * (max(map(len, re.findall(r"`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -9884,8 +9880,8 @@ def _frame_text(frame: Frame) -> Iterator[str]:
         yield frame.text.strip("\n")
         return
     place = f"{frame.place}{line_and_column_of(frame)}"
-    said = " in ".join(filter(None, (place, frame.function))) or frame.text
-    yield f"{'' if frame.is_own else '(library) '}{said}"
+    call = " in ".join(filter(None, (place, frame.function))) or frame.text
+    yield f"{'' if frame.is_own else '(library) '}{call}"
     if not frame.is_own:
         return
     for number, line, is_failing in numbered_source(frame.source) if frame.source else ():
@@ -9901,8 +9897,8 @@ def _chain_markdown(chain: Sequence[ChainedException]) -> Iterator[str]:
     for one in chain:
         if len(chain) > 1:
             relation = RELATIONS.get(one.relation, "Raised")
-            said = f"{one.exception_class}: {one.message}".rstrip(": ")
-            yield f"### {relation}\n\n{_fenced(said)}"
+            text = f"{one.exception_class}: {one.message}".rstrip(": ")
+            yield f"### {relation}\n\n{_fenced(text)}"
         if one.frames:
             yield _fenced("\n".join(line for frame in one.frames for line in _frame_text(frame)))
 
@@ -9915,7 +9911,7 @@ def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
         yield "## Breadcrumbs\n\n" + _fenced("\n".join(crumbs))
     for title, values in [("Tags", shown_tags(occurrence)), *sections_of(occurrence)]:
         if values:
-            # Punctuation may be Markdown's own.
+            # Punctuation may be Markdown.
             heading = title if re.fullmatch(r"[A-Za-z0-9 :-]+", title) else _code(title)
             yield f"## {heading}\n\n{_fenced(indented(values), 'json')}"
 
@@ -9930,14 +9926,14 @@ def _triage_markdown(error: ErrorGroup, history: Sequence[Change]) -> Iterator[s
     if error.wake_count is not None:
         yield f"- ignored until it has occurred {error.wake_count:,} times"
     for one in history[:MAX_MARKDOWN_CHANGES]:
-        said = " ".join(
+        details = " ".join(
             filter(None, (one.detail and _code(one.detail), one.by and f"by {_code(one.by)}"))
         )
-        yield f"- {iso_time(one.at_ms)} {one.what} {said}".rstrip()
+        yield f"- {iso_time(one.at_ms)} {one.what} {details}".rstrip()
 
 
 def markdown(details: ErrorDetails, url: str) -> str:
-    """Return an error as Markdown for a ticket or a coding assistant; reported text is code.
+    """Return an error as Markdown for a ticket or a coding assistant, with reported text as code.
 
     `url` is the address of the error's page.
     """
@@ -10033,7 +10029,7 @@ _TEMPLATE_SOURCES = {
 <link rel="icon" href="{{assets}}.svg">
 <link rel="stylesheet" href="{{assets}}.css">
 <script src="{{assets}}.js" defer></script>
-</head><body><a class="skip" href="#main">Skip to the content</a>
+</head><body><a class="skip" href="#main">Skip to content</a>
 <header class="bar"><a class="brand" href="{{root}}/errors">
 <img src="{{assets}}.svg" alt="" width="20" height="20">MiniAPM</a>
 % if show_nav:
@@ -10045,7 +10041,7 @@ _TEMPLATE_SOURCES = {
 </header>
 <main id="main">
 % if trouble:
-<p class="notice trouble" role="alert">Reports are not stored now: {{trouble}}.</p>
+<p class="notice trouble" role="alert">Reports can't be stored: {{trouble}}.</p>
 % end
 % if done:
 <form class="done" method="post" action="{{root}}/undo" role="status">
@@ -10072,8 +10068,8 @@ _TEMPLATE_SOURCES = {
 <code>{{clip(error.location, 120)}}</code>
 <bdi>{{error.project if len(projects) > 1 else ""}}</bdi></small></td>
 <td class="trend">
-% told, marks = ticks.get(error.project_id, ("", ()))
-% show_chart(series, trend_text(series, "24h") + told, marks)
+% deploys, marks = ticks.get(error.project_id, ("", ()))
+% show_chart(series, trend_text(series, "24h") + deploys, marks)
 % if is_rising(error, buckets[error.id], now_ms):
 <b title="At least twice as often as the day before">▲</b>
 % end
@@ -10115,7 +10111,7 @@ _TEMPLATE_SOURCES = {
 % end
 </section>
 % end
-% if chosen := active_filters(wanted, projects): show_chips("Filters in use", chosen); end
+% if chosen := active_filters(wanted, projects): show_chips("Active filters", chosen); end
 <p class="deployed" data-live="deployed" dir="auto" {{'' if newest else 'hidden'}}>{{deployed}}
 % if newest: show_time(newest.at_ms); end
 </p>
@@ -10123,8 +10119,8 @@ _TEMPLATE_SOURCES = {
 % if not page.errors:
 <p class="empty">{{empty_text(wanted, problem)}}
 % if filter_query(wanted, status="open", sort="last_seen", order="desc"):
-<a href="{{home}}{{filter_query(wanted, status='all')}}">Look in every status</a>
- or <a href="{{home}}">start over</a>.
+<a href="{{home}}{{filter_query(wanted, status='all')}}">Search all statuses</a>
+ or <a href="{{home}}">clear the filters</a>.
 % end
 </p>
 % else:
@@ -10227,8 +10223,8 @@ _TEMPLATE_SOURCES = {
 % end
 % def show_shares(values):
 <ul class="shares">
-% for value, percent, said, found in values:
-<li><a href="{{root}}/errors{{found}}" dir="auto">{{value}}</a> {{said}}
+% for value, percent, text, found in values:
+<li><a href="{{root}}/errors{{found}}" dir="auto">{{value}}</a> {{text}}
 <svg aria-hidden="true"><rect width="{{percent}}%" height="3"/></svg></li>
 % end
 </ul>
@@ -10262,7 +10258,7 @@ _TEMPLATE_SOURCES = {
 <div class="columns" id="live" data-view="error" data-count="{{error.occurrence_count}}">
 <section class="card trace" id="occurrence">
 % if stored is None:
-<p class="empty">No occurrence of this error is kept any more, only its counts.</p>
+<p class="empty">No occurrences of this error are kept any more, only its counts.</p>
 % else:
 % occurrence, chain = stored.occurrence, chain_of(stored.occurrence)
 <div class="head"><h2>Occurrence</h2>
@@ -10295,7 +10291,7 @@ _TEMPLATE_SOURCES = {
 % end
 % for label, at_ms in times_of(error).items():
 <div><dt>{{label}}</dt><dd>
-% show_time(at_ms, is_ahead=label == "Opens again")
+% show_time(at_ms, is_ahead=label == "Reopens")
 </dd></div>
 % end
 </dl></section>
@@ -10335,7 +10331,7 @@ _TEMPLATE_SOURCES = {
 {{error.note}}</textarea><button name="action" value="note">Save</button></form></details>
 <h2>Fingerprint</h2><code>{{error.fingerprint}}</code></section></aside>
 % if stored is not None:
-<section class="card details" aria-label="Details of the occurrence">
+<section class="card details" aria-label="Occurrence details">
 % for section in sections_of(occurrence, LEADING_SECTIONS): show_section(*section); end
 % if curl := curl_of(occurrence):
 <div class="snippet"><button class="copy" type="button" hidden>Copy as curl</button>
@@ -10431,7 +10427,7 @@ _TEMPLATE_SOURCES = {
     "message": """\
 % rebase("layout", title=heading)
 <section class="card message-page"><h1>{{heading}}</h1><p>{{text}}</p>
-<p><a href="{{root}}/errors">Back to the errors</a></p></section>
+<p><a href="{{root}}/errors">Back to errors</a></p></section>
 """,
 }
 
@@ -10470,12 +10466,12 @@ h3 { font-size: 13px; margin: 20px 0 4px; overflow-wrap: anywhere; }
 ul, ol { list-style: none; margin: 0; padding: 0; }
 em, i { font-style: normal; } small { font-size: 12px; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.hidden, .skip:not(:focus) { position: absolute; clip-path: inset(50%); width: 1px; height: 1px;
+.skip:not(:focus) { position: absolute; clip-path: inset(50%); width: 1px; height: 1px;
   overflow: hidden; white-space: nowrap; }
 .skip { position: absolute; z-index: 3; margin: 8px; padding: 8px 12px; background: var(--card); }
 [hidden] { display: none !important; }
 
-input, select, button, textarea, .button { font: inherit; color: inherit; max-width: 100%;
+input, button, textarea, .button { font: inherit; color: inherit; max-width: 100%;
   padding: 5px 10px; background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
 button, .button, summary { cursor: pointer; } .button { text-decoration: none; }
 button:hover, .button:hover, .menu > summary:hover { background: var(--soft); }
@@ -10517,11 +10513,10 @@ footer { max-width: 1440px; margin: 0 auto; padding: 0 24px 24px; color: var(--m
 .tabs a b { font-weight: 500; font-size: 12px; font-variant-numeric: tabular-nums; }
 .tabs a:hover { background: var(--soft); }
 .tabs a[aria-current] { background: var(--soft); color: var(--text); font-weight: 600; }
-.search { display: flex; gap: 8px; flex: 1 1 420px; min-width: 0;
-  justify-content: flex-end; }
+.search { display: flex; gap: 8px; flex: 1 1 420px; min-width: 0; justify-content: flex-end; }
 .search input { flex: 0 1 420px; min-width: 0; }
 .chips { display: flex; flex-wrap: wrap; gap: 6px; margin: 0 0 12px; }
-.chips a, .chips b { display: block; font-weight: 400; padding: 1px 10px; font-size: 13px;
+.chips a { display: block; padding: 1px 10px; font-size: 13px;
   border: 1px solid var(--line); border-radius: 99px; background: var(--card); color: var(--text);
   text-decoration: none; overflow-wrap: anywhere; }
 .chips a:hover { border-color: var(--accent); } .chips span { color: var(--muted); }
@@ -10595,7 +10590,7 @@ pre.message { margin: 6px 0; max-height: 12em; overflow: auto; font-size: 13.5px
 .columns > * { min-width: 0; } .columns > aside { grid-row: 1 / 3; grid-column: 2; }
 .trace .head { margin-bottom: 4px; } .steps { display: flex; gap: 12px; font-size: 13px; }
 .when { color: var(--muted); font-size: 13px; margin: 0 0 0 auto; }
-.other, .order { margin: 8px 0 4px; color: var(--muted); font-size: 12px; }
+.other { margin: 8px 0 4px; color: var(--muted); font-size: 12px; }
 .cause { font-size: 14px; margin: 16px 0 0; } .cause span { color: var(--muted); font-weight: 400; }
 .frames { border: 1px solid var(--line); border-radius: 6px; overflow: hidden; margin-top: 6px; }
 .frames li { position: relative; border-top: 1px solid var(--line); }
@@ -10638,8 +10633,8 @@ aside section > h2:not(:first-child) { margin-top: 12px; }
 .history .resolved { color: var(--green); } .history .regressed { color: var(--amber); }
 .shares li { position: relative; display: flex; justify-content: space-between; gap: 8px;
   padding: 2px 0 5px; font-size: 13px; overflow-wrap: anywhere; }
-.shares svg { position: absolute; left: 0; bottom: 0; width: 100%; height: 3px; }
-.shares svg { background: var(--soft); } .shares rect { fill: var(--bars); }
+.shares svg { position: absolute; left: 0; bottom: 0; width: 100%; height: 3px;
+  background: var(--soft); } .shares rect { fill: var(--bars); }
 .history li { padding: 2px 0; } aside summary { color: var(--muted); font-size: 13px; }
 aside textarea { width: 100%; min-height: 80px; margin: 6px 0; }
 .timeline { padding-left: 5px; font-size: 13px; }
@@ -10708,12 +10703,12 @@ dialog dd { margin: 0; } kbd { padding: 0 6px; border: 1px solid var(--line); bo
 
 SCRIPT = """\
 "use strict";
-// The pages work without this script. It adds copying, keys, local times, and what comes in live.
+// The pages work without this script. It adds copying, keys, local times and live updates.
 const $ = (selector, within = document) => within.querySelector(selector);
 const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];
 const make = (tag, more) => Object.assign(document.createElement(tag), more);
 
-// Messages that go away
+// Short messages
 
 const toast = document.body.appendChild(make("p", {className: "toast", hidden: true}));
 toast.setAttribute("role", "status");
@@ -10723,13 +10718,13 @@ function showToast(text) {
   clearTimeout(showToast.timer);
   showToast.timer = setTimeout(() => { toast.hidden = true; }, 2000);
 }
-setTimeout(() => $(".done")?.remove(), 60000);  // the server no longer undoes it then
+setTimeout(() => $(".done")?.remove(), 60000);  // by then the server refuses to undo it
 
 // Copying
 
 async function copy(button) {
   const {copy: url} = button.dataset;
-  const told = button.textContent.replace(/^Copy/, "Copied");
+  const message = button.textContent.replace(/^Copy/, "Copied");
   let text = url && new URL(url, location).href;
   if (!url) text = $("pre", button.parentElement).textContent;
   else if (url.endsWith(".md")) {
@@ -10739,18 +10734,18 @@ async function copy(button) {
   }
   if (navigator.clipboard) {
     await navigator.clipboard.writeText(text);
-  } else {  // not on localhost and without https
+  } else {  // neither localhost nor https
     const area = document.body.appendChild(make("textarea", {value: text}));
     area.select();
     const isCopied = document.execCommand("copy");
     area.remove();
     if (!isCopied) throw new Error("copy");
   }
-  showToast(told);
+  showToast(message);
 }
 document.addEventListener("click", (event) => {
   const button = event.target.closest(".copy");
-  if (button) copy(button).catch(() => showToast("Copying failed"));
+  if (button) copy(button).catch(() => showToast("Copy failed"));
   for (const menu of $$(".menu[open]")) menu.open = menu.contains(event.target) && !button;
 });
 
@@ -10782,7 +10777,7 @@ function enhance(within) {
   showTimes(within);
 }
 
-// Charts: a bar's time and count, under the pointer or by the arrow keys
+// Charts: the time and count of the bar under the pointer or chosen with the arrow keys
 
 const tip = document.body.appendChild(make("p", {className: "tip", hidden: true}));
 function countsOf(chart) {
@@ -10795,9 +10790,9 @@ function showBar(chart, position) {
   const counts = countsOf(chart);
   const [start, step] = chart.closest("[data-span]").dataset.span.split(" ").map(Number);
   chart.bar = Math.min(Math.max(position, 0), counts.length - 1);
-  const said = $$("line", chart).filter(({x1}) => Math.floor(x1.baseVal.value / 4) === chart.bar);
+  const marks = $$("line", chart).filter(({x1}) => Math.floor(x1.baseVal.value / 4) === chart.bar);
   const heading = `${hour.format(start + chart.bar * step)}: ${counts[chart.bar].toLocaleString()}`;
-  tip.textContent = [heading, ...said.map((one) => one.textContent)].join("\\n");
+  tip.textContent = [heading, ...marks.map((one) => one.textContent)].join("\\n");
   tip.hidden = false;
   const {left, top, width} = chart.getBoundingClientRect();
   const x = left + (width * (chart.bar + 0.5)) / counts.length - tip.offsetWidth / 2;
@@ -10858,8 +10853,8 @@ function applyAction(action) {
 const KEYS = {
   j: ["the next error in the list", () => move(1)],
   k: ["the previous error in the list", () => move(-1)],
-  Enter: ["open it"],
-  x: ["select it", () => row() && $("input[name=id]", row()).click()],
+  Enter: ["open the error"],
+  x: ["select the error", () => row() && $("input[name=id]", row()).click()],
   e: ["resolve", () => applyAction("resolve")],
   i: ["ignore", () => applyAction("ignore")],
   o: ["reopen", () => applyAction("reopen")],
@@ -10867,7 +10862,7 @@ const KEYS = {
   "/": ["search", () => { $("[type=search]")?.focus(); $("[type=search]")?.select(); }],
   "[": ["the previous error or page", () => $("[rel=prev]")?.click()],
   "]": ["the next error or page", () => $("[rel=next]")?.click()],
-  "?": ["these keys", showKeys],
+  "?": ["show these keys", showKeys],
 };
 function copyError() {
   const button = $(".tools .copy");
@@ -10896,7 +10891,7 @@ document.addEventListener("keydown", (event) => {
     $$(".menu[open]").forEach((menu) => { menu.open = false; });
     if (target.matches("[type=search]")) target.blur();
   }
-  if (target.matches("input:not([type=checkbox]), textarea, select") || $("dialog")) return;
+  if (target.matches("input:not([type=checkbox]), textarea") || $("dialog")) return;
   const step = {ArrowLeft: -1, ArrowRight: 1}[key];
   if (step && target.matches(".chart")) showBar(target, target.bar + step);
   else if (key === "Enter" && target.matches("[name=id]")) $("a", row()).click();
@@ -10905,12 +10900,12 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-// An update must not move what the reader looks at: parts that are not in use are replaced in
+// An update must not move what the reader is looking at: parts that are not in use are replaced in
 // place, and the rest waits behind a button.
 
 const title = document.title;
 const icon = $("link[rel=icon]");
-const raw = new WeakMap();  // elements as the server sent them, before their times were changed
+const raw = new WeakMap();  // HTML as the server sent it, before times were changed
 const livePartsOf = (page) => new Map($$("[data-live], .errors tbody td:not(.pick)", page).map(
   (part) => [part.dataset.live ?? part.parentElement.id + part.className, part]));
 function remember(page) {
@@ -10921,10 +10916,10 @@ function isInUse(element) {
   return element.contains(document.activeElement) || Boolean($("details[open]", element))
     || (!selection.isCollapsed && selection.containsNode(element, true));
 }
-function replacePart(old, fresh) {  // returns whether what is shown is up to date
+function replacePart(old, fresh) {  // returns whether the part is up to date
   if (raw.get(old) === fresh.outerHTML) return true;
   if (isInUse(old)) return false;
-  const copy = fresh.cloneNode(true);  // the page that it comes from may be shown as a whole later
+  const copy = fresh.cloneNode(true);  // the fetched page may be shown later as a whole
   raw.set(copy, fresh.outerHTML);
   enhance(copy);
   old.replaceWith(copy);
@@ -10970,7 +10965,7 @@ function update(page) {
 function showNewest() {
   location.assign(location.pathname.replace(/\\/occurrences\\/\\d+$/, "") + location.search);
 }
-let [tag, isPolling] = ['""', false];  // a tag, though none of ours, says that this is no visit
+let [tag, isPolling] = ['""', false];  // any tag tells the server that this is not a visit
 async function poll() {
   if (document.hidden || isPolling) return;
   isPolling = true;
@@ -10980,12 +10975,12 @@ async function poll() {
     const answer = await fetch(url, {headers: {Accept: "text/html", "If-None-Match": tag}});
     if (answer.redirected) {
       clearInterval(poll.timer);
-      showToast("Log in again to see what comes in");
+      showToast("Log in again to see new reports");
     }
     if (answer.status !== 200 || answer.redirected) return;
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     tag = (update(page) && answer.headers.get("ETag")) || '""';
-  } catch { /* the server is away: the next round tries again */
+  } catch { /* the server is unreachable: the next poll tries again */
   } finally {
     isPolling = false;
   }
