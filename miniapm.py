@@ -10258,7 +10258,7 @@ _TEMPLATE_SOURCES = {
 <div class="columns" id="live" data-view="error" data-count="{{error.occurrence_count}}">
 <section class="card trace" id="occurrence">
 % if stored is None:
-<p class="empty">No occurrences of this error are kept any more, only its counts.</p>
+<p class="empty">No occurrence of this error is kept any more, only its counts.</p>
 % else:
 % occurrence, chain = stored.occurrence, chain_of(stored.occurrence)
 <div class="head"><h2>Occurrence</h2>
