@@ -9192,11 +9192,8 @@ def user_count_text(error: ErrorGroup) -> str:
 
 def releases_of(error: ErrorGroup) -> dict[str, str]:
     """Return the known ones of an error's first and last release, by label."""
-    releases = {
-        "First seen in release": error.first_release,
-        "Last seen in release": error.last_release,
-    }
-    return {label: release for label, release in releases.items() if release}
+    releases = {"First": error.first_release, "Last": error.last_release}
+    return {f"{which} seen in release": release for which, release in releases.items() if release}
 
 
 def facts_of(error: ErrorGroup) -> dict[str, str]:
