@@ -8328,12 +8328,10 @@ class Client:
         line = f"{record.name}: {message}"
         is_repeated = error is None and re.match(_REPEATED_LINE, line) is not None
         is_repeated = is_repeated or self._is_forwarded_copy(record, message)
-        # A QueueHandler passes a record on, which comes again, perhaps in another process.
+        # A record that a QueueHandler passes on comes twice, perhaps in two processes.
         origin = (record.process, record.thread, record.created, record.name, record.lineno)
-        origin_text = f"{origin} {message.partition(chr(10))[0]}"
-        event_id = hashlib.md5(
-            origin_text.encode("utf-8", "replace"), usedforsecurity=False
-        ).hexdigest()
+        identity = f"{origin} {message.partition(chr(10))[0]}".encode("utf-8", "replace")
+        event_id = hashlib.md5(identity, usedforsecurity=False).hexdigest()
         if event_id in self._known_logs or is_refusal or is_repeated:
             return
         if len(self._known_logs) >= MAX_QUEUED_REPORTS:
