@@ -11039,25 +11039,23 @@ CORS_HEADERS = [
 SESSION_COOKIE = "miniapm_session"
 SESSION_PATTERN = r"[0-9]+\.(?:(?:[0-9a-f]{2})+\.)?[0-9a-f]{64}"
 LIST_TREND_HOURS = 2 * 24
-ERROR_TREND_HOURS = (
-    54 * 7 * 24
-)  # the longest span, and the part of its first bar that lies before it
-API_PERSON = "API"  # the name, if a request sends the password and no cookie
-MAX_COOKIES = 50  # of one name, checked for each request
+ERROR_TREND_HOURS = 54 * 7 * 24  # the longest span, and all of the bar in which it begins
+API_PERSON = "API"  # who acts, if a request sends the password instead of a cookie
+MAX_COOKIES = 50  # of one name; more are ignored
 MIN_GZIP_BYTES = _KIBIBYTE
 GZIP_LEVEL = 1  # 0.05 ms for a page of 48 KB, a third of level 6; 5 % larger
-PUBLIC_URL = "miniapm.public_url"  # key of the environ: the setting, if there is one
+PUBLIC_URL = "miniapm.public_url"  # environ key: the setting, if it is set
 _PROXY_HINT = f"{flag_of('public_url')} https://… or {variable_of('public_url')}"
-# Headers that proxies add: their names are countless but follow patterns.
+# Headers that proxies add; there are too many to list, but their names follow patterns.
 _FORWARDING_HEADER = (
     "HTTP_(?:VIA|CDN_LOOP|.*FORWARDED.*|CF_.+|X_(?:ORIGINAL|PROXY|ENVOY|REAL|REWRITE)_.+"
     "|X_(?:HOST|SCHEME|PROTO)|FRONT_END_HTTPS|.*(?:IP|ADDR|ADDRESS))"
 )
 VISIT_COOKIE = "miniapm_visit"
-VISIT_PAUSE_MS = 30 * 60_000  # a visit ends when the list was not opened for this long
+VISIT_PAUSE_MS = 30 * 60_000  # a visit ends when the list has not been opened for this long
 MAX_VISIT_COOKIE_S = 365 * 24 * 3600
 # same-site is not enough: every port of localhost is the same site.
-OWN_SITES = (None, "same-origin", "none")  # Sec-Fetch-Site if no other site's page sends this
+OWN_SITES = (None, "same-origin", "none")  # Sec-Fetch-Site unless another site's page asks
 ACTIONS = {"resolve": "resolved", "ignore": "ignored", "reopen": "open"}
 WHAT_IS_DONE = ACTIONS | {"reopen": "reopened", "delete": "deleted"}
 MAX_SNOOZE_COUNT = 1_000_000
@@ -11066,7 +11064,7 @@ LIST_PARAMETERS = ("status", "q", "project", *FACETS, "sort", "order", "limit", 
 
 
 def header_text(environ: Environ, name: str) -> str:
-    """Return a header as text: UTF-8 where it is that, else the Latin-1 of RFC 9110."""
+    """Return a header decoded as UTF-8 if it is valid, else as Latin-1 (RFC 9110)."""
     value: str = environ.get(name, "")
     try:
         return value.encode("latin-1").decode("utf-8")
@@ -11083,17 +11081,17 @@ def _too_large(limit: int) -> TooLarge:
 
 
 def read_body(environ: Environ, limit: int) -> bytes:
-    """Return the request's body; TooLarge when it has more than `limit` bytes."""
+    """Return the request's body; raise TooLarge above `limit` bytes."""
     declared = environ.get("CONTENT_LENGTH") or ""
     if declared and not _DIGITS.fullmatch(declared):
         raise BadRequest("Content-Length must be a whole number")
     remaining = int(declared) if declared else 0
     if remaining > limit:
         raise _too_large(limit)
-    if not declared and environ.get("wsgi.input_terminated"):  # chunked, not by waitress
+    if not declared and environ.get("wsgi.input_terminated"):  # chunked, from another server
         remaining = limit + 1
     parts = []
-    # Read it in one piece if possible, which avoids a copy.
+    # Reading it in one piece, if possible, avoids a copy.
     while remaining > 0 and (part := environ["wsgi.input"].read(remaining)):
         parts.append(part)
         remaining -= len(part)
@@ -11107,50 +11105,50 @@ def read_body(environ: Environ, limit: int) -> bytes:
 
 _CROWDED = "too many large reports arrive at once"
 # Keys of the environ
-REFUSAL_KEY = "miniapm.refusal"  # why the body was not kept, or can't be taken
-PERSON_KEY = "miniapm.person"  # the name of the sender, once checked
-DELIVERY_KEY = "miniapm.delivery"  # the reports, where they have been read already
-ADMITTED_KEY = "miniapm.admitted"  # there if the body has a valid API key
+REFUSAL_KEY = "miniapm.refusal"  # why the body was dropped or the request is refused
+PERSON_KEY = "miniapm.person"  # the person's name, once they are authenticated
+DELIVERY_KEY = "miniapm.delivery"  # the reports, if they have been read already
+ADMITTED_KEY = "miniapm.admitted"  # present once a valid API key was found
 
 
 class BodyBudget:
-    """Limits how many bytes all request bodies in memory have together."""
+    """Limits the total size of the request bodies in memory."""
 
     def __init__(self, most_bytes: int) -> None:
         self._left = most_bytes
         self._lock = threading.Lock()
 
     def take(self, count: int) -> bool:
-        """Reserve some bytes; return False if there is no room for them."""
+        """Reserve `count` bytes; return False if there is no room for them."""
         with self._lock:
             has_room = count <= self._left
             self._left -= count if has_room else 0
         return has_room
 
     def give_back(self, count: int) -> None:
-        """Release bytes that were reserved."""
+        """Release reserved bytes."""
         with self._lock:
             self._left += count
 
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """The project, key and format of a report, as far as the request's headers tell."""
+    """The project and the format of a report, read from the request's headers."""
 
     form: str  # errors, batch, envelope or store
     project_id: int
     has_key: bool  # otherwise the first line of the envelope must have one
-    keys: Keys  # those that were valid then
+    keys: Keys  # the valid keys at that time
     encoding: str  # of the body, empty if it is not compressed
     environ: Environ
 
 
 @dataclass(frozen=True, slots=True)
 class BodyRule:
-    """How much of a request's body to keep, according to its headers.
+    """How much of a request's body to keep, decided from its headers.
 
-    If they don't identify the sender, `check` is called with what has arrived until it returns
-    True. It raises a MiniAPMError to refuse the body.
+    If the headers don't identify the sender, `check` gets all bytes received so far, until it
+    returns True. It raises MiniAPMError to refuse the body.
     """
 
     limit_bytes: int
@@ -11160,16 +11158,16 @@ class BodyRule:
 
 
 class HeldBody:
-    """A request's body in memory, as it arrives; a refused body is dropped.
+    """Holds a request's body in memory while it arrives, and drops it if it is refused.
 
-    Of a body that is too large, one byte beyond the limit is kept, which tells the App. The
-    methods are those of waitress's buffers.
+    Keeps one byte more than the limit, so that the App sees that a body is too large. It has the
+    methods of waitress's buffers.
     """
 
     def __init__(self, budget: BodyBudget, rule: BodyRule) -> None:
         self._budget, self._rule = budget, rule
         self._check, self.refusal = rule.check, rule.refusal
-        self._parts: list[bytes] = []  # one growing piece would take much more than its size
+        self._parts: list[bytes] = []  # one growing bytearray would take much more memory
         self._tail = bytearray()
         self._size = 0
 
@@ -11177,7 +11175,7 @@ class HeldBody:
         return self._size
 
     def append(self, data: bytes) -> None:
-        """Keep as much as the rule allows."""
+        """Add data, as much as the rule allows."""
         data = data[: max(0, self._rule.limit_bytes + 1 - self._size)]
         if self.refusal is not None or not data:
             return
@@ -11217,7 +11215,7 @@ class HeldBody:
 
 
 def _inflate(raw: bytes, wbits: int, limit: int) -> bytes:
-    """Undo gzip (wbits 31, RFC 1952), zlib (15, RFC 1950) or bare deflate (-15, RFC 1951)."""
+    """Decompress gzip (wbits 31, RFC 1952), zlib (15, RFC 1950) or raw deflate (-15, RFC 1951)."""
     engine = zlib.decompressobj(wbits)
     decoded = engine.decompress(raw, limit + 1)
     if len(decoded) <= limit and not engine.eof:
@@ -11230,12 +11228,12 @@ def _inflate(raw: bytes, wbits: int, limit: int) -> bytes:
 def _deflate(raw: bytes, limit: int) -> bytes:
     try:
         return _inflate(raw, zlib.MAX_WBITS, limit)
-    except zlib.error:  # RFC 9110 says zlib's wrapping, many clients leave it out
+    except zlib.error:  # RFC 9110 asks for a zlib header, but many clients omit it
         return _inflate(raw, -zlib.MAX_WBITS, limit)
 
 
 def _brotli(raw: bytes, limit: int, *, is_whole: bool = True) -> bytearray:
-    """Undo brotli (RFC 7932), where its package is installed in a version that can be bounded."""
+    """Decompress brotli (RFC 7932), which needs the package brotli 1.2 or newer."""
     try:
         brotli = importlib.import_module("brotli")
         engine = brotli.Decompressor()
@@ -11270,29 +11268,29 @@ _DECODERS: dict[str, Callable[..., bytes | bytearray]] = {
 
 
 def encoding_of(environ: Environ) -> str:
-    """Return a body's Content-Encoding; empty if it is not compressed."""
-    said: str = environ.get("HTTP_CONTENT_ENCODING", "").strip(" \t").lower().removeprefix("x-")
-    return "" if said == "identity" else said
+    """Return a body's Content-Encoding, empty if it is not compressed."""
+    name: str = environ.get("HTTP_CONTENT_ENCODING", "").strip(" \t").lower().removeprefix("x-")
+    return "" if name == "identity" else name
 
 
 def decoded_start(raw: bytes, encoding: str) -> bytes:
-    """Return the first 64 KiB, or less, of a body of which only the start has arrived."""
+    """Return the decompressed start, about 64 KiB, of a body that is still arriving."""
     if not encoding:
         return raw
     if encoding == "br":
         with contextlib.suppress(MiniAPMError, zlib.error):
             return bytes(_brotli(raw, MAX_ENVELOPE_HEADER_BYTES, is_whole=False))
-    for wbits in (zlib.MAX_WBITS + 32, -zlib.MAX_WBITS):  # gzip or zlib; bare deflate
+    for wbits in (zlib.MAX_WBITS + 32, -zlib.MAX_WBITS):  # gzip or zlib; raw deflate
         with contextlib.suppress(zlib.error):
             return zlib.decompressobj(wbits).decompress(raw, MAX_ENVELOPE_HEADER_BYTES)
     return b""
 
 
 def decode_body(raw: bytes, encoding: str, limit: int) -> bytes | bytearray:
-    """Return a body as it was before it was compressed.
+    """Return the decompressed body.
 
-    TooLarge when it has more than `limit` bytes then; UnsupportedType and BadRequest for a
-    Content-Encoding that can't be undone.
+    Raises TooLarge above `limit` decompressed bytes, UnsupportedType for an unknown
+    Content-Encoding and BadRequest for a damaged body.
     """
     if not encoding:
         return raw
@@ -11317,7 +11315,7 @@ def read_form(environ: Environ, limit: int) -> dict[str, list[str]]:
 
 
 def read_query(environ: Environ) -> dict[str, str]:
-    """Return the parameters of the query string, the last of each name."""
+    """Return the parameters of the query string; of repeated ones, the last."""
     try:
         pairs = urllib.parse.parse_qsl(environ.get("QUERY_STRING", ""), max_num_fields=100)
     except ValueError:
@@ -11326,55 +11324,48 @@ def read_query(environ: Environ) -> dict[str, str]:
 
 
 def weights_of(environ: Environ, name: str) -> dict[str, float]:
-    """Return what an Accept… header lists, with weights (RFC 9110, section 12.4.2); 0 refuses."""
+    """Return the weight of each value in an Accept… header; 0 refuses it (RFC 9110, 12.4.2)."""
     weights = {}
     for item in re.sub(r"\s", "", environ.get(name, "").lower()).split(","):
         value, *parameters = item.split(";")
-        said = next((one[2:] for one in parameters if one.startswith("q=")), "1")
-        weights[value] = float(said) if re.fullmatch(r"[01](\.[0-9]*)?|\.[0-9]+", said) else 0.0
+        text = next((one[2:] for one in parameters if one.startswith("q=")), "1")
+        weights[value] = float(text) if re.fullmatch(r"[01](\.[0-9]*)?|\.[0-9]+", text) else 0.0
     return weights
 
 
 def prefers_json(environ: Environ) -> bool:
-    """Tell whether Accept names JSON and prefers it to a page; that of browsers does not."""
+    """Return whether Accept prefers JSON to HTML; a browser's does not."""
     weights = weights_of(environ, "HTTP_ACCEPT")
     page_weight = weights.get("text/html", weights.get("text/*", 0.0))
     return weights.get("application/json", 0.0) > page_weight
 
 
 def form_of(environ: Environ) -> str:
-    """Return the form in which the dashboard refuses a request."""
+    """Return the format of a refusal: json, md or html."""
     ending = re.search(r"\.(json|md)$", environ["PATH_INFO"])
     return ending[1] if ending else "json" if prefers_json(environ) else "html"
 
 
 def read_known(environ: Environ, names: Collection[str] = ()) -> dict[str, str]:
-    """Return the parameters of the query string; BadRequest names those that are not known."""
+    """Return the parameters of the query string; raise BadRequest unless all are in `names`."""
     query = read_query(environ)
     pairs = urllib.parse.parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True)
     unknown = [clip(name, MAX_KEY_CHARS) for name in dict(pairs) if name not in names]
     if unknown:
-        known = f"known are: {', '.join(names)}" if names else "this address takes none"
-        said = f"unknown parameters: {', '.join(unknown)}; {known}"
-        raise BadRequest(said, field=unknown[0])
+        problem = f"unknown parameters: {', '.join(unknown)}"
+        problem += f"; this address takes {', '.join(names) or 'none'}"
+        raise BadRequest(problem, field=unknown[0])
     return query
 
 
 def bearer_of(environ: Environ) -> str:
-    """Return what an Authorization header holds by RFC 6750, empty if nothing."""
+    """Return the bearer token of the Authorization header (RFC 6750), empty without one."""
     scheme, _, key = header_text(environ, "HTTP_AUTHORIZATION").partition(" ")
     return key.strip(" \t") if scheme.lower() == "bearer" else ""
 
 
-def bearer_key(environ: Environ) -> str:
-    """Return the key of an Authorization header; Unauthorized if there is none."""
-    if not (key := bearer_of(environ)):
-        raise Unauthorized("the header Authorization must be: Bearer <api_key>")
-    return key
-
-
 def sentry_key(environ: Environ) -> str:
-    """Return the key that a Sentry SDK sends in the query or a header, empty if in neither."""
+    """Return the key that a Sentry SDK sends in the query or a header, empty without one."""
     headers = (header_text(environ, f"HTTP_{name}") for name in ("X_SENTRY_AUTH", "AUTHORIZATION"))
     found = [read_query(environ).get("sentry_key", ""), *map(key_of_auth, headers)]
     return next(filter(None, found), "")
@@ -11399,9 +11390,9 @@ def _windows(raw: bytes | bytearray) -> Iterator[str]:
 
 
 def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
-    """Yield each entry of a batch and its text; ValueError if the body has anything else.
+    """Yield each entry of a batch and its text; raise ValueError if the body has anything else.
 
-    The body comes in pieces. Only as many are joined as an entry needs.
+    `windows` are the pieces of the body; only as many are joined as one entry needs.
     """
     text, coming = next(windows, ""), next(windows, None)
     found = _BATCH_START.match(text)
@@ -11423,17 +11414,17 @@ def _split_batch(windows: Iterator[str]) -> Iterator[tuple[Any, str]]:
             raise ValueError("not just a batch")
         else:
             text, missing = text[position:], len(text) - position
-            while coming is not None and missing >= 0:  # double it, or the time is quadratic
+            while coming is not None and missing >= 0:  # doubling keeps the time linear
                 text, missing, coming = text + coming, missing - len(coming), next(windows, None)
             refuse_costly_json(text.encode())
             text, position = text.lstrip(" \t\n\r"), 0
 
 
 def batch_entries(raw: bytes | bytearray) -> list[tuple[Any, bytes | None]]:
-    """Return the value and the text of each entry of a batch; BadRequest if it is no batch.
+    """Return the value and text of each entry; raise BadRequest if the body is not a batch.
 
-    The values of a large batch are left out: they may take 25 times as much memory as the text.
-    The texts are left out if the batch can't be split, for instance because it has other fields.
+    In a large batch every value is None: values may take 25 times the memory of the text. If the
+    batch can't be split, for instance because it has other fields, every text is None.
     """
     entries: list[tuple[Any, bytes | None]] = []
     is_large = len(raw) > MAX_FAST_BYTES
@@ -11454,9 +11445,9 @@ def batch_entries(raw: bytes | bytearray) -> list[tuple[Any, bytes | None]]:
 
 
 def refusal_json(refusal: MiniAPMError) -> Json:
-    """Return a refusal as the API says it; `field` is there when one field is the culprit."""
-    said = {"error": str(refusal)}
-    return said if refusal.field is None else {"field": refusal.field} | said
+    """Return a refusal as the API's JSON, with `field` if one field is at fault."""
+    answer = {"error": str(refusal)}
+    return answer if refusal.field is None else {"field": refusal.field} | answer
 
 
 def known_hosts(config: Config) -> frozenset[str]:
@@ -11473,37 +11464,35 @@ def known_hosts(config: Config) -> frozenset[str]:
 
 
 def client_address(environ: Environ) -> str:
-    """Return the client's address: the one that our own proxy has added, if any."""
+    """Return the client's address; behind our own proxy, the one that the proxy added."""
     peer: str = environ.get("REMOTE_ADDR", "")
-    said = environ.get("HTTP_X_FORWARDED_FOR") if PUBLIC_URL in environ else None
-    if not said or not is_loopback_name(peer):
+    forwarded = environ.get("HTTP_X_FORWARDED_FOR") if PUBLIC_URL in environ else None
+    if not forwarded or not is_loopback_name(peer):
         return peer
     try:
-        return str(ipaddress.ip_address(normal_host(said.rpartition(",")[2].strip())))
+        return str(ipaddress.ip_address(normal_host(forwarded.rpartition(",")[2].strip())))
     except ValueError:
         return "unknown"
 
 
 def check_host(environ: Environ, hosts: Collection[str]) -> None:
-    """Refuse a Host header we don't go by: a foreign name that resolves to us is an attack."""
+    """Refuse a foreign name in the Host header, which would allow DNS rebinding."""
     name = ""
     with contextlib.suppress(ValueError):
         name = normal_host(header_text(environ, "HTTP_HOST"))
     if not (is_loopback_name(name) or name in hosts):
         raise Forbidden(
-            "this Host is not allowed; if it is right, start with"
+            "this Host is not allowed; to allow it, start with"
             f" {flag_of('allowed_hosts')} or {variable_of('allowed_hosts')},"
             f" or, behind a reverse proxy, with {_PROXY_HINT}"
         )
 
 
 def check_peer(environ: Environ) -> None:
-    """Refuse other machines: without a password the dashboard is for this one only."""
-    is_forwarded = any(
-        map(re.compile(_FORWARDING_HEADER).fullmatch, environ)
-    )  # by a proxy on this machine
-    is_told = PUBLIC_URL in environ and environ.get("HTTP_X_FORWARDED_FOR")
-    if is_forwarded and not is_told or not is_loopback_name(client_address(environ)):
+    """Refuse other machines, which a dashboard without a password does not serve."""
+    is_proxied = any(re.fullmatch(_FORWARDING_HEADER, name) for name in environ)
+    is_client_known = PUBLIC_URL in environ and environ.get("HTTP_X_FORWARDED_FOR")
+    if is_proxied and not is_client_known or not is_loopback_name(client_address(environ)):
         raise Forbidden(
             "without a password the dashboard is for this machine only; to open it to others, set"
             f" {variable_of('password')} and, behind a reverse proxy, {_PROXY_HINT}"
@@ -11511,7 +11500,7 @@ def check_peer(environ: Environ) -> None:
 
 
 def own_origins(environ: Environ) -> set[str]:
-    """Return the values of Origin that this dashboard's own pages send."""
+    """Return the Origin values that the dashboard's own pages send."""
     host = header_text(environ, "HTTP_HOST").lower()
     if not (url := environ.get(PUBLIC_URL)):
         return {f"http://{host}", f"https://{host}"}
@@ -11524,7 +11513,7 @@ def own_origins(environ: Environ) -> set[str]:
 
 
 def check_same_origin(environ: Environ) -> None:
-    """Refuse a change that another site's page asks for; programs send neither header."""
+    """Refuse a change that another site's page requests; programs send neither header."""
     site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
     if site not in OWN_SITES or (origin is not None and origin.lower() not in own_origins(environ)):
         raise Forbidden(
@@ -11534,21 +11523,21 @@ def check_same_origin(environ: Environ) -> None:
 
 
 def check_cross_site_load(environ: Environ) -> None:
-    """Refuse loads by another site's page, even hidden ones: it could time a search's answer.
+    """Refuse loads by another site's page, which could time a search.
 
     A person may follow a link to the dashboard. Programs send none of these headers.
     """
     mode_and_target = (environ.get("HTTP_SEC_FETCH_MODE"), environ.get("HTTP_SEC_FETCH_DEST"))
     is_own = environ.get("HTTP_SEC_FETCH_SITE") in OWN_SITES
     # Chromium sends Sec-Fetch-Site: none when a page makes it prefetch another site's page.
-    is_ahead = "HTTP_SEC_PURPOSE" in environ
-    if is_ahead or not (is_own or mode_and_target == ("navigate", "document")):
-        raise Forbidden("another site's page may link to this dashboard, but not load it")
+    is_prefetch = "HTTP_SEC_PURPOSE" in environ
+    if is_prefetch or not (is_own or mode_and_target == ("navigate", "document")):
+        raise Forbidden("other sites may link to this dashboard, but not load it")
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Reports that were refused for one reason; the reason is worded as of the last of them."""
+    """Counts the reports refused for one reason, in the words of the latest."""
 
     status: int
     reason: str
@@ -11560,10 +11549,10 @@ Log = Callable[[str], None]
 
 
 class Rejections:
-    """Counts refused reports by reason, for people whose SDKs keep silent about them.
+    """Counts the reports refused by this process, by reason, because SDKs don't show them.
 
-    Where the data is at fault, numbers and names in a reason don't make another one. The
-    MAX_REJECTION_REASONS that came last are kept. Of this process, since it started.
+    Reasons about a report's content that differ only in numbers and names count as one. Only the
+    latest MAX_REJECTION_REASONS are kept.
     """
 
     def __init__(self, now_ms: Callable[[], int], log: Log = lambda _: None) -> None:
@@ -11571,11 +11560,11 @@ class Rejections:
         self._log = log
         self._lock = threading.Lock()
         self._found: dict[tuple[int, str], Rejection] = {}
-        self._logged: dict[tuple[int, str], tuple[float, int]] = {}  # when, and how many by then
+        self._logged: dict[tuple[int, str], tuple[float, int]] = {}  # time and count of the last
         self._dropped: collections.Counter[str] = collections.Counter()
 
     def count(self, refusal: MiniAPMError, *, has_key: bool = True) -> None:
-        """Count one refused report or request; all without a valid key count as one kind."""
+        """Count one refused report or request; those without a valid key are one kind."""
         reason, status = clean(str(refusal), MAX_CLASS_CHARS), refusal.status
         kind = (status, reason)
         if not has_key:
@@ -11604,12 +11593,12 @@ class Rejections:
             self._dropped[kind] += 1
 
     def dropped(self) -> list[tuple[str, int]]:
-        """Return the kinds accepted but not kept, with counts, the most frequent first."""
+        """Return each kind that was accepted but not kept, with its count, most frequent first."""
         with self._lock:
             return self._dropped.most_common()
 
     def log_rest(self, interval_s: float = REJECTION_LOG_INTERVAL_S) -> None:
-        """Log what was counted since a reason was last logged, if that is so long ago."""
+        """Log each reason's new count, unless it was logged in the last `interval_s` seconds."""
         with self._lock:
             for kind in self._found:
                 self._log_if_due(kind, interval_s)
@@ -11622,13 +11611,13 @@ class Rejections:
             self._log(f"refused {one.count - known:,}: {one.status} {one.reason}")
 
     def listed(self) -> list[Rejection]:
-        """Return what was counted, the latest first."""
+        """Return the counted reasons, the latest first."""
         with self._lock:
             return list(self._found.values())[::-1]
 
 
 def _network_of(address: str) -> str:
-    """Return an IPv4 address, or the /64 of an IPv6 one, within which one person can move."""
+    """Return an IPv4 address, or the /64 network of an IPv6 address, which one person may own."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -11645,11 +11634,10 @@ def _remember(known: dict[str, Any], address: str, value: Any) -> None:
 
 
 class PasswordGate:
-    """Knows one password: checks it, slowly after failures, and issues and checks sessions.
+    """Checks the password, slowly after failures, and issues and checks sessions.
 
-    A session is its expiry and a person's name, signed with a key that depends on the password
-    and on what the store remembers: it outlives a restart, and ends with a log-out or a change of
-    the password.
+    A session is an expiry and a person's name. Its signature depends on the password and on
+    settings in the store, so it survives a restart and ends with a log-out or a new password.
     """
 
     def __init__(
@@ -11658,26 +11646,27 @@ class PasswordGate:
         self._store, self._now, self._clock = store, store.now, clock
         self._salt: bytes = store.setting("secret")
         self._hash = self._scrypt(password)
-        self._key, self._right = secrets.token_bytes(32), b""  # a keyed hash, once it was given
+        self._key = secrets.token_bytes(32)
+        self._right = b""  # a keyed hash of the password, once somebody has given it
         self._checking = {is_known: threading.Lock() for is_known in (False, True)}
         self._failures: dict[str, tuple[int, float]] = {}  # address -> (how many, wait until)
         self._known: dict[str, None] = {}  # addresses that have logged in
         self._next_s = 0.0  # when the allowance of all addresses is full again
 
     def _scrypt(self, password: str) -> bytes:
-        # RFC 7914; 16 MiB and some 50 ms a guess
+        # RFC 7914; 16 MiB and about 50 ms per guess
         data = password.encode("utf-8", "surrogatepass")
         return hashlib.scrypt(data, salt=self._salt, n=2**14, r=8, p=1)
 
     def check(self, password: str, address: str, *, is_login: bool = True) -> None:
         """Raise Unauthorized for a wrong password, TooManyRequests for one that comes too soon.
 
-        Does not wait while another password is hashed. An address that has logged in before is not
-        slowed by others' failures. Only a login clears the failures of its address.
+        Does not wait while another password is hashed. Failures elsewhere don't slow an address
+        that has logged in before. Only a login clears the failures of its address.
         """
         network = _network_of(address)
         turn = self._checking[network in self._known]
-        if not turn.acquire(blocking=bool(self._right)):  # a check takes microseconds then
+        if not turn.acquire(blocking=bool(self._right)):  # a check then takes microseconds
             raise TooManyRequests("Another login is being checked. Try again.", retry_after_s=1)
         try:
             self._check(password, network, is_login=is_login)
@@ -11693,11 +11682,13 @@ class PasswordGate:
         if (wait_s := math.ceil(wait_until_s - now_s)) > 0:
             raise TooManyRequests(f"Try again in {wait_s} s.", retry_after_s=wait_s)
         keyed = hmac.digest(self._key, password.encode("utf-8", "surrogatepass"), "sha256")
-        said, right = (keyed, self._right) if self._right else (self._scrypt(password), self._hash)
-        if hmac.compare_digest(said, right):
+        hashed, right = (
+            (keyed, self._right) if self._right else (self._scrypt(password), self._hash)
+        )
+        if hmac.compare_digest(hashed, right):
             self._right = keyed
             _remember(self._known, address, None)
-            if is_login:  # programs log in all the time: guesses from there must stay slow
+            if is_login:  # a program's requests must not speed up guesses from its address
                 self._failures.pop(address, None)
             return
         self._failures.pop(address, None)
@@ -11707,44 +11698,39 @@ class PasswordGate:
         raise Unauthorized("That is not the password.")
 
     def issue(self, person: str = "") -> str:
-        """Return the cookie value of a new session: its end, who it is (in hex), a signature."""
-        said = str(int(self._now()) + MAX_SESSION_S)
-        said += f".{person.encode().hex()}" if person else ""
-        return f"{said}.{self._sign(said)}"
+        """Return a new session's cookie value: expiry, the person's name in hex, signature."""
+        session = str(int(self._now()) + MAX_SESSION_S)
+        session += f".{person.encode().hex()}" if person else ""
+        return f"{session}.{self._sign(session)}"
 
     def accepts(self, cookie: str) -> bool:
-        """Tell whether a cookie value is a session of ours that has not ended."""
-        said, _, signature = cookie.rpartition(".")
-        if not hmac.compare_digest(self._sign(said).encode(), signature.encode()):
+        """Return whether a cookie value is a session of ours that has not expired."""
+        session, _, signature = cookie.rpartition(".")
+        if not hmac.compare_digest(self._sign(session).encode(), signature.encode()):
             return False
-        return int(said.partition(".")[0]) > self._now()
+        return int(session.partition(".")[0]) > self._now()
 
     def end_sessions(self) -> None:
         """End every session."""
         self._store.set_setting("sessions", secrets.token_hex(16))
 
-    def _sign(self, said: str) -> str:
-        text = f"{said} {self._store.setting('sessions')}"
+    def _sign(self, session: str) -> str:
+        text = f"{session} {self._store.setting('sessions')}"
         return hmac.new(self._hash, text.encode(), "sha256").hexdigest()
 
 
-def is_public(path: str) -> bool:
-    """Tell whether a path is open without a session."""
-    return path == "/login" or path.startswith("/assets/")
-
-
 def is_sentry(path: str) -> bool:
-    """Tell whether a path is one that Sentry SDKs report to, be it by a DSN that is wrong."""
+    """Return whether Sentry SDKs report to a path, even with a wrong DSN."""
     return path.startswith("/api/") or bool(re.search(r"/api/[^/]*/(?:envelope|store)/?$", path))
 
 
 def is_ingest(path: str) -> bool:
-    """Tell whether a path takes reports, from pages of any origin."""
+    """Return whether a path takes reports, from pages of any origin."""
     return path == "/ingest" or path.startswith("/ingest/") or is_sentry(path)
 
 
 def is_large(environ: Environ) -> bool:
-    """Tell whether a request reports what may take much memory once it is decoded."""
+    """Return whether a request is a report that may take much memory once decoded."""
     size = environ.get("CONTENT_LENGTH") or ""
     is_long = bool(_DIGITS.fullmatch(size)) and int(size) > MAX_FAST_BYTES
     may_be_large = is_long or "HTTP_CONTENT_ENCODING" in environ
@@ -11752,15 +11738,15 @@ def is_large(environ: Environ) -> bool:
 
 
 def is_search(environ: Environ) -> bool:
-    """Tell whether a request searches or counts in the errors, which may read all of them."""
+    """Return whether a request searches or counts errors, which may read all of them."""
     path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
-    # An error's page looks for its neighbours in the list one came from.
+    # An error's page looks for its neighbours in the list that linked to it.
     is_list = re.search(r"/errors(?:\.json|/[0-9]+(?:/occurrences/[0-9]+)?)?\Z", path)
     return bool(is_list and not is_ingest(path) and re.search("(?:^|&)(?:q|filters)=.", query))
 
 
 def is_machine_path(path: str) -> bool:
-    """Tell whether a path is for programs: open to every Host, each request by its own right."""
+    """Return whether a path is for programs, which need no session and may use any Host."""
     return path == "/health" or is_ingest(path)
 
 
@@ -11771,17 +11757,17 @@ _LOCAL_PATH = (
 
 
 def local_path(text: str, default: str = "/errors") -> str:
-    """Return the path and query of a page to go to, the default for anything else."""
+    """Return a text if it is the path and query of one of our pages, else the default."""
     return text if re.fullmatch(_LOCAL_PATH, text) else default
 
 
 def root_of(environ: Environ) -> str:
-    """Return the prefix under which the App is mounted, as it stands in links."""
+    """Return the prefix under which the App is mounted, quoted for links."""
     return urllib.parse.quote(environ.get("SCRIPT_NAME", "").rstrip("/").encode("latin-1"))
 
 
 def url_of_request(environ: Environ) -> str:
-    """Return the address under which a browser has reached the App."""
+    """Return the App's own URL, as a browser reaches it."""
     if url := environ.get(PUBLIC_URL):
         return str(url)
     return f"{environ['wsgi.url_scheme']}://{environ['HTTP_HOST']}{root_of(environ)}"
@@ -11799,9 +11785,9 @@ _REPORTING_PATH = re.compile(
 
 
 def is_own_ingest_failure(event: Json, environ: Environ, public_url: str | None) -> bool:
-    """Tell whether a Sentry event reports that we could not take a report.
+    """Return whether a Sentry event is about our own failure to take a report.
 
-    An SDK in the tracker's own process sends these: taken, each could cause the next one.
+    An SDK in the tracker's own process sends such events, and each could cause the next one.
     """
     request = event.get("request")
     url = str(request.get("url")) if isinstance(request, dict) else ""
@@ -11818,7 +11804,7 @@ def is_own_ingest_failure(event: Json, environ: Environ, public_url: str | None)
 
 
 def leave_untraced() -> None:
-    """Keep a Sentry SDK in this process from tracing the request: its trace would be the next."""
+    """Keep a Sentry SDK in this process from tracing the request, or each trace causes another."""
     sdk = sys.modules.get("sentry_sdk")
     transaction = sdk.get_current_scope().transaction if sdk is not None else None
     if transaction is not None:
@@ -11826,29 +11812,29 @@ def leave_untraced() -> None:
 
 
 def retry_header(refusal: MiniAPMError) -> dict[str, str]:
-    """Return the header Retry-After where the refusal names a time."""
+    """Return a Retry-After header if the refusal names a time."""
     return {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
 
 
 def field_of(form: Mapping[str, list[str]], name: str) -> str:
-    """Return a field of a form, empty if it is not there."""
+    """Return a field of a form, empty if it is missing."""
     return form.get(name, [""])[0].strip()
 
 
 def snooze_of(form: Mapping[str, list[str]]) -> Snooze:
-    """Return for how long a form ignores errors."""
-    said = {name: field_of(form, name) for name in ("for", "count")}
-    if all(said.values()):
+    """Return how long a form asks to ignore errors."""
+    fields = {name: field_of(form, name) for name in ("for", "count")}
+    if all(fields.values()):
         raise BadRequest("ignore takes for or count, not both", field="count")
-    count = number_of(said, "count", MAX_SNOOZE_COUNT, None)
-    return Snooze(SNOOZES[one_of(said, "for", SNOOZES)][1], count)
+    count = number_of(fields, "count", MAX_SNOOZE_COUNT, None)
+    return Snooze(SNOOZES[one_of(fields, "for", SNOOZES)][1], count)
 
 
 def apply_action(
     store: Store, error_ids: Sequence[int], form: Mapping[str, list[str]], by: str
 ) -> tuple[int, str]:
     """Apply a form's action to errors; return its id (0 if nothing changed) and what was done."""
-    # A button has one name: those that say how long can't also name the action.
+    # A button sends one field, so a button that names a time or release can't name the action.
     is_snooze, until = field_of(form, "for") or field_of(form, "count"), field_of(form, "until")
     implied = "ignore" if is_snooze else "resolve" if until else ""
     action = field_of(form, "action") or implied
@@ -11867,14 +11853,14 @@ def apply_action(
 
 
 def cookies_of(environ: Environ, name: str, value: str) -> list[str]:
-    """Return a cookie's values that match a pattern; other paths and programs may set it too."""
+    """Return a cookie's values that match a pattern; other programs may set the same name."""
     pattern = rf"(?:^|;)\s*{name}=({value})(?=\s*(?:;|$))"
     found = re.finditer(pattern, environ.get("HTTP_COOKIE", ""), re.ASCII)
     return [one[1] for one in itertools.islice(found, MAX_COOKIES)]
 
 
 def checked_person(text: str) -> str:
-    """Return the name that somebody gives at a login, empty for none."""
+    """Return the name that a person gives at login, which may be empty."""
     name = text.strip()
     if not (name.isprintable() and len(name) <= MAX_PERSON_CHARS):
         raise BadRequest(
@@ -11884,7 +11870,7 @@ def checked_person(text: str) -> str:
 
 
 def person_in(cookie: str) -> str:
-    """Return the name in a session's cookie that was accepted, empty without one."""
+    """Return the name in a valid session cookie, empty without one."""
     parts = cookie.split(".")
     return bytes.fromhex(parts[1]).decode() if len(parts) > 2 else ""
 
@@ -11901,7 +11887,7 @@ def with_cookie(
         maxage=maxage_s,
         httponly=True,
         samesite="lax",
-        # The Origin shows whether a browser came directly and not through the proxy.
+        # The Origin shows whether the browser bypassed the proxy.
         secure=url_of_request(environ).startswith("https:")
         and not environ.get("HTTP_ORIGIN", "").startswith("http:"),
     )
@@ -11909,14 +11895,14 @@ def with_cookie(
 
 
 def is_navigation(environ: Environ) -> bool:
-    """Tell whether a person opens a page; scripts and programs that poll it do not."""
-    # Over plain http, browsers tell the mode to this machine only. Our script always sends a tag.
+    """Return whether a person opens a page, not a script or program that polls it."""
+    # Over plain http, browsers send the mode to localhost only. Our script always sends an ETag.
     is_poll = "HTTP_IF_NONE_MATCH" in environ or prefers_json(environ)
     return environ.get("HTTP_SEC_FETCH_MODE") in (None, "navigate") and not is_poll
 
 
 def visit_of(environ: Environ, now_ms: int) -> tuple[int, int]:
-    """Return when the visit before this one ended, 0 for never, and the latest time of this one."""
+    """Return when the previous visit ended, 0 for never, and when this one was last active."""
     visits = cookies_of(environ, VISIT_COOKIE, r"[0-9]{1,15}\.[0-9]{1,15}")
     known = (tuple(map(int, one.split("."))) for one in visits)
     ended_ms, latest_ms = next((one for one in known if one[0] <= one[1] <= now_ms), (0, 0))
@@ -11928,14 +11914,14 @@ def visit_of(environ: Environ, now_ms: int) -> tuple[int, int]:
 
 
 def has_version(environ: Environ) -> bool:
-    """Tell whether an answer has an ETag: the list, errors, and documents."""
+    """Return whether the answer gets an ETag: the list, errors and their JSON and Markdown."""
     is_reading = environ["REQUEST_METHOD"] in ("GET", "HEAD")
     paths = ("/errors", "/occurrences.json", "/projects.json", "/deploys.json")
     return is_reading and environ["PATH_INFO"].startswith(paths)
 
 
 def has_tag(environ: Environ, tag: str) -> bool:
-    """Tell whether If-None-Match names an ETag (RFC 9110, section 13.1.2)."""
+    """Return whether If-None-Match names an ETag (RFC 9110, section 13.1.2)."""
     known = re.findall(r'"[^"]*"', environ.get("HTTP_IF_NONE_MATCH", ""))
     return tag.removeprefix("W/") in known
 
@@ -11943,16 +11929,16 @@ def has_tag(environ: Environ, tag: str) -> bool:
 def answer_text(
     text: str, kind: str, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> bottle.HTTPResponse:
-    """Answer with a text of a Content-Type."""
+    """Answer with a text and its Content-Type."""
     more = {"Content-Type": kind}
     if not is_ingest(bottle.request.environ["PATH_INFO"]):
-        # Chromium never ends a request whose no-store answer is not read; SDKs don't read it.
+        # Chromium never ends a request whose no-store answer is not read, and SDKs don't read it.
         more["Cache-Control"] = "no-store"
     return bottle.HTTPResponse(text, status, more | dict(headers or {}))
 
 
 def redirect(path: str) -> bottle.HTTPResponse:
-    """Answer 303 to a path of our own."""
+    """Redirect to one of our own paths with a 303."""
     return bottle.HTTPResponse("", 303, {"Location": root_of(bottle.request.environ) + path})
 
 
@@ -11965,7 +11951,7 @@ def answer_json(
 
 
 def compressed(answer: bottle.HTTPResponse) -> bottle.HTTPResponse:
-    """Return an answer of the dashboard compressed, if that is worth it and the client takes it."""
+    """Compress an answer of the dashboard if it is long enough and the client accepts gzip."""
     environ = bottle.request.environ
     if is_machine_path(environ["PATH_INFO"]):
         return answer
@@ -11979,7 +11965,7 @@ def compressed(answer: bottle.HTTPResponse) -> bottle.HTTPResponse:
     return answer
 
 
-Part = list[Occurrence | MiniAPMError]  # reports in their order: read, or refused
+Part = list[Occurrence | MiniAPMError]  # reports in their order, read or refused
 
 
 def occurrences_of(part: Part) -> list[Occurrence]:
@@ -11989,22 +11975,22 @@ def occurrences_of(part: Part) -> list[Occurrence]:
 
 @dataclass(slots=True)
 class Delivery:
-    """The reports of one request, and what has become of them.
+    """The reports of one request and their outcomes.
 
-    `parts` reads the body piece by piece, because all reports of a large one take much memory:
-    store each part before reading the next one.
+    `parts` decodes a large body part by part, because its reports together may take much memory.
+    Store each part before taking the next one.
     """
 
     sender: Sender
     parts: Iterable[Part]
-    size: int  # of the body, decompressed
+    size: int  # of the decompressed body
     count: int = 1  # of reports; an envelope counts as one
-    event_id: str | None = None  # which a Sentry SDK is told: of the envelope or the first event
+    event_id: str | None = None  # answered to Sentry SDKs: the envelope's or the first event's
     stored: int = 0
     refusals: dict[int, MiniAPMError] = field(default_factory=dict)  # by the report's position
 
     def note_outcomes(self, part: Part, outcomes: Iterable[MiniAPMError | None]) -> None:
-        """Note the outcomes of a part, one for each occurrence: a refusal, or None if stored."""
+        """Note a part's outcomes, one for each occurrence: a refusal, or None if stored."""
         left = iter(outcomes)
         for one in part:
             refusal = one if isinstance(one, MiniAPMError) else next(left)
@@ -12030,10 +12016,10 @@ class Delivery:
 
 
 class Intake:
-    """The entry point for reports: turns a request's headers and body into a Delivery.
+    """Turns the headers and the body of every report request into a Delivery.
 
-    Its callers store the reports and send the answer: the handlers of Ingest do so for one
-    request, FastIngest for all that have just arrived.
+    Its callers store the reports and answer: Ingest for one request, FastIngest for all that have
+    just arrived.
     """
 
     def __init__(
@@ -12062,8 +12048,10 @@ class Intake:
         return Sender(form, project_id, has_key, keys, encoding_of(environ), environ)
 
     def project_of(self, environ: Environ) -> int:
-        """Return the id of the project a request's key belongs to; Unauthorized if to none."""
-        if (project_id := owner_of(bearer_key(environ), self._store.keys())) is None:
+        """Return the id of the project that owns a request's key; raise Unauthorized if none."""
+        if not (key := bearer_of(environ)):
+            raise Unauthorized("the header Authorization must be: Bearer <api_key>")
+        if (project_id := owner_of(key, self._store.keys())) is None:
             raise Unauthorized("the API key is unknown or revoked")
         return project_id
 
@@ -12076,15 +12064,15 @@ class Intake:
                 f"the key of the DSN (sentry_key) for project {project_id} {problem}"
             )
         if project_id not in owners:
-            raise Forbidden(f"the key of the DSN is not one of project {project_id}")
+            raise Forbidden(f"the key of the DSN does not belong to project {project_id}")
 
     def rule_for(self, sender: Sender) -> BodyRule:
-        """Return how much to keep of the body that a sender sends."""
+        """Return the rule for a sender's body."""
         check = None if sender.has_key else functools.partial(self._admit_start, sender)
         return BodyRule(self._max_body_bytes, check, sender=sender)
 
     def _admit_start(self, sender: Sender, start: bytes) -> bool:
-        """Admit by the DSN in the envelope's first line, once that has arrived."""
+        """Check the DSN in the envelope's first line; return False until that has arrived."""
         line = decoded_start(start, sender.encoding)
         if b"\n" not in line and len(start) <= MAX_HEADER_BYTES:
             return False
@@ -12093,16 +12081,16 @@ class Intake:
         return True
 
     def receive(self, environ: Environ) -> Delivery:
-        """Read a request's body and return its reports; raise what it is refused for."""
+        """Read a request's body and return its reports; raise MiniAPMError to refuse them."""
         sender = self.admit(environ)
-        assert sender is not None  # the routes lead here by the same paths
+        assert sender is not None  # the URL map routes only reports here
         raw = read_body(environ, self._max_body_bytes)
         delivery = self.read(sender, raw, self._max_body_bytes * MAX_DECODED_RATIO)
         environ[ADMITTED_KEY] = True
         return delivery
 
     def receive_deploy(self, environ: Environ) -> tuple[int, Deploy]:
-        """Read a request's deploy; return it with its project's id."""
+        """Return the project id and the deploy of a request."""
         project_id = self.project_of(environ)
         require_json(environ)
         raw = read_body(environ, MAX_DEPLOY_BYTES)
@@ -12111,7 +12099,7 @@ class Intake:
         return project_id, parse_deploy(parse_json(text), self._store.now_ms(), scrubber)
 
     def read(self, sender: Sender, raw: bytes, most_decoded_bytes: int) -> Delivery:
-        """Return the reports in a body; raise a refusal here or when the first part is read."""
+        """Return the reports in a body; a refusal is raised here or by the first part."""
         if sender.keys is not self._store.keys():  # they may have been revoked since
             sender = self.admit(sender.environ) or sender
         if len(raw) > self._max_body_bytes:
@@ -12142,7 +12130,7 @@ class Intake:
         size = index = 0
         entries.reverse()
         while entries:
-            value, raw = entries.pop()  # which lets it go once it is read
+            value, raw = entries.pop()  # frees its memory once it is read
             part.append(self._read_entry(value, raw, average, f"errors[{index}]"))
             size, index = size + (average if raw is None else len(raw)), index + 1
             if len(part) == BATCH_PART_REPORTS or size > MAX_FAST_BYTES or not entries:
@@ -12166,7 +12154,7 @@ class Intake:
     def _read_events(
         self, sender: Sender, envelope: Envelope, spare_id: str | None
     ) -> Iterator[Part]:
-        """Read the events of an envelope, one a part: a decoded one may be large."""
+        """Yield each event of an envelope as one part, because a decoded event may be large."""
         for index, (kind, payload) in enumerate(envelope.items):
             if kind != "event":
                 continue  # sessions, transactions, attachments, logs, …
@@ -12182,9 +12170,10 @@ class Intake:
                 yield [refusal.without_frames()]
 
     def answer_to(self, delivery: Delivery) -> tuple[str, bytes]:
-        """Return status and body of the answer; raise the first refusal if nothing was good.
+        """Return the status and the body of the answer; raise the refusal if nothing was stored.
 
-        Refusals that are not raised are counted here, since SDKs keep silent about them.
+        A batch never raises: its answer lists the refusals. Those that are not raised are counted
+        here, because SDKs don't show them.
         """
         form, refusals = delivery.sender.form, delivery.refusals
         if refusals:
@@ -12194,25 +12183,25 @@ class Intake:
             if is_raised:
                 raise refusals[0]
         if form in ("envelope", "store"):
-            said = {"id": delivery.event_id} if delivery.event_id else {}
-            return "200 OK", json.dumps(said).encode()
+            answer = {"id": delivery.event_id} if delivery.event_id else {}
+            return "200 OK", json.dumps(answer).encode()
         if not refusals:
             return "202 Accepted", b""
         rejected = [{"index": index} | refusal_json(one) for index, one in refusals.items()]
-        told = {"accepted": delivery.stored, "rejected": rejected}
+        outcome = {"accepted": delivery.stored, "rejected": rejected}
         status = "202 Accepted" if delivery.stored else "500 Internal Server Error"
-        return status, json.dumps(told, ensure_ascii=False).encode()
+        return status, json.dumps(outcome, ensure_ascii=False).encode()
 
 
 class Ingest:
-    """The handlers for programs: reports and health."""
+    """Handles the requests of programs: reports, deploys and health."""
 
     def __init__(self, store: Store, intake: Intake, rejections: Rejections) -> None:
         self._store, self._intake, self._rejections = store, intake, rejections
         self._started_s = time.monotonic()
 
     def take(self, **_: int) -> bottle.HTTPResponse:
-        """Take the reports of a request; the answer says so once they are on disk."""
+        """Store the reports of a request, and answer once they are on disk."""
         environ = bottle.request.environ
         delivery = environ.get(DELIVERY_KEY) or self._intake.receive(environ)
         delivery.store_in(self._store)
@@ -12220,39 +12209,39 @@ class Ingest:
         return bottle.HTTPResponse(body, status, {"Content-Type": "application/json"})
 
     def take_deploy(self) -> bottle.HTTPResponse:
-        """Take a deploy; the answer says so once it is on disk."""
+        """Store a deploy, and answer once it is on disk."""
         project_id, deploy = self._intake.receive_deploy(bottle.request.environ)
         self._store.record_deploy(project_id, deploy)
         return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
 
     def take_and_drop(self, kind: str) -> bottle.HTTPResponse:
-        """Accept and drop what is not an error; clients of the original MiniAPM send it."""
+        """Accept and drop what clients of the original MiniAPM send in addition to errors."""
         self._intake.project_of(bottle.request.environ)
         self._rejections.count_dropped(clip(kind, MAX_ID_CHARS))
         return bottle.HTTPResponse("", 202, {"Content-Type": "application/json"})
 
     def preflight(self, **_: Any) -> bottle.HTTPResponse:
-        """Let web pages of any origin report; the App adds the headers that say so."""
+        """Answer a CORS preflight; the App adds the headers that let any origin report."""
         return bottle.HTTPResponse("", 204)
 
     def health(self) -> bottle.HTTPResponse:
-        """Say whether the database can be written, by writing it."""
-        said: Json = {"status": "ok", "db_ok": True}
+        """Report whether the database can be written, by writing to it."""
+        health: Json = {"status": "ok", "db_ok": True}
         try:
             self._store.set_setting("checked_ms", self._store.now_ms())
             targets = self._store.targets().items()
             found = [one for name, one in targets if name.startswith("forward ")]
             if lags := [{"lag": one.waiting, "oldest_ms": one.oldest_ms} for one in found]:
-                said["forward"] = lags
+                health["forward"] = lags
         except MiniAPMError:
-            said = {"status": "unhealthy", "db_ok": False}
+            health = {"status": "unhealthy", "db_ok": False}
         uptime = {"uptime_seconds": int(time.monotonic() - self._started_s)}
-        return answer_json(said | uptime, 200 if said["db_ok"] else 503)
+        return answer_json(health | uptime, 200 if health["db_ok"] else 503)
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where something is sent. The URL is a secret: pages and logs name only the host."""
+    """A receiver of notices or occurrences. Its URL is a secret: pages and logs show the host."""
 
     kind: str  # webhook, webhook_form or forward
     url: str = field(repr=False)
@@ -12270,7 +12259,7 @@ class Address:
 
 
 def addresses_of(config: Config) -> list[Address]:
-    """Return every address of the settings once, with all its projects."""
+    """Return each address in the settings once, with all of its projects."""
     found: dict[tuple[str, str], set[str]] = {}
     for kind in ("webhook", "webhook_form", "forward"):
         for project, url in getattr(config, kind):
@@ -12293,7 +12282,7 @@ def sending_rows(
 
 
 class View:
-    """The base of the dashboard's handlers: checks who asks, reads the data and makes pages."""
+    """Base of the dashboard's handlers: authenticates people, reads data and renders pages."""
 
     def __init__(
         self,
@@ -12307,7 +12296,7 @@ class View:
         self._addresses = addresses
 
     def person_of(self, environ: Environ) -> str | None:
-        """Return the name of a person who may see pages, empty if unknown; None for anybody else.
+        """Return the name of a person who may see pages, empty if unnamed; None for others.
 
         Without a password everybody may.
         """
@@ -12318,13 +12307,13 @@ class View:
         return person
 
     def form_limit(self, environ: Environ) -> int:
-        """Return how many bytes a form may have: fewer if its password is not checked yet."""
+        """Return how many bytes a form may have: fewer until the password is checked."""
         if self._gate is not None and bearer_of(environ):
             return MAX_BEARER_FORM_BYTES
         return MAX_FORM_BYTES if self.person_of(environ) is not None else 0
 
     def admit(self, environ: Environ) -> None:
-        """Refuse a request without a session or password; a wrong one counts as a wrong login."""
+        """Refuse a request without a session or password; a wrong one counts as a failed login."""
         if (person := self.person_of(environ)) is None:
             assert self._gate is not None
             if not (password := bearer_of(environ)):
@@ -12342,7 +12331,7 @@ class View:
         headers: Mapping[str, str] | None = None,
         **values: Any,
     ) -> bottle.HTTPResponse:
-        """Answer with a page."""
+        """Answer with a rendered template."""
         environ = bottle.request.environ
         show_nav = self.person_of(environ) is not None
         text = TEMPLATES[template].render(
@@ -12367,7 +12356,7 @@ class View:
         """Return the ETag of a page or document, which changes with everything that it shows."""
         path, query = environ["PATH_INFO"], environ.get("QUERY_STRING", "")
         now_ms = self._store.now_ms()
-        # A page changes with the hour, one with a relative search or an undo sooner.
+        # Pages change with the hour; those with a relative search or an undo button sooner.
         is_relative = re.search("since|until", urllib.parse.unquote(query).lower())
         step_ms = 1_000 if "done=" in query else 60_000 if is_relative else HOUR_MS
         shown = (
@@ -12400,7 +12389,7 @@ class View:
 
 
 class Login(View):
-    """The handlers by which people log in and out."""
+    """Handles logins and logouts."""
 
     def login(self) -> bottle.HTTPResponse:
         """Show the login form."""
@@ -12433,17 +12422,17 @@ class Login(View):
         return with_cookie(redirect(local_path(target)), SESSION_COOKIE, session, MAX_SESSION_S)
 
     def log_out(self) -> bottle.HTTPResponse:
-        """End all sessions and take the cookie back."""
+        """End all sessions and remove the cookie."""
         if self._gate is not None:
             self._gate.end_sessions()
         return with_cookie(redirect("/login"), SESSION_COOKIE, "", 0)
 
 
 class Dashboard(View):
-    """The handlers of the pages."""
+    """Handles the pages."""
 
     def home(self) -> bottle.HTTPResponse:
-        """Lead to the list."""
+        """Redirect to the list."""
         return redirect("/errors")
 
     def errors(self) -> bottle.HTTPResponse:
@@ -12470,7 +12459,7 @@ class Dashboard(View):
             problem = str(refusal)
         if not problem and not page.counts["all"] and wanted == ErrorFilter():
             return self._setup("Waiting for the first error", is_welcome=True)
-        if not problem and not page.errors and (wanted.after or wanted.before):  # it has emptied
+        if not problem and not page.errors and (wanted.after or wanted.before):  # emptied since
             query_string = bottle.request.query_string
             return redirect("/errors" + with_query(query_string, after="", before=""))
         projects, now_ms = self._store.projects(), self._store.now_ms()
@@ -12492,7 +12481,7 @@ class Dashboard(View):
         )
 
     def error(self, error_id: int, occurrence_id: int | None = None) -> bottle.HTTPResponse:
-        """Show an error with its newest occurrence, or the one asked for."""
+        """Show an error with one occurrence, by default the newest."""
         query, now_ms = read_query(bottle.request.environ), self._store.now_ms()
         details = self._details(error_id, occurrence_id)
         error, buckets = details.error, details.buckets
@@ -12560,7 +12549,7 @@ class Dashboard(View):
         return [table for table in tables if table[3]]
 
     def asset(self, name: str) -> bottle.HTTPResponse:
-        """Give the style sheet, the script or the icon; the name changes with the content."""
+        """Return the style sheet, the script or an icon; its name changes with its content."""
         if name not in ASSETS:
             raise NotFound("there is no such file")
         kind, text = ASSETS[name]
@@ -12569,10 +12558,10 @@ class Dashboard(View):
 
 
 class Documents(View):
-    """The handlers of the pages' JSON and Markdown forms."""
+    """Handles the JSON and Markdown forms of the pages."""
 
     def errors(self) -> bottle.HTTPResponse:
-        """Give one page of the list as JSON."""
+        """Return one page of the list as JSON."""
         environ = bottle.request.environ
         wanted = parse_filter(read_known(environ, LIST_PARAMETERS))
         page, buckets = self._listed(wanted)
@@ -12580,20 +12569,20 @@ class Documents(View):
         return answer_json(list_json(page, wanted, buckets, now_ms, root))
 
     def error(self, error_id: int, occurrence_id: int | None = None) -> bottle.HTTPResponse:
-        """Give an error with its newest occurrence, or the one asked for, as JSON."""
+        """Return an error with one occurrence, by default the newest, as JSON."""
         environ = bottle.request.environ
         read_known(environ)
         details = self._details(error_id, occurrence_id)
         return answer_json(detail_json(details, self._store.now_ms(), root_of(environ)))
 
     def markdown(self, error_id: int, occurrence_id: int | None = None) -> bottle.HTTPResponse:
-        """Give an error with its newest occurrence, or the one asked for, as Markdown."""
+        """Return an error with one occurrence, by default the newest, as Markdown."""
         url = f"{url_of_request(bottle.request.environ)}/errors/{error_id}"
         text = markdown(self._details(error_id, occurrence_id), url)
         return answer_text(text, MARKDOWN_TYPE)
 
     def occurrences(self, error_id: int) -> bottle.HTTPResponse:
-        """Give one page of the kept occurrences of an error as JSON, the newest first."""
+        """Return one page of an error's kept occurrences as JSON, the newest first."""
         environ = bottle.request.environ
         query = read_known(environ, ("limit", "after", "before"))
         limit = number_of(query, "limit", MAX_PAGE_ITEMS, PAGE_ERRORS)
@@ -12603,16 +12592,16 @@ class Documents(View):
         return answer_json(occurrences_json(page, limit, root_of(environ)))
 
     def feed(self) -> bottle.HTTPResponse:
-        """Give the occurrences of all projects after an id, or the newest, as JSON."""
+        """Return the occurrences of all projects after an id, or the newest, as JSON."""
         environ = bottle.request.environ
         query = read_known(environ, ("after", "limit"))
-        # Before the first occurrence, a program asks for what comes after 0.
+        # A program that has not seen any occurrence yet sends after=0.
         after = 0 if query.get("after") == "0" else number_of(query, "after", MAX_ID, None)
         limit = number_of(query, "limit", MAX_PAGE_ITEMS, PAGE_ERRORS)
         return answer_json(feed_json(self._store.feed(after, limit), root_of(environ)))
 
     def projects(self) -> bottle.HTTPResponse:
-        """Give every project and its number of errors as JSON."""
+        """Return every project and its number of errors as JSON."""
         read_known(bottle.request.environ)
         found = [
             project_json(one, self._store.errors(ErrorFilter(project_id=one.id, limit=1)).counts)
@@ -12621,7 +12610,7 @@ class Documents(View):
         return answer_json({"projects": found})
 
     def deploys(self) -> bottle.HTTPResponse:
-        """Give the deploys of a project or, without one, of all as JSON, the newest first."""
+        """Return the deploys of one project or of all as JSON, the newest first."""
         query = read_known(bottle.request.environ, ("project", "since"))
         project_id = number_of(query, "project", MAX_ID, None)
         since = SearchTerm("since", query["since"]) if query.get("since") else None
@@ -12631,18 +12620,18 @@ class Documents(View):
 
 
 class Actions(View):
-    """The handlers of actions on errors."""
+    """Handles the actions on errors."""
 
     def _form(self) -> dict[str, list[str]]:
         environ = bottle.request.environ
         return read_form(environ, self.form_limit(environ))
 
     def _answer(
-        self, form: Mapping[str, list[str]], default: str, action_id: int, said: Json
+        self, form: Mapping[str, list[str]], default: str, action_id: int, result: Json
     ) -> bottle.HTTPResponse:
-        """Lead people back to where they were; tell programs what was done."""
+        """Redirect people to the page they came from; answer programs with the result."""
         if prefers_json(bottle.request.environ):
-            return answer_json(said)
+            return answer_json(result)
         path, _, query = local_path(field_of(form, "return"), default).partition("?")
         return redirect(path + with_query(query, done=str(action_id or "")))
 
@@ -12651,11 +12640,11 @@ class Actions(View):
     ) -> bottle.HTTPResponse:
         by = self.person_of(bottle.request.environ) or ""
         action_id, what = apply_action(self._store, error_ids, form, by)
-        said = {"action": action_json(self._store.action(action_id), what)}
-        return self._answer(form, default, action_id, said)
+        result = {"action": action_json(self._store.action(action_id), what)}
+        return self._answer(form, default, action_id, result)
 
     def triage_many(self) -> bottle.HTTPResponse:
-        """Do one action to the errors that are selected in the list."""
+        """Apply an action to the errors that are selected in the list."""
         form = self._form()
         ids = list(filter(None, form.get("id", [])))
         if not ids and not prefers_json(bottle.request.environ):
@@ -12665,13 +12654,13 @@ class Actions(View):
         return self._apply(list(map(int, ids)), form, "/errors")
 
     def triage_one(self, error_id: int) -> bottle.HTTPResponse:
-        """Do one action to one error, or write its note."""
+        """Apply an action to one error, or write its note."""
         form = self._form()
         self._store.error(error_id)
         action, page = field_of(form, "action"), f"/errors/{error_id}"
         if action == "note":
             return self._note(error_id, form)
-        if action == "delete":  # its own page is no place to go back to
+        if action == "delete":  # its page will be gone
             back = re.sub(rf"^{page}(?![0-9])[^?]*", "/errors", field_of(form, "return"))
             form, page = form | {"return": [back]}, "/errors"
         return self._apply([error_id], form, page)
@@ -12681,8 +12670,8 @@ class Actions(View):
             raise BadRequest("note is missing", field="note")
         self._store.set_note(error_id, form["note"][0])
         root = root_of(bottle.request.environ)
-        said = {"error": error_json(self._store.error(error_id), root)}
-        return self._answer(form, f"/errors/{error_id}", 0, said)
+        result = {"error": error_json(self._store.error(error_id), root)}
+        return self._answer(form, f"/errors/{error_id}", 0, result)
 
     def undo(self) -> bottle.HTTPResponse:
         """Undo an action."""
@@ -12699,7 +12688,7 @@ _SHOWN_PART = (
 
 
 def shown_path(path: str) -> str:
-    """Return a path that is safe to log: a part that is not in the URL map may be a key."""
+    """Return a path for the log; unknown parts, which may be keys, become an ellipsis."""
     parts = path.split("/")
     return "/".join(part if re.fullmatch(_SHOWN_PART, part) else "…" for part in parts)
 
@@ -12707,9 +12696,10 @@ def shown_path(path: str) -> str:
 class App:
     """The tracker as a WSGI application (PEP 3333): ingest, dashboard, health.
 
-    Works at the root of a server and, by SCRIPT_NAME, under a prefix of another application.
-    It uses the settings host, password, allowed_hosts, public_url, max_body_bytes and
-    scrub_also. `log` is called with each line about refused reports.
+    It works at the root of a server or, by SCRIPT_NAME, under a prefix of another application. It
+    uses the settings host, password, allowed_hosts, public_url, max_body_bytes, scrub_also,
+    editor and path_map, and shows the state of webhooks and forwards. `log` gets each line about
+    refused reports.
 
     >>> app = App(Store("errors.db"), Config())
     """
@@ -12772,7 +12762,7 @@ class App:
         )
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Answer one request; every answer carries the security headers."""
+        """Answer one request; every answer has the security headers."""
         self._locate(environ)
         more = CORS_HEADERS if is_ingest(environ["PATH_INFO"]) else PAGE_HEADERS
 
@@ -12783,7 +12773,7 @@ class App:
         return answer
 
     def body_rule(self, environ: Environ) -> BodyRule:
-        """Return how much of a request's body to keep, or the refusal of its headers."""
+        """Return the rule for a request's body, or a rule that refuses it for its headers."""
         self._locate(environ)
         path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
         size = environ.get("CONTENT_LENGTH") or ""
@@ -12805,7 +12795,7 @@ class App:
             return BodyRule(0, refusal=refusal)
 
     def _locate(self, environ: Environ) -> None:
-        """Set path and prefix; a proxy may or may not have stripped the public URL's path."""
+        """Set path and prefix, whether or not a proxy has stripped the public URL's path."""
         path = valid_path(environ)
         if url := self._public_url:
             root = urllib.parse.urlsplit(url).path
@@ -12844,13 +12834,13 @@ class App:
 
     @contextlib.contextmanager
     def _turn_for(self, environ: Environ) -> Iterator[None]:
-        """Limit what runs at once: large reports fill memory, searches keep the disk busy."""
+        """Limit how many large reports, which fill memory, and searches run at once."""
         is_to_read = is_large(environ) and DELIVERY_KEY not in environ
         rule = self.body_rule(environ) if is_to_read else BodyRule(0)
         if rule.refusal is not None:
             raise rule.refusal
         if rule.limit_bytes:
-            # Read the whole body first: a slow client must not make the others wait.
+            # Read the whole body first, so that a slow client does not make the others wait.
             body = read_body(environ, rule.limit_bytes)
             environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
             del body
@@ -12880,17 +12870,17 @@ class App:
             check_same_origin(environ)
         elif not path.startswith("/assets/"):
             check_cross_site_load(environ)
-        if not is_public(path):
+        if path != "/login" and not path.startswith("/assets/"):
             self._dashboard.admit(environ)
 
     def _refuse(self, refusal: MiniAPMError) -> bottle.HTTPResponse:
-        """Say a refusal in the form the path calls for: the one place that maps it to HTTP."""
+        """Answer with a refusal in the path's format; nothing else maps errors to HTTP."""
         request = bottle.request
         path, headers, status = request.environ["PATH_INFO"], retry_header(refusal), refusal.status
         if is_ingest(path):
             self.rejections.count(refusal, has_key=self._has_key(request.environ))
         if is_sentry(path):
-            if status >= MiniAPMError.status:  # which an SDK in our own process would report
+            if status >= MiniAPMError.status:  # an SDK in our own process would report that
                 status = TooManyRequests.status
                 headers = {"Retry-After": "30"} | headers
             headers["X-Sentry-Error"] = ascii(clip(str(refusal), MAX_CLASS_CHARS))[1:-1]
@@ -12908,7 +12898,7 @@ class App:
         return self._dashboard.html("message", status, headers, heading=heading, text=text)
 
     def _has_key(self, environ: Environ) -> bool:
-        """Tell whether a request to ingest has a valid key of any project."""
+        """Return whether a request to ingest has a valid key of any project."""
         if ADMITTED_KEY in environ:
             return True
         sent = [header_text(environ, "HTTP_AUTHORIZATION").partition(" ")[2].strip(" \t")]
@@ -12916,18 +12906,18 @@ class App:
             sent.append(sentry_key(environ))
         try:
             keys = self._store.keys()
-        except MiniAPMError:  # the refusal may be about this
+        except MiniAPMError:  # the same problem may be why the request was refused
             return True
         return any(owner_of(key, keys) is not None for key in sent)
 
     def _unhandled(self, error: bottle.HTTPError) -> Any:
-        """Say what Bottle refuses (404, 405) and what no handler foresaw (500)."""
+        """Answer what Bottle refuses (404, 405) and unexpected exceptions (500)."""
         status = error.status_code
         path = bottle.request.environ["PATH_INFO"]
         shown = f": {shown_path(path)}" if is_ingest(path) and status in (404, 405) else ""
         known = {404: "there is no such page", 405: "this address does not take that method"}
-        said = known.get(status, "something went wrong; the server's log says more")
-        refusal = MiniAPMError(said + shown)
+        text = known.get(status, "something went wrong; the server's log says more")
+        refusal = MiniAPMError(text + shown)
         refusal.status = status
         answer = compressed(self._refuse(refusal))
         for name, value in answer.headerlist:
@@ -12969,7 +12959,7 @@ def environ_of_asgi(scope: Mapping[str, Any], body: bytes) -> Environ:
 
 
 class Mount:
-    """The dashboard under a prefix of a host program, made in each process when first needed."""
+    """Serves the dashboard under a prefix of a host program; each process makes it on first use."""
 
     def __init__(
         self,
@@ -12980,13 +12970,13 @@ class Mount:
     ) -> None:
         self.at = "/" + at.strip("/")
         if self.at == "/":
-            raise BadSetting("at must name a path of its own, such as /errors")
+            raise BadSetting("at must be a path below /, such as /errors")
         self._destination, self.config, self._keep_running = destination, config, keep_running
         self._made: tuple[Store, App] | None = None
         self._budget = BodyBudget(max(config.max_held_bytes, config.max_body_bytes + 1))
 
     def takes(self, path: str) -> bool:
-        """Tell whether a path belongs to the dashboard."""
+        """Return whether a path belongs to the dashboard."""
         return path == self.at or path.startswith(self.at + "/")
 
     def _app(self) -> App:
@@ -13004,7 +12994,7 @@ class Mount:
         }
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Answer a WSGI request; our own failures are not recorded."""
+        """Answer a WSGI request, without recording our own failures."""
         with _own_work():
             try:
                 app = self._app()
@@ -13014,7 +13004,7 @@ class Mount:
             return app(self._below(environ), start_response)
 
     def body_rule(self, environ: Environ) -> BodyRule:
-        """Return how much of a request's body to keep, or its refusal."""
+        """Return the rule for a request's body."""
         with _own_work():
             try:
                 return self._app().body_rule(self._below(environ))
@@ -13024,15 +13014,15 @@ class Mount:
     async def answer(
         self, scope: Any, receive: Callable[[], Any], send: Callable[..., Any]
     ) -> None:
-        """Answer a request of ASGI."""
+        """Answer an ASGI request."""
         import asyncio
 
         rule = await asyncio.to_thread(self.body_rule, environ_of_asgi(scope, b""))
-        said: list[Any] = []
+        head: list[Any] = []
 
         def start(status: str, headers: list[tuple[str, str]], *_: Any) -> None:
             encoded = [(n.lower().encode("latin-1"), v.encode("latin-1")) for n, v in headers]
-            said[:] = [int(status[:3]), encoded]
+            head[:] = [int(status[:3]), encoded]
 
         with contextlib.closing(HeldBody(self._budget, rule)) as body:
             more = True
@@ -13046,13 +13036,13 @@ class Mount:
             if body.refusal is not None:
                 environ[REFUSAL_KEY] = body.refusal
             parts = await asyncio.to_thread(lambda: list(self(environ, start)))
-        await send({"type": "http.response.start", "status": said[0], "headers": said[1]})
+        await send({"type": "http.response.start", "status": head[0], "headers": head[1]})
         await send({"type": "http.response.body", "body": b"".join(parts)})
 
 
 def is_asgi(app: Any) -> bool:
-    """Tell an ASGI application, which takes three arguments, from one of WSGI, which takes two."""
-    with contextlib.suppress(Exception):  # there may be no signature, or it is the host's code
+    """Return whether an application takes ASGI's three arguments, not WSGI's two."""
+    with contextlib.suppress(Exception):  # no signature, or the host's own code fails
         parameters = inspect.signature(app).parameters.values()
         needed = [
             one
@@ -13071,7 +13061,7 @@ def is_asgi(app: Any) -> bool:
 def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> Mount:
     client = _Default.client
     if client is None or not isinstance(client.destination, StoreDestination):
-        raise BadSetting(f"at={at!r} shows a database: call init() with the path of one first")
+        raise BadSetting(f"at={at!r} needs a database: call init() with the path of one first")
     names = ("password", "allowed_hosts", "max_body_bytes", "max_held_bytes", "scrub_also")
     config = load_config({}, os.environ, (*names, "editor", "path_map"))
     named = [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts
@@ -13084,7 +13074,7 @@ def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> M
 
 
 def mounted_wsgi(captured: Callable[..., Any], mount: Mount | None) -> Callable[..., Any]:
-    """Return a WSGI application that leaves the dashboard's requests to `mount`."""
+    """Return a WSGI application that hands the dashboard's requests to `mount`."""
     if mount is None:
         return captured
 
@@ -13102,14 +13092,14 @@ def wrap(
     password: str | None = None,
     allowed_hosts: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """Return an application that adds each request to what is recorded meanwhile.
+    """Return an application that adds the current request to every error recorded during it.
 
-    `app` is a WSGI or ASGI application, or one of aiohttp's or Tornado's own. Errors that its
-    framework answers itself are recorded too, unless the answer is below 500.
+    `app` is a WSGI, ASGI, aiohttp or Tornado application. Errors that its framework answers itself
+    are recorded too, unless the answer's status is below 500.
 
-    With `at`, the dashboard of the database that init() named is served under that prefix,
-    guarded as the stand-alone one: by Host, by same origin and by `password` (by default
-    MINI_APM_PASSWORD); without a password it is for this machine only. Raises BadSetting when
+    With `at`, the dashboard of the database that init() named is served under that prefix. It is
+    protected like the stand-alone dashboard: by Host, same origin and `password` (by default
+    MINI_APM_PASSWORD). Without a password it is open to this machine only. Raises BadSetting if
     there is no such database.
 
     >>> def application(environ, start_response): ...
@@ -13147,7 +13137,7 @@ _MECHANISMS = {
 
 
 def _sentry_frame(frame: Frame, platform: str) -> Json:
-    """Return a frame as SDKs send it; a line that names no call becomes the path."""
+    """Return a frame as Sentry SDKs send it; a line that names no call becomes the path."""
     function, module = frame.function, frame.module
     if platform == "java" and function and not module:
         module, _, function = function.rpartition(".")
@@ -13173,7 +13163,7 @@ def _sentry_stack(frames: Sequence[Frame], platform: str) -> Json:
 def _sentry_headings(
     occurrence: Occurrence, chain: Sequence[ChainedException], platform: str
 ) -> Json:
-    """Return what an event says of its exceptions, the innermost cause first, or its message."""
+    """Return an event's exceptions, the innermost cause first, or its message."""
     extra = occurrence.extra
     logged = {"formatted": extra.get("log_message"), "params": extra.get("log_params")}
     if len(chain) == 1 and occurrence.exception_class == (extra.get("logger") or "Message"):
@@ -13196,12 +13186,12 @@ def _sentry_headings(
 
 
 def _sentry_surroundings(occurrence: Occurrence, frames: Sequence[Frame]) -> Json:
-    """Return an occurrence's other fields under the names that Sentry has for them."""
-    told = {"log_message", "log_params", "mechanism", "exception_module", "level", "tags"}
-    rest = {name: value for name, value in occurrence.extra.items() if name not in told}
+    """Return an occurrence's other fields under Sentry's names."""
+    handled = {"log_message", "log_params", "mechanism", "exception_module", "level", "tags"}
+    rest = {name: value for name, value in occurrence.extra.items() if name not in handled}
     found: Json = {name: rest.pop(name) for name in _TEXTS if isinstance(rest.get(name), str)}
     found |= {name: rest.pop(name) for name in _OBJECTS if isinstance(rest.get(name), dict)}
-    if "user" in found:  # the other side would take our own address for {{auto}}
+    if "user" in found:  # the receiver would put our own address for {{auto}}
         found["user"] = {name: v for name, v in found["user"].items() if v != "{{auto}}"}
     if isinstance(rest.get("sdk"), str):
         found["sdk"] = dict(zip(("name", "version"), rest.pop("sdk").split(" ", 1), strict=False))
@@ -13223,8 +13213,8 @@ def _sentry_surroundings(occurrence: Occurrence, frames: Sequence[Frame]) -> Jso
 def sentry_event(occurrence: Occurrence, occurrence_id: int, database_id: bytes) -> Json:
     """Return an occurrence as a Sentry event; report_of_event() reads the same facts from it.
 
-    Its id is the occurrence's own, or one that is always the same for this occurrence of this
-    database. The fingerprint makes the other side group as we do.
+    An occurrence without an event id gets one that stays the same in this database. The
+    fingerprint makes the receiver group as we do.
     """
     chain = chain_of(occurrence)
     frames = [frame for one in chain for frame in one.frames]
@@ -13255,20 +13245,20 @@ def sentry_event(occurrence: Occurrence, occurrence_id: int, database_id: bytes)
 MAX_SEND_S = 30.0  # one request and its answer
 MAX_BACKOFF_S = 300.0
 MAX_RETRY_AFTER_S = 86_400.0
-RATE_LIMIT_S = 60.0  # what a 429 that names no time means
+RATE_LIMIT_S = 60.0  # the wait after a 429 that names no time
 SEND_STEP_S = 1.0  # how often couriers look for something to send
-MAX_STOP_S = 1.5  # what the end of the server waits for them
+MAX_STOP_S = 1.5  # how long shutdown waits for couriers
 NOTICE_PAUSE_MS = 60_000  # between two messages of one webhook
-MAX_TOLD_CHARS = 600  # of a message; with all names, and counted in UTF-16, below Discord's 2,000
+MAX_TOLD_CHARS = 600  # of a message; with all names, in UTF-16, it stays below Discord's 2,000
 MAX_TOLD_NAME_CHARS = 100
-FORWARD_STEP = 20  # occurrences in memory at once, and sent again after a crash, at most
-NEWS_AGE_MS = DAY_MS  # older news are not told after a start
+FORWARD_STEP = 20  # the most occurrences held in memory, or sent again after a crash
+NEWS_AGE_MS = DAY_MS  # after a start, nobody is notified of older news
 
 
 class Courier:
-    """Sends to one address from a thread of its own; a failure is tried again, later each time.
+    """Sends to one address from its own thread, and retries failures with growing delays.
 
-    Its Target is kept in the database, so that the next start goes on where this one ended.
+    Its Target is in the database, so the next start continues where this one ended.
     """
 
     def __init__(self, store: Store, address: Address, config: Config, log: Log) -> None:
@@ -13281,7 +13271,7 @@ class Courier:
         self.thread = threading.Thread(target=self._run, name="miniapm-courier", daemon=True)
 
     def stop(self) -> None:
-        """Ask the thread to end; a request under way fails."""
+        """Ask the thread to end; abort its current request."""
         self._is_stopped.set()
         self.peer.abort()
 
@@ -13307,7 +13297,7 @@ class Courier:
         self.peer.close()
 
     def send_next(self) -> float:
-        """Send what is next; return how many seconds to wait then."""
+        """Send what is next; return how many seconds to wait afterwards."""
         raise NotImplementedError
 
     def _change(self, **changes: Any) -> None:
@@ -13315,12 +13305,12 @@ class Courier:
 
     def _save(self) -> None:
         if self._saved != self._target:
-            with contextlib.suppress(MiniAPMError):  # the next time will do
+            with contextlib.suppress(MiniAPMError):  # the next call saves it
                 self._store.save_target(target := self._target)
                 self._saved, self._saved_s = target, time.monotonic()
 
     def _postpone(self, retry: Retry) -> None:
-        """Wait before the next attempt, as long as the server asks for or longer each time."""
+        """Delay the next attempt, longer after each failure and as long as the server asks."""
         if self._is_stopped.is_set():
             return
         failures = self._target.failures + 1
@@ -13330,7 +13320,7 @@ class Courier:
         self._change(failures=failures, retry_ms=self._pause(wait_s), trouble=str(retry))
 
     def _pause(self, seconds: float) -> int:
-        """Return the time until which nothing is to be sent, a day from now at most."""
+        """Return the time of the next attempt, a day from now at most."""
         self._longest_ms = int(min(seconds, MAX_RETRY_AFTER_S) * 1000)
         return self._store.now_ms() + self._longest_ms
 
@@ -13350,13 +13340,13 @@ class Courier:
 
 
 def _in_chat(text: str, limit: int) -> str:
-    """Return hostile text for a block of code in a chat: nothing ends it and nobody is called."""
+    """Return a text that can neither end a chat's code block nor mention anybody."""
     text = clip(text, limit).replace("`", "\u02cb")
     return re.sub(r"@(?=everyone|here|channel|all)", "@\u200b", text)
 
 
 def notice_fields(notice: Notice, error: ErrorGroup, url: str, now_ms: int) -> dict[str, str]:
-    """Return what a webhook tells, by name, as a form holds it."""
+    """Return the fields of a webhook's message, all as text."""
     return {
         "event": notice.what,
         "project": error.project,
@@ -13370,31 +13360,32 @@ def notice_fields(notice: Notice, error: ErrorGroup, url: str, now_ms: int) -> d
     }
 
 
-def chat_message(said: Mapping[str, str]) -> Json:
+def chat_message(fields: Mapping[str, str]) -> Json:
     """Return the JSON that Slack and Mattermost (text) and Discord (content) show.
 
-    Reported text stands in a block of code, where none of them looks for markup. Slack takes <, >
-    and & only in its own escaped form.
+    Reported text is in a code block, where none of them reads markup. Slack needs <, > and &
+    escaped.
     """
     names = ("project", "exception_class", "location")
-    project, kind, place = (_in_chat(said[name], MAX_TOLD_NAME_CHARS) for name in names)
-    block = f"{kind}{place and f' at {place}'}\n{_in_chat(said['message'], MAX_TOLD_CHARS)}".strip()
-    count, others = int(said["occurrences"]), int(said["others"])
+    project, kind, place = (_in_chat(fields[name], MAX_TOLD_NAME_CHARS) for name in names)
+    message = _in_chat(fields["message"], MAX_TOLD_CHARS)
+    block = f"{kind}{place and f' at {place}'}\n{message}".strip()
+    count, others = int(fields["occurrences"]), int(fields["others"])
     times = "once" if count == 1 else f"{count:,} times"
     more = f", and {others:,} other error{'' if others == 1 else 's'}" if others else ""
     text = (
-        f"{said['event'].capitalize()} error in `{project}`\n```\n{block}\n```\n"
-        f"Occurred {times}{more}: {said['url']}"
+        f"{fields['event'].capitalize()} error in `{project}`\n```\n{block}\n```\n"
+        f"Occurred {times}{more}: {fields['url']}"
     )
     slack = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return {"text": slack, "content": text, "allowed_mentions": {"parse": []}}
 
 
 class Webhook(Courier):
-    """Tells a chat or a program about new and regressed errors, once a minute at most."""
+    """Notifies a chat or a program of new and regressed errors, once a minute at most."""
 
     def send_next(self) -> float:
-        """Send one message about all that waits."""
+        """Send one message about all waiting notices."""
         now_ms, sent_ms = self._store.now_ms(), self._target.sent_ms or 0
         if now_ms < sent_ms:  # the clock was set back
             self._change(sent_ms=now_ms)
@@ -13408,10 +13399,10 @@ class Webhook(Courier):
         self._change(last_id=notice.last_id)
         return SEND_STEP_S
 
-    def _tell(self, said: dict[str, str]) -> None:
-        kind, text = "application/json", json.dumps(chat_message(said))
+    def _tell(self, fields: dict[str, str]) -> None:
+        kind, text = "application/json", json.dumps(chat_message(fields))
         if self._address.kind == "webhook_form":
-            kind, text = "application/x-www-form-urlencoded", urllib.parse.urlencode(said)
+            kind, text = "application/x-www-form-urlencoded", urllib.parse.urlencode(fields)
         headers, body = {"Content-Type": kind}, text.encode()
         if secret := self._config.webhook_secret:
             signature = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
@@ -13424,18 +13415,18 @@ class Webhook(Courier):
 
 
 def rate_limit_s(header: str) -> float:
-    """Return for how long X-Sentry-Rate-Limits asks not to send errors; 0 if it doesn't.
+    """Return the seconds for which X-Sentry-Rate-Limits forbids sending errors, else 0.
 
     Source: develop.sentry.dev, "Rate Limiting": 60:error;transaction:organization, 2700::key.
     """
     number = r"[0-9]{1,9}(?:\.[0-9]{1,6})?"
     limits = re.findall(rf"(?:^|,)\s*({number})(?::([^:,]*)|\s*(?=,|$))", header)
     kinds = {"", "error", "default"}
-    return max([float(found) for found, said in limits if kinds & {*said.split(";")}], default=0.0)
+    return max([float(one) for one, names in limits if kinds & {*names.split(";")}], default=0.0)
 
 
 class Forward(Courier):
-    """Sends every occurrence to a Sentry-compatible tracker, in order, until it has taken it."""
+    """Sends every occurrence to a Sentry-compatible tracker, one after the other."""
 
     def __init__(self, store: Store, address: Address, config: Config, log: Log) -> None:
         super().__init__(store, address, config, log)
@@ -13449,7 +13440,7 @@ class Forward(Courier):
         self._database_id: bytes = store.setting("secret")
 
     def send_next(self) -> float:
-        """Send a step of occurrences."""
+        """Send up to FORWARD_STEP occurrences."""
         rows = self._store.unsent(self._target.last_id, FORWARD_STEP)
         for number, project, occurrence in rows:
             if self._is_stopped.is_set():
@@ -13466,18 +13457,18 @@ class Forward(Courier):
         return 0.0 if is_more else SEND_STEP_S
 
     def _send(self, number: int, occurrence: Occurrence) -> None:
-        """Send one occurrence; Retry if it has to be sent again, later."""
+        """Send one occurrence; raise Retry if it must be sent again later."""
         try:
             body = self._envelope(number, occurrence)
-        except Exception as error:  # noqa: BLE001 - an odd one must not stop those after it
+        except Exception as error:  # noqa: BLE001 - a bad one must not stop the rest
             return self._leave_out(number, type(error).__name__)
         answer = self._post(self._path, body, self._headers)
-        status, said = answer.status, answer.said.lower()
+        status, text = answer.status, answer.said.lower()
         limit_s = rate_limit_s(answer.headers.get("X-Sentry-Rate-Limits", ""))
-        if 200 <= status < 300 or (status in (400, 409) and "already exists" in said):
+        if 200 <= status < 300 or (status in (400, 409) and "already exists" in text):
             self._count_sent(retry_ms=self._pause(limit_s) if limit_s else 0)
-        # A proxy's own page is about the request, such as one for HTTPS, not about what is in it.
-        elif status == 413 or (status in (400, 409, 422) and "<html" not in said):
+        # An HTML page comes from a proxy, which refuses the request and not the occurrence.
+        elif status == 413 or (status in (400, 409, 422) and "<html" not in text):
             self._leave_out(number, f"HTTP {status}")
         else:
             asked_s = max(answer.retry_after_s, limit_s)
@@ -13485,14 +13476,14 @@ class Forward(Courier):
 
     def _leave_out(self, number: int, why: str) -> None:
         trouble = f"{why} for occurrence {number:,}, which was left out"
-        if not self._target.trouble.startswith(why):  # a line for each could fill the log
+        if not self._target.trouble.startswith(why):  # one line each could fill the log
             self._log(f"forward to {self._address.host}: {trouble}")
         self._change(refused_count=self._target.refused_count + 1, trouble=trouble, failures=0)
 
     def _envelope(self, number: int, occurrence: Occurrence) -> bytes:
         event = sentry_event(occurrence, number, self._database_id)
         body = _COMPACT_JSON.encode(event).encode("utf-8", "replace")
-        for part in ("modules", "contexts", "extra", "breadcrumbs"):  # the other side's limit
+        for part in ("modules", "contexts", "extra", "breadcrumbs"):  # the receiver's limit
             if len(body) > MAX_EVENT_BYTES and event.pop(part, None):
                 body = _COMPACT_JSON.encode(event).encode("utf-8", "replace")
         header = {"event_id": event["event_id"], "sent_at": iso_time(self._store.now_ms())}
@@ -13501,7 +13492,7 @@ class Forward(Courier):
 
 
 class Outgoing:
-    """Runs a courier for each webhook and forward of the settings."""
+    """Runs a courier for each webhook and forward in the settings."""
 
     def __init__(self, store: Store, config: Config, log: Log) -> None:
         self._store, self._config, self._log = store, config, log
@@ -13513,10 +13504,10 @@ class Outgoing:
         self._is_stopped = threading.Event()
 
     def start(self) -> None:
-        """Start the threads. A target that is new gets what happens from now on."""
+        """Start the threads; a new target gets only what happens from now on."""
         store, after_id = self._store, 0
         since_ms = store.now_ms() - NEWS_AGE_MS
-        while self._has_webhooks:  # what is known now is no news for a new webhook
+        while self._has_webhooks:  # before keep_targets(), so that a new webhook gets none of it
             after_id = store.post_notices(after_id, self._least, since_ms)
             if not after_id:
                 break
@@ -13534,7 +13525,7 @@ class Outgoing:
             thread.start()
 
     def stop(self) -> None:
-        """End the threads; one that can't be woken is left behind after MAX_STOP_S."""
+        """End the threads; abandon one that does not end within MAX_STOP_S."""
         end_s = time.monotonic() + MAX_STOP_S
         self._is_stopped.set()
         for one in self._couriers:
@@ -13543,7 +13534,7 @@ class Outgoing:
             thread.join(max(0.0, end_s - time.monotonic()))
 
     def _run(self) -> None:
-        """Make notices of news, and end requests that take too long."""
+        """Turn new and regressed errors into notices, and abort requests that take too long."""
         _is_busy_here.set(True)
         after_id, version = 0, ""
         while not self._is_stopped.wait(SEND_STEP_S / 2):
@@ -13553,9 +13544,9 @@ class Outgoing:
             try:
                 newest = version if after_id else self._store.version()
                 if self._has_webhooks and (after_id or version != newest):
-                    version = newest  # of the first step: what changes later may be behind it
+                    version = newest  # as of the first step: a later change may be behind it
                     after_id = self._store.post_notices(after_id, self._least)
-            except MiniAPMError:  # the next round will do
+            except MiniAPMError:  # the next round tries again
                 version = ""
 
 
@@ -13563,7 +13554,7 @@ class Outgoing:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, and accepts no abbreviations."""
+    """Reports a mistake in one line, and accepts no abbreviated flags."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
@@ -13579,7 +13570,7 @@ class _Parser(argparse.ArgumentParser):
         *,
         intermixed: bool = False,
     ) -> tuple[argparse.Namespace, Config]:
-        """Return the parsed arguments, and the settings called `names` (all when empty).
+        """Return the parsed arguments, and the settings called `names` (by default all).
 
         `intermixed` allows flags between the words of one positional argument.
         """
@@ -13593,7 +13584,7 @@ class ServingLock:
 
     It takes SQLite's own lock on a file next to the database, which is portable. On Linux, where
     flock is independent of SQLite's locks, it also locks the database, which may have two names.
-    Raises MiniAPMError when another process holds one of the locks.
+    Raises MiniAPMError if another process holds either lock.
     """
 
     _handle: int | None = None  # stays open: closing it would drop SQLite's locks
@@ -13632,7 +13623,7 @@ class ServingLock:
             with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
                 if row := db.execute(SELECT_SETTING, {"name": "served_by"}).fetchone():
                     server = row["value"]
-        return MiniAPMError(f"{path} is served already, by {server}")
+        return MiniAPMError(f"{path} is already served by {server}")
 
     def release(self) -> None:
         """Let another process serve."""
@@ -13644,7 +13635,7 @@ class ServingLock:
 
 
 def listen(config: Config) -> socket.socket:
-    """Return a socket that listens as the settings say; MiniAPMError says why it can't."""
+    """Return a socket that listens as the settings say; raise MiniAPMError if that fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -13653,28 +13644,28 @@ def listen(config: Config) -> socket.socket:
         if os.name == "posix":  # elsewhere it would share a port that is in use
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(BACKLOG_CONNECTIONS)  # only now another server's bind would fail
+        listener.listen(BACKLOG_CONNECTIONS)  # only now would another server's bind fail
         return listener
     except (OSError, UnicodeError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            said = f"port {config.port} is in use; choose another one with {flag_of('port')}"
+            problem = f"port {config.port} is in use; choose another one with {flag_of('port')}"
         else:
-            said = f"can't listen on {config.host} port {config.port}: {error}"
-        raise MiniAPMError(said) from None
+            problem = f"can't listen on {config.host} port {config.port}: {error}"
+        raise MiniAPMError(problem) from None
 
 
 def url_of(listener: socket.socket) -> str:
-    """Return the address at which a browser on this machine reaches a listening socket."""
+    """Return the URL at which a browser on this machine reaches a listening socket."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _strict_parser_class() -> Any:
-    """Return waitress's parser, made to refuse three more kinds of request.
+    """Return waitress's parser, extended to refuse three more kinds of request.
 
-    Other servers may think that the request ends elsewhere (RFC 9112, section 6.3); waitress would
-    hang up without an answer; or a chunk's size or the trailer, kept in memory, does not end.
+    Requests that end elsewhere for other servers (RFC 9112, section 6.3); headers on which
+    waitress would hang up without an answer; endless chunk sizes and trailers, kept in memory.
     """
     import waitress.parser  # type: ignore[import-untyped]
     import waitress.utilities  # type: ignore[import-untyped]
@@ -13686,8 +13677,8 @@ def _strict_parser_class() -> Any:
             consumed: int = super().received(data)
             kept = (getattr(self.body_rcv, name, b"") for name in ("control_line", "trailer"))
             if self.chunked and sum(map(len, kept)) > MAX_HEADER_BYTES:
-                said = "a chunk's size or the trailer is too long"
-                self.error = waitress.utilities.BadRequest(said)
+                problem = "a chunk's size or the trailer is too long"
+                self.error = waitress.utilities.BadRequest(problem)
                 self.completed = True
             return consumed
 
@@ -13698,10 +13689,9 @@ def _strict_parser_class() -> Any:
                 super().parse_header(header)
                 is_old = self.version != "1.1"
                 if b"transfer-encoding" in names and (is_old or b"content-length" in names):
-                    said = "Transfer-Encoding is for HTTP/1.1, and not for a Content-Length as well"
-                    raise refuse(said)
+                    raise refuse("Transfer-Encoding needs HTTP/1.1 and no Content-Length")
             except ValueError:  # int() of thousands of digits, urlsplit() of http://[
-                raise refuse("Content-Length or address invalid") from None
+                raise refuse("the Content-Length or the address is invalid") from None
             except refuse:
                 self.expect_continue = False  # or waitress would wait for the body
                 raise
@@ -13727,7 +13717,7 @@ def environ_of_headers(request: Any) -> Environ:
 
 
 class KnownRequest:
-    """Stands in for waitress's request until it is answered."""
+    """Stands in for waitress's request if its header is known."""
 
     error, header, is_small = None, b"", True
     __slots__ = ("_body_start", "data", "sender")
@@ -13764,11 +13754,11 @@ class KnownHeaders:
         self._senders[header[: found.start(1)] + header[found.end(1) :]] = sender
 
     def forget(self) -> None:
-        """Forget all headers: what they lead to may have changed."""
+        """Forget all headers, because their senders may have changed."""
         self._senders.clear()
 
     def find(self, data: bytes) -> KnownRequest | None:
-        """Return the request if `data` is exactly one, complete, with a known header."""
+        """Return the request if `data` is exactly one complete request with a known header."""
         end = data.find(b"\r\n\r\n") + 4
         found = _CONTENT_LENGTH.search(data, 0, end)
         if found is None or int(found[1]) != len(data) - end:
@@ -13778,22 +13768,22 @@ class KnownHeaders:
 
 
 def is_body_refused(request: Any) -> bool:
-    """Tell whether the body of a waitress request was refused."""
+    """Return whether the body of a waitress request was refused."""
     return request.body_rcv is not None and request.body_rcv.getbuf().refusal is not None
 
 
 def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
     """Return the strict parser with two changes.
 
-    Bodies are held in memory, and only as much of them as the rule allows. Refused ones are read
-    to their end, because most clients never see the answer if they are cut off.
+    A body is held in memory, only as much as its rule allows. A refused body is read to its end,
+    because most clients never see the answer if they are cut off.
     """
 
     class Parser(_strict_parser_class()):  # type: ignore[misc]
         sender: Sender | None = None  # of reports that FastIngest can take
         header = b""  # by which the sender can be recognised
         located = ""  # the path below the prefix, if there is a body
-        found: Delivery | MiniAPMError | None = None  # what FastIngest has made of it
+        found: Delivery | MiniAPMError | None = None  # what FastIngest has read from it
 
         def parse_header(self, header: bytes) -> None:
             super().parse_header(header)
@@ -13826,8 +13816,8 @@ def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
 def _task_classes() -> tuple[Any, Any]:
     """Return waitress's task classes, for requests and for errors, with one change each.
 
-    The App is told why a body was not kept, and what was read already. Waitress's own refusals are
-    JSON, readable by pages of any origin.
+    The App gets the refusal of a body, or the reports that were read already. Waitress's own
+    refusals are JSON that pages of any origin can read.
     """
     import waitress.task  # type: ignore[import-untyped]
 
@@ -13857,7 +13847,7 @@ def _task_classes() -> tuple[Any, Any]:
 
 
 def _waiting_channel_class() -> Any:
-    """Return waitress's channel class; it also knows how long it has waited for a request."""
+    """Return waitress's channel class, extended to know how long it has waited for a request."""
     import waitress.channel  # type: ignore[import-untyped]
 
     class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
@@ -13878,7 +13868,7 @@ def _waiting_channel_class() -> Any:
 
         def service(self) -> None:
             super().service()
-            if not self.connected:  # waitress has forgotten these
+            if not self.connected:  # waitress does not close these
                 for request in self.requests[:]:
                     request.close()
 
@@ -13902,7 +13892,7 @@ def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
         task_class, error_task_class = _task_classes()
 
         def recv(self, buffer_size: int) -> bytes:
-            # Read much at once only if it is kept: otherwise the heap gets fragmented.
+            # Large reads that are not kept would fragment the heap.
             receiver = self.request.body_rcv if self.request is not None else None
             is_kept = receiver is not None and receiver.getbuf().is_wanted
             data: bytes = super().recv(buffer_size if is_kept else 2 * MAX_HEADER_BYTES)
@@ -13936,7 +13926,7 @@ def fast_answer_head(status: str, size: int, now_s: int) -> bytes:
 
 
 class Lanes:
-    """Hands requests to threads; slow ones have their own threads, so nobody waits for them.
+    """Hands requests to threads; slow kinds have their own, so that no other request waits.
 
     It relies on waitress's `task.ThreadedTaskDispatcher` and on what FastIngest names.
     """
@@ -13953,7 +13943,7 @@ class Lanes:
         """Queue a channel's first request to be answered; called from any thread."""
         request, lane = channel.requests[0], self._short
         if request.error is None and request.found is None and not is_body_refused(request):
-            environ = environ_of_headers(request)  # of now: a chunked body has its length at last
+            environ = environ_of_headers(request)  # a chunked body has its length only now
             environ["PATH_INFO"] = request.located or environ["PATH_INFO"]
             if is_search(environ):
                 lane = self._searches
@@ -13963,23 +13953,23 @@ class Lanes:
         lane.add_task(channel)
 
     def shutdown(self, timeout_s: float) -> None:
-        """Finish the requests being answered and drop those that wait."""
+        """Finish the requests that are being answered; drop those that wait."""
         end_s = time.monotonic() + timeout_s
         for lane in (self._short, self._large, self._searches):
             lane.shutdown(timeout=max(0.1, end_s - time.monotonic()))
 
 
 class FastIngest:
-    """Stores in one transaction all reports that one round of the server's loop has read.
+    """Stores all reports that one round of the server's loop has read, in one transaction.
 
-    It works in the loop's own thread: handing a report to another thread costs more than storing
-    it. A request that is large, or whose reports can't be stored at once, goes to the thread pool,
-    with what has been read of it. Of waitress it relies on, in addition to what Server names:
-    `server.add_task`, which is called with a channel whose first request is complete; of a channel
-    `requests`, `request` (that is still arriving), `addr`, `connected`, `total_outbufs_len`,
-    `will_close`, `close_when_flushed`, `requests_lock`, `adj`, `send` and `write_soon`; of a
-    request `version`, `headers`, `error`, `chunked`, `expect_continue`, `close` and `body_rcv`,
-    whose `getbuf` holds the body.
+    It works in the loop's own thread, because handing a report to another thread costs more than
+    storing it. A request that is large, or whose reports can't be stored at once, goes to the
+    thread pool with what has been read of it. It relies on what Server names and on these parts of
+    waitress: `server.add_task`, called with a channel whose first request is complete; a channel's
+    `requests`, `request` (still arriving), `addr`, `connected`, `total_outbufs_len`, `will_close`,
+    `close_when_flushed`, `requests_lock`, `adj`, `send` and `write_soon`; a request's `version`,
+    `headers`, `error`, `chunked`, `expect_continue`, `close` and `body_rcv`, whose `getbuf` holds
+    the body.
     """
 
     def __init__(self, server: Any, intake: Intake, store: Store, log: Log | None) -> None:
@@ -13999,11 +13989,11 @@ class FastIngest:
         self._waiting.append(channel)
 
     def has_waiting(self) -> bool:
-        """Tell whether there is something to do, such as a connection's next request."""
+        """Return whether requests are waiting to be stored."""
         return bool(self._waiting)
 
     def run(self) -> None:
-        """Store and answer what waits, as far as one transaction is to go."""
+        """Store and answer waiting requests, as many as one transaction may take."""
         read: list[tuple[Any, Delivery]] = []
         size = 0
         wake, self._server.pull_trigger = self._server.pull_trigger, lambda: None  # it is awake
@@ -14015,7 +14005,7 @@ class FastIngest:
                     size += found.size
                     read.append((channel, found))
                 else:
-                    size += MAX_FAST_BYTES // 16  # about what it may have taken to see this
+                    size += MAX_FAST_BYTES // 16  # about what reading it in vain has cost
                     self._hand_over(channel, found)
             is_stored = self._store_all([delivery for _, delivery in read])
             for channel, delivery in read:
@@ -14024,13 +14014,13 @@ class FastIngest:
             self._server.pull_trigger = wake
 
     def _read(self, channel: Any) -> Delivery | MiniAPMError | None:
-        """Read a channel's only request; None if it is for the pool as it is."""
+        """Read a channel's only request; return None to leave it to the pool."""
         request = channel.requests[0]
         sender = request.sender
         is_alone = len(channel.requests) == 1 and channel.request is None
         if not is_alone or channel.total_outbufs_len:
             return None
-        if sender.keys is not self._store.keys():  # then it is checked, and learned, again
+        if sender.keys is not self._store.keys():  # then every header is checked again
             channel.known.forget()
         try:
             found = self._intake.read(sender, request.raw_body(), MAX_FAST_BYTES)
@@ -14039,9 +14029,9 @@ class FastIngest:
             found.parts = list(found.parts)
             return found
         except MiniAPMError as refusal:
-            # One that is compressed may be too large here, but not for the pool.
+            # A compressed body may be too large here, but not for the pool.
             return None if sender.encoding else refusal
-        except Exception:  # noqa: BLE001 - the loop must go on; in the pool the App says why
+        except Exception:  # noqa: BLE001 - the loop must go on; the pool's answer says why
             return None
 
     def _store_all(self, deliveries: list[Delivery]) -> bool:
@@ -14059,7 +14049,7 @@ class FastIngest:
         return True
 
     def _hand_over(self, channel: Any, found: Delivery | MiniAPMError | None) -> None:
-        """Give a channel's first request to the pool, with what was made of it."""
+        """Give a channel's first request to the pool, with what has been read from it."""
         try:
             request = channel.requests[0]
             if isinstance(request, KnownRequest):
@@ -14098,7 +14088,7 @@ class FastIngest:
 
 
 def missing_for_fast_ingest(server: Any) -> str:
-    """Return the first thing that FastIngest needs and this waitress lacks, empty if none."""
+    """Return the first name that FastIngest needs and this waitress lacks, empty if none."""
     channel = server.channel_class
     parser = getattr(channel, "parser_class", None)
     needed = [(server, name) for name in ("add_task", "pull_trigger")]
@@ -14110,7 +14100,7 @@ def missing_for_fast_ingest(server: Any) -> str:
 
 
 def log_line(text: str) -> None:
-    """Write a line to the log, which is stderr: with the time, without control characters."""
+    """Write a line to stderr, with the time and without control characters."""
     shown = clean(text, MAX_LINE_CHARS).replace("\n", "\u240a")
     print_line(f"{iso_time(time.time_ns() // 1_000_000)} {shown}", sys.stderr)
 
@@ -14119,7 +14109,7 @@ _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 def logging_requests(app: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a WSGI application: it logs a line a request, without what could be a key."""
+    """Wrap a WSGI application to log one line per request, without anything that may be a key."""
 
     def logged(environ: Environ, start_response: Callable[..., Any]) -> Any:
         began_s = time.perf_counter()
@@ -14148,7 +14138,7 @@ class Shutdown:
 
     def _handle(self, number: int, frame: object) -> None:
         if self.is_asked:
-            os._exit(128 + number)  # what was answered 202 is on disk
+            os._exit(128 + number)  # every report answered with 202 is on disk
         self.is_asked = True
         self.wake()
 
@@ -14168,7 +14158,7 @@ def _create_server(
         backlog=BACKLOG_CONNECTIONS,
         recv_bytes=64 * _KIBIBYTE,
         connection_limit=sys.maxsize,  # Server has its own
-        outbuf_overflow=sys.maxsize,  # no temporary files: they can't be written everywhere
+        outbuf_overflow=sys.maxsize,  # no temporary files: not every host can write them
         channel_timeout=MAX_IDLE_S,
         cleanup_interval=5,
         max_request_header_size=MAX_HEADER_BYTES,
@@ -14182,23 +14172,18 @@ def _create_server(
 
 
 class Server:
-    """Serves an App with waitress until a shutdown is asked for, then answers what has arrived.
+    """Serves an App with waitress until shutdown, then answers the requests that have arrived.
 
-    Beside waitress's documented settings it relies on: `wasyncore.loop`; of the server
-    `active_channels`, `channel_class`, `handle_accept`, `pull_trigger` and `task_dispatcher`; of
-    a channel `requests`, `request`, `last_activity`, `creation_time`, `total_outbufs_len`,
+    In addition to waitress's documented settings it relies on `wasyncore.loop`; the server's
+    `active_channels`, `channel_class`, `handle_accept`, `pull_trigger` and `task_dispatcher`; a
+    channel's `requests`, `request`, `last_activity`, `creation_time`, `total_outbufs_len` and
     `handle_close`.
     """
 
     def __init__(
-        self,
-        app: App,
-        store: Store,
-        listener: socket.socket,
-        config: Config,
-        shutdown: Shutdown,
+        self, app: App, store: Store, listener: socket.socket, config: Config, shutdown: Shutdown
     ) -> None:
-        # Here and not above: a program that only embeds the App needs no server.
+        # Imported here, because a program that only embeds the App needs no server.
         import waitress.wasyncore  # type: ignore[import-untyped]
 
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
@@ -14226,17 +14211,17 @@ class Server:
 
     def run(self) -> None:
         """Serve, then drain."""
-        due_s = time.monotonic() + REJECTION_LOG_INTERVAL_S
-        trouble, look_s = "", 0.0
+        log_due_s = time.monotonic() + REJECTION_LOG_INTERVAL_S
+        trouble, check_due_s = "", 0.0
         while not self._shutdown.is_asked:
             self._round(1.0)
-            if time.monotonic() >= look_s:
-                look_s = time.monotonic() + 1
+            if time.monotonic() >= check_due_s:
+                check_due_s = time.monotonic() + 1
                 before, trouble = trouble, self._store.look_for_trouble()
                 if trouble and trouble != before:
                     log_line(trouble)
-            if time.monotonic() >= due_s:
-                due_s = time.monotonic() + REJECTION_LOG_INTERVAL_S
+            if time.monotonic() >= log_due_s:
+                log_due_s = time.monotonic() + REJECTION_LOG_INTERVAL_S
                 self._rejections.log_rest()
         self._drain()
         self._rejections.log_rest(0.0)
@@ -14250,21 +14235,21 @@ class Server:
             self._fast.run()
 
     def _accept(self) -> None:
-        """Accept what waits, a few connections beyond the limit at most."""
+        """Accept waiting connections, at most a few beyond the limit."""
         channels = self._server.active_channels
         for _ in range(MAX_ACCEPTED):
             known = len(channels)
             if known >= MAX_CONNECTIONS + MAX_ACCEPTED:
-                break  # all of them are being answered; the system keeps some more waiting
+                break  # all are being answered; more wait in the system's backlog
             self._accept_one()
             if len(channels) == known:
                 break
 
     def _close_longest_waiting(self) -> None:
-        """Close connections beyond the limit, first those with a request that does not end.
+        """Close connections beyond the limit, first those whose request has not ended.
 
-        Those younger than MIN_PATIENCE_S are spared. This runs between two rounds: in the middle
-        of one, a new connection could get the number of the closed one, and its events.
+        Those that have waited less than MIN_PATIENCE_S stay. This runs between two rounds: within
+        one, a new connection could get the number and the events of a closed one.
         """
         channels, now_s = self._server.active_channels, time.monotonic()
         waiting = [
@@ -14279,7 +14264,7 @@ class Server:
     def _drain(self) -> None:
         """Answer every request that has arrived, for MAX_DRAIN_S at most."""
         end_s = time.monotonic() + MAX_DRAIN_S
-        for _ in range(MAX_CONNECTIONS // MAX_ACCEPTED + 1):  # take those that wait to be accepted
+        for _ in range(MAX_CONNECTIONS // MAX_ACCEPTED + 1):  # to accept all that wait
             self._accept()
         self._server.accepting = False
         self._server.socket.close()
@@ -14287,7 +14272,7 @@ class Server:
         self._round(0.0)
         while self._server.active_channels and time.monotonic() < end_s:
             for channel in list(self._server.active_channels.values()):
-                # What still arrives counts as received while its bytes keep coming.
+                # A request that is still arriving counts while its bytes keep coming.
                 is_fresh = channel.last_activity == channel.creation_time
                 arrives = channel.request is not None or is_fresh
                 arrives = arrives and time.time() - channel.last_activity < 1
@@ -14298,7 +14283,7 @@ class Server:
 
 
 def allow_many_files() -> None:
-    """Raise the limit of open files where it is too low for MAX_CONNECTIONS, as on macOS."""
+    """Raise the limit of open files if it is too low for MAX_CONNECTIONS, as on macOS."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows
         import resource
 
@@ -14309,7 +14294,7 @@ def allow_many_files() -> None:
 
 
 def welcome(url: str, path: str, project: Project, config: Config) -> str:
-    """Return the text that a start prints; `url` is the address of the listening socket."""
+    """Return the text printed at the start; `url` is that of the listening socket."""
     listening, url = url, config.public_url or url
     lines = [f"MiniAPM {__version__}", "", f"  Dashboard  {url}/", f"  Database   {path}"]
     if url != listening:
@@ -14366,10 +14351,10 @@ def run_serve(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
         prog=name,
         description="Serve the tracker: ingest and dashboard.",
         epilog="Commands: serve (the default), keys (list, create and revoke API keys), backup"
-        " (copy the database), export and import (write and read it as JSON), check (say whether"
-        " it is whole), demo (errors to look at), run (run a program and record its errors), errors"
-        " (list, show and triage errors), tail (print what comes in) and mcp (serve coding"
-        " assistants); each has a --help. A flag beats its variable, a variable beats the default.",
+        " (copy the database), export and import (write and read it as JSON), check (verify it),"
+        " demo (add sample errors), run (run a program and record its errors), errors (list, show"
+        " and triage errors), tail (print new occurrences) and mcp (serve coding assistants). Each"
+        " has --help. A flag overrides its variable, a variable overrides the default.",
     )
     parser.add_argument("--version", action="version", version=f"MiniAPM {__version__}")
     return serve(parser.read(arguments, environ)[1])
@@ -14382,7 +14367,7 @@ def refuse_missing(path: str) -> None:
 
 
 def keys_table(projects: Sequence[Project], url: str) -> str:
-    """Return the projects, their keys and the keys' DSNs in columns."""
+    """Return the projects with their keys and DSNs, in columns."""
     rows = [
         (one.name, key or "(no key)", dsn_of(url, key, one.id) if key else "")
         for one in projects
@@ -14394,7 +14379,7 @@ def keys_table(projects: Sequence[Project], url: str) -> str:
 
 
 def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
-    """List, create or revoke keys; a running server obeys at once."""
+    """List, create or revoke keys; a running server applies the change at once."""
     parser = _Parser(prog=name, description="List the projects, their API keys and DSNs.")
     commands = parser.add_subparsers(dest="action", metavar="COMMAND")
     listing = commands.add_parser("list", help="list them (the default)")
@@ -14422,7 +14407,7 @@ def run_keys(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
 def read_mode(path: str) -> str:
     """Return the SQLite mode in which reading a database leaves no files next to it.
 
-    SQLite makes a -wal and a -shm, which only a user who can write the database can remove.
+    SQLite creates -wal and -shm files, which only a user who can write the database can remove.
     """
     if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
         return "rw"
@@ -14435,15 +14420,15 @@ def read_mode(path: str) -> str:
 
 
 def refuse_old(db: sqlite3.Connection) -> None:
-    """Raise MiniAPMError for a database of an older version, which a reader can't change."""
+    """Raise MiniAPMError for a database of an older version, which a reader can't migrate."""
     if (version := _pragma(db, "user_version")) != len(MIGRATIONS):
-        said = f"the database is of version {version}, this program's is {len(MIGRATIONS)}"
-        raise MiniAPMError(f"{said}; a start brings an older one up to date")
+        problem = f"the database has version {version}, this program needs {len(MIGRATIONS)}"
+        raise MiniAPMError(f"{problem}; starting the server updates an older one")
 
 
 @contextlib.contextmanager
 def existing_database(path: str) -> Iterator[sqlite3.Connection]:
-    """Open an existing database to read it as of one moment; MiniAPMError if it is not ours."""
+    """Open an existing database for one read transaction; raise MiniAPMError if it is not ours."""
     refuse_missing(path)
     full_path = os.path.realpath(path)
     try:
@@ -14457,21 +14442,21 @@ def existing_database(path: str) -> Iterator[sqlite3.Connection]:
 
 
 def _add_number(
-    parser: argparse._ActionsContainer, flags: str, least: int, most: int, said: str, **more: Any
+    parser: argparse._ActionsContainer, flags: str, least: int, most: int, text: str, **more: Any
 ) -> None:
     read, takes = _whole_number(least, most)
 
-    def checked(text: str) -> int:
+    def checked(number: str) -> int:
         try:
-            return read(text)
+            return read(number)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"takes {takes}, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"takes {takes}, not {number!r}") from None
 
-    parser.add_argument(*flags.split(), type=checked, help=said, **{"metavar": "N"} | more)
+    parser.add_argument(*flags.split(), type=checked, help=text, **{"metavar": "N"} | more)
 
 
 def _copies_in(folder: str, stem: str) -> list[str]:
-    """Return the copies of a database that backup made in a folder, the oldest first."""
+    """Return the copies that backup made of a database in a folder, the oldest first."""
     pattern = re.compile(re.escape(stem) + r"-[0-9]{8}T[0-9]{6}Z\.db")
     return [
         os.path.join(folder, one) for one in sorted(os.listdir(folder)) if pattern.fullmatch(one)
@@ -14481,9 +14466,7 @@ def _copies_in(folder: str, stem: str) -> list[str]:
 def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """Copy the database into a new file, even while it is served."""
     parser = _Parser(prog=name, description="Copy the database into a new file, verified.")
-    parser.add_argument(
-        "file", metavar="FILE", help="the copy, which must not exist yet, or a folder for it"
-    )
+    parser.add_argument("file", metavar="FILE", help="a new file, or a folder to create it in")
     keep_help = "in a folder, remove all but the newest N copies"
     _add_number(parser, "--keep", 1, MAX_ID, keep_help)
     given, config = parser.read(arguments, environ, ("db",))
@@ -14506,7 +14489,7 @@ def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
 
 @contextlib.contextmanager
 def _export_target(path: str | None, after_id: int) -> Iterator[BinaryIO]:
-    """Open stdout or a new file of mode 0600; to go on, a file after its last whole line."""
+    """Open stdout or a new file of mode 0600; to continue, a file after its last whole line."""
     flags = os.O_RDWR if after_id else os.O_RDWR | os.O_CREAT | os.O_EXCL
     try:
         with (
@@ -14531,12 +14514,12 @@ def _export_target(path: str | None, after_id: int) -> Iterator[BinaryIO]:
 
 def run_export(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """Write everything as lines of JSON, even while the database is served."""
-    parser = _Parser(prog=name, description="Write all that is kept as JSON, one object a line.")
+    parser = _Parser(prog=name, description="Write the database as JSON, one object per line.")
     parser.add_argument("file", nargs="?", metavar="FILE", help="a new file; default: stdout")
-    parser.add_argument(
-        "--since", metavar="DATE", help="only what was received since: 2026-11-20, 7d"
-    )
-    _add_number(parser, "--after", 0, MAX_ID, "go on after the last id", default=0, metavar="ID")
+    since_help = "only what was received since then, such as 2026-11-20 or 7d"
+    parser.add_argument("--since", metavar="DATE", help=since_help)
+    after_help = "continue after the last id written"
+    _add_number(parser, "--after", 0, MAX_ID, after_help, default=0, metavar="ID")
     given, config = parser.read(arguments, environ, ("db",))
     since_ms = None
     try:
@@ -14560,15 +14543,15 @@ def run_export(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     return 0
 
 
-def _lines_in(file: BinaryIO, tell: Callable[[int], None]) -> Iterator[bytes]:
-    """Yield the lines of a file; the rest of one that is too long to be taken is skipped."""
+def _lines_in(file: BinaryIO, show: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield the lines of a file; skip the rest of a line that is too long to import."""
     done = 0
     while line := file.readline(MAX_BODY_BYTES + 1):
         done += len(line)
         yield line
         while len(line) > MAX_BODY_BYTES and not line.endswith(b"\n"):
             done += len(line := file.readline(MAX_BODY_BYTES + 1))
-        tell(done)
+        show(done)
 
 
 def _print_refusal(number: int, error: MiniAPMError) -> None:
@@ -14579,7 +14562,7 @@ MAX_IMPORT_WAIT_S = 60.0  # for other writers, before each batch
 
 
 def run_import(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
-    """Add what an export holds to a new or existing database, even while it is served."""
+    """Add an export to a new or existing database, even while it is served."""
     parser = _Parser(prog=name, description="Read what export wrote; nothing is stored twice.")
     parser.add_argument("file", nargs="?", metavar="FILE", help="default: stdin")
     given, config = parser.read(arguments, environ, ("db", "scrub_also"))
@@ -14600,13 +14583,13 @@ def run_import(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
         f" already, {importer.failures:,} lines refused"
     )
     if not importer.has_ended:
-        print_line(f"{name}: the export is not whole; its rest may follow", sys.stderr)
+        print_line(f"{name}: the export is incomplete; import the rest later", sys.stderr)
     return 1 if importer.failures else 0
 
 
-# A shop's errors, two lines each (wrapped, it would be eight): language, place, class and message
-# <- cause | request, occurrences, releases that have it and variables; then the source, where >
-# marks the line that failed. A run of # stands for digits.
+# A shop's errors, two lines each: language, place, class and message <- cause | request, number of
+# occurrences, releases that have it and variables; then the source, with > before the failing line.
+# A run of # stands for digits.
 DEMO_ERRORS = """\
 python shop/payment.py:118 charge PaymentError: order ##### could not be charged <- requests/adapters.py:507 send requests.exceptions.ConnectTimeout: api.payments.example: no connection within 5 s | POST /checkout/pay, 640, 0123 {"order": "<Order ##### 84.90 EUR>", "body": {"amount": 8490, "currency": "EUR"}}
         answer = session.post(f"{API}/charges", json=body, timeout=5)¦    except RequestException as error:¦>        raise PaymentError(f"order {order.id} could not be charged") from error
@@ -14645,8 +14628,8 @@ async function save(form: AddressForm) {¦  const { street, city } = form.values
 javascript src/checkout/form.ts:44 validate SyntaxError: Unexpected token '<', "<!DOCTYPE "... is not valid JSON | POST /checkout/validate, 62, 3 {"answer": "Response {status: 200, type: 'text/html'}"}
 const answer = await fetch("/checkout/validate", { method: "POST", body });¦>const { problems } = await answer.json();¦show(problems);
 """  # noqa: E501
-DEMO_RELEASES = {"1.4.0": 14.0, "1.4.1": 10.4, "1.5.0": 6.1, "1.5.1": 1.9}  # that many days ago
-# Of each language: the caller and the library below; its source; what happened before, and tags.
+DEMO_RELEASES = {"1.4.0": 14.0, "1.4.1": 10.4, "1.5.0": 6.1, "1.5.1": 1.9}  # age in days
+# For each language: the caller and the library that calls it; its source; breadcrumbs and tags.
 DEMO_CALLERS = """\
 python shop/views.py:84 answer, flask/app.py:917 full_dispatch_request
 def answer(request):¦    view = find_view(request.path)¦>    return as_response(view(request))
@@ -14674,8 +14657,8 @@ def _demo_frame(place: str, source: str = "", **more: Any) -> Json:
     return frame | more
 
 
-def _demo_request(said: str, rnd: random.Random) -> Json:
-    method, path = said.split(" ")
+def _demo_request(line: str, rnd: random.Random) -> Json:
+    method, path = line.split(" ")
     if method == "JOB":
         return {"params": {"queue": path, "attempt": rnd.randrange(1, 4)}}
     headers = {"User-Agent": DEMO_AGENT, "Accept-Language": rnd.choice(("de-AT", "de", "en-GB"))}
@@ -14689,13 +14672,13 @@ def _demo_report(error: str, at_ms: int, release: str, rnd: random.Random) -> Js
     texts = error, DEMO_CALLERS.partition(error.split()[0])[2]
     filled = (re.sub("##+", lambda run: numbers[len(run[0]) - 1], text) for text in texts)
     (head, source), (places, caller_source, rest) = (one.splitlines()[:3] for one in filled)
-    head, _, said = head.partition(" | ")
-    (request, _), (crumbs, _) = said.split(", ", 1), rest.split(" {")
-    variables, tags = (json.loads(text[text.index("{") :]) for text in (said, rest))
+    head, _, facts = head.partition(" | ")
+    (request, _), (crumbs, _) = facts.split(", ", 1), rest.split(" {")
+    variables, tags = (json.loads(text[text.index("{") :]) for text in (facts, rest))
     caller, below = places.strip().split(", ")
     chain: list[Json] = []
-    for said in head.partition(" ")[2].split(" <- "):
-        place, function, name, message = said.split(" ", 3)
+    for exception in head.partition(" ")[2].split(" <- "):
+        place, function, name, message = exception.split(" ", 3)
         frames = [_demo_frame(f"{place} {function}", "" if chain else source)]
         if not chain:
             frames[0]["locals"] = variables
@@ -14721,7 +14704,7 @@ _DemoEvent = tuple[int, str, str, str]  # time in ms, what, error, release
 
 
 def _demo_events(now_ms: int, rnd: random.Random) -> list[_DemoEvent]:
-    """Return what happens in two weeks: by day and night, most of it right after a release."""
+    """Return the events of two weeks: fewer at night, most of them right after a release."""
     events: list[_DemoEvent] = []
     names, lines = [*DEMO_RELEASES], DEMO_ERRORS.splitlines()
     starts = [now_ms - int(days * DAY_MS) for days in DEMO_RELEASES.values()]
@@ -14734,12 +14717,12 @@ def _demo_events(now_ms: int, rnd: random.Random) -> list[_DemoEvent]:
         rate = (1.15 + math.sin((hour - 9) * math.pi / 12)) * (0.5 if is_weekend else 1)
         rates.append(rate * (1 + 5 * math.exp((starts[number] - at_ms) / (8 * HOUR_MS))))
     for error in map("\n".join, zip(lines[::2], lines[1::2], strict=True)):
-        _, count, having, *said = error.partition(" | ")[2].partition(" {")[0].split(", ")
+        _, count, having, *changes = error.partition(" | ")[2].partition(" {")[0].split(", ")
         weights = [rate * (str(now) in having) for rate, now in zip(rates, current, strict=True)]
         for place in rnd.choices(range(len(hours)), weights, k=int(count)):
             at_ms = min(hours[place] + rnd.randrange(HOUR_MS), now_ms - rnd.randrange(60_000))
             events.append((at_ms, "new", error, names[current[place]]))
-        events += [(starts[0] + 3 * DAY_MS, what, error, "") for what in said]
+        events += [(starts[0] + 3 * DAY_MS, what, error, "") for what in changes]
         for number in range(1, 4):
             if str(number) not in having and str(number - 1) in having:
                 at_ms = starts[number] + rnd.randrange(2 * HOUR_MS, 6 * HOUR_MS)
@@ -14748,7 +14731,7 @@ def _demo_events(now_ms: int, rnd: random.Random) -> list[_DemoEvent]:
 
 
 class Demo:
-    """The errors of a shop that does not exist, in a project of their own."""
+    """Adds and removes the errors of an invented shop, in a project of their own."""
 
     def __init__(self, db: str) -> None:
         self._time_s = time.time()
@@ -14758,7 +14741,7 @@ class Demo:
         self._random = random.Random(1)  # the same each time
 
     def add(self) -> int:
-        """Record the errors as they would have come; return how many occurrences."""
+        """Record the errors at the times of their events; return the number of occurrences."""
         now_ms = self.store.now_ms()
         events = _demo_events(now_ms, self._random)
         self.store.write(functools.partial(self._begin, now_ms))
@@ -14802,16 +14785,16 @@ class Demo:
         db.execute(CLEAR_NEWS, {"project_id": self.project_id})
 
     def remove(self) -> int:
-        """Remove everything of the demo, and nothing else; return how many occurrences."""
+        """Remove the demo's project and nothing else; return the number of occurrences."""
         values = {"id": self.project_id}
         work = lambda db: [db.execute(one, values).rowcount for one in REMOVE_PROJECT]
         return int(self.store.write(work)[0])
 
 
 def run_demo(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
-    """Fill the database with errors to look at, or remove them."""
-    parser = _Parser(prog=name, description="Add two weeks of made-up errors to look around in.")
-    parser.add_argument("--remove", action="store_true", help="take them out again")
+    """Fill the database with sample errors, or remove them."""
+    parser = _Parser(prog=name, description="Add two weeks of sample errors to explore.")
+    parser.add_argument("--remove", action="store_true", help="remove them again")
     given, config = parser.read(arguments, environ, ("db",))
     if given.remove:
         refuse_missing(config.db)
@@ -14823,7 +14806,7 @@ def run_demo(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
             print_line(f"{config.db}: the demo is {done}")
             return 0
         count = "already" if is_there else f"with {demo.add():,} occurrences"
-        print_line(f"{config.db}: the demo is there, {count}; {name} --remove takes it out")
+        print_line(f"{config.db}: the demo is there, {count}; {name} --remove removes it")
         try:
             ServingLock(store.path).release()
             print_line(f"Look at it: python miniapm.py --db {shlex.quote(config.db)}")
@@ -14833,12 +14816,12 @@ def run_demo(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
 
 
 def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
-    """Say whether the database is whole: exit status 0 if it is, else 1."""
-    parser = _Parser(prog=name, description="Say whether the database is whole; changes nothing.")
+    """Verify the database; return exit status 0 if it is whole, else 1."""
+    parser = _Parser(prog=name, description="Verify the database, without changing anything.")
     _, config = parser.read(arguments, environ, ("db",))
     with existing_database(config.db) as db:
         version = _pragma(db, "user_version")
-        print_line(f"{config.db}: schema version {version}, this program's is {len(MIGRATIONS)}")
+        print_line(f"{config.db}: schema version {version}; this program has {len(MIGRATIONS)}")
         refuse_old(db)
         totals = db.execute(CHECK_TOTALS).fetchone()
         counted = (f"{name}: {totals[name]:,}" for name in ("projects", "errors", "occurrences"))
@@ -14851,14 +14834,14 @@ def run_check(arguments: Sequence[str], environ: Mapping[str, str], name: str) -
 
 
 def cells_of(text: str) -> int:
-    """Return how many cells of a terminal a text takes: two for a wide character, none for a mark.
+    """Return a text's width in terminal cells: two for a wide character, none for a mark.
 
-    Where terminals differ, as for emoji made of several characters, it is the larger number.
+    Where terminals differ, as with emoji made of several characters, it is the larger width.
     """
     if text.isascii():
         return len(text)
     marks = (one for one in text if unicodedata.category(one) in ("Mn", "Me", "Cf"))
-    joined = sum(one not in "\xad\ufe0f" for one in marks)  # U+FE0F widens what is before it
+    joined = sum(one not in "\xad\ufe0f" for one in marks)  # U+FE0F widens the one before it
     joined += sum("\u1160" <= one <= "\u11ff" for one in text)  # later parts of a syllable
     return len(text) - joined + sum(unicodedata.east_asian_width(one) in "WF" for one in text)
 
@@ -14876,13 +14859,13 @@ def on_one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-MIN_SUMMARY_CELLS = 12  # where fewer are left of a line, it is cut at its end
+MIN_SUMMARY_CELLS = 12  # with less room than this, a line is just cut at its end
 BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
 _COLOURS = {"fatal": RED, "regressed": RED, "warning": YELLOW, "resolved": GREEN, "ignored": DIM}
 
 
 def discard_output() -> None:
-    """Let nothing more be written to stdout: the interpreter would complain at its end."""
+    """Discard further output to stdout, or the interpreter would complain when it exits."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         # Not sys.stdout, which mcp redirects.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
@@ -14890,7 +14873,7 @@ def discard_output() -> None:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Raise MiniAPMError where stdout is full or closed, but let BrokenPipeError pass."""
+    """Raise MiniAPMError if stdout is full or closed, but let BrokenPipeError pass."""
     try:
         yield
     except BrokenPipeError:
@@ -14902,9 +14885,9 @@ def writing() -> Iterator[None]:
 
 
 class Terminal:
-    """Prints lines to stdout: if that is a terminal, fitted to its width and in colour.
+    """Prints lines to stdout; on a terminal, fits them to its width and colours them.
 
-    NO_COLOR and TERM=dumb turn colours off. The texts are clean already, as Tracker gives them.
+    NO_COLOR and TERM=dumb turn colours off. Texts must be safe to print, as Tracker returns them.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -14917,14 +14900,14 @@ class Terminal:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours and text and colour else text
 
     def write(self, *lines: str) -> None:
-        """Print some lines; BrokenPipeError if nobody reads any more."""
+        """Print lines; raise BrokenPipeError if nobody reads them any more."""
         with writing():
             for line in lines:
                 write_line(line, sys.stdout)
 
     def check_reader(self) -> None:
         """Raise BrokenPipeError if stdout is a pipe whose other end is closed."""
-        import select  # here, because programs that only import this file would wait for it
+        import select  # here, because it would slow down programs that only import this file
 
         with contextlib.suppress(AttributeError, ValueError):  # Windows; no descriptor
             ends = select.poll()
@@ -14933,7 +14916,7 @@ class Terminal:
                 raise BrokenPipeError
 
     def summary(self, start: str, one: Json, where_cells: int = MAX_CLASS_CHARS) -> str:
-        """Return a line: its painted start, class and message, location."""
+        """Return a line: a painted start, then class, message and location."""
         name, where = on_one_line(one["exception_class"]), on_one_line(one["location"])
         what = f"{name}: {on_one_line(one['message'])}".removesuffix(": ")
         if self._is_terminal:
@@ -14948,7 +14931,7 @@ class Terminal:
 
 
 def clean_json(value: Any) -> Any:
-    """Return a JSON value with all of its texts safe to print."""
+    """Return a JSON value with all of its texts made safe to print."""
     if isinstance(value, dict):
         return {_displayable(name): clean_json(one) for name, one in value.items()}
     if isinstance(value, list):
@@ -14956,12 +14939,12 @@ def clean_json(value: Any) -> Any:
     return _displayable(value) if isinstance(value, str) else value
 
 
-# Takes a path and, to POST it, a form; returns the status, where a redirect leads, and the body.
+# Takes a path and, for a POST, a form; returns the status, a redirect's location and the body.
 Send = Callable[[str, bytes | None], tuple[int, str, bytes]]
 
 
 def sender_in_process(store: Store) -> Send:
-    """Return a function that asks an App on a database, without a socket."""
+    """Return a function that sends requests to an App on a database, without a socket."""
     url = store.setting("url") or f"http://127.0.0.1:{Config().port}"  # for links in Markdown
     app = App(store, Config(public_url=url))
 
@@ -14978,15 +14961,15 @@ def sender_in_process(store: Store) -> Send:
             "wsgi.errors": sys.stderr,
         }
         wsgiref.util.setup_testing_defaults(environ)
-        said: list[str] = []
-        body = b"".join(app(environ, lambda status, *_: said.append(status)))
-        return int(said[0][:3]), "", body
+        answered: list[str] = []
+        body = b"".join(app(environ, lambda status, *_: answered.append(status)))
+        return int(answered[0][:3]), "", body
 
     return send
 
 
 def sender_to(url: str, password: str) -> Send:
-    """Return a function that asks a server; a redirect could take the password elsewhere."""
+    """Return a function that asks a server; to protect the password, it follows no redirect."""
     peer = HttpPeer(url, keeps=True, needs_body=True)
     base, prefix = base_of(url), urllib.parse.urlsplit(url).path.rstrip("/")
     headers = bearer(password) | {
@@ -15006,7 +14989,7 @@ def sender_to(url: str, password: str) -> Send:
 
 
 class Tracker:
-    """Asks a tracker in its own JSON and Markdown: one on a database, or a server.
+    """Reads and changes the errors of a database or a server through its JSON and Markdown.
 
     Every text that it returns is safe to print. Raises MiniAPMError with the status of a refusal.
     """
@@ -15015,19 +14998,19 @@ class Tracker:
         self.place, self._send = place, send
 
     def json(self, path: str, part: str, form: Mapping[str, Any] | None = None) -> Json:
-        """Return an answer's JSON, which has the given part; submit the form if there is one."""
+        """Return the JSON of a path, which must have the field `part`; POST the form if given."""
         body = None if form is None else urllib.parse.urlencode(form, doseq=True).encode()
         status, location, raw = self._send(path, body)
-        said: Json = {}
+        answer: Json = {}
         with contextlib.suppress(ValueError, RecursionError):
-            said = _object(clean_json(json.loads(raw)))
-        if status == http.HTTPStatus.OK and part in said:
-            return said
-        reason = said.get("error")
+            answer = _object(clean_json(json.loads(raw)))
+        if status == http.HTTPStatus.OK and part in answer:
+            return answer
+        reason = answer.get("error")
         if location:
-            reason, status = f"redirects to {_displayable(location)}; give that address", 400
+            reason, status = f"redirects to {_displayable(location)}; use that address", 400
         elif not isinstance(reason, str) or reason.startswith("there is no such page"):
-            reason = f"is not a MiniAPM, or an older one: it answered HTTP {status}"
+            reason = f"is not MiniAPM, or an older version: it answered HTTP {status}"
             status = status if status >= 500 else 400
         elif status == Unauthorized.status:
             reason = f"{reason} (the password is read from {variable_of('password')})"
@@ -15038,12 +15021,12 @@ class Tracker:
         raise refusal
 
     def markdown(self, path: str) -> str:
-        """Return an error's or occurrence's Markdown by its path without the ending."""
+        """Return the Markdown of an error or occurrence; `path` has no ending."""
         self.json(f"{path}.json", "error")  # raises the refusal
         return _displayable(self._send(f"{path}.md", None)[2].decode("utf-8", "replace")).rstrip()
 
     def errors(self, limit: int, **query: Any) -> Json:
-        """Return the first errors of a list as its JSON, from as many pages as it takes."""
+        """Return the JSON of a list with up to `limit` errors, from as many pages as needed."""
         found: list[Json] = []
         while True:
             size = min(limit - len(found), MAX_PAGE_ITEMS)
@@ -15056,12 +15039,12 @@ class Tracker:
             query["after"] = after[0]
 
     def projects(self) -> dict[str, int]:
-        """Return the ids of the projects by name."""
+        """Return the id of every project by its name."""
         found = self.json("/projects.json", "projects")["projects"]
         return {one["name"]: one["id"] for one in found}
 
     def project_id(self, name: str | None) -> int | None:
-        """Return a project's id, None without a name; MiniAPMError if there is no such project."""
+        """Return a project's id, None without a name; raise MiniAPMError if it does not exist."""
         known = self.projects() if name else {}
         if name and name not in known:
             there = f"there are: {', '.join(known)}" if known else "there is none"
@@ -15073,7 +15056,7 @@ class Tracker:
 def opened_tracker(
     given: argparse.Namespace, config: Config, environ: Mapping[str, str]
 ) -> Iterator[Tracker]:
-    """Open what the flags or else the variables name: a URL, or a database that exists."""
+    """Open the server or existing database that the flags, or else the variables, name."""
     if given.url and "db" in given:
         raise BadSetting(f"give --url or {flag_of('db')}, not both")
     where = given.url or ("" if "db" in given else environ.get(URL_VARIABLE, ""))
@@ -15096,21 +15079,21 @@ def opened_tracker(
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
-    said = "ask this server instead of a database; its password is read from"
-    said = f"{said} {variable_of('password')} [{URL_VARIABLE}]"
-    parser.add_argument("--url", default=None, help=said)
+    text = "a server to ask instead of a database; its password is read from"
+    text = f"{text} {variable_of('password')} [{URL_VARIABLE}]"
+    parser.add_argument("--url", default=None, help=text)
 
 
-def error_of(said: Json) -> ErrorGroup:
-    """Return the error that error_json() tells; what it does not tell is empty."""
+def error_of(data: Json) -> ErrorGroup:
+    """Return the error that error_json() has turned into JSON; fields it left out are None."""
     names = {"first_seen_ms": "first_seen", "last_seen_ms": "last_seen"}
     names |= {"wake_ms": "ignored_until", "regressed_ms": "regressed_at"}
-    times = {one: said[name] and parse_timestamp(said[name]) for one, name in names.items()}
-    release = (said["resolved_release"] or "") if said["resolved_in_next_release"] else None
-    values: Json = {one.name: said.get(one.name) for one in dataclasses.fields(ErrorGroup)} | times
-    values |= {"project": said["project"]["name"], "resolved_release": release}
-    values |= {"wake_count": said["ignored_until_occurrences"], "user_count": said["users"]}
-    counts = {"occurrence_count": said["occurrences"], "stored_count": said["occurrences_kept"]}
+    times = {one: data[name] and parse_timestamp(data[name]) for one, name in names.items()}
+    release = (data["resolved_release"] or "") if data["resolved_in_next_release"] else None
+    values: Json = {one.name: data.get(one.name) for one in dataclasses.fields(ErrorGroup)} | times
+    values |= {"project": data["project"]["name"], "resolved_release": release}
+    values |= {"wake_count": data["ignored_until_occurrences"], "user_count": data["users"]}
+    counts = {"occurrence_count": data["occurrences"], "stored_count": data["occurrences_kept"]}
     return ErrorGroup(**values | counts)
 
 
@@ -15134,21 +15117,21 @@ def list_lines(terminal: Terminal, errors: Sequence[Json], *, has_projects: bool
     widths = [max(map(cells_of, column)) for column in zip(*rows, strict=True)]
     where_cells = max((cells_of(on_one_line(one["location"])) for one in errors), default=0)
     for one, (number, count, *rest) in zip(errors, rows, strict=True):
-        said = [number.rjust(widths[0]), count.rjust(widths[1])]
-        said += [fit(text, width) for text, width in zip(rest, widths[2:], strict=True) if width]
+        cells = [number.rjust(widths[0]), count.rjust(widths[1])]
+        cells += [fit(text, width) for text, width in zip(rest, widths[2:], strict=True) if width]
         if widths[4]:
-            said[-1] = terminal.paint(said[-1], _COLOURS.get(rest[2].partition(" ")[0], YELLOW))
-        yield terminal.summary("  ".join(said), one, where_cells)
+            cells[-1] = terminal.paint(cells[-1], _COLOURS.get(rest[2].partition(" ")[0], YELLOW))
+        yield terminal.summary("  ".join(cells), one, where_cells)
 
 
 def _chain_lines(
     terminal: Terminal, chain: Sequence[ChainedException], *, is_brief: bool
 ) -> Iterator[str]:
-    """Yield a chain with its own frames' source and variables; if brief, only their own line."""
+    """Yield a chain with the source and variables of own frames; if brief, only failing lines."""
     for one in chain:
-        said = on_one_line(f"{one.exception_class}: {one.message}").removesuffix(":")
+        title = on_one_line(f"{one.exception_class}: {one.message}").removesuffix(":")
         if one.relation or not is_brief:
-            yield terminal.paint(f"{RELATIONS.get(one.relation, '')} {said}".strip(), BOLD)
+            yield terminal.paint(f"{RELATIONS.get(one.relation, '')} {title}".strip(), BOLD)
         for kind, run, _ in group_frames(one.frames, None):
             place, *more = _frame_text(run[0])
             if kind == "library":
@@ -15161,18 +15144,18 @@ def _chain_lines(
                         yield f"  {terminal.paint(line, BOLD if is_failing else '')}"
 
 
-def _facts_of(error: ErrorGroup, said: Json) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of what an error's page says about it."""
+def _facts_of(error: ErrorGroup, details: Json) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of each fact on an error's page."""
     now_ms = int(time.time() * 1000)
     yield from facts_of(error).items()
     for name, at_ms in times_of(error).items():
         yield name, f"{time_ago(at_ms, now_ms)}, {exact_time(at_ms)}"
-    yield "Trend", trend_text([(0, one["count"]) for one in said["trend"]["24h"]], "24h")
-    for name, values in said["tags"].items():
+    yield "Trend", trend_text([(0, one["count"]) for one in details["trend"]["24h"]], "24h")
+    for name, values in details["tags"].items():
         some = [f"{one['value']} ({one['count']:,})" for one in values[:MAX_SHOWN_RELEASES]]
         some += ["…"] if len(values) > MAX_SHOWN_RELEASES else []
         yield name.capitalize() if name in FACETS else name, ", ".join(some)
-    for one in said["history"][:MAX_MARKDOWN_CHANGES]:
+    for one in details["history"][:MAX_MARKDOWN_CHANGES]:
         text = " ".join(filter(None, (one["detail"], one["by"] and f"by {one['by']}")))
         yield one["what"].capitalize(), f"{exact_time(parse_timestamp(one['at']))} {text}".rstrip()
     yield "Note", error.note
@@ -15189,14 +15172,14 @@ def _section_lines(terminal: Terminal, sections: Iterable[tuple[str, Json]]) -> 
             yield from (f"    {line}" for line in rest)
 
 
-def error_lines(terminal: Terminal, said: Json) -> Iterator[str]:
-    """Yield the lines that show an error as its page does, from its JSON."""
-    error, stored = error_of(said["error"]), said["occurrence"]
+def error_lines(terminal: Terminal, details: Json) -> Iterator[str]:
+    """Yield lines that show an error's JSON as its page does."""
+    error, stored = error_of(details["error"]), details["occurrence"]
     title = " · ".join([f"Error {error.id}", *_badges(error)])
     yield f"{terminal.paint(error.exception_class, f'{BOLD};{RED}')}  {terminal.paint(title, DIM)}"
     yield from error.message.splitlines()
     yield ""
-    for name, text in _facts_of(error, said):
+    for name, text in _facts_of(error, details):
         if text:
             name = terminal.paint(fit(name, max(12, cells_of(name))), DIM)
             yield f"{name} {on_one_line(text)}"
@@ -15219,7 +15202,7 @@ def error_lines(terminal: Terminal, said: Json) -> Iterator[str]:
 
 MAX_LISTED_ERRORS = 100_000
 MAX_FORM_IDS = 5_000
-# What `errors` does, and the flags that each takes besides those that say where.
+# The actions of `errors`, and the flags that each takes besides --url and --db.
 ERROR_COMMANDS: dict[str, tuple[str, ...]] = {
     "list": ("status", "project", "sort", "limit", "json"),
     "show": ("occurrence", "json", "md"),
@@ -15235,22 +15218,22 @@ def _errors_parser(name: str) -> _Parser:
         usage=f"{name} [SEARCH …]\n       {name} show|resolve|ignore|reopen|delete ID …\n"
         f"       {name} undo ACTION",
         description="List errors, show them, or change their status.",
-        epilog="A search is as on the page; after --, every word belongs to it:"
-        " errors -- show -timeout.",
+        epilog="SEARCH is as on the page; every word after -- belongs to it: errors -- show"
+        " -timeout.",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("words", nargs="*", default=[], help=argparse.SUPPRESS)
     listing = parser.add_argument_group("list")
     listing.add_argument("--status", choices=(*STATUSES, "all"), help="default: open")
-    listing.add_argument("--project", metavar="NAME", help="only of this project")
+    listing.add_argument("--project", metavar="NAME", help="only errors of this project")
     listing.add_argument("--sort", choices=SORTS, help="default: last_seen")
     _add_number(listing, "--limit", 1, MAX_LISTED_ERRORS, f"default: {PAGE_ERRORS}")
     showing = parser.add_argument_group("show")
     showing.add_argument("--md", action="store_true", help="as Markdown")
     _add_number(showing, "--occurrence", 1, MAX_ID, "default: the newest", metavar="ID")
     resolving = parser.add_argument_group("resolve")
-    said = "reopen only if it occurs in a newer release"
-    resolving.add_argument("--next-release", action="store_true", help=said)
+    text = "reopen only if it occurs in a newer release"
+    resolving.add_argument("--next-release", action="store_true", help=text)
     ignoring = parser.add_argument_group("ignore")
     ignoring.add_argument("--for", choices=SNOOZES, help="how long; default: forever")
     _add_number(ignoring, "--until", 1, MAX_SNOOZE_COUNT, "until it occurs N more times")
@@ -15279,24 +15262,24 @@ def _show_error(tracker: Tracker, terminal: Terminal, number: str, flags: Json) 
     if "md" in flags:
         terminal.write(tracker.markdown(path))
         return
-    said = tracker.json(f"{path}.json", "error")
-    terminal.write(*([indented(said)] if "json" in flags else error_lines(terminal, said)))
+    details = tracker.json(f"{path}.json", "error")
+    terminal.write(*([indented(details)] if "json" in flags else error_lines(terminal, details)))
 
 
 def _change_errors(
     tracker: Tracker, terminal: Terminal, action: str, ids: Sequence[str], flags: Json, undo: str
 ) -> None:
-    """Do an action to errors that exist, and say how to undo it."""
+    """Apply an action to errors that exist, and print how to undo it."""
     form = {"action": action, "for": flags.get("for", ""), "count": flags.get("until", "")}
     form |= {"until": NEXT_RELEASE} if "next_release" in flags else {}
     parts = (ids[start : start + MAX_FORM_IDS] for start in range(0, len(ids), MAX_FORM_IDS))
     done = [tracker.json("/errors", "action", form | {"id": part})["action"] for part in parts]
     if undoable := [str(one["id"]) for one in done if one["id"] is not None]:
         count = sum(one["count"] for one in done)
-        said = f"{done[0]['what']} {count:,} error{'' if count == 1 else 's'}"
-        terminal.write(f"{said}; to undo it within a minute: {undo} {' '.join(undoable)}")
+        text = f"{done[0]['what']} {count:,} error{'' if count == 1 else 's'}"
+        terminal.write(f"{text}; to undo it within a minute: {undo} {' '.join(undoable)}")
     else:
-        terminal.write(f"nothing to do: {done[0]['what']} already")
+        terminal.write(f"nothing to do: already {done[0]['what']}")
 
 
 def run_errors(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
@@ -15318,7 +15301,8 @@ def run_errors(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
             _show_list(tracker, terminal, words, flags)
         elif action == "undo":
             undone = [tracker.json("/undo", "undone", {"id": one})["undone"] for one in words]
-            terminal.write(f"{sum(undone):,} as before")
+            count = sum(undone)
+            terminal.write(f"restored {count:,} error{'' if count == 1 else 's'}")
         for number in dict.fromkeys(words) if action not in ("list", "undo") else ():
             try:
                 if action == "show":
@@ -15341,9 +15325,9 @@ TAIL_INTERVAL_S = 0.5
 
 
 def new_occurrences(tracker: Tracker, lines: int) -> Iterator[list[Json]]:
-    """Yield the newest occurrences, then what came in since, again and again.
+    """Yield the newest occurrences, then again and again the new ones.
 
-    Outlasts a server that does not answer for a while, and says so once.
+    It survives a server that does not answer for a while, and says so once.
     """
     page = tracker.json(f"/occurrences.json?limit={lines or 1}", "occurrences")["occurrences"]
     last_id, is_away = page[-1]["id"] if page else 0, False
@@ -15356,9 +15340,9 @@ def new_occurrences(tracker: Tracker, lines: int) -> Iterator[list[Json]]:
         except MiniAPMError as refusal:
             if refusal.status < 500 and refusal.status != TooManyRequests.status:
                 raise
-            is_away, said = True, f"{refusal}; trying again"
+            is_away, problem = True, f"{refusal}; trying again"
         if is_away != was_away:
-            print_line(f"miniapm: {said if is_away else 'it answers again'}", sys.stderr)
+            print_line(f"miniapm: {problem if is_away else 'it answers again'}", sys.stderr)
         last_id = page[-1]["id"] if page else last_id
         yield page
 
@@ -15366,7 +15350,7 @@ def new_occurrences(tracker: Tracker, lines: int) -> Iterator[list[Json]]:
 def _tail_lines(
     tracker: Tracker, terminal: Terminal, one: Json, flags: argparse.Namespace, projects: set[str]
 ) -> Iterator[str]:
-    """Yield the lines about an occurrence that has come in."""
+    """Yield the lines about a new occurrence."""
     path, exceptions = f"/errors/{one['error_id']}/occurrences/{one['id']}.json", []
     if flags.full:
         with contextlib.suppress(MiniAPMError):  # deleted, or the server restarts
@@ -15387,12 +15371,12 @@ def _tail_lines(
 
 
 def run_tail(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
-    """Print what comes in, until Ctrl-C."""
-    parser = _Parser(prog=name, description="Print each occurrence as it comes in, until Ctrl-C.")
-    said = f"begin with the newest N; default: {TAIL_LINES}"
-    _add_number(parser, "-n --lines", 0, MAX_PAGE_ITEMS, said, default=TAIL_LINES)
-    parser.add_argument("--full", action="store_true", help="with the failing line and own frames")
-    parser.add_argument("--json", action="store_true", help="as a JSON object a line")
+    """Print new occurrences until Ctrl-C."""
+    parser = _Parser(prog=name, description="Print each occurrence as it arrives, until Ctrl-C.")
+    text = f"begin with the newest N; default: {TAIL_LINES}"
+    _add_number(parser, "-n --lines", 0, MAX_PAGE_ITEMS, text, default=TAIL_LINES)
+    parser.add_argument("--full", action="store_true", help="with own frames and failing lines")
+    parser.add_argument("--json", action="store_true", help="as one JSON object per line")
     _add_place(parser)
     given, config = parser.read(arguments, environ, ("db", "password"))
     terminal = Terminal(environ)
@@ -15432,7 +15416,7 @@ class _RpcError(Exception):
 
 
 def _tool(what: str, *required: str, is_changing: bool = False, **properties: Json) -> Json:
-    """Describe a tool by what it does, its arguments and which of these it needs."""
+    """Return a tool's description, with its arguments and the names of the required ones."""
     schema = {"type": "object", "properties": properties, "required": [*required]}
     hints = {"readOnlyHint": not is_changing, "destructiveHint": False}
     return {
@@ -15454,13 +15438,13 @@ _ERROR_ID = _integer("The error's id.")
 _LISTING: dict[str, Any] = {
     "status": _string("Default: open.", *STATUSES, "all"),
     "project": _string("The name of a project; by default all."),
-    "sort": _string("What comes first; default: last_seen.", *SORTS),
+    "sort": _string("The order; default: last_seen.", *SORTS),
     "limit": _integer("Default: 20.", maximum=MAX_TOOL_ERRORS),
 }
 MCP_TOOLS = {
     "list_errors": _tool("List the errors that programs have reported.", **_LISTING),
     "search_errors": _tool(
-        'Search in the errors: words in class, message or location, a "phrase", -without,'
+        'Search the errors: words in class, message or location, a "phrase", -without,'
         " file:cart.py, user:7, release:1.2, environment:live, level:warning, since:2d.",
         "query",
         query=_string("Terms, all of which must match."),
@@ -15479,18 +15463,18 @@ MCP_TOOLS = {
         id=_ERROR_ID,
     ),
     "ignore_error": _tool(
-        "Ignore an error forever, for some time, or until it has occurred a number of times more.",
+        "Ignore an error forever, for some time, or until it occurs a number of times more.",
         "id",
         is_changing=True,
         id=_ERROR_ID,
-        occurrences=_integer("More times.", maximum=MAX_SNOOZE_COUNT),
+        occurrences=_integer("How many times more.", maximum=MAX_SNOOZE_COUNT),
         **{"for": _string("How long; default: forever.", *SNOOZES)},
     ),
 }
 
 
 def check_arguments(given: Json, schema: Json) -> None:
-    """Raise BadRequest if a tool's arguments are not as its schema says."""
+    """Raise BadRequest if a tool's arguments don't match its schema."""
     known = schema["properties"]
     for name in schema["required"]:
         if name not in given:
@@ -15508,7 +15492,7 @@ def check_arguments(given: Json, schema: Json) -> None:
 
 
 class Assistant:
-    """Answers a coding assistant's messages by the Model Context Protocol; keeps no state."""
+    """Answers a coding assistant over the Model Context Protocol; keeps no state."""
 
     def __init__(self, tracker: Tracker, *, allow_changes: bool) -> None:
         self._tracker = tracker
@@ -15523,21 +15507,21 @@ class Assistant:
         while line := source.readline(MAX_MCP_LINE_BYTES):
             rest = line
             while len(rest) == MAX_MCP_LINE_BYTES and not rest.endswith(b"\n"):
-                line, rest = b"[", source.readline(MAX_MCP_LINE_BYTES)  # which is not JSON
-            if line.strip() and (said := self.answer(line)) is not None:
+                line, rest = b"[", source.readline(MAX_MCP_LINE_BYTES)  # [ is not valid JSON
+            if line.strip() and (answer := self.answer(line)) is not None:
                 with writing():
-                    sink.write(json.dumps(said).encode() + b"\n")
+                    sink.write(json.dumps(answer).encode() + b"\n")
                     sink.flush()
 
     def answer(self, line: bytes) -> Json | list[Json] | None:
-        """Return the answer to a message or a batch of them; None if it takes none."""
+        """Return the answer to a message or a batch of them; None if it needs none."""
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):
             error = {"code": -32700, "message": f"not JSON of up to {MAX_MCP_LINE_BYTES:,} bytes"}
             return {"jsonrpc": "2.0", "id": None, "error": error}
         if isinstance(message, list) and 1 <= len(message) <= MAX_MCP_BATCH:
-            return [said for one in message if (said := self._answer_one(one)) is not None] or None
+            return [one for one in map(self._answer_one, message) if one is not None] or None
         return self._answer_one(message)
 
     def _answer_one(self, message: Any) -> Json | None:
@@ -15545,7 +15529,7 @@ class Assistant:
         number, method = fields.get("id"), fields.get("method")
         is_notice = "id" not in fields and isinstance(method, str)
         if is_notice or method is None and {"result", "error"} & fields.keys():
-            return None  # the other is an answer, and nothing was asked
+            return None  # a notification, or an answer although nothing was asked
         is_id = type(number) in (int, str)
         head: Json = {"jsonrpc": "2.0", "id": number if is_id else None}
         try:
@@ -15602,7 +15586,7 @@ class Assistant:
         return {"content": content, "isError": is_error}
 
     def _text_of(self, name: str, given: Json) -> str:
-        """Return what a tool answers."""
+        """Return a tool's result."""
         if name in ("list_errors", "search_errors"):
             return self._list({"status": "open" if name == "list_errors" else "all"} | given)
         path = f"/errors/{given['id']}"
@@ -15620,25 +15604,25 @@ class Assistant:
         page = self._tracker.errors(given.get("limit", 20), project=project_id, **query)
         lines = [UNTRUSTED, f"counts by status: {json.dumps(page['counts'])}", ""]
         for error in page["errors"]:
-            said = {name: error[name] for name in _LISTED} | {"project": error["project"]["name"]}
+            row = {name: error[name] for name in _LISTED} | {"project": error["project"]["name"]}
             for part in ("exception_class", "message", "location"):
-                said[part] = clip(on_one_line(said[part]), MAX_TOOL_TEXT_CHARS)
-            lines.append(json.dumps(said, ensure_ascii=False))
+                row[part] = clip(on_one_line(row[part]), MAX_TOOL_TEXT_CHARS)
+            lines.append(json.dumps(row, ensure_ascii=False))
         return "\n".join(lines)
 
 
 def run_mcp(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """Serve coding assistants on stdin and stdout until the end of the input."""
-    said = "Serve coding assistants by the Model Context Protocol, on stdin and stdout."
-    parser = _Parser(prog=name, description=said)
-    said = "let assistants resolve and ignore errors too"
-    parser.add_argument("--allow-changes", action="store_true", help=said)
+    text = "Serve coding assistants over the Model Context Protocol, on stdin and stdout."
+    parser = _Parser(prog=name, description=text)
+    text = "let assistants resolve and ignore errors too"
+    parser.add_argument("--allow-changes", action="store_true", help=text)
     _add_place(parser)
     given, config = parser.read(arguments, environ, ("db", "password"))
     source, sink = (getattr(one, "buffer", None) for one in (sys.stdin, sys.stdout))
     with (
         contextlib.suppress(KeyboardInterrupt),
-        contextlib.redirect_stdout(sys.stderr),  # where nothing but answers may be written
+        contextlib.redirect_stdout(sys.stderr),  # stdout is for answers only
         opened_tracker(given, config, environ) as tracker,
     ):
         Assistant(tracker, allow_changes=given.allow_changes).serve(source or io.BytesIO(), sink)
@@ -15647,7 +15631,7 @@ def run_mcp(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> 
 
 def _run_main(program: list[str], *, is_module: bool) -> None:
     """Run a script as `python script` would, or a module as `python -m`, in a new __main__."""
-    import pkgutil  # here, because programs that only import this file would wait for it
+    import pkgutil  # here, because it would slow down programs that only import this file
     import runpy
 
     path = os.path.abspath(program[0])
@@ -15664,7 +15648,7 @@ def _run_main(program: list[str], *, is_module: bool) -> None:
         code = compile(file.read(), path, "exec", dont_inherit=True)
     loader = importlib.machinery.SourceFileLoader("__main__", path)
     module.__dict__.update(__file__=path, __cached__=None, __loader__=loader)
-    exec(code, module.__dict__)  # noqa: S102 - to run a program is what is asked for
+    exec(code, module.__dict__)  # noqa: S102 - the user asks to run this program
 
 
 def _end_as_python(error: BaseException) -> int:
@@ -15678,7 +15662,7 @@ def _end_as_python(error: BaseException) -> int:
 
 
 def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
-    """Run a program under capture: its arguments, exit status and traceback are its own."""
+    """Run a program and record its errors; keep its arguments, exit status and traceback."""
     split = 0
     while split < len(arguments) and re.match("--|-h$", arguments[split]):
         split += 1 if "=" in arguments[split] or arguments[split] in ("--help", "-h") else 2
@@ -15694,13 +15678,13 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
     if is_module:
         program.pop(0)
     if not program:
-        raise BadSetting("which program? Give a script, or -m and a module")
+        raise BadSetting("no program to run: give a script, or -m and a module")
     if not is_module and not os.path.exists(program[0]):
         raise MiniAPMError(f"there is no script {program[0]}")
     if config.scrub_also:  # for its children too
         os.environ[variable_of("scrub_also")] = ",".join(config.scrub_also)
     sys.modules.setdefault("miniapm", sys.modules[__name__])
-    # A console script, which has no suffix, lies anywhere.
+    # A console script, which has no suffix, may be in any folder.
     is_own = not is_module and (os.path.isdir(program[0]) or os.path.splitext(program[0])[1])
     root = os.path.dirname(os.path.abspath(program[0])) if is_own else None
     where = given.url or environ.get(URL_VARIABLE) or config.db
@@ -15709,7 +15693,7 @@ def run_program(arguments: Sequence[str], environ: Mapping[str, str], name: str)
         _run_main(program, is_module=is_module)
     except SystemExit:
         raise
-    except BaseException as error:  # noqa: BLE001 - the program's own end
+    except BaseException as error:  # noqa: BLE001 - the program itself failed
         return _end_as_python(error)
     return 0
 
@@ -15730,9 +15714,11 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, sys.argv by default; return the exit status.
+    """Run the command line, by default sys.argv, and return the exit status.
 
     0: done; 1: refused; 2: a flag, variable or command is wrong.
+
+    >>> status = main(["check", "--db", "errors.db"])
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, name = "serve", "miniapm.py"
@@ -15747,7 +15733,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MiniAPMError as error:
         print_line(f"{name}: {error}", sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of the output has seen enough
+    except BrokenPipeError:  # nobody reads the output any more
         discard_output()
         return 0
     except KeyboardInterrupt:
