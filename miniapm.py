@@ -11556,9 +11556,7 @@ class Rejections:
     """
 
     def __init__(self, now_ms: Callable[[], int], log: Log = lambda _: None) -> None:
-        self._now_ms = now_ms
-        self._log = log
-        self._lock = threading.Lock()
+        self._now_ms, self._log, self._lock = now_ms, log, threading.Lock()
         self._found: dict[tuple[int, str], Rejection] = {}
         self._logged: dict[tuple[int, str], tuple[float, int]] = {}  # time and count of the last
         self._dropped: collections.Counter[str] = collections.Counter()
@@ -11667,7 +11665,7 @@ class PasswordGate:
         network = _network_of(address)
         turn = self._checking[network in self._known]
         if not turn.acquire(blocking=bool(self._right)):  # a check then takes microseconds
-            raise TooManyRequests("Another login is being checked. Try again.", retry_after_s=1)
+            raise TooManyRequests("Busy checking another password. Try again.", retry_after_s=1)
         try:
             self._check(password, network, is_login=is_login)
         finally:
@@ -11682,10 +11680,8 @@ class PasswordGate:
         if (wait_s := math.ceil(wait_until_s - now_s)) > 0:
             raise TooManyRequests(f"Try again in {wait_s} s.", retry_after_s=wait_s)
         keyed = hmac.digest(self._key, password.encode("utf-8", "surrogatepass"), "sha256")
-        hashed, right = (
-            (keyed, self._right) if self._right else (self._scrypt(password), self._hash)
-        )
-        if hmac.compare_digest(hashed, right):
+        sent, right = (keyed, self._right) if self._right else (self._scrypt(password), self._hash)
+        if hmac.compare_digest(sent, right):
             self._right = keyed
             _remember(self._known, address, None)
             if is_login:  # a program's requests must not speed up guesses from its address
@@ -11695,7 +11691,7 @@ class PasswordGate:
         delay_s = min(MAX_LOGIN_DELAY_S, 2.0 ** min(count - 2, 10)) if count >= 2 else 0.0
         _remember(self._failures, address, (count + 1, now_s + delay_s))
         self._next_s = max(self._next_s, now_s) + LOGIN_PAUSE_S
-        raise Unauthorized("That is not the password.")
+        raise Unauthorized("Wrong password.")
 
     def issue(self, person: str = "") -> str:
         """Return a new session's cookie value: expiry, the person's name in hex, signature."""
@@ -11863,9 +11859,8 @@ def checked_person(text: str) -> str:
     """Return the name that a person gives at login, which may be empty."""
     name = text.strip()
     if not (name.isprintable() and len(name) <= MAX_PERSON_CHARS):
-        raise BadRequest(
-            f"name must be at most {MAX_PERSON_CHARS} printable characters", field="name"
-        )
+        problem = f"name must be at most {MAX_PERSON_CHARS} printable characters"
+        raise BadRequest(problem, field="name")
     return name
 
 
@@ -12060,11 +12055,9 @@ class Intake:
         owners = {owner_of(one, keys) for one in (key, urllib.parse.unquote(key))}
         if owners == {None}:
             problem = "is unknown or revoked" if key else "is missing"
-            raise Unauthorized(
-                f"the key of the DSN (sentry_key) for project {project_id} {problem}"
-            )
+            raise Unauthorized(f"the DSN's key (sentry_key) for project {project_id} {problem}")
         if project_id not in owners:
-            raise Forbidden(f"the key of the DSN does not belong to project {project_id}")
+            raise Forbidden(f"the DSN's key does not belong to project {project_id}")
 
     def rule_for(self, sender: Sender) -> BodyRule:
         """Return the rule for a sender's body."""
@@ -12406,9 +12399,8 @@ class Login(View):
         """Check the password and start a session."""
         environ = bottle.request.environ
         form = read_form(environ, MAX_LOGIN_BYTES)
-        target, password, person = (
-            form.get(name, [""])[0] for name in ("next", "password", "name")
-        )
+        names = ("next", "password", "name")
+        target, password, person = (form.get(name, [""])[0] for name in names)
         if self._gate is None:
             return redirect(local_path(target))
         try:
@@ -12707,9 +12699,7 @@ class App:
     def __init__(self, store: Store, config: Config, log: Log = lambda _: None) -> None:
         self._config, self._store, self._hosts = config, store, known_hosts(config)
         self._public_url = _read_public_url(config.public_url) if config.public_url else None
-        gate = None
-        if config.password is not None:
-            gate = PasswordGate(config.password, store)
+        gate = None if config.password is None else PasswordGate(config.password, store)
         self.rejections = Rejections(store.now_ms, log)
         self.intake = Intake(store, config, self.rejections, self._public_url)
         self._ingest = Ingest(store, self.intake, self.rejections)
@@ -12987,11 +12977,8 @@ class Mount:
         return self._made[1]
 
     def _below(self, environ: Environ) -> Environ:
-        script_name = environ.get("SCRIPT_NAME", "") + self.at
-        return environ | {
-            "SCRIPT_NAME": script_name,
-            "PATH_INFO": environ["PATH_INFO"][len(self.at) :],
-        }
+        root, path = environ.get("SCRIPT_NAME", "") + self.at, environ["PATH_INFO"][len(self.at) :]
+        return environ | {"SCRIPT_NAME": root, "PATH_INFO": path}
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer a WSGI request, without recording our own failures."""
@@ -13180,9 +13167,8 @@ def _sentry_headings(
         values[0]["mechanism"] = {"type": "generic"} | mechanism
     if module := extra.get("exception_module"):
         values[0]["module"] = module
-    return {"exception": {"values": values[::-1]}} | (
-        {"logentry": logged} if any(logged.values()) else {}
-    )
+    logentry = {"logentry": logged} if any(logged.values()) else {}
+    return {"exception": {"values": values[::-1]}} | logentry
 
 
 def _sentry_surroundings(occurrence: Occurrence, frames: Sequence[Frame]) -> Json:
@@ -14165,9 +14151,8 @@ def _create_server(
         max_request_body_size=MAX_SWALLOWED_BYTES,
         clear_untrusted_proxy_headers=False,  # check_peer() reads them
     )
-    server.channel_class = _channel_class(
-        app.body_rule, BodyBudget(max(config.max_held_bytes, config.max_body_bytes + 1))
-    )
+    budget = BodyBudget(max(config.max_held_bytes, config.max_body_bytes + 1))
+    server.channel_class = _channel_class(app.body_rule, budget)
     return server
 
 
@@ -14458,14 +14443,13 @@ def _add_number(
 def _copies_in(folder: str, stem: str) -> list[str]:
     """Return the copies that backup made of a database in a folder, the oldest first."""
     pattern = re.compile(re.escape(stem) + r"-[0-9]{8}T[0-9]{6}Z\.db")
-    return [
-        os.path.join(folder, one) for one in sorted(os.listdir(folder)) if pattern.fullmatch(one)
-    ]
+    names = sorted(filter(pattern.fullmatch, os.listdir(folder)))
+    return [os.path.join(folder, name) for name in names]
 
 
 def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) -> int:
     """Copy the database into a new file, even while it is served."""
-    parser = _Parser(prog=name, description="Copy the database into a new file, verified.")
+    parser = _Parser(prog=name, description="Copy the database and verify the copy.")
     parser.add_argument("file", metavar="FILE", help="a new file, or a folder to create it in")
     keep_help = "in a folder, remove all but the newest N copies"
     _add_number(parser, "--keep", 1, MAX_ID, keep_help)
@@ -14972,10 +14956,8 @@ def sender_to(url: str, password: str) -> Send:
     """Return a function that asks a server; to protect the password, it follows no redirect."""
     peer = HttpPeer(url, keeps=True, needs_body=True)
     base, prefix = base_of(url), urllib.parse.urlsplit(url).path.rstrip("/")
-    headers = bearer(password) | {
-        "Accept": "application/json",
-        "Content-Type": "application/x-www-form-urlencoded",
-    }
+    headers = bearer(password) | {"Accept": "application/json"}
+    headers |= {"Content-Type": "application/x-www-form-urlencoded"}
 
     def send(path: str, form: bytes | None) -> tuple[int, str, bytes]:
         try:
