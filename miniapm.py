@@ -11558,7 +11558,7 @@ class Rejections:
     def __init__(self, now_ms: Callable[[], int], log: Log = lambda _: None) -> None:
         self._now_ms, self._log, self._lock = now_ms, log, threading.Lock()
         self._found: dict[tuple[int, str], Rejection] = {}
-        self._logged: dict[tuple[int, str], tuple[float, int]] = {}  # time and count of the last
+        self._logged: dict[tuple[int, str], tuple[float, int]] = {}  # time, count
         self._dropped: collections.Counter[str] = collections.Counter()
 
     def count(self, refusal: MiniAPMError, *, has_key: bool = True) -> None:
