@@ -1433,7 +1433,7 @@ def test_assembly_s_public_key_token_is_no_secret() -> None:
 
 def test_nesting_is_refused_over_64_levels() -> None:
     assert parse(params={"a": nested(62)})
-    with pytest.raises(miniapm.BadRequest, match="nested over 64 deep"):
+    with pytest.raises(miniapm.BadRequest, match="nested more than 64 levels deep"):
         parse(params={"a": nested(63)})
 
 
@@ -2237,7 +2237,7 @@ def test_deploy_has_the_release_that_reports_with_the_same_name_have() -> None:
     ("said", "field", "expected"),
     [
         ([], None, "the body must be an object"),
-        ({}, "git_sha", "git_sha must be a string that is not empty, unless there is a version"),
+        ({}, "git_sha", "git_sha must be a non-empty string, unless there is a version"),
         ({"git_sha": " ", "version": ""}, "git_sha", "unless there is a version"),
         ({"git_sha": 7}, "git_sha", "git_sha must be a string"),
         ({"version": 1.1, "git_sha": "a"}, "version", "version must be a string"),
@@ -2761,12 +2761,12 @@ def test_envelope_length_that_is_no_length_is_passed_over(length: Any) -> None:
     ("raw", "said", "field"),
     [
         (b"", "the envelope must be JSON", "the envelope"),
-        (b"[]", "the envelope must begin with a line that is a JSON object", "the envelope"),
+        (b"[]", "the envelope must begin with a JSON object on one line", "the envelope"),
         (b"\xff\n", "the envelope must be UTF-8", "the envelope"),
         (b"{}\nx\n", "items[0] must be JSON", "items[0]"),
-        (b'{}\n{"type":"a"}\n1\n7\n', "items[1] must begin with a line", "items[1]"),
-        (b'{}\n{"length":5}\n1234', "items[0] ends before its length of 5 bytes", "items[0]"),
-        (b'{}\n{"length":3}\n1234', "items[0] goes on beyond its length", "items[0]"),
+        (b'{}\n{"type":"a"}\n1\n7\n', "items[1] must begin with a JSON", "items[1]"),
+        (b'{}\n{"length":5}\n1234', "items[0] is shorter than its length of 5 bytes", "items[0]"),
+        (b'{}\n{"length":3}\n1234', "items[0] is longer than its length", "items[0]"),
     ],
 )
 def test_malformed_envelope_is_refused_by_name(raw: bytes, said: str, field: str) -> None:
@@ -3415,7 +3415,7 @@ def test_sentry_section_is_used_by_http_and_commands_only() -> None:
     names = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
     names |= {target.id for target in targets if isinstance(target, ast.Name)}
-    assert names > {"occurrence_from_sentry", "_CONTENT"}
+    assert names > {"occurrence_from_sentry", "_VARIABLE"}
     others = SOURCE.replace(part, "").partition("# --- 11. HTTP")[0]
     used = {node.id for node in ast.walk(ast.parse(others)) if isinstance(node, ast.Name)}
     assert used & names == set()
@@ -3654,7 +3654,7 @@ def test_migration_says_how_far_it_is(
     assert percents == sorted(percents)
     assert percents[-1] == 100
     assert len(set(percents)) > 10
-    for text in ("the copy is being checked", "from version 5 to", "the schema is being changed"):
+    for text in ("checking the copy", "from version 5 to", "changing the schema"):
         assert any(text in line for line in said)
 
 
@@ -7755,7 +7755,7 @@ def test_unavailable_tracker_is_tried_again_and_refusal_is_not(tracker: Any, cap
     assert ids[0] == ids[1] == ids[2] != ids[3]  # so that the tracker stores it once
     assert accepted(tracker) == ["kept", "next"]
     errors = capsys.readouterr().err
-    assert errors.count("reports wait, will try again") == 1
+    assert errors.count("reports are waiting, will try again") == 1
     assert errors.count("refused with HTTP 401") == 1
 
 
@@ -7786,7 +7786,7 @@ def test_overflow_is_counted_and_reported_when_things_recover(
     assert client.flush(10)
     got = accepted(tracker)
     assert got[:11] == ["first", *map(str, range(10))]
-    assert got[11:] == ["15 reports were dropped while the tracker could not take them"]
+    assert got[11:] == ["15 reports were dropped because the queue was full"]
 
 
 def test_reports_wait_for_a_tracker_that_comes_up_later(
@@ -7830,7 +7830,7 @@ for number in range(500): miniapm.record_error(ValueError(f"number {{number}}"))
     assert time.monotonic() - began < 3
     assert done.returncode == 0
     assert done.stderr.count("\n") == 1
-    assert "reports wait, will try again" in done.stderr
+    assert "reports are waiting, will try again" in done.stderr
 
 
 def test_failing_disk_makes_no_loop(recorder: Recorder, capsys: Any) -> None:
@@ -11006,7 +11006,7 @@ def test_list_offers_the_facets_there_are(client: Client) -> None:
     assert "Level" not in client.get("/errors").text
     client.report(level="warning", environment="te<st", fingerprint="other")
     page = client.get("/errors?filters=1").text
-    assert "The numbers count errors with the status open." in page
+    assert "The counts include errors with status open." in page
     choices = re.findall(r'href="[^"]*\?([^"]*)" dir="auto">([^<]*)</a>\s*([\d,+]+)<', page)
     assert sorted(choices) == [
         ("environment=te%3Cst", "te&lt;st", "1"),
@@ -11837,7 +11837,7 @@ def test_wrong_passwords_are_slowed_down(guarded: Client, clock: Clock) -> None:
     for _ in range(3):
         answer = log_in(guarded, "wrong")
         assert answer.status == 401
-        assert "not the password" in answer.text
+        assert "Wrong password" in answer.text
     slowed = log_in(guarded)  # even the right one
     assert slowed.status == 429
     assert int(slowed.headers["Retry-After"]) >= 1
@@ -12888,7 +12888,7 @@ def test_session_of_before_names_stays_valid_and_no_name_can_be_forged(
 
 def test_login_is_refused_in_json_to_those_who_prefer_it(guarded: Client) -> None:
     answer = guarded.request("POST", "/login", b"password=wrong", **JSON)
-    assert (answer.status, answer.json()["error"]) == (401, "That is not the password.")
+    assert (answer.status, answer.json()["error"]) == (401, "Wrong password.")
 
 
 # Conditional and compressed answers
@@ -13334,7 +13334,7 @@ def test_good_event_beside_a_bad_one_is_kept(client: Client) -> None:
     [
         (b"", 400, "the envelope must be JSON"),
         (b'{}\n{"type":"event"}\n{', 400, "items[0] must be JSON"),
-        (b'{}\n{"type":"event","length":9}\n{}', 400, "items[0] ends before"),
+        (b'{}\n{"type":"event","length":9}\n{}', 400, "items[0] is shorter than"),
         (b'{}\n{"type":"event"}\n' + b"[" * 100_000, 400, "items[0] is nested too deep"),
         (b'{}\n{"type":"event"}\n{"a":NaN}', 400, "items[0] must be JSON: NaN"),
         (b'{}\n{"type":"event"}\n"' + b"x" * 2**20 + b'"', 413, "items[0] is larger than"),
@@ -14308,7 +14308,7 @@ def test_second_server_without_the_lock_file_is_refused(
     (tmp_path / "miniapm.db.lock").unlink()
     done = run("--port", "0", cwd=tmp_path)
     assert done.returncode == 1
-    assert f"served already, by process {first.process.pid} at {first.url}" in done.stderr
+    assert f"already served by process {first.process.pid} at {first.url}" in done.stderr
     first.report()
     assert first.stop() == 0
     assert start().stop() == 0
@@ -14324,7 +14324,7 @@ def test_second_server_through_a_hard_link_is_refused(
     os.link(first.db, tmp_path / "other" / "link.db")
     done = run("--port", "0", "--db", "other/link.db", cwd=tmp_path)
     assert done.returncode == 1
-    assert "link.db is served already, by another process" in done.stderr
+    assert "link.db is already served by another process" in done.stderr
     assert {one.name for one in (tmp_path / "other").iterdir()} <= {"link.db", "link.db.lock"}
     first.report()
     with contextlib.closing(sqlite3.connect(first.db)) as db:  # SQLite's own locks are there
@@ -14773,7 +14773,7 @@ def test_errors_are_changed_and_undone(
     assert what == (status or "deleted")
     assert undo == f"python miniapm.py errors undo {undo.split()[-1]}"
     done = run(*undo.split()[2:], cwd=tmp_path, **place)
-    assert (done.returncode, done.stdout) == (0, "2 as before\n")
+    assert (done.returncode, done.stdout) == (0, "restored 2 errors\n")
     assert [one["status"] for one in list_of(tmp_path)] == ["open", "open"]
     done = run(*undo.split()[2:], cwd=tmp_path, **place)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
@@ -14790,7 +14790,7 @@ def test_errors_are_changed_in_several_requests_if_they_are_many(
     said, undo = capsys.readouterr().out.split(";")
     assert (said, undo.split()[-3:]) == ("resolved 7 errors", ["1", "4", "7"])
     assert miniapm.run_errors(undo.split("errors ")[1].split(), {}, "errors") == 0
-    assert capsys.readouterr().out == "7 as before\n"
+    assert capsys.readouterr().out == "restored 7 errors\n"
 
 
 def test_errors_that_exist_are_changed_beside_one_that_does_not(
@@ -14801,7 +14801,7 @@ def test_errors_that_exist_are_changed_beside_one_that_does_not(
     said = [f"miniapm.py errors: there is no error {number}" for number in (98, 99)]
     assert done.stderr.splitlines() == said
     done = run("errors", "resolve", "1", cwd=tmp_path, **place)
-    assert (done.returncode, done.stdout) == (0, "nothing to do: resolved already\n")
+    assert (done.returncode, done.stdout) == (0, "nothing to do: already resolved\n")
     for action in (["reopen", "99"], ["show", "99"], ["show", "99", "--md"]):
         done = run("errors", *action, cwd=tmp_path, **place)
         assert (done.returncode, done.stdout) == (1, "")
@@ -14814,7 +14814,7 @@ def test_errors_say_how_to_undo_at_the_same_place(tmp_path: Path) -> None:
     (tmp_path / "miniapm.db").rename(tmp_path / "other one.db")
     done = run("errors", "--db", "other one.db", "resolve", "1", cwd=tmp_path)
     undo = shlex.split(done.stdout.partition("python miniapm.py ")[2])
-    assert run(*undo, cwd=tmp_path).stdout == "1 as before\n"
+    assert run(*undo, cwd=tmp_path).stdout == "restored 1 error\n"
 
 
 @pytest.mark.parametrize(
@@ -14896,10 +14896,10 @@ def fake_server(status: int, body: bytes) -> Iterator[tuple[str, list[Any]]]:
 @pytest.mark.parametrize(
     ("status", "body", "said"),
     [
-        (200, b"<h1>Hello</h1>", "is not a MiniAPM"),
-        (200, b"{}", "is not a MiniAPM"),
-        (200, b"[" * 100_000, "is not a MiniAPM"),
-        (404, b'{"detail": "Not Found"}', "is not a MiniAPM"),
+        (200, b"<h1>Hello</h1>", "is not MiniAPM"),
+        (200, b"{}", "is not MiniAPM"),
+        (200, b"[" * 100_000, "is not MiniAPM"),
+        (404, b'{"detail": "Not Found"}', "is not MiniAPM"),
         (302, b"", "redirects to http://127.0.0.1:9/elsewhere"),
         (502, b"Bad\nGateway", "it answered HTTP 502"),
         (503, b'{"error": "the database\\n is locked\\u001b[2J"}', "the database is locked␛[2J"),
@@ -14937,7 +14937,7 @@ def test_server_out_of_reach_or_with_another_password_is_one_line(tmp_path: Path
     assert "can't reach http://127.0.0.1:" in done.stderr and "refused" in done.stderr
     assert "secret-1" not in done.stderr
     server = Server(tmp_path, MINI_APM_PASSWORD=PASSWORD)
-    for password, said in (("", "log in first"), ("wrong", "That is not the password.")):
+    for password, said in (("", "log in first"), ("wrong", "Wrong password.")):
         done = run("errors", "--url", server.url, cwd=tmp_path, MINI_APM_PASSWORD=password)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert said in done.stderr and "MINI_APM_PASSWORD" in done.stderr
@@ -16655,7 +16655,7 @@ def test_check_and_backup_by_another_user_leave_nothing_behind(shared: Path) -> 
     for arguments in (["keys"], ["keys", "create", "y"], ["--port", "0"]):
         done = run_as_nobody(shared, *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert "belongs to somebody else" in done.stderr
+        assert "belongs to another user" in done.stderr
     assert sorted(shared.iterdir()) == sorted([*before, shared / "copy.db"])
     assert run("check", cwd=shared).returncode == 0
 
@@ -16735,7 +16735,7 @@ def test_check_leaves_out_what_was_deleted_and_may_be_undone(
 
 def test_check_refuses_what_this_program_does_not_know(store: Store, tmp_path: Path) -> None:
     newest = len(miniapm.MIGRATIONS)
-    for version, said in ((newest - 1, "brings an older one up"), (newest + 1, "a newer version")):
+    for version, said in ((newest - 1, "updates an older one"), (newest + 1, "a newer version")):
         with contextlib.closing(sqlite3.connect(store.path)) as db:
             db.execute(f"PRAGMA user_version = {version}")
         done = run("check", "--db", store.path, cwd=tmp_path)
@@ -16994,10 +16994,10 @@ def test_full_disk_is_said_and_recovered_from(
     assert "the disk is nearly full" in answer.json()["error"]
     page = requests.get(server.url + "/errors", timeout=5)
     assert page.status_code == 200
-    assert "Reports are not stored now: the disk is nearly full" in page.text
+    assert "Reports can't be stored: the disk is nearly full" in page.text
     filler.unlink()
     server.report(message="after")
-    assert "Reports are not stored now" not in requests.get(server.url + "/errors", timeout=5).text
+    assert "Reports can't be stored" not in requests.get(server.url + "/errors", timeout=5).text
     assert server.errors()[0]["occurrences"] == 2
 
 
@@ -17221,7 +17221,7 @@ def test_lost_file_refuses_the_next_report_and_is_said_once(
     sentry = f"/api/1/store/?sentry_key={server.key}"
     assert server.post({"message": "m"}, sentry).status_code == 429
     pages = [requests.get(server.url + path, timeout=10).text for path in ("/errors", "/setup")]
-    assert re.search(r"Reports are not stored now: .*miniapm\.db", "".join(pages))
+    assert re.search(r"Reports can't be stored: .*miniapm\.db", "".join(pages))
     health = requests.get(server.url + "/health", timeout=10)
     assert (health.status_code, health.json()["db_ok"]) == (503, False)
     assert kept_after_kill(server) in (20, 21)  # that by which it was noticed may be there
@@ -18721,7 +18721,7 @@ def test_nesting_over_64_levels_is_refused_however_it_is_sent(
     assert send(server, way, good).status_code in (200, 202)
     answer = send(server, way, bad)
     assert answer.status_code == (500 if way == "batch" else 400)
-    assert "nested over 64 deep" in answer.text
+    assert "nested more than 64 levels deep" in answer.text
     assert [error["occurrences"] for error in server.errors()] == [1]
 
 
@@ -19845,7 +19845,7 @@ def test_import_of_a_broken_off_export_is_finished_by_its_rest(
     file.write_bytes(b"".join(lines[:6]) + lines[6][:100])
     done = import_into(new, file.read_bytes())
     assert (done.returncode, done.stderr.count(b"\n")) == (0, 1)
-    assert b"the export is not whole" in done.stderr
+    assert b"the export is incomplete" in done.stderr
     assert b"4 occurrences added" in done.stdout
     assert run("check", "--db", "new.db", cwd=tmp_path).returncode == 0
     assert export_of(db, str(file), "--after", "4") == b""
@@ -21349,7 +21349,7 @@ def test_browser_ignores_for_as_long_as_wanted(
         page.goto(server.url + "/errors/1")
         press(page, choice, menu="Ignore")
         assert facts(page)["Status"] == "Ignored"
-        assert facts(page).get("Opens again") == opens
+        assert facts(page).get("Reopens") == opens
         press(page, "Undo")
     page.locator("summary", has_text="Ignore").click()
     page.get_by_label("Number of occurrences").fill("2")
@@ -21460,7 +21460,7 @@ def test_browser_filters_by_values_and_takes_them_back(
     panel = page.get_by_role("region", name="Filters")
     assert panel.count() == 0
     follow(page.get_by_role("link", name="Filter"))
-    assert "count errors with the status open" in panel.inner_text()
+    assert "counts include errors with status open" in panel.inner_text()
     lines = {" ".join(line.split()) for line in panel.locator("li").all_inner_texts()}
     assert {"staging 2", "production 1", "info 3"} <= lines
     follow(panel.get_by_role("link", name="staging"))
@@ -21469,7 +21469,7 @@ def test_browser_filters_by_values_and_takes_them_back(
     assert panel.count() == 0
     follow(page.get_by_role("link", name="Filter", exact=True))
     follow(panel.get_by_role("link", name="info"))
-    chips = page.get_by_role("list", name="Filters in use").get_by_role("link")
+    chips = page.get_by_role("list", name="Active filters").get_by_role("link")
     assert chips.count() == 2
     follow(page.get_by_role("link", name="environment staging"))
     assert query_of(page.url) == {"q": "went", "level": "info"}
@@ -21629,7 +21629,7 @@ def test_browser_shows_the_most_of_an_error_above_the_fold(
     assert box_of(column)["width"] <= 400
     page.set_viewport_size({"width": 390, "height": 800})
     assert box_of(trace)["bottom"] <= box_of(column)["y"]
-    assert box_of(column)["bottom"] <= box_of(page.get_by_label("Details of the occurrence"))["y"]
+    assert box_of(column)["bottom"] <= box_of(page.get_by_label("Occurrence details"))["y"]
 
 
 @pytest.mark.parametrize(
@@ -21974,7 +21974,7 @@ def test_browser_is_used_by_keyboard_and_right_to_left(
     page = browse()
     page.goto(server.url + "/errors?status=all&sort=count")
     page.keyboard.press("Tab")
-    skip = page.get_by_role("link", name="Skip to the content")
+    skip = page.get_by_role("link", name="Skip to content")
     assert skip.evaluate("(node) => node == document.activeElement")
     assert box_of(skip)["width"] > 100
     page.keyboard.press("Enter")
