@@ -777,7 +777,7 @@ def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
     ],
 )
 def test_host_has_one_form(text: str, host: str) -> None:
-    assert miniapm.normal_host(text) == host
+    assert miniapm.normalize_host(text) == host
     assert miniapm.load_config({"allowed_hosts": f" {text} ,x"}, {}).allowed_hosts == (host, "x")
 
 
@@ -5853,7 +5853,7 @@ def test_retention_takes_less_at_a_time_when_that_takes_long(
     monkeypatch.setattr(miniapm.time, "perf_counter", lambda: next(seconds))
     found = []
     for _ in range(24):
-        retention._timed(lambda db: 0, None)  # type: ignore[arg-type]
+        retention._run_timed(lambda db: 0, None)  # type: ignore[arg-type]
         found.append(retention._step_rows)
     assert found[0] < 300
     assert found[3] < 60
@@ -7765,7 +7765,7 @@ def test_large_reports_are_sent_in_several_requests(tracker: Any) -> None:
         parse(backtrace=["x" * 9_000] * 50, message=str(number)) for number in range(30)
     )
     destination = miniapm._Default.client.destination  # type: ignore[union-attr]
-    destination.deliver(waiting, miniapm.Complaints())
+    destination.deliver(waiting, miniapm.StderrLog())
     assert not waiting
     assert accepted(tracker) == [str(number) for number in range(30)]
     assert len(tracker.batches) >= 3
@@ -7889,7 +7889,7 @@ def test_before_send_changes_and_drops(recorder: Recorder, capsys: Any) -> None:
 
 
 def test_complaints_come_once_a_minute(clock: Clock, capsys: Any) -> None:
-    complain = miniapm.Complaints(clock)
+    complain = miniapm.StderrLog(clock)
     for _ in range(5):
         complain.print_line("a kind", "password=hunter2 \x1b[31m")
         clock.seconds += 20
@@ -9695,7 +9695,7 @@ def test_deploys_of_one_bar_share_a_mark_that_tells_the_newest() -> None:
 
 def test_ticks_of_the_list_are_those_of_each_project() -> None:
     deploys = [dataclasses.replace(deployed("1", n), project_id=1 + n % 2) for n in (1, 2, 3)]
-    ticks = miniapm.ticks_of(deploys, NOW_MS)
+    ticks = miniapm.deploy_marks_by_project(deploys, NOW_MS)
     assert {project_id: len(marks) for project_id, (_, marks) in ticks.items()} == {1: 1, 2: 2}
 
 
@@ -12378,7 +12378,7 @@ def test_undo_is_offered_on_the_page_one_is_led_to(client: Client, monkeypatch: 
     for action, path in (("resolve", "/errors/1"), ("delete", "/errors")):
         target = client.post_form(path, id=1, action=action).headers["Location"]
         client.get(target.removeprefix(client.prefix))
-        assert shown.pop().what == miniapm.WHAT_IS_DONE[action]
+        assert shown.pop().what == miniapm.ACTION_RESULTS[action]
     for query in ("", "?done=99", "?done=x", "?done=" + "9" * 30, "?done=1%20"):
         client.get("/errors/2" + query)
         assert shown.pop() is None
@@ -13295,7 +13295,7 @@ def test_wrong_sentry_address_says_so_in_the_header(client: Client) -> None:
     ],
 )
 def test_path_is_logged_without_what_may_be_a_key(path: str, shown: str) -> None:
-    assert miniapm.shown_path(path) == shown
+    assert miniapm.loggable_path(path) == shown
 
 
 def test_refused_path_is_said_without_the_key_in_it(store: Store) -> None:
@@ -15049,7 +15049,7 @@ def test_lines_fit_a_narrow_terminal(tmp_path: Path, columns: int) -> None:
 
 def test_tail_with_traces_outlasts_an_occurrence_that_it_is_not_given(store: Store) -> None:
     record(store)
-    send = miniapm.sender_in_process(store)
+    send = miniapm.app_requester(store)
     refused = 503, "", b'{"error": "too busy"}'
     tracker = miniapm.Tracker("", lambda path, form: send(path, form) if "?" in path else refused)
     (one,) = next(miniapm.new_occurrences(tracker, 1))
@@ -15219,7 +15219,7 @@ def test_tail_prints_json_lines(tmp_path: Path, place: dict[str, str]) -> None:
 def test_tail_begins_with_the_newest(store: Store, lines: int, expected: Any) -> None:
     for number in range(3):
         record(store, message=f"m{number}")
-    tracker = miniapm.Tracker("here", miniapm.sender_in_process(store))
+    tracker = miniapm.Tracker("here", miniapm.app_requester(store))
     pages = miniapm.new_occurrences(tracker, lines)
     assert [one["message"] for one in next(pages)] == (expected or ["m0", "m1", "m2"][:lines])
     assert next(pages) == []
@@ -15231,7 +15231,7 @@ def test_tail_begins_with_the_newest(store: Store, lines: int, expected: Any) ->
 
 
 def test_tail_begins_with_an_empty_database(store: Store) -> None:
-    pages = miniapm.new_occurrences(miniapm.Tracker("", miniapm.sender_in_process(store)), 10)
+    pages = miniapm.new_occurrences(miniapm.Tracker("", miniapm.app_requester(store)), 10)
     assert (next(pages), next(pages)) == ([], [])
     record(store)
     assert len(next(pages)) == 1
@@ -15335,16 +15335,16 @@ def test_official_client_changes_errors_where_that_is_allowed(
 
 
 @pytest.fixture
-def assistant(store: Store) -> miniapm.Assistant:
-    tracker = miniapm.Tracker("here", miniapm.sender_in_process(store))
-    return miniapm.Assistant(tracker, allow_changes=True)
+def assistant(store: Store) -> miniapm.McpServer:
+    tracker = miniapm.Tracker("here", miniapm.app_requester(store))
+    return miniapm.McpServer(tracker, allow_changes=True)
 
 
 def rpc(method: str, number: Any = 1, **params: Any) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
 
 
-def test_assistant_agrees_on_a_version(assistant: miniapm.Assistant) -> None:
+def test_assistant_agrees_on_a_version(assistant: miniapm.McpServer) -> None:
     def chosen(asked: Any) -> Any:
         said = assistant.answer(json.dumps(rpc("initialize", protocolVersion=asked)).encode())
         assert isinstance(said, dict)
@@ -15399,7 +15399,7 @@ PONG = {"jsonrpc": "2.0", "id": 1, "result": {}}
     ],
 )
 def test_assistant_answers_by_json_rpc(
-    assistant: miniapm.Assistant, sent: Any, expected: Any
+    assistant: miniapm.McpServer, sent: Any, expected: Any
 ) -> None:
     said = assistant.answer(sent if isinstance(sent, bytes) else json.dumps(sent).encode())
     if isinstance(expected, int):
@@ -15428,7 +15428,7 @@ def test_assistant_answers_by_json_rpc(
     ],
 )
 def test_assistant_is_told_what_is_wrong_with_a_call(
-    assistant: miniapm.Assistant, store: Store, tool: str, arguments: Any, said: str
+    assistant: miniapm.McpServer, store: Store, tool: str, arguments: Any, said: str
 ) -> None:
     record(store)
     call = json.dumps(rpc("tools/call", name=tool, arguments=arguments)).encode()
@@ -15439,7 +15439,7 @@ def test_assistant_is_told_what_is_wrong_with_a_call(
     assert only_error(store).status == "open"
 
 
-def test_assistant_may_leave_arguments_null(assistant: miniapm.Assistant, store: Store) -> None:
+def test_assistant_may_leave_arguments_null(assistant: miniapm.McpServer, store: Store) -> None:
     record(store)
     null = {"project": None, "status": None, "sort": None, "limit": None}
     for tool, arguments in (
@@ -15454,7 +15454,7 @@ def test_assistant_may_leave_arguments_null(assistant: miniapm.Assistant, store:
 
 
 def test_assistant_is_answered_in_a_bounded_size(
-    assistant: miniapm.Assistant, store: Store
+    assistant: miniapm.McpServer, store: Store
 ) -> None:
     big = {name: "m" * 30_000 for name in ("message", "a", "b", "c")}
     for number in range(60):
@@ -15469,7 +15469,7 @@ def test_assistant_is_answered_in_a_bounded_size(
 
 
 def test_assistant_outlasts_bad_lines_and_unforeseen_errors(
-    assistant: miniapm.Assistant, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    assistant: miniapm.McpServer, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     ping = json.dumps(PING).encode() + b"\n"
     long = b'{"x": "' + b"x" * (3 * miniapm.MAX_MCP_LINE_BYTES) + b'"}\n'
@@ -16945,7 +16945,7 @@ def test_log_counts_refused_reports_once_a_minute_by_reason(
     assert lines == [f"refused {count}: 401 no key" for count in (1, 3, 3)]
     rejections.count(miniapm.Unauthorized("no key"))
     for _ in range(9):
-        rejections.log_rest()
+        rejections.log_new_counts()
     assert lines[3:] == ["refused 1: 401 no key"]
 
 
@@ -20039,7 +20039,7 @@ def test_export_and_import_say_in_a_line_what_they_can_not_do(
 
 def test_import_of_what_is_no_export_names_the_first_wrong_lines_only(tmp_path: Path) -> None:
     done = import_into(tmp_path / "new.db", b"\x1f\x8b\n" * 300)
-    assert (done.returncode, done.stderr.count(b"\n")) == (1, miniapm.MAX_NAMED_LINES)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, miniapm.MAX_NAMED_FAILURES)
     assert b"300 lines refused" in done.stdout
 
 
