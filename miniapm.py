@@ -7630,7 +7630,7 @@ class HttpAnswer:
     body: bytes
 
     @property
-    def said(self) -> str:
+    def text(self) -> str:
         """The body as text."""
         return self.body.decode("utf-8", "replace")
 
@@ -7777,7 +7777,7 @@ class HttpDestination:
             answer = self._peer.ask(self._path, body, self._headers, timeout_s)
         except (OSError, http.client.HTTPException) as error:
             raise Retry(reason_of(error)) from None
-        text = answer.said
+        text = answer.text
         is_final = answer.status < 500 or '"rejected"' in text
         if answer.status == 429 or not is_final:
             raise Retry(f"HTTP {answer.status}", answer.retry_after_s)
@@ -10302,7 +10302,7 @@ _TEMPLATE_SOURCES = {
 % end
 </nav></div>
 <div data-live="trend" data-span="{{span_of(series)}}">
-% show_chart(series, trend_text(series, span) + told, marks)
+% show_chart(series, trend_text(series, span) + deploys_text, marks)
 <p>{{trend_text(series, span)}}</p></div></section>
 <section class="card" data-live="values" {{'' if shares else 'hidden'}}>
 % for name, values in shares.items():
@@ -12277,8 +12277,8 @@ def sending_rows(
             counts = {"waiting": target.waiting, "refused": target.refused_count}
             state = [f"{count:,} {what}" for what, count in counts.items() if count]
             where = f"{one.kind.replace('_', ' ')}: {one.host}, {names}"
-            said = "; ".join(filter(None, (*state, target.trouble))) or "nothing waits"
-            yield target.sent_count, where, said, target.sent_ms
+            shown = "; ".join(filter(None, (*state, target.trouble))) or "nothing waits"
+            yield target.sent_count, where, shown, target.sent_ms
 
 
 class View:
@@ -12492,7 +12492,9 @@ class Dashboard(View):
             wanted = ErrorFilter()
         series = trend(buckets, span, now_ms)
         events = events_of(error, details.history, details.tallies)
-        told, marks = deploy_marks(self._store.deploys(error.project_id, series[0][0]), series)
+        deploys_text, marks = deploy_marks(
+            self._store.deploys(error.project_id, series[0][0]), series
+        )
         return self.html(
             "error",
             editor=self._editor,
@@ -12504,7 +12506,7 @@ class Dashboard(View):
             shares=shares_of(error, details.tallies),
             span=span,
             series=series,
-            told=told,
+            deploys_text=deploys_text,
             marks=[*marks, *chart_marks(events, series)],
         )
 
@@ -13456,7 +13458,7 @@ class Forward(Courier):
         except Exception as error:  # noqa: BLE001 - a bad one must not stop the rest
             return self._leave_out(number, type(error).__name__)
         answer = self._post(self._path, body, self._headers)
-        status, text = answer.status, answer.said.lower()
+        status, text = answer.status, answer.text.lower()
         limit_s = rate_limit_s(answer.headers.get("X-Sentry-Rate-Limits", ""))
         if 200 <= status < 300 or (status in (400, 409) and "already exists" in text):
             self._count_sent(retry_ms=self._pause(limit_s) if limit_s else 0)
