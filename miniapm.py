@@ -4721,7 +4721,7 @@ def back_up(source: sqlite3.Connection, target: str) -> None:
                 found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
             show_progress("")
             if found != "ok":
-                raise MiniAPMError(f"the copy is damaged: {found}")
+                raise MiniAPMError(f"the database is damaged: {' '.join(found.split())}")
             os.link(part, target)  # does not overwrite
         finally:
             os.unlink(part)
@@ -5094,7 +5094,7 @@ class Writer:
             self._turn.release()
 
     def _files_refusal(self) -> MiniAPMError:
-        problem = "(with -wal and -shm) was deleted or replaced; restart the server"
+        problem = "(with -wal and -shm) was deleted or replaced; stop, put a copy back, start again"
         return MiniAPMError(f"{self._path} {problem}")
 
     def _commit(self, jobs: list[_Job]) -> None:
@@ -5892,7 +5892,7 @@ class Triage:
             lambda db: undo_action(action_id, self.now_ms(), self._recorder, db)
         )
         if not restored:
-            raise NotFound(f"action {action_id} can't be undone any more")
+            raise NotFound(f"action {action_id} can't be undone any more, only for a minute")
         return restored
 
     def set_note(self, error_id: int, text: str) -> None:
@@ -8108,7 +8108,7 @@ def destination_of(where: str, api_key: str | None) -> StoreDestination | HttpDe
         return HttpDestination(where, _read_api_key(api_key or ""))
     except ValueError:
         raise BadSetting(
-            f"{clip(where, 200)} must be a tracker's URL, with the API key in api_key"
+            f"{clip(where, 200)} must be a tracker's URL, and needs an API key: in api_key"
             f" or {variable_of('api_key')}"
         ) from None
 
@@ -9502,142 +9502,6 @@ def sections_of(
     return [(title, values) for title, values in chosen if values]
 
 
-SNIPPETS: dict[str, dict[str, str]] = {
-    "Python": {
-        "Record a program's errors: put miniapm.py beside it": """\
-# pip install bottle
-import miniapm
-
-miniapm.init("@URL@", api_key="@KEY@")
-
-raise RuntimeError("Hello from init")""",
-        "Record a web application's errors with their requests": """\
-# pip install bottle flask
-import flask, miniapm
-
-miniapm.init("@URL@", api_key="@KEY@")
-app = flask.Flask(__name__)
-app.wsgi_app = miniapm.wrap(app.wsgi_app)  # Django: application = miniapm.wrap(application)
-
-@app.get("/")  # FastAPI: app = miniapm.wrap(app), after its routes
-def index():
-    raise RuntimeError("Hello from wrap")
-
-app.test_client().get("/")""",
-        "Run a program that you don't want to change": """\
-export MINI_APM_URL="@URL@"
-export MINI_APM_API_KEY="@KEY@"
-
-echo 'raise RuntimeError("Hello from run")' > hello.py
-python miniapm.py run hello.py""",
-        "Report without miniapm.py": """\
-import json, traceback, urllib.request
-
-def report_error(exception, context=None):
-    top = traceback.extract_tb(exception.__traceback__)[-1]
-    report = {
-        "exception_class": type(exception).__name__,
-        "message": str(exception),
-        "backtrace": traceback.format_exception(exception),
-        # No line number: it changes with every edit, and then the error would be a new one.
-        "fingerprint": f"{type(exception).__name__}:{top.filename}:{top.name}",
-        "params": context or {},
-    }
-    urllib.request.urlopen(urllib.request.Request(
-        "@URL@/ingest/errors",
-        data=json.dumps(report).encode(),
-        headers={"Authorization": "Bearer @KEY@", "Content-Type": "application/json"}))
-
-try:
-    raise RuntimeError("Hello from urllib")
-except Exception as exception:
-    report_error(exception, {"hello": "from Python"})""",
-    },
-    "Ruby": {
-        "Rails: the gem miniapm reads these variables": """\
-export MINI_APM_URL="@URL@"
-export MINI_APM_API_KEY="@KEY@\"""",
-        "Report from any Ruby program": """\
-require "json"
-require "net/http"
-
-def report_error(error, context = {})
-  # Without line numbers: they change with every edit, and then the error would be a new one.
-  place = error.backtrace&.first.to_s.gsub(/\\d+/, "0")
-  report = {
-    exception_class: error.class.to_s,
-    message: error.message,
-    backtrace: error.backtrace || [],
-    fingerprint: "#{error.class}:#{place}",
-    params: context,
-  }
-  Net::HTTP.post(URI("@URL@/ingest/errors"), report.to_json,
-    "Authorization" => "Bearer @KEY@", "Content-Type" => "application/json")
-end
-
-begin
-  raise "Hello from Ruby"
-rescue => error
-  report_error(error, hello: "from Ruby")
-end""",
-    },
-    "JavaScript": {
-        "Report from Node.js or a page": """\
-// The function and file that failed. Lines, columns and hashes in file names are left out:
-// they change with every build, and then the error would be a new one.
-function placeOf(error) {
-  const lines = (error.stack ?? "").split("\\n");
-  const frame = lines.find((line) => /(^\\s*at |@).*:\\d+:\\d+\\)?$/.test(line)) ?? error.message;
-  return frame.replace(/\\?[^:]*|[.-]\\w{8,}(?=\\.m?js)/g, "").replace(/\\d+/g, "0").trim();
-}
-
-async function reportError(error, context = {}) {
-  await fetch("@URL@/ingest/errors", {
-    method: "POST",
-    headers: {"Authorization": "Bearer @KEY@", "Content-Type": "application/json"},
-    body: JSON.stringify({
-      exception_class: error.name,
-      message: error.message,
-      backtrace: error.stack?.split("\\n") ?? [],
-      fingerprint: `${error.name}:${placeOf(error)}`,
-      params: context,
-    }),
-  });
-}
-
-reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
-    },
-    "Sentry SDK": {
-        "Any language: a program that starts a Sentry SDK reports here with this variable": """\
-export SENTRY_DSN="@DSN@"
-
-# For instance, after pip install sentry-sdk:
-python -c 'import sentry_sdk; sentry_sdk.init()
-sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
-    },
-    "curl": {
-        "Report from a terminal": """\
-curl -i @URL@/ingest/errors \\
-  -H "Authorization: Bearer @KEY@" \\
-  -H "Content-Type: application/json" \\
-  -d '{"exception_class": "RuntimeError", "message": "Hello from curl",
-       "backtrace": ["app/hello.rb:1:in `hello`"], "fingerprint": "hello-curl"}'""",
-    },
-}
-
-
-def snippets(language: str, url: str, key: str, dsn: str) -> dict[str, str]:
-    """Return the programs in a language that send a first report when pasted as they are, by title.
-
-    The values hold no quotes, $ or backslashes: the settings and Host can't have any.
-    """
-    given = {"@URL@": url, "@KEY@": key, "@DSN@": dsn}
-    return {
-        title: re.sub("@[A-Z]+@", lambda mark: given[mark[0]], text)
-        for title, text in SNIPPETS[language].items()
-    }
-
-
 def error_json(error: ErrorGroup, root: str) -> Json:
     """Return an error as JSON: times are ISO 8601, `url` is a path."""
     return {
@@ -10385,7 +10249,7 @@ _TEMPLATE_SOURCES = {
 % if chosen:
 <section class="card"><div class="head"><h2>Report to the project {{chosen.name}}</h2>
 <nav class="tabs" aria-label="Language">
-% for name in SNIPPETS:
+% for name in languages:
 <a href="{{with_query(query, language=name)}}"
  {{'aria-current=page' if name == language else ''}}>{{name}}</a>
 % end
@@ -12427,6 +12291,148 @@ class Login(View):
         return with_cookie(redirect("/login"), SESSION_COOKIE, "", 0)
 
 
+SNIPPETS: dict[str, dict[str, str]] = {
+    "Python": {
+        "Record a program's errors: put miniapm.py beside it": """\
+# pip install bottle
+import miniapm
+
+miniapm.init("@URL@", api_key="@KEY@")
+
+raise RuntimeError("Hello from init")""",
+        "Record a web application's errors with their requests": """\
+# pip install bottle flask
+import flask, miniapm
+
+miniapm.init("@URL@", api_key="@KEY@")
+app = flask.Flask(__name__)
+app.wsgi_app = miniapm.wrap(app.wsgi_app)  # Django: application = miniapm.wrap(application)
+
+@app.get("/")  # FastAPI: app = miniapm.wrap(app), after its routes
+def index():
+    raise RuntimeError("Hello from wrap")
+
+app.test_client().get("/")""",
+        "Run a program that you don't want to change": """\
+export MINI_APM_URL="@URL@"
+export MINI_APM_API_KEY="@KEY@"
+
+echo 'raise RuntimeError("Hello from run")' > hello.py
+python miniapm.py run hello.py""",
+        "Report without miniapm.py": """\
+import json, os, traceback, urllib.request
+
+def report_error(exception, context=None):
+    frames = traceback.extract_tb(exception.__traceback__)
+    # The innermost call of your own code. No line number: it changes with every edit.
+    own = [one for one in frames if one.filename.startswith(os.getcwd())] or frames
+    place = f"{os.path.relpath(own[-1].filename)}:{own[-1].name}"
+    report = {
+        "exception_class": type(exception).__name__,
+        "message": str(exception),
+        "backtrace": traceback.format_exception(exception),
+        "fingerprint": f"{type(exception).__name__}:{place}",
+        "params": context or {},
+    }
+    urllib.request.urlopen(urllib.request.Request(
+        "@URL@/ingest/errors",
+        data=json.dumps(report).encode(),
+        headers={"Authorization": "Bearer @KEY@", "Content-Type": "application/json"}))
+
+try:
+    raise RuntimeError("Hello from urllib")
+except Exception as exception:
+    report_error(exception, {"hello": "from Python"})""",
+    },
+    "Ruby": {
+        "Rails: the gem miniapm reads these variables": """\
+export MINI_APM_URL="@URL@"
+export MINI_APM_API_KEY="@KEY@\"""",
+        "Report from any Ruby program": """\
+require "json"
+require "net/http"
+
+def report_error(error, context = {})
+  lines = error.backtrace || []
+  # The innermost call of your own code. No line number: it changes with every edit.
+  own = lines.find { |line| line.start_with?(Dir.pwd) } || lines.first.to_s
+  place = own.delete_prefix(Dir.pwd).gsub(/\\d+/, "0")
+  report = {
+    exception_class: error.class.to_s,
+    message: error.message,
+    backtrace: lines,
+    fingerprint: "#{error.class}:#{place}",
+    params: context,
+  }
+  Net::HTTP.post(URI("@URL@/ingest/errors"), report.to_json,
+    "Authorization" => "Bearer @KEY@", "Content-Type" => "application/json")
+end
+
+begin
+  raise "Hello from Ruby"
+rescue => error
+  report_error(error, hello: "from Ruby")
+end""",
+    },
+    "JavaScript": {
+        "Report from Node.js or a page": """\
+// The innermost call of your own code. Lines, columns and hashes in file names are left out:
+// they change with every build.
+function placeOf(error) {
+  const lines = (error.stack ?? "").split("\\n");
+  const frames = lines.filter((line) => /(^\\s*at |@).*:\\d+:\\d+\\)?$/.test(line));
+  const own = frames.find((line) => !/node_modules|[( ]node:/.test(line));
+  const place = (own ?? frames[0] ?? error.message).trim();
+  return place.replace(/\\?[^:]*|[.-]\\w{8,}(?=\\.m?js)/g, "").replace(/\\d+/g, "0");
+}
+
+async function reportError(error, context = {}) {
+  await fetch("@URL@/ingest/errors", {
+    method: "POST",
+    headers: {"Authorization": "Bearer @KEY@", "Content-Type": "application/json"},
+    body: JSON.stringify({
+      exception_class: error.name,
+      message: error.message,
+      backtrace: error.stack?.split("\\n") ?? [],
+      fingerprint: `${error.name}:${placeOf(error)}`,
+      params: context,
+    }),
+  });
+}
+
+reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
+    },
+    "Sentry SDK": {
+        "Any language: a program that starts a Sentry SDK reports here with this variable": """\
+export SENTRY_DSN="@DSN@"
+
+# For instance, after pip install sentry-sdk:
+python -c 'import sentry_sdk; sentry_sdk.init()
+sentry_sdk.capture_message("Hello from a Sentry SDK", "error")'""",
+    },
+    "curl": {
+        "Report from a terminal": """\
+curl -i @URL@/ingest/errors \\
+  -H "Authorization: Bearer @KEY@" \\
+  -H "Content-Type: application/json" \\
+  -d '{"exception_class": "RuntimeError", "message": "Hello from curl",
+       "backtrace": ["app/hello.rb:1:in `hello`"], "fingerprint": "hello-curl"}'""",
+    },
+}
+
+
+def snippets(language: str, url: str, key: str, dsn: str) -> dict[str, str]:
+    """Return the programs in a language that send a first report when pasted as they are, by title.
+
+    The values hold no quotes, $ or backslashes: the settings and Host can't have any.
+    """
+    given = {"@URL@": url, "@KEY@": key, "@DSN@": dsn}
+    return {
+        title: re.sub("@[A-Z]+@", lambda mark: given[mark[0]], text)
+        for title, text in SNIPPETS[language].items()
+    }
+
+
 class Dashboard(View):
     """Handles the pages."""
 
@@ -12532,6 +12538,7 @@ class Dashboard(View):
             url=url,
             projects=projects,
             chosen=chosen,
+            languages=SNIPPETS,
             language=language,
             ways=ways,
             query=environ.get("QUERY_STRING", ""),
@@ -14294,9 +14301,8 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
     if url != listening:
         lines.append(f"  Listening  {listening}, behind the reverse proxy")
     if not config.is_local:
-        lines.append(
-            f"  Open to    other machines, on {config.host}; the dashboard asks for a password"
-        )
+        names = " and ".join(config.allowed_hosts) or f"{config.host} only; see --allowed-hosts"
+        lines.append(f"  Open to    other machines, with a password, as {names}")
     if not project.keys:
         lines.append("  API key    none; make one: python miniapm.py keys create default")
         return "\n".join(lines)
@@ -14321,6 +14327,7 @@ def serve(config: Config) -> int:
         url = url_of(listener)
         path = os.path.realpath(config.db)
         cleanup.callback(ServingLock(path).release)
+        is_new = not os.path.exists(path)
         store = Store(path)
         cleanup.callback(store.close)
         store.set_setting("url", config.public_url or url)
@@ -14333,7 +14340,8 @@ def serve(config: Config) -> int:
         cleanup.callback(retention.stop)
         server = Server(App(store, config, log_line), store, listener, config, shutdown)
         retention.start()
-        print_line(welcome(url, store.path, project, config))
+        shown_path = f"{store.path} (new)" if is_new else store.path
+        print_line(welcome(url, shown_path, project, config))
         server.run()
     print_line("Stopped.")
     return 0
