@@ -23125,6 +23125,7 @@ README_COMMANDS = {
         "test_readme_s_start_leads_to_a_first_error"
     ),
     ".venv/bin/python miniapm.py": "test_readme_s_start_leads_to_a_first_error",
+    "API_KEY=proj_…": "test_readme_s_report_by_curl_is_one_error_with_the_next",
     "curl -i ": "test_readme_s_report_by_curl_is_one_error_with_the_next",
     "python miniapm.py --db errors.db": "test_readme_s_line_opens_the_database_of_a_program",
     "python miniapm.py errors": "test_readme_s_terminal_commands_work_as_shown",
@@ -23232,13 +23233,13 @@ def test_readme_s_start_leads_to_a_first_error(tmp_path: Path, file_host: str) -
 def test_readme_s_report_by_curl_is_one_error_with_the_next(start: Callable[..., Server]) -> None:
     need("curl")
     server = start()
-    (command,) = readme_blocks("sh", "Report from your language")[:1]
-    command = command.replace("http://127.0.0.1:3000", server.url)
+    command = readme_blocks("sh", "Report from your language")[0]
+    command = command.replace("http://127.0.0.1:3000", server.url).replace("proj_…", server.key)
     for _ in range(2):
-        environ = clean_environ() | {"API_KEY": server.key}
-        subprocess.run(["bash", "-c", command], env=environ, check=True, capture_output=True)
+        subprocess.run(["bash", "-c", command], check=True, capture_output=True)
     (error,) = server.errors()
-    assert (error["occurrences"], error["location"]) == (2, "app/account.py:12 in iban_of")
+    assert (error["occurrences"], error["location"]) == (2, "app/account.rb:12 in iban_of")
+    assert error["message"] == 'key not found: "iban"'
 
 
 def test_readme_s_line_opens_the_database_of_a_program(tmp_path: Path) -> None:
