@@ -14340,8 +14340,8 @@ def serve(config: Config) -> int:
         cleanup.callback(retention.stop)
         server = Server(App(store, config, log_line), store, listener, config, shutdown)
         retention.start()
-        shown_path = f"{store.path} (new)" if is_new else store.path
-        print_line(welcome(url, shown_path, project, config))
+        shown = f"{store.path} (new)" if is_new else store.path
+        print_line(welcome(url, shown, project, config))
         server.run()
     print_line("Stopped.")
     return 0

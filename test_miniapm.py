@@ -326,6 +326,19 @@ def only_error(store: Store, status: str = "all") -> miniapm.ErrorGroup:
     return error
 
 
+def by_fingerprint(store: Store) -> dict[str, miniapm.ErrorGroup]:
+    return {error.fingerprint: error for error in store.errors(ErrorFilter("all")).errors}
+
+
+def history_told(store: Store, error_id: int = 1) -> list[tuple[str, str]]:
+    return [(one.what, one.detail) for one in store.history(error_id)]
+
+
+def assert_sound(store: Store) -> None:
+    with store.reading() as db:
+        assert list(miniapm.faults_of(db)) == []
+
+
 def delete_for_good(store: Store, clock: Clock, *error_ids: int) -> None:
     """Delete errors and have their rows removed, when that can't be undone any more."""
     store.delete(error_ids)
@@ -473,28 +486,30 @@ def run(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProce
 # --- 0. The file ----------------------------------------------------------------------------------
 
 
-def test_file_reads_from_top_to_bottom_without_a_reference_that_points_down() -> None:
-    tree = ast.parse(SOURCE)
+def top_level_names(body: list[ast.stmt]) -> dict[str, int]:
+    """Return the names that statements define, with the line where each comes first."""
     defined: dict[str, int] = {}
-    for node in tree.body:
+    for node in body:
         names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
         targets = node.targets if isinstance(node, ast.Assign) else []
         targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
         names += [target.id for target in targets if isinstance(target, ast.Name)]
         for name in names:
             defined.setdefault(name, node.lineno)
+    return defined
+
+
+def test_file_reads_from_top_to_bottom_without_a_reference_that_points_down() -> None:
+    tree = ast.parse(SOURCE)
+    defined = top_level_names(tree.body)
     assert len(defined) > 100
-    down = []
     for node in tree.body:
-        names = [inner for inner in ast.walk(node) if isinstance(inner, ast.Name)]
+        inner = list(ast.walk(node))
+        names = [one for one in inner if isinstance(one, ast.Name)]
         local = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-        local |= {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
-        down += [
-            f"line {name.lineno}: {name.id}"
-            for name in names
-            if defined.get(name.id, 0) > node.lineno and name.id not in local
-        ]
-    assert down == []
+        local |= {one.arg for one in inner if isinstance(one, ast.arg)}
+        down = [name for name in names if defined.get(name.id, 0) > node.lineno]
+        assert not [f"{name.lineno}: {name.id}" for name in down if name.id not in local]
 
 
 def test_file_contents_list_its_banners_in_order() -> None:
@@ -514,10 +529,9 @@ def test_file_keeps_to_its_own_measures() -> None:
 
 
 def test_top_level_holds_four_visible_files() -> None:
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=HERE, capture_output=True, text=True, check=False
-    ).stdout.split()
-    visible = {name.partition("/")[0] for name in tracked if not name.startswith(".")}
+    command = ["git", "ls-files"]
+    listed = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
+    visible = {name.partition("/")[0] for name in listed.stdout.split() if name[0] != "."}
     assert visible in ({"miniapm.py", "test_miniapm.py", "README.md", "LICENSE"}, set())
 
 
@@ -526,23 +540,19 @@ def test_templates_leave_one_value_unescaped() -> None:
 
 
 def test_import_starts_no_thread_and_no_server() -> None:
-    code = (
-        "import sys, threading, miniapm;"
-        "print(threading.active_count(), 'waitress' in sys.modules, __import__('os').listdir('.'))"
-    )
-    environ = clean_environ() | {"PYTHONPATH": str(HERE)}
-    folder = HERE / ".ci"
+    code = "import sys, threading, miniapm;"
+    code += "print(threading.active_count(), 'waitress' in sys.modules)"
+    environ, folder = clean_environ() | {"PYTHONPATH": str(HERE)}, HERE / ".ci"
     before = sorted(os.listdir(folder))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environ, capture_output=True, check=True
-    )
-    assert done.stdout.decode().split(maxsplit=2)[:2] == ["1", "False"]
+    program = [sys.executable, "-c", code]
+    assert subprocess.check_output(program, cwd=folder, env=environ).split() == [b"1", b"False"]
     assert sorted(os.listdir(folder)) == before
 
 
 # --- 3. Settings ----------------------------------------------------------------------------------
 
 SETTINGS = [field.name for field in dataclasses.fields(Config)]
+SETTING_CASES = data_file("settings.json")
 
 
 def test_settings_are_the_documented_ones() -> None:
@@ -552,9 +562,8 @@ def test_settings_are_the_documented_ones() -> None:
         *("editor", "path_map", "webhook", "webhook_form", "webhook_secret", "webhook_after"),
         *("forward", "verbose"),
     ]
-    assert Config() == Config(
-        host="127.0.0.1", port=3000, db="miniapm.db", retention_days=30, max_occurrences=1000
-    )
+    stated = {"host": "127.0.0.1", "port": 3000, "db": "miniapm.db", "retention_days": 30}
+    assert Config() == Config(**stated, max_occurrences=1000)
 
 
 def test_setting_flag_beats_variable_beats_default() -> None:
@@ -565,126 +574,17 @@ def test_setting_flag_beats_variable_beats_default() -> None:
     assert miniapm.load_config({}, {"MINI_APM_PORT": ""}).port == 3000
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "value"),
-    [
-        ("host", "::1", "::1"),
-        ("port", "0", 0),
-        ("db", "a b.db", "a b.db"),
-        ("api_key", "clé", "clé"),
-        ("password", "open sesame", "open sesame"),
-        ("allowed_hosts", "A.example, b.example", ("a.example", "b.example")),
-        ("public_url", "https://my.name/apm", "https://my.name/apm"),
-        ("public_url", "HTTPS://My.Name.:443/a/B.1/", "https://my.name/a/B.1"),
-        ("public_url", "http://b\xfccher.de:80", "http://xn--bcher-kva.de"),
-        ("public_url", "http://my.name:443/", "http://my.name:443"),
-        ("public_url", "https://[FD00:0::1]:8443/errors", "https://[fd00::1]:8443/errors"),
-        ("max_body_bytes", "2000", 2000),
-        ("retention_days", "7", 7),
-        ("max_occurrences", "5", 5),
-        ("scrub_also", "Email, date-of-birth", ("email", "date-of-birth")),
-        *[("editor", text, text) for text in ("none", "zed", "Vim://{path}:{line}:{column}")],
-        (
-            "editor",
-            "http://localhost:63342/api/file/{path}",
-            "http://localhost:63342/api/file/{path}",
-        ),
-        ("path_map", "/app=/home/me/app", (("/app", "/home/me/app"),)),
-        ("path_map", r" C:\a b\=D:/x , .=/ ", (("C:\\a b\\", "D:/x"), (".", "/"))),
-        ("path_map", "webpack:///./=/home/me/web/", (("webpack:///./", "/home/me/web/"),)),
-        ("path_map", "a b = /c d", (("a b", "/c d"),)),
-        ("webhook", "http://a/b?c=http://d", (("", "http://a/b?c=http://d"),)),
-        (
-            "webhook",
-            "my shop=https://a:1/b, http://[::1]:2  x = http://c",
-            (("my shop", "https://a:1/b"), ("", "http://[::1]:2"), ("x", "http://c")),
-        ),
-        ("webhook_form", "http://a", (("", "http://a"),)),
-        ("webhook_secret", "open sesame", "open sesame"),
-        ("webhook_after", "10", (("", 10),)),
-        (
-            "webhook_after",
-            "7 my shop=1, 24=1000000 7",
-            (("", 7), ("my shop", 1), ("24", 1_000_000), ("", 7)),
-        ),
-        (
-            "forward",
-            "https://k@a/1 s=http://k:s@b/p/2",
-            (("", "https://k@a/1"), ("s", "http://k:s@b/p/2")),
-        ),
-        ("verbose", "1", True),
-        ("verbose", "0", False),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "value"), SETTING_CASES["read"])
 def test_setting_is_read_from_flag_and_variable(name: str, text: str, value: Any) -> None:
-    assert getattr(miniapm.load_config({name: text}, {}), name) == value
-    variable = {miniapm.variable_of(name): text}
-    assert getattr(miniapm.load_config({}, variable), name) == value
+    for flags, variables in (({name: text}, {}), ({}, {miniapm.variable_of(name): text})):
+        found = getattr(miniapm.load_config(flags, variables), name)
+        assert json.loads(json.dumps(found)) == value  # where a tuple is a list
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        *[("port", text) for text in ("", "x", "-1", "65536", "3.5")],
-        *[("api_key", text) for text in ("", "a b", "a'b", "$x", "a\n", "x" * 201)],
-        *[("allowed_hosts", text) for text in ("a b", "http://x", "x:80/", "*.x", "x/y", "a..b")],
-        *[
-            ("allowed_hosts", text)
-            for text in (".x", "[::1", "::g", "x:y", "u@x", "x?y", "a\tb", ".")
-        ],
-        *[("allowed_hosts", text) for text in ("127.1", "10.0.0.256", "x,*", "\u2100", "x" * 300)],
-        *[
-            ("public_url", text)
-            for text in ("", "my.name", "//my.name", "ftp://my.name", "https://")
-        ],
-        *[("public_url", f"https://{text}") for text in ("u@my.name", "u:p@my.name", "my.name?q")],
-        *[
-            ("public_url", f"https://{text}")
-            for text in ("my.name#f", "my.name:0", "my.name:65536")
-        ],
-        *[
-            ("public_url", f"https://{text}")
-            for text in ("my.name:", "my.name:x", "a b", "*.x", "::1")
-        ],
-        *[
-            ("public_url", f"https://my.name/{text}")
-            for text in ("a b", "a//b", "/", "..", "a/./b")
-        ],
-        *[
-            ("public_url", f"https://my.name/{text}")
-            for text in ("%61", "a\\b", "ingest", "assets/")
-        ],
-        *[("public_url", text) for text in ("https://my.name/a\n", " https://x", "http\u017f://x")],
-        *[("max_body_bytes", text) for text in ("10MB", "0")],
-        *[("retention_days", text) for text in ("0", "-3")],
-        *[("max_occurrences", text) for text in ("0", "many")],
-        *[("scrub_also", text) for text in ("", "x", "e*mail", "a b c-", "é1", "-x", "x" * 33)],
-        *[("db", text) for text in ("", "a\0b")],
-        *[
-            ("editor", text)
-            for text in ("", "word", "x://open", "x://{file}", "{path}", "//{path}")
-        ],
-        *[
-            ("editor", f"x://{text}{{path}}")
-            for text in ("{", "}", "{}", "{lines}", "a b", "\n", "\xe9")
-        ],
-        *[
-            ("editor", f"{text}:{{path}}")
-            for text in ("javascript", "JavaScript", "data", "vbscript")
-        ],
-        *[
-            ("path_map", text)
-            for text in ("", "/app", "=/x", "/app=", "/app=x", "/app=./x", "a=b,")
-        ],
-        *[
-            ("path_map", text)
-            for text in ("/a=/b=/c", "/app=/x/..", "../a=/x", "/a\n=/x", "/a=/x,,", "/a=/\udc80")
-        ],
-        *[("verbose", text) for text in ("yes", "", "2")],
-        ("password", ""),
-        ("host", ""),
-    ],
-)
+LONG_SETTINGS = [["api_key", "x" * 201], ["allowed_hosts", "x" * 300]]
+
+
+@pytest.mark.parametrize(("name", "text"), SETTING_CASES["refused"] + LONG_SETTINGS)
 def test_bad_setting_is_refused_by_its_flag(name: str, text: str) -> None:
     with pytest.raises(miniapm.BadSetting) as caught:
         miniapm.load_config({name: text}, {})
@@ -693,10 +593,9 @@ def test_bad_setting_is_refused_by_its_flag(name: str, text: str) -> None:
 
 
 def test_bad_secret_setting_is_not_repeated() -> None:
-    with pytest.raises(miniapm.BadSetting) as caught:
+    with pytest.raises(miniapm.BadSetting, match="MINI_APM_API_KEY") as caught:
         miniapm.load_config({}, {"MINI_APM_API_KEY": "hunter 2"})
     assert "hunter" not in str(caught.value)
-    assert "MINI_APM_API_KEY" in str(caught.value)
 
 
 def test_config_does_not_show_its_secrets() -> None:
@@ -707,32 +606,10 @@ def test_config_does_not_show_its_secrets() -> None:
 
 
 @pytest.mark.parametrize("name", ["webhook", "webhook_form", "forward"])
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(
-            "",
-            ",",
-            "hunter2",
-            "ftp://hunter2@a/1",
-            "http://",
-            "http:///hunter2",
-            "http://hunter2@/1",
-        ),
-        *("hunter2=", "=http://hunter2", "a=b=http://hunter2@a/1", "http://hunter2@a:x/1"),
-        *(
-            "http://hunter2@a:0/1",
-            "http://hunter2@a\n/1",
-            "x http://hunter2@a/1",
-            "http://hunter2@a/\xe9",
-        ),
-        *("http://hunter2:p@a", "http://hunter2@a/1?x"),
-    ],
-)
+@pytest.mark.parametrize("text", SETTING_CASES["no address"])
 def test_setting_that_is_no_address_is_refused_without_showing_it(name: str, text: str) -> None:
-    with pytest.raises(miniapm.BadSetting) as refusal:
+    with pytest.raises(miniapm.BadSetting, match=miniapm.flag_of(name)) as refusal:
         miniapm.load_config({name: text}, {})
-    assert miniapm.flag_of(name) in str(refusal.value)
     assert "hunter2" not in str(refusal.value)
 
 
@@ -749,52 +626,34 @@ def test_setting_with_several_values_may_be_given_again(tmp_path: Path) -> None:
 
 
 def test_readme_lists_every_setting_with_flag_variable_and_default() -> None:
-    defaults = {"api_key": "generated", "password": "none", "allowed_hosts": "none"}
-    defaults |= {"verbose": "`0`", "public_url": "none", "scrub_also": "none"}
-    defaults |= dict.fromkeys(("path_map", "webhook", "webhook_form", "webhook_secret"), "none")
-    defaults |= {"forward": "none", "webhook_after": "none"}
+    unset = ["password", "allowed_hosts", "public_url", "scrub_also", "path_map", "forward"]
+    unset += ["webhook", "webhook_form", "webhook_secret", "webhook_after"]
+    defaults = dict.fromkeys(unset, "none") | {"api_key": "generated", "verbose": "`0`"}
     for setting in dataclasses.fields(Config):
         default = defaults.get(setting.name, f"`{setting.default}`")
         flag, variable = miniapm.flag_of(setting.name), miniapm.variable_of(setting.name)
         assert f"| `{flag}` | `{variable}` | {default} |" in README
 
 
-@pytest.mark.parametrize(
-    ("text", "host"),
-    [
-        ("10.0.0.5:3000", "10.0.0.5"),
-        ("B\xfccher.DE", "xn--bcher-kva.de"),
-        ("bu\u0308cher.de:80", "xn--bcher-kva.de"),
-        ("xn--bcher-kva.de", "xn--bcher-kva.de"),
-        ("stra\xdfe.de", "xn--strae-oqa.de"),  # as browsers send it
-        ("\u4f8b\u3048\u3002\u30c6\u30b9\u30c8", "xn--r8jz45g.xn--zckzah"),
-        ("my.name.", "my.name"),
-        ("MY_box:1", "my_box"),
-        *[(text, "::1") for text in ("[0:0::1]:3000", "::1", "[::1]", "0:0:0:0:0:0:0:1")],
-        ("[FE80::1%eth0]:80", "fe80::1"),
-        ("fe80::1%eth0", "fe80::1"),
-        ("[::ffff:10.0.0.5]", "10.0.0.5"),
-    ],
-)
+@pytest.mark.parametrize(("text", "host"), SETTING_CASES["hosts"])
 def test_host_has_one_form(text: str, host: str) -> None:
     assert miniapm.normalize_host(text) == host
     assert miniapm.load_config({"allowed_hosts": f" {text} ,x"}, {}).allowed_hosts == (host, "x")
 
 
-@pytest.mark.parametrize(
-    ("host", "is_local"),
-    [
-        *[(host, True) for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost", "0::1")],
-        *[(host, True) for host in ("LOCALHOST", "localhost.", "::ffff:127.0.0.1")],
-        *[(host, False) for host in ("0.0.0.0", "::", "192.168.1.5", "example.com", "")],
-    ],
-)
-def test_config_knows_which_hosts_are_local(host: str, is_local: bool) -> None:
-    assert Config(host=host).is_local is is_local
+LOCAL_HOSTS = ["127.0.0.1", "127.3.2.1", "::1", "localhost", "0::1", "LOCALHOST", "localhost."]
+LOCAL_HOSTS += ["::ffff:127.0.0.1"]
+OTHER_HOSTS = ["0.0.0.0", "::", "192.168.1.5", "example.com", ""]
+
+
+@pytest.mark.parametrize("host", LOCAL_HOSTS + OTHER_HOSTS)
+def test_config_knows_which_hosts_are_local(host: str) -> None:
+    assert Config(host=host).is_local is (host in LOCAL_HOSTS)
 
 
 # --- 4. Occurrences -------------------------------------------------------------------------------
 
+CASES = data_file("cases.json")
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -803,99 +662,60 @@ JSON = st.recursive(
 
 
 def test_occurrence_keeps_the_contract_s_example() -> None:
-    one = miniapm.parse_occurrence(
-        {
-            "exception_class": "RuntimeError",
-            "message": "Something went wrong",
-            "backtrace": [
-                "app/models/user.rb:42:in `save`",
-                "app/controllers/users_controller.rb:15:in `create`",
-            ],
-            "fingerprint": "user_save_runtime_error",
-            "request_id": "abc-123-def",
-            "user_id": "123",
-            "params": {"id": "999"},
-            "timestamp": "2024-01-01T12:00:00Z",
-        },
-        NOW_MS,
-    )
-    assert one.exception_class == "RuntimeError"
-    assert one.message == "Something went wrong"
-    assert one.backtrace[1] == "app/controllers/users_controller.rb:15:in `create`"
-    assert one.fingerprint == "user_save_runtime_error"
-    assert (one.request_id, one.user_id, one.params) == ("abc-123-def", "123", {"id": "999"})
-    assert one.occurred_ms == 1_704_110_400_000
-    assert one.extra == {}
+    said = report(request_id="abc-123-def", user_id="123", params={"id": "999"})
+    said["timestamp"] = "2024-01-01T12:00:00Z"
+    said["backtrace"].append("app/controllers/users_controller.rb:15:in `create`")
+    one = miniapm.parse_occurrence(said, NOW_MS)
+    for name in ("exception_class", "message", "fingerprint", "request_id", "user_id", "params"):
+        assert getattr(one, name) == said[name]
+    assert one.backtrace == tuple(said["backtrace"])
+    assert (one.occurred_ms, one.extra) == (1_704_110_400_000, {})
 
 
-CONTEXT = {
+CONTEXT: dict[str, Any] = {
     "file": "app/models/user.rb",
     "lineno": 42,
     "pre_context": ["  def save", "    validate!"],
     "context_line": "    raise 'Invalid' unless valid?",
     "post_context": ["  end", ""],
 }
+REFUSED: dict[str, list[Any]] = {
+    "exception_class": [..., None, "", " ", 3, [], {}],
+    "message": [..., None, 3, ["x"]],
+    "backtrace": [..., None, "line", {}],
+    "backtrace[1]": [["a", 3]],
+    "fingerprint": [..., None, "", 3],
+    "request_id": [True, [], {}],
+    "user_id": [False, [], {}],
+    "params": ["x", [], 3, False],
+    "source_context": ["x", [], 3],
+    "source_context.file": [None, 3],
+    "source_context.lineno": [None, "42", True, -1, 4.5],
+    "source_context.context_line": [None],
+    "source_context.pre_context": ["x"],
+    "source_context.post_context[0]": [[3]],
+    "timestamp": [
+        *("", "yesterday", 1704110400, [], "2024-13-01", "2024-01-01X12:00", "2024-01-01T12:00 Z"),
+        *("2024", "0001-01-01T00:00+14:00"),
+    ],
+}
 
 
 def test_occurrence_keeps_source_context() -> None:
-    context = parse(source_context=CONTEXT).source_context
-    assert context == miniapm.SourceContext(
-        "app/models/user.rb",
-        42,
-        "    raise 'Invalid' unless valid?",
-        ("  def save", "    validate!"),
-        ("  end", ""),
-    )
+    lists: Any = {name: tuple(CONTEXT[name]) for name in ("pre_context", "post_context")}
+    assert parse(source_context=CONTEXT).source_context == miniapm.SourceContext(**CONTEXT | lists)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *[("exception_class", value) for value in (..., None, "", " ", 3, [], {})],
-        *[("message", value) for value in (..., None, 3, ["x"])],
-        *[("backtrace", value) for value in (..., None, "line", {})],
-        *[("fingerprint", value) for value in (..., None, "", 3)],
-        *[("request_id", value) for value in (True, [], {})],
-        *[("user_id", value) for value in (False, [], {})],
-        *[("params", value) for value in ("x", [], 3, False)],
-        *[("source_context", value) for value in ("x", [], 3)],
-        *[("timestamp", value) for value in ("", "yesterday", 1704110400, [], "2024-13-01")],
-        *[("timestamp", value) for value in ("2024-01-01X12:00", "2024-01-01T12:00 Z", "2024")],
-        ("timestamp", "0001-01-01T00:00+14:00"),
-    ],
+    ("field", "value"), [(field, value) for field in REFUSED for value in REFUSED[field]]
 )
 def test_occurrence_refuses_a_field_by_name(field: str, value: Any) -> None:
-    with pytest.raises(miniapm.BadRequest) as caught:
-        parse(**{field: value})
-    assert caught.value.field == field
-    assert f"{field} must be " in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"file": None}, "source_context.file"),
-        ({"file": 3}, "source_context.file"),
-        ({"lineno": None}, "source_context.lineno"),
-        ({"lineno": "42"}, "source_context.lineno"),
-        ({"lineno": True}, "source_context.lineno"),
-        ({"lineno": -1}, "source_context.lineno"),
-        ({"lineno": 4.5}, "source_context.lineno"),
-        ({"context_line": None}, "source_context.context_line"),
-        ({"pre_context": "x"}, "source_context.pre_context"),
-        ({"post_context": [3]}, "source_context.post_context[0]"),
-    ],
-)
-def test_occurrence_refuses_a_source_context_field_by_path(change: Any, field: str) -> None:
-    with pytest.raises(miniapm.BadRequest) as caught:
-        parse(source_context=CONTEXT | change)
-    assert caught.value.field == field
-
-
-def test_occurrence_refuses_a_backtrace_line_by_its_index() -> None:
-    with pytest.raises(miniapm.BadRequest) as caught:
-        miniapm.parse_occurrence(report(backtrace=["a", 3]), NOW_MS, "errors[7]")
-    assert caught.value.field == "errors[7].backtrace[1]"
+    outer, _, inner = re.sub(r"\[\d\]", "", field).partition(".")
+    said = report(**{outer: CONTEXT | {inner: value} if inner else value})
+    for prefix, where in (("", ""), ("errors[7].", "errors[7]")):
+        with pytest.raises(miniapm.BadRequest, match=re.escape(f"{field} must be ")) as caught:
+            miniapm.parse_occurrence(said, NOW_MS, where)
+        assert caught.value.field == prefix + field
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", []])
@@ -904,60 +724,36 @@ def test_occurrence_refuses_what_is_no_object(value: Any) -> None:
         miniapm.parse_occurrence(value, NOW_MS)
 
 
-def test_occurrence_takes_an_empty_message_and_backtrace() -> None:
-    one = parse(message="", backtrace=[])
-    assert (one.message, one.backtrace) == ("", ())
-
-
-def test_occurrence_takes_null_for_every_optional_field() -> None:
-    names = ("request_id", "user_id", "params", "timestamp", "source_context")
-    assert parse(**dict.fromkeys(names)) == parse()
-
-
-def test_occurrence_keeps_numeric_ids_as_strings() -> None:
-    one = parse(user_id=123, request_id=4.5)
-    assert (one.user_id, one.request_id) == ("123", "4.5")
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ({"message": "", "backtrace": []}, {"message": "", "backtrace": ()}),
+        ({"user_id": 123, "request_id": 4.5}, {"user_id": "123", "request_id": "4.5"}),
+        (dict.fromkeys(("request_id", "user_id", "params", "timestamp", "source_context")), {}),
+    ],
+    ids=["empty message and backtrace", "numeric ids", "null in optional fields"],
+)
+def test_occurrence_takes_empty_null_or_numeric(sent: dict[str, Any], kept: dict[str, Any]) -> None:
+    assert parse(**sent) == dataclasses.replace(parse(), **kept)
 
 
 def test_occurrence_keeps_unknown_fields() -> None:
-    one = parse(release="1.2", tags={"a": [1]}, source_context=CONTEXT | {"language": "ruby"})
-    assert one.extra == {
-        "release": "1.2",
-        "tags": {"a": [1]},
-        "source_context": {"language": "ruby"},
-    }
+    unknown = {"release": "1.2", "tags": {"a": [1]}}
+    one = parse(**unknown, source_context=CONTEXT | {"language": "ruby"})
+    assert one.extra == unknown | {"source_context": {"language": "ruby"}}
     assert miniapm.to_payload(one)["source_context"]["language"] == "ruby"
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("2024-01-01T12:00:00Z", 1_704_110_400_000),
-        ("2024-01-01T12:00:00", 1_704_110_400_000),
-        ("2024-01-01 12:00:00z", 1_704_110_400_000),
-        ("2024-01-01T14:00:00+02:00", 1_704_110_400_000),
-        ("2024-01-01T05:30:00-06:30", 1_704_110_400_000),
-        ("2024-01-01T12:00:00.5Z", 1_704_110_400_500),
-        ("2024-01-01T12:00:00.123456789Z", 1_704_110_400_123),
-        ("2024-01-01T12:00:00,25Z", 1_704_110_400_250),
-        ("20240101T120000Z", 1_704_110_400_000),
-        ("2024-01-01", 1_704_067_200_000),
-        ("1969-12-31T23:59:59.999Z", -1),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), CASES["timestamps"])
 def test_timestamp_becomes_utc_milliseconds(text: str, expected: int) -> None:
     assert parse(timestamp=text).occurred_ms == expected
 
 
 def test_timestamp_over_an_hour_ahead_gives_way_to_the_time_of_receipt() -> None:
-    one = parse(timestamp=miniapm.iso_time(NOW_MS + 3_600_001))
-    assert one.occurred_ms == NOW_MS
-    assert one.disbelieved_timestamp == miniapm.iso_time(NOW_MS + 3_600_001)
-
-
-def test_timestamp_an_hour_ahead_is_kept() -> None:
-    one = parse(timestamp=miniapm.iso_time(NOW_MS + 3_600_000))
-    assert (one.occurred_ms, one.disbelieved_timestamp) == (NOW_MS + 3_600_000, None)
+    hour, over = (miniapm.iso_time(NOW_MS + ms) for ms in (3_600_000, 3_600_001))
+    for text, kept_ms, disbelieved in ((hour, NOW_MS + 3_600_000, None), (over, NOW_MS, over)):
+        one = parse(timestamp=text)
+        assert (one.occurred_ms, one.disbelieved_timestamp) == (kept_ms, disbelieved)
 
 
 @given(st.integers(miniapm.parse_timestamp("0002-01-01"), NOW_MS))
@@ -965,19 +761,18 @@ def test_timestamp_round_trips(time_ms: int) -> None:
     assert miniapm.parse_timestamp(miniapm.iso_time(time_ms)) == time_ms
 
 
-def test_long_values_are_cut_with_a_mark() -> None:
-    one = parse(
-        exception_class="C" * 600,
-        message="m" * 10_001,
-        fingerprint="f" * 1_100,
-        backtrace=["l" * 10_002],
-        user_id="u" * 300,
-    )
-    assert one.exception_class == "C" * 500 + "… [100 more cut]"
-    assert one.message == "m" * 10_000 + "… [1 more cut]"
-    assert one.fingerprint == "f" * 1_000 + "… [100 more cut]"
-    assert one.backtrace == ("l" * 10_000 + "… [2 more cut]",)
-    assert one.user_id == "u" * 200 + "… [100 more cut]"
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        *[("exception_class", 500), ("message", 10_000), ("fingerprint", 1_000)],
+        *[("backtrace", 10_000), ("user_id", 200)],
+    ],
+)
+def test_long_value_is_cut_with_a_mark(name: str, length: int) -> None:
+    for more, mark in ((0, ""), (1, "… [1 more cut]"), (100, "… [100 more cut]")):
+        sent, kept = "m" * (length + more), "m" * length + mark
+        found = parse(**{name: [sent] if name == "backtrace" else sent})
+        assert getattr(found, name) == ((kept,) if name == "backtrace" else kept)
 
 
 def test_long_backtrace_keeps_both_ends() -> None:
@@ -996,19 +791,16 @@ def test_backtrace_of_many_long_lines_is_bounded_as_a_whole() -> None:
 
 def test_large_params_are_cut_with_a_mark() -> None:
     wide = parse(params={f"k{n}": "v" * 100 for n in range(2_000)}).params
-    assert wide is not None
-    assert re.fullmatch(r"\[[\d,]+ more cut\]", wide["…"])
     deep = parse(params={"list": ["v" * 100] * 2_000, "text": "x" * 100_000}).params
+    assert wide is not None
     assert deep is not None
+    assert re.fullmatch(r"\[[\d,]+ more cut\]", wide["…"])
     assert deep["list"][-1].endswith("more cut]")
     for params in (wide, deep):
         assert len(json.dumps(params)) < 2 * miniapm.MAX_PARAMS_CHARS
-
-
-def test_params_of_many_empty_values_are_cut() -> None:
     for empty in ([], {}, "", None):
-        kept = parse(params={"a": [empty] * 200_000}).params
-        assert len(json.dumps(kept)) < 4 * miniapm.MAX_PARAMS_CHARS
+        many = parse(params={"a": [empty] * 200_000}).params
+        assert len(json.dumps(many)) < 4 * miniapm.MAX_PARAMS_CHARS
 
 
 @given(st.dictionaries(st.text(), JSON))
@@ -1016,29 +808,28 @@ def test_scrubbed_objects_are_bounded(value: Any) -> None:
     assert len(json.dumps(miniapm.scrub(value, 100), ensure_ascii=False)) < 1_000
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("password", "PASSWORD", "user_password", "passwd", "secret", "client_secret", "token"),
-        *("api_key", "apiKey", "X-Api-Key", "Authorization", "Cookie", "Set-Cookie", "session"),
-        *("sessionid", "csrf_token", "csrfmiddlewaretoken", "private_key", "privateKey"),
-        *("credential", "credentials", "accessToken", "secret_key_base", "pass", "auth"),
-    ],
-)
-def test_secret_names_are_filtered_wherever_they_stand(name: str) -> None:
+# In a named text, S is a secret, in any of the ways in which programs write it after its name.
+# The tokens are in two halves, or the file would be taken for a leak.
+SECRETS = data_file("secrets.json")
+SECRET_TOKENS = list(map("".join, SECRETS["tokens"]))
+
+
+@pytest.mark.parametrize("name", SECRETS["names"])
+def test_value_under_a_secret_name_is_filtered_wherever_it_stands(name: str) -> None:
+    pair = {"name": name, "value": 5}
     one = parse(
-        params={"a": [{name: "hunter2"}], name: {"deep": "hunter2"}},
+        params={"a": [name, "hunter2"], name: {"deep": "hunter2"}, "b": pair, "c": [{name: "S"}]},
         more={"b": {name: ["hunter2"]}},
         source_context=CONTEXT | {"vars": {name: "hunter2"}},
     )
-    assert "hunter2" not in repr(one)
-    assert one.params == {"a": [{name: "[FILTERED]"}], name: "[FILTERED]"}
-
-
-def test_secret_header_given_as_a_pair_is_filtered() -> None:
-    one = parse(headers=[["Cookie", "sid=hunter2"], ["Host", "h"]], argv=["--password", "hunter2"])
-    assert one.extra["headers"] == [["Cookie", "[FILTERED]"], ["Host", "h"]]
-    assert one.extra["argv"] == ["--password", "[FILTERED]"]
+    assert one.params == {
+        name: "[FILTERED]",
+        "a": [name, "[FILTERED]"],
+        "b": {"name": name, "value": "[FILTERED]"},
+        "c": [{name: "[FILTERED]"}],
+    }
+    text = f"{name}=hunter2; {name}: hunter2 '{name}': 'hunter2'"
+    assert "hunter2" not in repr(one) + miniapm.scrub_text(text)
 
 
 def test_names_that_only_look_secret_keep_what_tells_nothing() -> None:
@@ -1046,77 +837,10 @@ def test_names_that_only_look_secret_keep_what_tells_nothing() -> None:
     assert parse(params=params).params == params
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "GET /x?token=hunter2&page=1",
-        "/x?token=token-hunter2",
-        "https://h.example/cb#access_token=hunter2",
-        "https://h.example/?auth=hunter2",
-        "/login?pass=hunter2",
-        "Authorization: hunter2",
-        'Authorization: Token token="hunter2"',
-        'Authorization: Digest username="bob", response="hunter2"',
-        "Cookie: a=b; sid=hunter2; c=d",
-        "Basic aHVudGVyMg== is hunter2".replace(" is hunter2", "hunter2"),
-        r"body: {\"password\":\"hunter2\", \"a\": 1}",
-        "-----BEGIN PGP PRIVATE KEY BLOCK-----\nhunter2\n-----END PGP PRIVATE KEY BLOCK-----",
-        "https://h.example/x?a=1&api_key=hunter2#top",
-        "password=hunter2",
-        "host=db password=hunter2 user=app",
-        "postgres://app:hunter2@db.example:5432/app",
-        "redis://:hunter2@cache/0",
-        "ftp://u:a@hunter2@h/",
-        "Authorization: Bearer hunter2hunter2",
-        "Authorization: Basic hunter2hunter2=",
-        "sent bearer hunter2.abc-def",
-        '{"password": "hunter2", "a": 1}',
-        "{'db_password': 'hunter2'}",
-        "{:secret=>'hunter2'}",
-        'API_KEY = "hunter2"',
-        "-----BEGIN RSA PRIVATE KEY-----\nhunter2\n-----END RSA PRIVATE KEY-----",
-        "-----BEGIN PRIVATE KEY-----\nhunter2 and no end",
-        "proj_" + "0123456789abcdef" * 2 + " is hunter2",
-    ],
-)
-def test_secrets_in_text_are_filtered_in_every_field(text: str) -> None:
-    secret = KEY if "proj_" in text else "hunter2"
-    one = parse(
-        message=text,
-        backtrace=[text],
-        fingerprint=text,
-        params={"a": text},
-        extra=[text],
-        user_id=text,
-        request_id=text,
-        source_context=CONTEXT | {"context_line": text.replace("\n", " ")},
-    )
-    assert secret not in miniapm.dump_occurrence(one)
-    assert "[FILTERED]" in one.message
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "login(user, token=token)",
-        "undefined method `session' for nil",
-        "unexpected token: punctuation",
-        "KeyError: 'password'",
-        "if password == expected_password:",
-        "see https://example.com/a:b/@c",
-        "bearer of bad news",
-    ],
-)
-def test_text_without_a_secret_is_left_alone(text: str) -> None:
-    assert miniapm.scrub_text(text) == text
-
-
 def test_source_context_is_bounded_as_a_whole() -> None:
     lines = ["a." * 5_000] * 50
-    one = parse(
-        source_context=CONTEXT
-        | {"pre_context": lines, "post_context": lines, "context_line": "token = 1"}
-    ).source_context
+    changes = {"pre_context": lines, "post_context": lines, "context_line": "token = 1"}
+    one = parse(source_context=CONTEXT | changes).source_context
     assert one is not None
     assert len(one.pre_context) == len(one.post_context) == 50
     assert one.context_line == "token = 1"
@@ -1124,13 +848,9 @@ def test_source_context_is_bounded_as_a_whole() -> None:
 
 
 def test_private_key_is_filtered_from_source_lines_and_line_numbers_stay() -> None:
-    context = parse(
-        source_context=CONTEXT
-        | {
-            "pre_context": ["KEY = '''-----BEGIN PRIVATE KEY-----", "hunter2"],
-            "context_line": "-----END PRIVATE KEY-----'''",
-        }
-    ).source_context
+    key = {"pre_context": ["KEY = '''-----BEGIN PRIVATE KEY-----", "hunter2"]}
+    key["context_line"] = "-----END PRIVATE KEY-----'''"
+    context = parse(source_context=CONTEXT | key).source_context
     assert context is not None
     assert context.pre_context == ("KEY = '''[FILTERED]", "")
     assert (context.context_line, context.post_context) == ("'''", ("  end", ""))
@@ -1207,10 +927,7 @@ def test_any_value_of_a_field_gives_an_occurrence_or_a_refusal(name: str, value:
 
 
 def nested(depth: int) -> Any:
-    value: Any = []
-    for _ in range(depth - 1):
-        value = [value]
-    return value
+    return functools.reduce(lambda value, _: [value], range(depth - 1), [])
 
 
 FRAME = {
@@ -1241,46 +958,13 @@ def test_occurrence_keeps_its_exceptions() -> None:
         assert parse(exceptions=nothing).exceptions == ()
 
 
-@pytest.mark.parametrize(
-    ("value", "field"),
-    [
-        ("x", "exceptions"),
-        ({}, "exceptions"),
-        (["x"], "exceptions[0]"),
-        ([{}], "exceptions[0].exception_class"),
-        ([{"exception_class": " "}], "exceptions[0].exception_class"),
-        ([EXCEPTIONS[0], {"exception_class": 3}], "exceptions[1].exception_class"),
-        ([{"exception_class": "E", "message": 3}], "exceptions[0].message"),
-        ([{"exception_class": "E", "relation": "x"}], "exceptions[0].relation"),
-        ([{"exception_class": "E", "relation": ["x"]}], "exceptions[0].relation"),
-        ([{"exception_class": "E", "frames": {}}], "exceptions[0].frames"),
-        ([{"exception_class": "E", "frames": [3]}], "exceptions[0].frames[0]"),
-        *(
-            (
-                [{"exception_class": "E", "frames": ["x", {name: value}]}],
-                f"exceptions[0].frames[1].{at}",
-            )
-            for name, value, at in (
-                *(
-                    (name, 3, name)
-                    for name in ("file", "function", "module", "context_line", "text")
-                ),
-                *(("lineno", value, "lineno") for value in ("7", -1, 2**31, 1.5, True)),
-                ("column", "7", "column"),
-                ("own", 1, "own"),
-                ("pre_context", "x", "pre_context"),
-                ("post_context", ["x", 3], "post_context[1]"),
-                ("locals", [], "locals"),
-            )
-        ),
-    ],
-)
-def test_exceptions_of_another_shape_are_refused_by_name(value: Any, field: str) -> None:
+@pytest.mark.parametrize(("value", "where"), CASES["refused exceptions"])
+def test_exceptions_of_another_shape_are_refused_by_name(value: Any, where: str) -> None:
     said = report(exceptions=value)
     for read in (lambda: parse(exceptions=value), lambda: read_text(json.dumps(said))):
         with pytest.raises(miniapm.BadRequest) as caught:
             read()
-        assert caught.value.field == field
+        assert caught.value.field == f"exceptions{where}"
 
 
 def test_exceptions_may_have_null_and_unknown_fields() -> None:
@@ -1328,50 +1012,37 @@ def test_causes_survive_what_is_cut_for_size(size: int) -> None:
     assert len(miniapm.dump_occurrence(found)) < 3 * miniapm.MAX_EXCEPTIONS_CHARS
     outer, cause = miniapm.chain_of(found)
     assert (outer.exception_class, len(outer.frames)) == ("Outer", 45)
-    assert (cause.exception_class, cause.message, cause.frames[0].file) == (
-        "Cause",
-        "why",
-        "cause.py",
-    )
-    again = parse(exceptions=list(found.exceptions))
-    assert len(again.exceptions) == 2
+    assert told([cause]) == [("caused_by", "Cause", "why", ["cause.py:7:13 in total"])]
+    assert len(parse(exceptions=list(found.exceptions)).exceptions) == 2
 
 
-odd_frames = st.one_of(
-    st.text(max_size=20),
-    st.fixed_dictionaries(
-        {},
-        optional={
-            **{
-                name: st.text(max_size=12) | st.none()
-                for name in ("file", "function", "module", "text")
-            },
-            **{name: st.integers(0, 2**31 - 1) | st.none() for name in ("lineno", "column")},
-            "own": st.booleans() | st.none(),
-            "context_line": st.text(max_size=30) | st.none(),
-            "pre_context": st.lists(st.text(max_size=9), max_size=12) | st.none(),
-            "post_context": st.lists(st.text(max_size=9), max_size=12) | st.none(),
-            "locals": st.dictionaries(
-                st.text(max_size=9), st.text(max_size=9) | st.lists(st.none())
-            )
-            | st.none(),
-        },
-    ),
+short_texts = st.text(max_size=12) | st.none()
+odd_frames = st.text(max_size=20) | st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("file", "function", "module", "text"), short_texts),
+        **dict.fromkeys(("lineno", "column"), st.integers(0, 2**31 - 1) | st.none()),
+        **dict.fromkeys(
+            ("pre_context", "post_context"),
+            st.lists(st.text(max_size=9), max_size=12) | st.none(),
+        ),
+        "own": st.booleans() | st.none(),
+        "context_line": st.text(max_size=30) | st.none(),
+        "locals": st.none()
+        | st.dictionaries(st.text(max_size=9), st.text(max_size=9) | st.lists(st.none())),
+    },
 )
-odd_chains = st.lists(
-    st.fixed_dictionaries(
-        {"exception_class": st.text(min_size=1, max_size=9).filter(str.strip)},
-        optional={
-            "message": st.text(max_size=9) | st.none(),
-            "relation": st.sampled_from([*miniapm.RELATIONS, None]),
-            "frames": st.lists(odd_frames, max_size=5) | st.none(),
-        },
-    ),
-    max_size=4,
+odd_links = st.fixed_dictionaries(
+    {"exception_class": st.text(min_size=1, max_size=9).filter(str.strip)},
+    optional={
+        "message": short_texts,
+        "relation": st.sampled_from([*miniapm.RELATIONS, None]),
+        "frames": st.lists(odd_frames, max_size=5) | st.none(),
+    },
 )
 
 
-@given(odd_chains)
+@given(st.lists(odd_links, max_size=4))
 @settings(max_examples=300)
 def test_any_chain_is_kept_shown_and_taken_again(chain: list[dict[str, Any]]) -> None:
     found = parse(exceptions=chain)
@@ -1388,29 +1059,23 @@ def test_any_chain_is_kept_shown_and_taken_again(chain: list[dict[str, Any]]) ->
 
 def test_exceptions_hold_no_secrets() -> None:
     key = ["-----BEGIN PRIVATE KEY-----", "MIIhunter2", "-----END PRIVATE KEY-----"]
-    clean_frame = FRAME | {"function": "clean"}
     frame = FRAME | {
         "locals": {"password": "hunter2", "deep": {"api_key": "hunter2"}, "n": "1"},
         "pre_context": ["x", key[0]],
         "context_line": key[1],
         "post_context": [key[2], 'token = "hunter2"', "y"],
     }
-    one = {"exception_class": "E", "message": "token=hunter2", "frames": [frame, clean_frame]}
+    begun = [key[0], *(f"MIIhunter2{n:02}" for n in range(14))]  # far above the failing line
+    frames = [frame, FRAME, FRAME | {"pre_context": begun, "context_line": "x()"}]
+    one = {"exception_class": "E", "message": "token=hunter2", "frames": frames}
     occurrence = parse(exceptions=[one])
     assert "hunter2" not in miniapm.dump_occurrence(occurrence)
-    dirty, clean = frames_of(occurrence)
+    dirty, clean, _ = frames_of(occurrence)
     assert dirty.source and dirty.locals
     assert (dirty.source.pre_context[0], dirty.source.post_context[-1]) == ("x", "y")
     assert len(dirty.source.post_context) == 3
     assert dirty.locals["n"] == "1"
     assert clean.locals == FRAME["locals"]
-
-
-def test_key_that_begins_far_above_the_failing_line_is_filtered() -> None:
-    body = [f"MIIhunter2{n:02}" for n in range(14)]
-    frame = FRAME | {"pre_context": ["-----BEGIN PRIVATE KEY-----", *body], "context_line": "x()"}
-    occurrence = parse(exceptions=[{"exception_class": "E", "frames": [frame]}])
-    assert "hunter2" not in miniapm.dump_occurrence(occurrence)
 
 
 def test_pairs_of_lines_and_frames_are_no_headers() -> None:
@@ -1425,10 +1090,8 @@ def test_pairs_of_lines_and_frames_are_no_headers() -> None:
 
 
 def test_assembly_s_public_key_token_is_no_secret() -> None:
-    name = "Shop.Cart, Version=1.0.0.0, Culture=neutral, PublicKeyToken=b77a5c561934e089"
-    assert miniapm.scrub_text(f"Could not load '{name}'; token=x") == (
-        f"Could not load '{name}'; token=[FILTERED]"
-    )
+    text = "Could not load 'Shop, Culture=neutral, PublicKeyToken=b77a5c561934e089'; token="
+    assert miniapm.scrub_text(f"{text}x") == f"{text}[FILTERED]"
 
 
 def test_nesting_is_refused_over_64_levels() -> None:
@@ -1437,37 +1100,7 @@ def test_nesting_is_refused_over_64_levels() -> None:
         parse(params={"a": nested(63)})
 
 
-secretive = st.sampled_from(
-    [
-        *("password", "PASSWD", "pwd", "Api-Key", "api key", "APIKEY", "private.key", "jwt", "sid"),
-        *(
-            "token",
-            "Session",
-            "csrf",
-            "credential",
-            "auth",
-            "authorization",
-            "cookie",
-            "x",
-            "ſecret",
-        ),
-        *(
-            "=",
-            ": ",
-            "'s3cr3t'",
-            '"s3cr3t"',
-            "\n",
-            "&",
-            "?",
-            " ",
-            "bearer ",
-            "Basic ",
-            "abcDEF123=",
-        ),
-        *("://u:p@h", "proj_0123456789abcdef0", "-----BEGIN RSA PRIVATE KEY-----", '\\"', "=>"),
-        *("://", "u:p", ":", "@h", '"', "/"),
-    ]
-)
+secretive = st.sampled_from(SECRETS["fragments"])
 
 
 @pytest.mark.parametrize(
@@ -1475,8 +1108,7 @@ secretive = st.sampled_from(
 )
 def test_name_is_secret_by_every_way_or_by_none(name: str) -> None:
     copied = miniapm._Copier(1_000).copy({name: "x"})
-    assert miniapm.scrub({name: "x"}, 1_000) == copied
-    assert parse(params={name: "x"}).params == copied
+    assert miniapm.scrub({name: "x"}, 1_000) == parse(params={name: "x"}).params == copied
 
 
 def assert_hints_miss_nothing(text: str) -> None:
@@ -1498,429 +1130,69 @@ def test_text_without_a_hint_has_nothing_to_scrub(text: str) -> None:
 
 
 plain_texts = st.text(alphabet='ab \\/"<é\n\t', max_size=12)
-
-
-@given(
-    st.fixed_dictionaries(
-        {
-            "exception_class": plain_texts.filter(str.strip) | st.just("x" * 600),
-            "message": plain_texts | secretive | st.just("y" * 12_000),
-            "backtrace": st.lists(plain_texts | st.just("b" * 11_000), max_size=3)
-            | st.just(["a.rb:1"] * 600),
-            "fingerprint": plain_texts.filter(str.strip) | st.just("z" * 1_100),
-        },
-        optional={
-            "user_id": plain_texts | st.integers() | st.just("u" * 300),
-            "params": st.dictionaries(
-                st.sampled_from(["auth", "Sid", "jwt", "pass", "a", "author"]) | plain_texts,
-                st.sampled_from(["x", "y", 5]) | st.lists(st.sampled_from(["auth", "x"])),
-                max_size=3,
-            ),
-            "extra": plain_texts | st.just([[]] * 30) | st.just([{"a": []}] * 90),
-            "source_context": st.fixed_dictionaries(
-                {
-                    "file": plain_texts | st.just("f" * 11_000),
-                    "lineno": st.integers(0, 9),
-                    "context_line": plain_texts,
-                    "pre_context": st.lists(plain_texts, max_size=2)
-                    | st.just(["-"] * 90 + ["-" * 3_000]),
-                }
-            ),
-            "timestamp": st.sampled_from(["2026-11-23T12:00:00Z", "2099-01-01T00:00:00Z"]),
-        },
-    ),
-    st.booleans(),
+plain_contexts = st.fixed_dictionaries(
+    {
+        "file": plain_texts | st.just("f" * 11_000),
+        "lineno": st.integers(0, 9),
+        "context_line": plain_texts,
+        "pre_context": st.lists(plain_texts, max_size=2) | st.just(["-"] * 90 + ["-" * 3_000]),
+    }
 )
+plain_params = st.dictionaries(
+    st.sampled_from(["auth", "Sid", "jwt", "pass", "a", "author"]) | plain_texts,
+    st.sampled_from(["x", "y", 5]) | st.lists(st.sampled_from(["auth", "x"])),
+    max_size=3,
+)
+plain_backtraces = st.lists(plain_texts | st.just("b" * 11_000), max_size=3)
+plain_reports = st.fixed_dictionaries(
+    {
+        "exception_class": plain_texts.filter(str.strip) | st.just("x" * 600),
+        "message": plain_texts | secretive | st.just("y" * 12_000),
+        "backtrace": plain_backtraces | st.just(["a.rb:1"] * 600),
+        "fingerprint": plain_texts.filter(str.strip) | st.just("z" * 1_100),
+    },
+    optional={
+        "user_id": plain_texts | st.integers() | st.just("u" * 300),
+        "params": plain_params,
+        "extra": plain_texts | st.just([[]] * 30) | st.just([{"a": []}] * 90),
+        "source_context": plain_contexts,
+        "timestamp": st.sampled_from(["2026-11-23T12:00:00Z", "2099-01-01T00:00:00Z"]),
+    },
+)
+
+
+@given(plain_reports, st.booleans())
 @settings(max_examples=400)
 def test_plain_report_is_read_as_any_other(said: dict[str, Any], as_ascii: bool) -> None:
-    text = json.dumps(said, ensure_ascii=as_ascii)
-    found = read_text(text)
+    found = read_text(json.dumps(said, ensure_ascii=as_ascii))
     assert found == miniapm.parse_occurrence(said, NOW_MS)
     stored = miniapm.dump_occurrence(found)
     assert miniapm.load_occurrence(stored, found.grouping_key) == found
-    for value, shown in ((said.get("params"), found.params), ({"extra": 0} | said, found.extra)):
-        copied = miniapm._Copier(miniapm.MAX_PARAMS_CHARS).copy(value)
-        if shown is found.extra:
-            copied = {"extra": copied["extra"]} if "extra" in said else {}
-        assert shown == copied
+    copier = miniapm._Copier(miniapm.MAX_PARAMS_CHARS)
+    assert found.params == copier.copy(said.get("params"))
+    copied = miniapm._Copier(miniapm.MAX_PARAMS_CHARS).copy({"extra": 0} | said)
+    assert found.extra == ({"extra": copied["extra"]} if "extra" in said else {})
 
 
 def test_most_reports_are_plain_and_odd_ones_are_not() -> None:
-    assert miniapm.Scrubber().is_plain(
-        json.dumps(report(source_context=CONTEXT, params={"id": "1"}))
-    )
+    is_plain = miniapm.Scrubber().is_plain
+    assert is_plain(json.dumps(report(source_context=CONTEXT, params={"id": "1"})))
     for escaped in ("postgres:\\/\\/user:hunter2@db\\/x", "p\\u0061ssword"):
-        assert not miniapm.Scrubber().is_plain(
-            json.dumps(report(message="MARK")).replace("MARK", escaped)
-        )
-    for odd in (
-        *("password", "\u202e", "\u0000", "é", "http://u:p@x", "\r", 'a://u:"p@x'),
-        *('a://"u:p@x', 'a://u:p"@x', "x" * 40_000),
-    ):
-        assert not miniapm.Scrubber().is_plain(json.dumps(report(params={"a": odd})))
+        assert not is_plain(json.dumps(report(message="MARK")).replace("MARK", escaped))
+    odd = ["password", "\u202e", "\u0000", "é", "http://u:p@x", "\r", "x" * 40_000]
+    for text in (*odd, 'a://u:"p@x', 'a://"u:p@x', 'a://u:p"@x'):
+        assert not is_plain(json.dumps(report(params={"a": text})))
     for usual in ("é\n\t", "http://x", "http://localhost:3000", "http://x:1/a?b=c@d", r"C:\\a\b"):
-        assert miniapm.Scrubber().is_plain(json.dumps(report(message=usual), ensure_ascii=False))
+        assert is_plain(json.dumps(report(message=usual), ensure_ascii=False))
 
 
-@given(
-    st.lists(
-        st.lists(secretive.filter(lambda part: "-----" not in part), max_size=6).map("".join),
-        max_size=4,
-    )
-)
+secretive_lines = st.lists(secretive.filter(lambda part: "-----" not in part), max_size=6)
+
+
+@given(st.lists(secretive_lines.map("".join), max_size=4))
 def test_lines_are_scrubbed_together_as_each_alone(lines: list[str]) -> None:
     expected = tuple(miniapm.clean(line, miniapm.MAX_LINE_CHARS) for line in lines)
     assert parse(backtrace=lines).backtrace == expected
-
-
-# S is a secret, in any of the ways in which programs write it after its name.
-NAMED_SECRETS = r"""
-GET /x?token=S&page=1
-/x?token=token-S
-https://h.example/cb#access_token=S
-https://h.example/?auth=S
-/login?pass=S
-postgres://app:S@db.example:5432/app
-postgres://app:S/x@db.example/app
-amqp://u:S?a@h
-mysql://u:S#a@h/db
-smtp://me@x.com:S@smtp.example.com
-https://S-S@github.com/x/y.git
-redis://:S@cache/0
-ftp://u:a@S@h/
-mongodb+srv://root:S%21@cluster0.mongodb.net/db
-password = S
-password: S
-[password] => S
-{Password:S Name:bob}
-{Name:bob Password:S}
-password='''S'''
-password = QQQSQQQ
-X-Api-Key: S
-('Authorization', 'Token S')
-("Cookie", "a=S")
---password S
-mysql --password=S -u root
-curl --token S http://x
-{"name": "password", "value": "S"}
-{"key": "api_key", "value": "S"}
-<password>S</password>
-<wsse:Password Type="x">S</wsse:Password>
-<property name="password">S</property>
-Config { api_key: Some("S") }
-<input name="password" value="S">
-<input type="password" name="pw" value="S">
-password%3DS
-next=%2Flogin%3Ftoken%3DS%26a%3D1
-%22password%22%3A%22S%22
-["Authorization", "Bearer S"]
-['--password', 'S']
-db_pass=S
-db_pass: S
-passcode: S
-pw=S
-x-auth: S
-access_key = S
-AccountKey=S;EndpointSuffix=core
-encryption_key: S
-PHPSESSID=S
-connect.sid=S; Path=/
-otp=S
-otp: S
-cvv: NNN
-card_number: S
-userPass=S
-dbPw: S
-signing_key=S
-MASTER_KEY=S
-cvc=NNN
-totp: S
-ssn: 078-05-1120
-psk=S
-sig=S
-X-Amz-Signature=S
-/x?X-Amz-Security-Token=S
-SharedAccessSignature=S
-Authorization: Token token="S"
-Authorization: Digest username="bob", response="S"
-Proxy-Authorization: Basic S
-Cookie: a=b; sid=S; c=d
-Set-Cookie: session=S; HttpOnly
-{\"password\":\"S\", \"a\": 1}
-{\\\"password\\\":\\\"S\\\"}
-{"password": "S", "a": 1}
-{"password": 1234567}
-{'db_password': 'S'}
-{:secret=>'S'}
-{"secret" => "S"}
-API_KEY = "S"
-host=db password=S user=app
-Server=x;User Id=sa;Password=S;
-Server=x;User Id=sa;Pwd=S;
-const password = 'S';
-let token: string = "S";
-password: str = "S"
-let password: &str = "S";
-var password string = "S"
-password := "S"
-private String password = "S";
-$password = 'S';
-'password' => 'S',
-["password"]=> string(7) "S"
-ENV['API_KEY'] = 'S'
-os.environ["API_TOKEN"] = "S"
-#<User id: 1, password: "S">
-User(name='a', password='S')
-User{name=a, password=S}
-login failed, password: S for user bob
-export DB_PASSWORD=S
-  api_key: S
-if (password === 'S') {
-if password != "S":
-ALTER USER app WITH PASSWORD 'S'
-user[password]=S
-user%5Bpassword%5D=S
-password=S)
-token=(S)
-clientSecret: 'S'
-"clientSecret":"S"
-self.password = "S"
-Bearer S.S
-sent bearer S.abc-def
-Basic aHVudGVyMjpodW50ZXIy
-my_secret: s3cr3t-Value
-passphrase: S
-PRIVATE-TOKEN: S
-X-CSRF-Token: S
-{password: S}
-{password:"S"}
-DSN: user=a password='S' host=x
-password   :   S
-Password : S
-**Password**: S
-password="S"
-aws_secret_access_key = S
-pass: S
-smtp_pass => S
-curl -H "X-Auth-Token: S" http://x
-curl -H 'Authorization: Bearer S' http://x
-"""
-HARMLESS_TEXTS = r"""
-Could not load 'Shop.Cart, Version=1.0.0.0, Culture=neutral, PublicKeyToken=b77a5c561934e089'
-tokens_used: 5
-tokens_used: 5123
-max_tokens: 4096
-"max_tokens": 4096
-total_tokens=1200
-token_type: bearer
-"token_type":"bearer"
-tokenizer: punkt
-author: Ann
-author=Ann
-passenger: Bob
-passenger=Bob
-compass: north
-compass=north
-bypass: yes
-bypass=1234
-secretary: Ms X
-secretary=Miller
-monkey=banana
-primary_key=order_id
-primary_key: true
-foreign_key: user_id
-cache_key: users/1234
-cache_key=users-1234
-keyboard: qwerty
-$ pwd
-sh: pwd: command not found
-bash: line 1: pwd: command not found
-PWD=/srv/app
-OLDPWD=/home/ann
-pwd: /srv/app
-order 4111111111111112 not found
-id 1234567890123456
-at 1700000000000
-1700000000000000
-commit 5d41402abc4b2a76b9719d911017c592ab12cd34
-550e8400-e29b-41d4-a716-446655440000
-https://unpkg.com/react@18.2.0/umd/x.js
-http://localhost:3000/npm/x@1.2
-ssh://git@github.com/x
-git+ssh://git@github.com:org/repo.git
-https://git@github.com/x.git
-Unexpected token: }
-Unexpected token < in JSON
-Unexpected token '}'
-Unexpected token 'export'
-unexpected token: punctuation
-Unexpected token: 'hunter'
-password: must not be blank
-Password: can't be blank
-Password is required
-Password: is required
-Invalid token: expired
-token = get_token(user)
-password = request.form["password"]
-def f(token: str, password: Optional[str] = None)
-password: user.password
-password = None
-password=None
-"password": null
-"password": ""
-password: true
-WHERE password = $1
-WHERE password = ?
-WHERE token = :token
-password: ${DB_PASS}
-password: "${DB_PASS}"
-password: %s
-password=%(password)s
-login(token=token)
-login(user, token=token)
-connect(password=user.password)
-const token = await getToken();
-const token = req.headers.authorization;
-const { password } = req.body;
-token: string;
-password?: string | null;
-let password: String,
-token := r.Header.Get("X-Token")
-password := os.Getenv("DB_PASSWORD")
-let token = env::var("TOKEN")?;
-let token = &self.token;
-$password = $_POST['password'];
-$this->password = $password;
-@password = password
-password: params[:password]
-password: password,
-token = session[:token]
-user.password = new_password
-undefined method `session' for nil
-KeyError: 'password'
-KeyError: "token"
-if password == expected_password:
-if (token === other.token) {
-see https://example.com/a:b/@c
-bearer of bad news
-Bearer token is missing
-basic authentication is required
-lib/middleware/auth.rb:25:in `call'
-app/models/session.rb:1234:in `token='
-File "/srv/session.py", line 12, in get_token
-at com.x.TokenFilter.doFilter(TokenFilter.java:1423)
-at Session.get (/app/session.js:1034:15)
-src/token.rs:1033:5
-std::token::Stream
-Foo::Password::Bar
-app.rb:3:in 'User#password='
-"?token=" + token
-'password=' + value
-usage: x --password PASSWORD
-usage: x --token <token>
-the --password flag is required
-Missing option --token
-{password: <redacted>}
-password: ********
-password=[FILTERED]
-token => token.id
-(password) => hash(password)
-session = requests.Session()
-auth = (user, password)
-secret = secrets.token_hex(16)
-session: closed by the server
-cookie: true
-session = Session(bind=engine)
-token = tokens[i]
-pass
-    pass
-tests: 5 pass: 12 fail: 3
-fields = ["password", "email"]
-("password", "email")
-SELECT password FROM users
-password VARCHAR(255) NOT NULL
-http://x:1/a?b=c@d
-http://[::1]:3000/npm/x@1.2
-https://medium.com/@ann/post
-https://example.com/a?email=ann@x.com
-sid: 5
-design: flat
-signal: SIGTERM
-inside: yes
-mapping: x
-shopping=yes
-spinning: no
-signature: (a, b) -> c
-token.py
-Tokens: 512
-prompt_tokens=1234
-sk-spinner-double-bounce-dots
-session_store: redis
-cookie_domain=example.com
-secret_name: db
-password_field: pw1
-password = raw;
-password = input("Password: ")
-token = lexer.next_token
-raise ValueError("token is bad")
-IBAN invalid
-def password=(value)
-Authorization: Bearer ${TOKEN}
-AB12 CDEF 3456 7890
-"""
-SECRET_TOKENS = [  # in two halves, or this file would be taken for a leak
-    *(start + "0123456789abcdef" * 2 for start in ("proj_", "SK", "key-", "rubygems_", "dapi")),
-    *(start + "abcdefghij0123456789" for start in ("dckr_pat_", "sq0atp-", "hvs.", "lin_api_")),
-    *(start + "ABCDEFGHIJ0123456789" for start in ("gsk_", "ATATT3", "PMAK-", "AGE-SECRET-KEY-")),
-    "EAA" + "aB3" * 20,
-    "eyJhbG"
-    + "ciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
-    "AKIAIO" + "SFODNN7EXAMPLE",
-    "ASIAIO" + "SFODNN7EXAMPLE",
-    "ghp_16" + "C7e42F292c6912E7710c838347Ae178B4a",
-    "gho_16" + "C7e42F292c6912E7710c838347Ae178B4a",
-    "ghu_16" + "C7e42F292c6912E7710c838347Ae178B4a",
-    "ghs_16" + "C7e42F292c6912E7710c838347Ae178B4a",
-    "ghr_16" + "C7e42F292c6912E7710c838347Ae178B4a",
-    "github" + "_pat_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz0123456789",
-    "xoxb-1" + "23456789012-1234567890123-AbCdEfGhIjKlMnOpQrStUvWx",
-    "xapp-1" + "-A111-222-abcdef0123456789",
-    "sk_liv" + "e_4eC39HqLyjWDarjtT1zdp7dc",
-    "rk_liv" + "e_4eC39HqLyjWDarjtT1zdp7dc",
-    "sk_tes" + "t_4eC39HqLyjWDarjtT1zdp7dc",
-    "whsec_" + "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
-    "sk-pro" + "j-abcdefghijklmnop1234567890ABCDEFGHIJ",
-    "sk-ant" + "-api03-abcdefghijklmnop1234567890ABCDEFG_-HIJ",
-    "AIzaSy" + "A1234567890abcdefghijklmnopqrstuv",
-    "ya29.a" + "0AfH6SMBx1234567890abcdefghijk",
-    "GOCSPX" + "-1234567890abcdefghijABCDEFGH",
-    "glpat-" + "abcdefghij0123456789",
-    "npm_ab" + "cdefghijklmnopqrstuvwxyz0123456789",
-    "pypi-A" + "gEIcHlwaS5vcmcCJDEyMzQ1Njc4LTEyMzQ",
-    "hf_abc" + "defghijklmnopqrstuvwxyzABCDEFGH",
-    "dop_v1" + "_0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
-    "SG.nge" + "VfQFYQlKU0ufo8x5d1A.TwL2iGABf9DHoTf-09kqeF8tAmbihYzrnopKc-1s5cr",
-    "shpat_" + "0123456789abcdef0123456789abcdef",
-    "sntrys" + "_eyJpYXQiOjE2ODcAabcdefghijklmnop0",
-    "4111 1" + "111 1111 1111",
-    "411111" + "1111111111",
-    "5500-0" + "000-0000-0004",
-    "378282" + "246310005",
-    "3782 8" + "22463 10005",
-    "305693" + "09025904",
-    "601111" + "1111111117",
-    "353011" + "1333300000",
-    "GB82 W" + "EST 1234 5698 7654 32",
-    "DE8937" + "0400440532013000",
-    "FR14 2" + "004 1010 0505 0001 3M02 606",
-    "NL91AB" + "NA0417164300",
-]
-
-
-def lines_of(table: str) -> list[str]:
-    return [
-        line.replace("QQQ", '"' * 3).replace("NNN", "739") for line in table.strip().split("\n")
-    ]
 
 
 def everywhere(text: str) -> list[str]:
@@ -1928,20 +1200,24 @@ def everywhere(text: str) -> list[str]:
     one = parse(
         message=text,
         backtrace=["a.rb:1", text, "a.rb:2"],
+        fingerprint=text,
         params={"a": [text]},
         more={"b": text},
+        user_id=text,
+        request_id=text,
         source_context=CONTEXT | {"pre_context": ["x", text], "context_line": text},
         exceptions=[{"exception_class": "E", "message": text, "frames": [text]}],
     )
-    assert one.params and one.source_context
+    assert one.params and one.source_context and one.user_id and one.request_id
     context, (chain,) = one.source_context, one.exceptions
     return [
         *(one.message, one.backtrace[1], one.params["a"][0], one.extra["more"]["b"]),
         *(context.pre_context[1], context.context_line, chain["message"], chain["frames"][0]),
+        *(one.fingerprint, one.user_id, one.request_id),
     ]
 
 
-@pytest.mark.parametrize("text", lines_of(NAMED_SECRETS))
+@pytest.mark.parametrize("text", SECRETS["named"])
 @pytest.mark.parametrize("secret", ["hunter2", "s3cr3t-Value", "Xk9fQ2mZ7"])
 def test_named_secret_is_filtered_wherever_it_is_sent(text: str, secret: str) -> None:
     text = re.sub(r"(?<![A-Za-z])S(?![A-Za-z])|(?<=%3D)S|(?<=%22)S(?=%)", secret, text)
@@ -1964,8 +1240,8 @@ def test_token_is_known_by_its_form(token: str) -> None:
 
 def real_texts() -> Iterator[str]:
     """Yield what programs have written: the strings of events, traces and of the tables above."""
-    yield from (f"{line} {token}" for line in lines_of(HARMLESS_TEXTS) for token in ("", "S-9"))
-    yield from (line.replace("S", "hunter2") for line in lines_of(NAMED_SECRETS))
+    yield from (f"{line} {token}" for line in SECRETS["harmless"] for token in ("", "S-9"))
+    yield from (line.replace("S", "hunter2") for line in SECRETS["named"])
     yield from SECRET_TOKENS
     for value in (data_file("traces.json"), data_file("events.json")):
         for whole in ("\n".join(strings_of(value)), json.dumps(value)):
@@ -1995,78 +1271,29 @@ def test_every_name_and_form_of_the_tables_has_a_hint(separator: str, pad: str) 
         assert all(scrubber.may_hold_secret(f"{pad}{one}{pad}") for one in tokens)
 
 
-@pytest.mark.parametrize("text", lines_of(HARMLESS_TEXTS))
+@pytest.mark.parametrize("text", SECRETS["harmless"])
 def test_text_that_only_looks_secret_stays(text: str) -> None:
     assert set(everywhere(text)) == {text}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("db_pass", "passcode", "pw", "x-auth", "access_key", "AccountKey", "encryption_key"),
-        *("PHPSESSID", "connect.sid", "otp", "cvv", "card_number", "userPass", "dbPw", "psk"),
-        *("signing_key", "master_key", "cvc", "totp", "ssn", "sig", "X-Amz-Signature", "pwHash"),
-        *("JWT", "jwt", "auth_code", "DBPASS", "smtpPass", "clientSecret", "creds", "otp_code"),
-    ],
-)
-def test_value_under_a_secret_name_is_filtered(name: str) -> None:
-    one = parse(params={name: "hunter2", "a": [name, "hunter2"], "b": {"name": name, "value": 5}})
-    assert one.params == {
-        name: "[FILTERED]",
-        "a": [name, "[FILTERED]"],
-        "b": {"name": name, "value": "[FILTERED]"},
-    }
-    assert "hunter2" not in miniapm.scrub_text(
-        f"{name}=hunter2; {name}: hunter2 '{name}': 'hunter2'"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *[(name, "x") for name in ("author", "passenger", "compass", "bypass", "secretary")],
-        *[
-            (name, "x")
-            for name in ("monkey", "primary_key", "foreign_key", "cache_key", "keyboard")
-        ],
-        *[(name, "x") for name in ("token_type", "tokenType", "tokenizer", "session.rb", "inside")],
-        *[(name, 512) for name in ("tokens_used", "max_tokens", "total_tokens", "tokens")],
-        *[("PWD", "/srv/app"), ("OLDPWD", "/"), ("PublicKeyToken", "b77a5c561934e089")],
-        *[("id", 1700000000000), ("id", 4111111111111112), ("password", None), ("token", True)],
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), CASES["harmless names"])
 def test_value_under_a_harmless_name_stays(name: str, value: Any) -> None:
     assert parse(params={name: value}).params == {name: value}
 
 
-@pytest.mark.parametrize(
-    ("sent", "stored"),
-    [
-        (["--password", "S", "-v"], ["--password", "F", "-v"]),
-        (["x", "--token", "--verbose", "y"], ["x", "--token", "--verbose", "y"]),
-        (["Host", "h", "Authorization", "Bearer x"], ["Host", "h", "Authorization", "F"]),
-        (["Host", "h", "X-Api-Key", "S", "A", "b"], ["Host", "h", "X-Api-Key", "F", "A", "b"]),
-        ([{"key": "apiKey", "value": "S"}], [{"key": "apiKey", "value": "F"}]),
-        ([{"Value": "S", "Name": "pw"}], [{"Value": "F", "Name": "pw"}]),
-        ([{"name": "page", "value": "S"}], [{"name": "page", "value": "S"}]),
-        ([4111111111111111, 5], ["F", 5]),
-        (
-            ["-----BEGIN PRIVATE KEY-----", "S", 7, "-----END PRIVATE KEY-----", "z"],
-            ["F", "", 7, "", "z"],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("sent", "stored"), CASES["places of secrets"])
 def test_secret_is_known_by_its_place_in_json(sent: list[Any], stored: list[Any]) -> None:
-    assert parse(more=sent).extra["more"] == json.loads(
-        json.dumps(stored).replace('"F"', '"[FILTERED]"')
-    )
+    expected = json.loads(json.dumps(stored).replace('"F"', '"[FILTERED]"'))
+    assert parse(more=sent).extra["more"] == expected
 
 
 def test_private_key_in_a_backtrace_is_filtered_line_by_line() -> None:
     key = ["-----BEGIN EC PRIVATE KEY-----", "MHcCAQEEIIhunter2", "-----END EC PRIVATE KEY-----"]
-    assert parse(backtrace=["a.rb:1", *key, "b.rb:2"]).backtrace == (
-        *("a.rb:1", "[FILTERED]", "", "", "b.rb:2"),
-    )
+    kept = parse(backtrace=["a.rb:1", *key, "b.rb:2"]).backtrace
+    assert kept == ("a.rb:1", "[FILTERED]", "", "", "b.rb:2")
+    stored = everywhere("-----BEGIN PRIVATE KEY-----\nhunter2 and no end")
+    assert stored[0] == "[FILTERED]\n"
+    assert "hunter2" not in "".join(stored)
 
 
 def test_word_that_goes_on_after_a_token_is_looked_at_once() -> None:
@@ -2128,16 +1355,10 @@ def test_scrubbing_costs_in_proportion_to_a_report_s_length(name: str, size: int
 def test_no_repetition_of_fragments_is_costly_to_scrub(parts: list[tuple[str, int]]) -> None:
     piece = "".join(part * count for part, count in parts)
     text = (piece * (20_000 // len(piece) + 1))[:20_000]
-    for fields in (
-        {"message": text[:10_000]},
-        {"params": {"a": text}},
-        {
-            "params": {
-                text[at : at + 20] + str(at): text[at : at + 100] for at in range(0, 9_999, 99)
-            }
-        },
-        {"backtrace": [text[at : at + 900] for at in range(0, 20_000, 900)]},
-    ):
+    names = {text[at : at + 20] + str(at): text[at : at + 100] for at in range(0, 9_999, 99)}
+    lines = [text[at : at + 900] for at in range(0, 20_000, 900)]
+    parameters: list[dict[str, Any]] = [{"params": {"a": text}}, {"params": names}]
+    for fields in ({"message": text[:10_000]}, {"backtrace": lines}, *parameters):
         took_s, megabytes = scrubbing_cost_s(fields)
         assert took_s < 0.002 + 0.7 * megabytes, fields
 
@@ -2147,9 +1368,8 @@ def test_added_names_are_words_of_a_name() -> None:
     sent = {"userEmail": "S", "EMAIL_2": "S", "dateOfBirth": "S", "emails": "S", "vemail": "S"}
     stored = miniapm.parse_occurrence(report(params=sent), NOW_MS, scrubber=also).params
     assert stored == sent | dict.fromkeys(("userEmail", "EMAIL_2", "dateOfBirth"), "[FILTERED]")
-    assert also.scrub_text("email=S-1 emails=S-2 password=S-3") == (
-        "email=[FILTERED] emails=S-2 password=[FILTERED]"
-    )
+    scrubbed = also.scrub_text("email=S-1 emails=S-2 password=S-3")
+    assert scrubbed == "email=[FILTERED] emails=S-2 password=[FILTERED]"
     assert miniapm.scrub_text("email=S-1") == "email=S-1"
     assert not also.is_plain(json.dumps(report(params=sent)))
 
@@ -2159,8 +1379,7 @@ def test_event_id_is_one_only_when_it_is_a_uuid() -> None:
     assert miniapm.to_payload(parse(event_id=EVENT_ID))["event_id"] == EVENT_ID
     for value in (5, "concert-7", "", None, [EVENT_ID], EVENT_ID + "0"):
         occurrence = parse(event_id=value)
-        assert occurrence.event_id is None
-        assert occurrence.extra == {"event_id": value}
+        assert (occurrence.event_id, occurrence.extra) == (None, {"event_id": value})
 
 
 def test_huge_field_leaves_room_for_the_others() -> None:
@@ -2172,22 +1391,7 @@ def test_huge_field_leaves_room_for_the_others() -> None:
     assert "more cut" in many["…"]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("'token=s3cr3t'", "'token=[FILTERED]'"),
-        ("['--token=abc', 'x']", "['--token=[FILTERED]', 'x']"),
-        ("('password=hunter2',)", "('password=[FILTERED]',)"),
-        ("{token=abc} (token=abc) <token=abc>", "{token=F} (token=F) <token=F>"),
-        ("`api_key=abc` |token=abc| [token=abc]", "`api_key=F` |token=F| [token=F]"),
-        (r"\'token=abc\'", r"\'token=F\'"),
-        ('{"QUERY":"a=1&token=abc","HTTP":"x"}', '{"QUERY":"a=1&token=F","HTTP":"x"}'),
-        ("password=it's x", "password=F x"),
-        ("password=)))", "password=F"),
-        ("<Customer password=[FILTERED] id=1>", "<Customer password=F id=1>"),
-        ("connect(token=token)", "connect(token=token)"),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), CASES["quoted secrets"])
 def test_secret_in_quotes_and_brackets_is_filtered(text: str, expected: str) -> None:
     expected = re.sub(r"=F\b", "=[FILTERED]", expected)
     assert miniapm.scrub_text(text) == expected
@@ -2201,27 +1405,10 @@ def test_secrets_in_quotes_cost_linear_time(part: str) -> None:
     assert time.process_time() - began < 5
 
 
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        ({"git_sha": "7b9ec14f"}, {"release": "7b9ec14f"}),
-        ({"version": " 1.3\n", "git_sha": "7b9ec14f"}, {"release": "1.3", "git_sha": "7b9ec14f"}),
-        ({"version": "1", "env": "live"}, {"environment": "live"}),
-        ({"version": "1", "env": "live", "environment": "dev"}, {"environment": "dev"}),
-        ({"version": "1", "env": None, "deployer": "", "more": [1]}, {"deployer": ""}),
-        ({"version": "1", "timestamp": "2026-06-01T00:00:00Z"}, {"at_ms": 1_780_272_000_000}),
-        ({"version": "1", "timestamp": "2999-01-01"}, {"at_ms": NOW_MS}),
-        ({"version": "1", "timestamp": None}, {"at_ms": NOW_MS}),
-        ({"version": "1\x1b[0m\u202e"}, {"version": "1\u241b[0m\ufffd"}),
-        ({"version": "1", "deployer": "a\nb"}, {"deployer": "a b"}),
-        ({"version": "1", "description": "x\ny"}, {"description": "x\ny"}),
-        ({"version": "x" * 201}, {"version": "x" * 200 + "… [1 more cut]"}),
-        (
-            {"version": "1", "description": "password=hunter2"},
-            {"description": "password=[FILTERED]"},
-        ),
-    ],
-)
+LONG_DEPLOY = [{"version": "x" * 201}, {"version": "x" * 200 + "… [1 more cut]"}]
+
+
+@pytest.mark.parametrize(("said", "told"), [*CASES["deploys"], LONG_DEPLOY])
 def test_deploy_is_read_as_a_report_is(said: dict[str, Any], told: dict[str, Any]) -> None:
     deploy = miniapm.parse_deploy(said, NOW_MS)
     assert {name: getattr(deploy, name) for name in told} == told
@@ -2233,25 +1420,8 @@ def test_deploy_has_the_release_that_reports_with_the_same_name_have() -> None:
         assert deploy.release == miniapm.facet_of(parse(release=name), "release"), name
 
 
-@pytest.mark.parametrize(
-    ("said", "field", "expected"),
-    [
-        ([], None, "the body must be an object"),
-        ({}, "git_sha", "git_sha must be a non-empty string, unless there is a version"),
-        ({"git_sha": " ", "version": ""}, "git_sha", "unless there is a version"),
-        ({"git_sha": 7}, "git_sha", "git_sha must be a string"),
-        ({"version": 1.1, "git_sha": "a"}, "version", "version must be a string"),
-        ({"version": "1", "env": ["live"]}, "env", "env must be a string"),
-        ({"version": "1", "environment": {}}, "environment", "environment must be a string"),
-        ({"version": "1", "deployer": True}, "deployer", "deployer must be a string"),
-        ({"version": "1", "description": 0}, "description", "description must be a string"),
-        ({"version": "1", "timestamp": 5}, "timestamp", "an ISO 8601 time such as"),
-        ({"version": "1", "timestamp": "today"}, "timestamp", "an ISO 8601 time such as"),
-    ],
-)
-def test_deploy_is_refused_by_the_name_of_its_field(
-    said: Any, field: str | None, expected: str
-) -> None:
+@pytest.mark.parametrize(("said", "field", "expected"), CASES["refused deploys"])
+def test_deploy_is_refused_by_the_name_of_its_field(said: Any, field: str, expected: str) -> None:
     with pytest.raises(miniapm.BadRequest, match=re.escape(expected)) as refused:
         miniapm.parse_deploy(said, NOW_MS)
     assert refused.value.field == field
@@ -2267,54 +1437,21 @@ def test_trace_is_read(trace: dict[str, Any]) -> None:
     occurrence = parse(backtrace=trace["backtrace"])
     own = [f"{one.file}:{one.lineno}" for one in frames_of(occurrence) if one.file and one.is_own]
     assert sorted(own) == sorted(trace["own"])
-    failed = miniapm.location_frame_of_chain(miniapm.chain_of(occurrence))
-    where = miniapm.locate(occurrence)
-    if not trace["location"]:
-        assert where == ""
-        return
-    assert failed
-    assert (f"{failed.file}:{failed.lineno}", failed.function or "") == (
-        trace["location"],
-        trace["function"],
+    expected = (trace["location"], trace["function"])
+    if trace["location"]:
+        failed = miniapm.location_frame_of_chain(miniapm.chain_of(occurrence))
+        assert failed
+        assert (f"{failed.file}:{failed.lineno}", failed.function or "") == expected
+    assert miniapm.locate(occurrence) == " in ".join(
+        filter(None, expected[: bool(expected[0]) * 2])
     )
-    assert where == " in ".join(filter(None, (trace["location"], trace["function"])))
 
 
-@pytest.mark.parametrize(
-    ("line", "place", "is_own"),
-    [
-        ("app/models/user.rb:42:in `save`", ("app/models/user.rb", 42, None, "save"), True),
-        ("from config.ru:5", ("config.ru", 5, None, None), True),
-        ("C:/app/x.rb:5:in `y'", ("C:/app/x.rb", 5, None, "y"), True),
-        ('  File "app/x.py", line 3', ("app/x.py", 3, None, None), True),
-        ('  | File "app/x.py", line 3, in f', ("app/x.py", 3, None, "f"), True),
-        ("    at foo (/app/b.js:3:5)", ("/app/b.js", 3, 5, "foo"), True),
-        ("    at new Foo (/app/(x)/y.js:1:2)", ("/app/(x)/y.js", 1, 2, "new Foo"), True),
-        ("at /app/x.js:10:3", ("/app/x.js", 10, 3, None), True),
-        ("f@http://h:3000/a.js:3:5", ("http://h:3000/a.js", 3, 5, "f"), True),
-        ("@http://h/@x/a.js:3:5", ("http://h/@x/a.js", 3, 5, None), True),
-        ("f@http://h/a.js line 3 > eval:1:7", ("http://h/a.js", 3, None, "f"), True),
-        ("f@http://h/a line b.js:1:7", ("http://h/a line b.js", 1, 7, "f"), True),
-        ("    at f (/my line 2/a.js:1:7)", ("/my line 2/a.js", 1, 7, "f"), True),
-        ("f@/my line b/a.js line 3 > eval:1:7", ("/my line b/a.js", 3, None, "f"), True),
-        (
-            "    at eval (eval at foo (http://h/a.js:1:2), <anonymous>:1:1)",
-            ("http://h/a.js", 1, 2, "eval"),
-            True,
-        ),
-        ("at A.B.c(X x) in <0123abcd>:0", ("<0123abcd>", 0, None, "A.B.c(X x)"), True),
-        (
-            '[shop.core$pay invokeStatic "core.clj" 12]',
-            ("core.clj", 12, None, "shop.core$pay invokeStatic"),
-            True,
-        ),
-        ("/a/b.js:7 [library]", ("/a/b.js", 7, None, None), False),
-    ],
-)
-def test_line_is_read(line: str, place: Any, is_own: bool) -> None:
+@pytest.mark.parametrize(("line", "place"), CASES["lines"])
+def test_line_is_read(line: str, place: list[Any]) -> None:
     (frame,) = frames_read(line)
-    assert (frame.file, frame.lineno, frame.column, frame.function) == place
-    assert frame.is_own == is_own
+    assert [frame.file, frame.lineno, frame.column, frame.function] == place
+    assert frame.is_own == ("[library]" not in line)
     assert frame.text == line
 
 
@@ -2323,19 +1460,8 @@ def test_line_is_read(line: str, place: Any, is_own: bool) -> None:
     [
         *("at x (x (x (", "at ", "in ", "' ", '" ', "@a:/", "#1 x (", " line ", ":1:in ", "{file,"),
         *("at a line 1 ", "#0 ) at ", " in /a.php", "at (eval at ", "a.go:1 ", "1 0x0 + 1 (", "("),
-        *(
-            '[a b "',
-            *(" ", "\t", "-1", "/gems/-1", "': ", "#0 x. ", "#1 a (b:1", "0x0 "),
-            ":1",
-            ": in ",
-            "at a.pl line ",
-            'File "',
-            "at a(b) in x:",
-            "<",
-            "a/",
-            ".",
-            " > ",
-        ),
+        *('[a b "', " ", "\t", "-1", "/gems/-1", "': ", "#0 x. ", "#1 a (b:1", "0x0 ", ":1", "a/"),
+        *(": in ", "at a.pl line ", 'File "', "at a(b) in x:", "<", ".", " > "),
     ],
 )
 def test_hostile_line_costs_linear_time(part: str) -> None:
@@ -2349,133 +1475,23 @@ def test_hostile_line_costs_linear_time(part: str) -> None:
     assert time.process_time() - started < 8
 
 
-@pytest.mark.parametrize(
-    ("lines", "expected"),
-    [
-        (
-            [
-                "java.lang.A: top",
-                "\tat com.acme.X.a(X.java:1)",
-                "\tSuppressed: java.lang.S: close",
-                "\t\tat com.acme.X.s(X.java:2)",
-                "Caused by: com.acme.B: why: because",
-                "\tat com.acme.X.b(X.java:3)",
-                "\t... 1 more",
-            ],
-            [
-                ("", "E", "m", ["java.lang.A: top", "X.java:1 in com.acme.X.a"]),
-                ("suppressed", "java.lang.S", "close", ["X.java:2 in com.acme.X.s"]),
-                (
-                    "caused_by",
-                    "com.acme.B",
-                    "why: because",
-                    ["X.java:3 in com.acme.X.b", "... 1 more"],
-                ),
-            ],
-        ),
-        (
-            [
-                "Shop.E: outer ---> Shop.F: middle ---> System.G: inner",
-                "   at Shop.A.F() in /src/A.cs:line 1",
-                "   --- End of inner exception stack trace ---",
-                "   at Shop.A.M() in /src/A.cs:line 2",
-                "   --- End of inner exception stack trace ---",
-                "   at Shop.A.O() in /src/A.cs:line 3",
-            ],
-            [
-                ("", "E", "m", ["/src/A.cs:3 in Shop.A.O()"]),
-                ("caused_by", "Shop.F", "middle", ["/src/A.cs:2 in Shop.A.M()"]),
-                ("caused_by", "System.G", "inner", ["/src/A.cs:1 in Shop.A.F()"]),
-            ],
-        ),
-        (
-            [
-                "Exception: inner in /srv/a.php:3",
-                "#0 /srv/b.php(5): f()",
-                "#1 {main}",
-                "",
-                "Next RuntimeException: outer in /srv/c.php:7",
-                "#0 {main}",
-            ],
-            [
-                ("", "E", "m", ["/srv/c.php:7", "#0 {main}"]),
-                (
-                    "caused_by",
-                    "Exception",
-                    "inner",
-                    ["/srv/a.php:3", "/srv/b.php:5 in f", "#1 {main}"],
-                ),
-            ],
-        ),
-        (
-            [
-                "a.rb:1:in `x': outer (Shop::E)",
-                "\tfrom a.rb:2:in `y'",
-                "b.rb:3:in `z': inner (KeyError)",
-            ],
-            [
-                ("", "E", "m", ["a.rb:1 in x", "a.rb:2 in y"]),
-                ("caused_by", "KeyError", "inner", ["b.rb:3 in z"]),
-            ],
-        ),
-        (
-            [
-                "AggregateError: all failed",
-                "    at any (/a.js:1:2) {",
-                "  [errors]: [",
-                "    TypeError: one",
-                "        at one (/a.js:3:4),",
-                "    RangeError: two",
-                "        at two (/a.js:5:6)",
-                "  ],",
-                "  [cause]: Error: why",
-                "      at why (/a.js:7:8)",
-                "}",
-            ],
-            [
-                ("", "E", "m", ["AggregateError: all failed", "/a.js:1:2 in any"]),
-                ("one_of", "TypeError", "one", ["/a.js:3:4 in one"]),
-                ("one_of", "RangeError", "two", ["/a.js:5:6 in two"]),
-                ("caused_by", "Error", "why", ["/a.js:7:8 in why"]),
-            ],
-        ),
-        (
-            [
-                "m at A.pm line 3.",
-                "\tA::f(1) called at b.pl line 5",
-                "\teval {...} called at b.pl line 6",
-            ],
-            [("", "E", "m", ["A.pm:3 in A::f", "b.pl:5 in eval", "b.pl:6"])],
-        ),
-    ],
-    ids=["java", ".net", "php", "ruby", "javascript", "perl"],
-)
-def test_chain_is_read_in_its_order(lines: list[str], expected: Any) -> None:
-    occurrence = parse(exception_class="E", message="m", backtrace=lines)
-    assert told(miniapm.chain_of(occurrence)) == expected
-    first = next(
-        text
-        for text in expected[0][3]
-        if ":" in text and "Error" not in text and "java.lang" not in text
-    )
-    assert first.startswith(miniapm.locate(occurrence).partition(" in ")[0])
+@pytest.mark.parametrize("case", data_file("chains.json"), ids=lambda case: case["language"])
+def test_chain_is_read_in_its_order(case: dict[str, Any]) -> None:
+    occurrence = parse(exception_class="E", message="m", backtrace=case["backtrace"])
+    assert list(map(list, told(miniapm.chain_of(occurrence)))) == case["expected"]
+    places = [text for text in case["expected"][0][3] if re.search(r"^(?!\w+Error|java).*:", text)]
+    assert places[0].startswith(miniapm.locate(occurrence).partition(" in ")[0])
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "RuntimeError: boom:12",
-        "Error: a@b:1:2",
-        "at async Promise.all (index 0)",
-        "x",
-        "# a:1",
-        "me@h.example:80",
-        "Caused by: something that nobody understood",
+        *("RuntimeError: boom:12", "Error: a@b:1:2", "at async Promise.all (index 0)", "x"),
+        *("# a:1", "me@h.example:80", "Caused by: something that nobody understood"),
     ],
 )
 def test_line_that_is_no_frame_stays_as_it_is(line: str) -> None:
-    found = parse(exception_class="Other", backtrace=[line])
-    assert frames_of(found) == [miniapm.Frame(line)]
+    assert frames_of(parse(exception_class="Other", backtrace=[line])) == [miniapm.Frame(line)]
 
 
 def failing(text: str) -> Any:
@@ -2538,35 +1554,7 @@ def test_python_group_is_read_with_its_exceptions() -> None:
     assert miniapm.locate(found).endswith(" in grouped")
 
 
-backtrace_lines = st.lists(
-    st.sampled_from(
-        [
-            *("app/a.rb:1:in `x'", "/g/gems/x/b.rb:2:in `y'", "words", "", "  own code()"),
-            *("    at f (/app/x.js:1:2)", "    at g (/x/node_modules/y.js:3:4)"),
-            *('  File "/app/z.py", line 5, in h', '  File "/l/site-packages/z.py", line 6, in i'),
-            *(
-                "a/b.go:7:in c [library]",
-                "main.f()",
-                "\t/srv/a.go:3 +0x1",
-                "\t/go/src/runtime/p.go:1",
-            ),
-            *("panic({0x1})", "\t/usr/local/go/src/runtime/panic.go:5", "goroutine 7 [running]:"),
-            *(
-                "Caused by: a.B: c",
-                "\tat a.b.C.d(C.java:5)",
-                "\tat java.base/java.util.A.b(A.java:6)",
-            ),
-            "The above exception was the direct cause of the following exception:",
-            *("   --- End of inner exception stack trace ---", "   at A.B.C() in /a.cs:line 3"),
-            *("Next E: x in /srv/a.php:3", "#0 /srv/vendor/a.php(3): f()", "x at A.pm line 5."),
-            *(
-                "  +-+---------------- 1 ----------------",
-                "    +------------------------------------",
-            ),
-        ]
-    ),
-    max_size=6,
-)
+backtrace_lines = st.lists(st.sampled_from(CASES["backtrace lines"]), max_size=6)
 
 
 @given(backtrace_lines)
@@ -2579,56 +1567,41 @@ def test_location_is_the_one_that_the_whole_chain_tells(lines: list[str]) -> Non
         assert shown[0] == shown[1]
 
 
-def test_mark_of_a_python_frame_is_seen() -> None:
-    lines = ['File "/app/a.py", line 1, in f', 'File "/app/lib/b.py", line 2, in g [library]']
+@pytest.mark.parametrize(
+    ("lines", "function"),
+    [
+        (['File "/app/a.py", line 1, in f', 'File "/app/lib/b.py", line 2, in g [library]'], "f"),
+        (traceback.format_exception(raised(chained=False)), "failing"),
+        (traceback.format_exception(raised(chained=True)), "raised"),
+    ],
+    ids=["last is marked as a library's", "own and library", "chain"],
+)
+def test_location_of_python_is_the_last_own_frame_of_the_exception_itself(
+    lines: list[str], function: str
+) -> None:
     top = miniapm.location_frame_of_lines(lines)
     assert top
-    assert (top.file, top.function) == ("/app/a.py", "f")
-
-
-def test_top_frame_of_python_is_the_last_own_one() -> None:
-    top = miniapm.location_frame_of_lines(traceback.format_exception(raised(chained=0)))
-    assert top is not None
-    assert top.function == "failing"
-
-
-def test_top_frame_of_a_chain_is_in_the_exception_itself() -> None:
-    lines = traceback.format_exception(raised(chained=True))
-    top = miniapm.location_frame_of_lines(lines)
-    assert top is not None
-    assert top.function == "raised"
-
-
-def test_location_without_frames_is_the_source_context_s() -> None:
-    assert miniapm.locate(parse(backtrace=["?"], source_context=CONTEXT)) == "app/models/user.rb:42"
-    library = ["/g/gems/x-1.0/a.rb:1:in `a'"]
-    assert (
-        miniapm.locate(parse(backtrace=library, source_context=CONTEXT)) == "app/models/user.rb:42"
-    )
-    assert miniapm.locate(parse(backtrace=library)) == f"{library[0].partition(':in')[0]} in a"
-    assert miniapm.locate(parse(backtrace=["?"])) == ""
+    assert top.function == function
 
 
 @pytest.mark.parametrize(
-    ("lines", "position"),
-    [
-        (["app/a.rb:1:in `x'", "/srv/app/models/user.rb:42:in `save'"], 1),
-        (["app/models/user.rb:7:in `x'", "app/models/user.rb:42:in `save'"], 1),
-        (["app/models/user.rb:7:in `x'", "lib/models/user.rb:42:in `save'"], 0),
-        (["app/a.rb:1:in `x'"], 1),
-        (["app/a.rb:1:in `x'", "Caused by: B: c", "app/models/user.rb:42:in `y'"], 1),
-        ([], 0),
-    ],
+    ("line", "location"), [("?", ""), ("/g/gems/x-1.0/a.rb:1:in `a'", "/g/gems/x-1.0/a.rb:1 in a")]
 )
+def test_location_without_own_frames_is_the_source_context_s(line: str, location: str) -> None:
+    with_context = parse(backtrace=[line], source_context=CONTEXT)
+    assert miniapm.locate(with_context) == "app/models/user.rb:42"
+    assert miniapm.locate(parse(backtrace=[line])) == location
+
+
+@pytest.mark.parametrize(("lines", "position"), CASES["source contexts"])
 def test_source_context_is_shown_with_its_frame(lines: list[str], position: int) -> None:
-    frames = frames_of(parse(backtrace=lines, source_context=CONTEXT))
     found = parse(backtrace=lines, source_context=CONTEXT)
     failed = miniapm.location_frame_of_chain(miniapm.chain_of(found))
     assert failed
     assert miniapm.locate(found).startswith(f"{failed.file}:{failed.lineno}")
-    sources = [frame.source for frame in frames]
-    assert sources[position] == parse(source_context=CONTEXT).source_context
-    assert sources.count(None) == len(frames) - 1
+    sources = [frame.source for frame in frames_of(found)]
+    assert sources[position] == found.source_context
+    assert sources.count(None) == len(sources) - 1
 
 
 def test_backtrace_of_lines_that_hold_lines_is_bounded() -> None:
@@ -2649,10 +1622,8 @@ def test_any_lines_are_parsed(lines: list[str]) -> None:
 
 
 def test_reporter_s_mark_beats_the_path() -> None:
-    frames = frames_read(
-        "lib/core.go:5:in Run [library]", "vendor/gems/mine.rb:6:in x [own]", "a.rb:7:in `y'"
-    )
-    assert [(f.file, f.lineno, f.function, f.is_own) for f in frames] == [
+    lines = ["lib/core.go:5:in Run [library]", "vendor/gems/mine.rb:6:in x [own]", "a.rb:7:in `y'"]
+    assert [(f.file, f.lineno, f.function, f.is_own) for f in frames_read(*lines)] == [
         ("lib/core.go", 5, "Run", False),
         ("vendor/gems/mine.rb", 6, "x", True),
         ("a.rb", 7, "y", True),
@@ -2661,31 +1632,21 @@ def test_reporter_s_mark_beats_the_path() -> None:
 
 
 def test_frames_of_exceptions_say_whose_they_are_or_their_path_does() -> None:
-    frames = frames_of(
-        parse(
-            exceptions=[
-                {
-                    "exception_class": "E",
-                    "frames": [
-                        {"file": "/x/site-packages/a.py", "lineno": 1},
-                        {"file": "b.py", "lineno": 2, "own": False},
-                        {"file": "/x/site-packages/c.py", "lineno": 3, "own": True},
-                        {"function": "java.util.List.get"},
-                        {"function": "com.acme.Cart.total"},
-                        {"text": "…"},
-                    ],
-                }
-            ]
-        )
-    )
-    assert [frame.is_own for frame in frames] == [False, False, True, False, True, False]
+    said: list[tuple[dict[str, Any], bool]] = [
+        ({"file": "/x/site-packages/a.py", "lineno": 1}, False),
+        ({"file": "b.py", "lineno": 2, "own": False}, False),
+        ({"file": "/x/site-packages/c.py", "lineno": 3, "own": True}, True),
+        ({"function": "java.util.List.get"}, False),
+        ({"function": "com.acme.Cart.total"}, True),
+        ({"text": "…"}, False),
+    ]
+    one = {"exception_class": "E", "frames": [frame for frame, _ in said]}
+    frames = frames_of(parse(exceptions=[one]))
+    assert [frame.is_own for frame in frames] == [is_own for _, is_own in said]
     assert not frames[-1].is_call
 
 
-PAIRS = data_file("pairs.json")
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair["kind"])
+@pytest.mark.parametrize("pair", data_file("pairs.json"), ids=lambda pair: pair["kind"])
 def test_fingerprints_join_one_bug_and_part_two(pair: dict[str, Any]) -> None:
     one, other = (
         miniapm.fingerprint_of(name, message, (file, function) if file or function else None)
@@ -2698,7 +1659,7 @@ def test_fingerprints_join_one_bug_and_part_two(pair: dict[str, Any]) -> None:
 
 
 def frame(
-    file: str, lineno: int, function: str, in_app: bool | None = None, **more: Any
+    file: str, lineno: Any, function: str, in_app: bool | None = None, **more: Any
 ) -> dict[str, Any]:
     said = {"filename": file, "lineno": lineno, "function": function} | more
     return said if in_app is None else said | {"in_app": in_app}
@@ -2777,25 +1738,18 @@ def test_malformed_envelope_is_refused_by_name(raw: bytes, said: str, field: str
 
 def test_envelope_is_bounded() -> None:
     assert len(items_of(framed(*[SESSION] * 100))) == 100
-    for raw in (
-        framed(*[SESSION] * 101),
-        b'{"a": "' + b"x" * 70_000,
-        b'{}\n{"a": "' + b"x" * 70_000 + b'"}\n{}',
-    ):
+    long = b'{"a": "' + b"x" * 70_000
+    for raw in (framed(*[SESSION] * 101), long, b"{}\n" + long + b'"}\n{}'):
         with pytest.raises(miniapm.TooLarge):
             miniapm.parse_envelope(raw)
     with pytest.raises(miniapm.TooLarge):
         miniapm.read_event(memoryview(b'"' + b"x" * 2**20 + b'"'), "items[0]")
 
 
-header_values = st.text(max_size=10)
-envelope_items = st.lists(
-    st.tuples(
-        st.dictionaries(st.sampled_from(["type", "content_type", "x"]), header_values, max_size=3),
-        st.binary(max_size=60),
-    ),
-    max_size=8,
+envelope_heads = st.dictionaries(
+    st.sampled_from(["type", "content_type", "x"]), st.text(max_size=10), max_size=3
 )
+envelope_items = st.lists(st.tuples(envelope_heads, st.binary(max_size=60)), max_size=8)
 
 
 @given(items=envelope_items, data=st.data())
@@ -2841,12 +1795,10 @@ INNER_NAMES = [
     *("in_app", "context_line", "pre_context", "vars", "mechanism", "source", "current", "url"),
     *("formatted", "params", "headers", "id", "trace", "timestamp", "data", "module", "abs_path"),
 ]
+inner_names = st.sampled_from(INNER_NAMES)
 shaped_json = st.recursive(
     any_json,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(INNER_NAMES), inner, max_size=6)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(inner_names, inner, max_size=6),
     max_leaves=20,
 )
 
@@ -2911,8 +1863,7 @@ def test_event_is_the_last_exception_with_its_whole_chain() -> None:
         ("", "ValueError", "bad\ncart", ["app.py:7 in buy", "app.py:1 in main"]),
         ("caused_by", "KeyError", "'a'", ["db.py:9 in get", "db.py:3 in load"]),
     ]
-    assert occurrence.event_id == EVENT_ID
-    assert miniapm.locate(occurrence) == "app.py:7 in buy"
+    assert (occurrence.event_id, miniapm.locate(occurrence)) == (EVENT_ID, "app.py:7 in buy")
     assert occurrence.fingerprint == "ValueError|app.py:buy|bad cart"
 
 
@@ -2923,24 +1874,15 @@ def test_event_says_how_exceptions_hang_together() -> None:
         exception("B", "2", source="__context__"),
         exception("ExceptionGroup", "many", frame("app.py", 7, "buy")),
     )
-    assert [(relation, name) for relation, name, *_ in told(miniapm.chain_of(occurrence))] == [
-        ("", "ExceptionGroup"),
-        ("while_handling", "B"),
-        ("one_of", "A"),
-        ("suppressed", "S"),
-    ]
+    found = [(relation, name) for relation, name, *_ in told(miniapm.chain_of(occurrence))]
+    inner = [("while_handling", "B"), ("one_of", "A"), ("suppressed", "S")]
+    assert found == [("", "ExceptionGroup"), *inner]
 
 
 def test_event_s_in_app_beats_the_path() -> None:
-    occurrence = translate(
-        exception(
-            "E",
-            "",
-            frame("vendor/gems/shop-1.0/cart.rb", 5, "mine", in_app=True),
-            frame("flask/app.py", 9, "dispatch", in_app=False),
-            frame("pay.py", 2, "pay"),
-        )
-    )
+    mine = frame("vendor/gems/shop-1.0/cart.rb", 5, "mine", in_app=True)
+    dispatch = frame("flask/app.py", 9, "dispatch", in_app=False)
+    occurrence = translate(exception("E", "", mine, dispatch, frame("pay.py", 2, "pay")))
     assert [frame.is_own for frame in frames_of(occurrence)] == [False, False, True]
     assert miniapm.locate(occurrence) == "vendor/gems/shop-1.0/cart.rb:5 in mine"
     assert occurrence.fingerprint == "E|vendor/gems/shop/cart.rb:mine|"
@@ -2948,67 +1890,35 @@ def test_event_s_in_app_beats_the_path() -> None:
 
 def test_event_s_frames_keep_source_locals_and_column() -> None:
     source = {"context_line": "boom()", "pre_context": ["def f():"], "post_context": [""]}
+    own = {"in_app": True, "vars": {"n": "3", "__name__": "x"}} | source
+    library = {"in_app": False, "colno": "7", "vars": {"x": "1"}, "context_line": "no"}
     occurrence = translate(
-        exception("C", "c", frame("b.py", 2, "cause", in_app=True, vars={"why": "9"}, **source)),
-        exception(
-            "E",
-            "m",
-            frame("a.py", "4", "f", in_app=True, vars={"n": "3", "__name__": "x"}, **source),
-            frame("lib.py", 9.0, "g", in_app=False, colno="7", vars={"x": "1"}, context_line="no"),
-        ),
+        exception("C", "c", frame("b.py", 2, "cause", **own | {"vars": {"why": "9"}})),
+        exception("E", "m", frame("a.py", "4", "f", **own), frame("lib.py", 9.0, "g", **library)),
     )
-    library, own, cause = frames_of(occurrence)
-    assert own.source == miniapm.SourceContext("a.py", 4, "boom()", ("def f():",), ("",))
-    assert (own.locals, cause.locals) == ({"n": "3"}, {"why": "9"})
+    found, mine, cause = frames_of(occurrence)
+    assert mine.source == miniapm.SourceContext("a.py", 4, "boom()", ("def f():",), ("",))
+    assert (mine.locals, cause.locals) == ({"n": "3"}, {"why": "9"})
     assert cause.source == miniapm.SourceContext("b.py", 2, "boom()", ("def f():",), ("",))
-    assert (library.lineno, library.column, library.locals) == (9, 7, {"x": "1"})
+    assert (found.lineno, found.column, found.locals) == (9, 7, {"x": "1"})
     for odd in ("x", -1, 2**40, None, [], "1e999", True):
-        (found,) = frames_of(translate(exception("E", "m", frame("a.py", odd, "f"))))  # type: ignore[arg-type]
+        (found,) = frames_of(translate(exception("E", "m", frame("a.py", odd, "f"))))
         assert found.lineno in (None, 1)
 
 
-def test_event_without_an_exception_is_a_message() -> None:
-    thread = {"current": True, "stacktrace": {"frames": [frame("a.py", 1, "f")]}}
-    synthetic = {"value": "hello", "stacktrace": {"frames": [frame("a.js", 2, "g")]}}
-    entry = {"message": "lost %s", "formatted": "lost x", "params": ["x"]}
-    for said, expected in (
-        (event(message="hello"), ("Message", "hello", (), "Message|hello")),
-        (
-            event(message="hello", threads={"values": [{"id": 1}, thread]}),
-            ("Message", "hello", ("a.py:1:in f",), "Message|a.py:f|hello"),
-        ),
-        (
-            event(synthetic, message="hello"),
-            ("Message", "hello", ("a.js:2:in g",), "Message|a.js:g|hello"),
-        ),
-        (event(logentry=entry, logger="shop"), ("shop", "lost x", (), "shop|lost %s")),
-        (event(message={"message": "plain"}), ("Message", "plain", (), "Message|plain")),
-        (event(logentry="as text"), ("Message", "as text", (), "Message|as text")),
-        (event(logentry={}, message="beside"), ("Message", "beside", (), "Message|beside")),
-        (event(logentry={"message": ""}, message="b"), ("Message", "b", (), "Message|b")),
-        (event({"value": "no type"}), ("Error", "no type", (), "Error|no type")),
-        (event(), ("Message", "", (), "Message|")),
-    ):
-        found = miniapm.occurrence_from_sentry(said, NOW_MS)
-        places = tuple(f"{one.file}:{one.lineno}:in {one.function}" for one in frames_of(found))
-        assert (found.exception_class, found.message, places, found.fingerprint) == expected
+@pytest.mark.parametrize(("said", "name", "message", "places", "key"), CASES["messages"])
+def test_event_without_an_exception_is_a_message(
+    said: Any, name: str, message: str, places: list[str], key: str
+) -> None:
+    found = miniapm.occurrence_from_sentry(event(**said), NOW_MS)
+    assert (found.exception_class, found.message, found.fingerprint) == (name, message, key)
+    assert [f"{x.file}:{x.lineno}:in {x.function}" for x in frames_of(found)] == places
 
 
-@pytest.mark.parametrize(
-    ("template", "params", "message"),
-    [
-        ("no %s for %d in {}", ["x", 5, "y"], "no x for 5 in y"),
-        ("%s of %d is %s", ["x"], "x of %d is %s"),
-        ("{0} is {1}, {0}", ["a", "b"], "a is b, a"),
-        ("{name} has {count:d}", {"name": "ann", "count": 3}, "ann has 3"),
-        ("%(name)s has %(count)05d", {"name": "ann", "count": 3}, "ann has 3"),
-        ("{missing} and %(gone)s", {"x": 1}, "{missing} and %(gone)s"),
-        ("{7}", ["a"], "{7}"),
-        ("100 % of {", ["a"], "100 % of {"),
-        ("50%% of %d", [3], "50% of 3"),
-        ("{" + "1" * 5_000 + "}", ["a"], "{" + "1" * 5_000 + "}"),
-    ],
-)
+LONG_TEMPLATE = ["{" + "1" * 5_000 + "}", ["a"], "{" + "1" * 5_000 + "}"]
+
+
+@pytest.mark.parametrize(("template", "params", "message"), [*CASES["templates"], LONG_TEMPLATE])
 def test_event_s_template_is_filled(template: str, params: Any, message: str) -> None:
     occurrence = translate(logentry={"message": template, "params": params})
     assert occurrence.message == message
@@ -3027,10 +1937,9 @@ def test_event_s_templates_are_bounded() -> None:
 
 
 def test_event_s_frame_may_have_a_module_only() -> None:
+    one = {"exception_class": "A", "frames": [{"module": "x.py"}]}
     assert translate(exception("E", "m", {"module": "x.py"})).exceptions
-    assert miniapm.locate(
-        parse(exceptions=[{"exception_class": "A", "frames": [{"module": "x.py"}]}])
-    )
+    assert miniapm.locate(parse(exceptions=[one]))
 
 
 def test_event_s_thread_is_the_one_in_which_it_was_raised() -> None:
@@ -3056,18 +1965,13 @@ def test_event_s_shapes_of_few_sdks_are_read() -> None:
     error = exception("E", "m", frame("a.pl", 4, "f"))
     alone = miniapm.occurrence_from_sentry({"exception": error}, NOW_MS)
     assert (alone.exception_class, miniapm.locate(alone)) == ("E", "a.pl:4 in f")
-    signal_meta = {"signal": {"number": 11, "name": "SIGSEGV"}}
+    mechanism = {"type": "signal", "meta": {"signal": {"number": 11, "name": "SIGSEGV"}}}
+    headers = {"X-Request-Id": ["a", "b"], "Accept": ["*/*"]}
     said = translate(
-        exception(
-            "E", "m", frame("", 0, "total", module="shop.cart"), type="signal", meta=signal_meta
-        ),
-        request={
-            "headers": {"X-Request-Id": ["a", "b"], "Accept": ["*/*"]},
-            "cookies": "a=hunter2",
-        },
+        exception("E", "m", frame("", 0, "total", module="shop.cart"), **mechanism),
+        request={"headers": headers, "cookies": "a=hunter2"},
     )
-    assert said.extra["mechanism"] == {"type": "signal", "meta": signal_meta}
-    assert said.request_id == "a, b"
+    assert (said.extra["mechanism"], said.request_id) == (mechanism, "a, b")
     assert said.extra["request"] == {
         "headers": {"X-Request-Id": "a, b", "Accept": "*/*"},
         "cookies": "[FILTERED]",
@@ -3077,9 +1981,8 @@ def test_event_s_shapes_of_few_sdks_are_read() -> None:
     dart = translate(exception("E", "m", frame("a.dart", 1, "f"), gap, frame("b.dart", 2, "g")))
     assert [one.text for one in frames_of(dart)] == ["", "<asynchronous suspension>", ""]
     package = "Shop.Cart, Version=1.2.3.4, Culture=neutral, PublicKeyToken=b77a5c561934e089"
-    (net,) = frames_of(
-        translate(exception("E", "m", frame("", 0, "Total", package=package)), platform="csharp")
-    )
+    error = exception("E", "m", frame("", 0, "Total", package=package))
+    (net,) = frames_of(translate(error, platform="csharp"))
     assert (net.file, net.function) == ("Shop.Cart", "Total")
 
 
@@ -3100,85 +2003,43 @@ def test_own_frames_are_what_the_sdk_can_know() -> None:
         found = frames_of(translate(exception("E", "m", *frames[::-1]), **more))
         return [one.function for one in found if one.is_own]
 
-    none = (
-        frame("lib/shop/cart.ex", 3, "Shop.Cart.total/1", False, module="Elixir.Shop.Cart"),
-        frame("lib/enum.ex", 3, "Enum.map/2", False, module="Elixir.Enum"),
-    )
-    assert own(*none) == ["Shop.Cart.total/1"]
-    go = (
-        frame("shop/cart.go", 3, "Total", False, module="shop/cart"),
-        frame("net/http/server.go", 3, "serve", False, module="net/http"),
-    )
-    assert own(*go) == ["Total"]
-    java = (
-        frame("Cart.java", 3, "total", True, module="com.acme.Cart"),
-        frame("Util.java", 3, "help", module="com.acme.lib.Util"),
-    )
-    assert own(*java, platform="java") == ["com.acme.Cart.total"]
-    rust = [
-        {"function": name, "package": "/app/shop", "in_app": True}
-        for name in (
-            *("std::panicking::begin_panic", "core::ops::FnOnce::call_once", "shop::pay"),
-            *("<alloc::vec::Vec<T> as core::ops::Index>::index", "sentry_panic::panic_handler"),
-        )
-    ]
-    assert own(*rust) == ["shop::pay"]
+    def one(file: str, function: str, module: str, in_app: bool | None = False) -> dict[str, Any]:
+        return frame(file, 3, function, in_app, module=module)
+
+    enum = one("lib/enum.ex", "Enum.map/2", "Elixir.Enum")
+    elixir = one("lib/shop/cart.ex", "Shop.Cart.total/1", "Elixir.Shop.Cart")
+    assert own(elixir, enum) == ["Shop.Cart.total/1"]
+    server = one("net/http/server.go", "serve", "net/http")
+    assert own(one("shop/cart.go", "Total", "shop/cart"), server) == ["Total"]
+    java = one("Cart.java", "total", "com.acme.Cart", True)
+    helper = one("Util.java", "help", "com.acme.lib.Util", None)
+    assert own(java, helper, platform="java") == ["com.acme.Cart.total"]
+    rust = ["std::panicking::begin_panic", "core::ops::FnOnce::call_once", "shop::pay"]
+    rust += ["<alloc::vec::Vec<T> as core::ops::Index>::index", "sentry_panic::panic_handler"]
+    native = {"package": "/app/shop", "in_app": True}
+    assert own(*({"function": name} | native for name in rust)) == ["shop::pay"]
 
 
 def test_event_without_own_frames_is_located_beyond_sdk_and_language() -> None:
+    site = "/site-packages/"
     frames = [
-        frame(
-            "requests/api.py",
-            3,
-            "get",
-            False,
-            module="requests.api",
-            abs_path="/site-packages/requests/api.py",
-        ),
-        frame(
-            "json/decoder.py",
-            5,
-            "decode",
-            False,
-            module="json.decoder",
-            abs_path="/usr/lib/python3.11/json/decoder.py",
-        ),
-        frame(
-            "sentry_sdk/utils.py",
-            9,
-            "reraise",
-            False,
-            module="sentry_sdk.utils",
-            abs_path="/site-packages/sentry_sdk/utils.py",
-        ),
+        frame(path, lineno, function, False, module=module, abs_path=folder + path)
+        for folder, path, lineno, function, module in (
+            (site, "requests/api.py", 3, "get", "requests.api"),
+            ("/usr/lib/python3.11/", "json/decoder.py", 5, "decode", "json.decoder"),
+            (site, "sentry_sdk/utils.py", 9, "reraise", "sentry_sdk.utils"),
+        )
     ]
     assert miniapm.locate(translate(exception("E", "m", *frames))) == "requests/api.py:3 in get"
     only = translate(exception("E", "m", frames[-1]))
     assert miniapm.locate(only) == "sentry_sdk/utils.py:9 in reraise"
 
 
-def test_event_s_fingerprint_is_honoured() -> None:
+@pytest.mark.parametrize(("said", "expected"), CASES["fingerprints"])
+def test_event_s_fingerprint_is_honoured(said: Any, expected: str) -> None:
     error = exception("E", "order 7", frame("a.py", 4, "f", module="shop"))
-    default = "E|a.py:f|order <number>"
-    for said, expected in (
-        (None, default),
-        ([], default),
-        ([" "], default),
-        (["{{ default }}"], default),
-        (["{{default}}", "eu"], default + "|eu"),
-        (["checkout", 7], "checkout|7"),
-        (["a|b"], r"a\|b"),
-        (["{{ type }}", "{{error.type}}"], "E|E"),
-        (["{{ value }}", "{{ error.value }}", "{{ message }}"], "order 7|order 7|order 7"),
-        (["{{ function }}", "{{stack.function}}"], "f|f"),
-        (["{{ module }}", "{{ stack.module }}"], "shop|shop"),
-        (["{{ package }}", "{{ stack.package }}"], "a.py|a.py"),
-        (["{{ level }}-{{ logger }}", "{{ transaction }}"], "fatal-db|/buy"),
-        (["x {{ tags.region }} y", "{{ tags.other }}"], "x eu y|{{ tags.other }}"),
-        (["{{ unknown }}", "{{ default }} x"], "{{ unknown }}|{{ default }} x"),
-    ):
-        more = {"level": "fatal", "logger": "db", "transaction": "/buy", "tags": {"region": "eu"}}
-        assert translate(error, fingerprint=said, **more).fingerprint == expected, said
+    more = {"level": "fatal", "logger": "db", "transaction": "/buy", "tags": {"region": "eu"}}
+    assert translate(error, fingerprint=said, **more).fingerprint == expected
 
 
 def test_event_s_default_fingerprint_knows_no_host_or_query() -> None:
@@ -3209,52 +2070,34 @@ def test_event_s_request_id_is_the_header_a_tag_or_the_trace() -> None:
     assert translate().request_id is None
 
 
-def test_event_s_time_comes_in_both_forms() -> None:
-    for said, found in (
-        (1_700_000_000.25, 1_700_000_000_250),
-        (1_700_000_000, 1_700_000_000_000),
-        ("2023-11-14T22:13:20.25Z", 1_700_000_000_250),
-        ("2023-11-14T22:13:20", 1_700_000_000_000),
-        *(
-            (odd, NOW_MS)
-            for odd in (None, "", "noon", 1e300, -1e300, True, [1], 1e14, -62135596800)
-        ),
-    ):
-        assert translate(timestamp=said).occurred_ms == found
+@pytest.mark.parametrize(("said", "found_ms"), CASES["event times"])
+def test_event_s_time_comes_in_both_forms(said: Any, found_ms: int) -> None:
+    assert translate(timestamp=said).occurred_ms == found_ms
     assert translate(timestamp=NOW_MS / 1000 + 86_400).disbelieved_timestamp
 
 
 def test_event_keeps_all_that_surrounds_it() -> None:
+    named = ("environment", "release", "dist", "transaction", "server_name")
+    same: dict[str, Any] = dict(zip(named, named, strict=True))
+    same |= {"logger": "shop", "platform": "python", "level": "fatal", "modules": {"flask": "3"}}
+    same |= {"user": {"id": "7", "email": "e@x"}, "extra": {"cart": {"n": 2}}}
     extra = translate(
         exception("E", "m", type="generic", handled=False),
-        **{name: name for name in ("environment", "release", "dist", "transaction", "server_name")},
-        logger="shop",
-        platform="python",
-        level="fatal",
         sdk={"name": "sentry.python", "version": "2.0", "packages": [1]},
         tags=[["shop", "eu"], ["n", 5], "odd"],
-        user={"id": "7", "email": "e@x"},
         request={"url": "http://x/", "headers": [["Accept", "*/*"], ["Cookie", "a=b"]]},
         contexts={"runtime": {"name": "CPython"}, "empty": {}},
-        extra={"cart": {"n": 2}},
         breadcrumbs={"values": [{"timestamp": 1_700_000_000.5, "message": "clicked"}]},
-        modules={"flask": "3"},
         _meta={"x": 1},
+        **same,
     ).extra
-    assert extra == {
-        "level": "fatal",
-        **{name: name for name in ("environment", "release", "dist", "transaction", "server_name")},
-        "logger": "shop",
-        "platform": "python",
+    assert extra == same | {
         "sdk": "sentry.python 2.0",
         "mechanism": {"type": "generic", "handled": False},
         "tags": {"shop": "eu", "n": "5"},
-        "user": {"id": "7", "email": "e@x"},
         "request": {"url": "http://x/", "headers": {"Accept": "*/*", "Cookie": "[FILTERED]"}},
         "breadcrumbs": [{"timestamp": "2023-11-14T22:13:20.500Z", "message": "clicked"}],
         "contexts": {"runtime": {"name": "CPython"}},
-        "extra": {"cart": {"n": 2}},
-        "modules": {"flask": "3"},
     }
     assert translate(exception("E", "m")).extra == {"level": "error"}
 
@@ -3270,23 +2113,17 @@ def test_event_s_newest_breadcrumbs_are_kept() -> None:
     assert kept[:2] == huge[:2]
     assert kept[2]["message"].startswith("xxx")
     assert len(kept[2]["message"]) < 5_000
-
-
-def test_event_s_long_breadcrumb_is_whole_if_there_is_room() -> None:
-    crumb = {"message": "x" * 10_000}
-    assert translate(breadcrumbs=[crumb]).extra["breadcrumbs"] == [crumb]
+    long = [{"message": "x" * 10_000}]  # which is whole, for there is room
+    assert translate(breadcrumbs=long).extra["breadcrumbs"] == long
 
 
 def test_event_s_secrets_are_scrubbed() -> None:
+    url = {"url": "http://x/?token=hunter2"}
+    request = {"data": {"user": {"api_key": "hunter2"}}, "cookies": {"a": "hunter2"}}
     occurrence = translate(
         exception("E", "m", frame("a.py", 4, "f", in_app=True, vars={"password": "'hunter2'"})),
-        request={
-            "url": "http://x/?token=hunter2",
-            "data": {"user": {"api_key": "hunter2"}},
-            "cookies": {"a": "hunter2"},
-            "headers": {"Authorization": "hunter2"},
-        },
-        breadcrumbs=[{"data": {"url": "http://x/?token=hunter2"}}],
+        request=url | request | {"headers": {"Authorization": "hunter2"}},
+        breadcrumbs=[{"data": url}],
         extra={"deep": [{"secret": "hunter2"}]},
         tags={"session": "hunter2"},
     )
@@ -3294,44 +2131,20 @@ def test_event_s_secrets_are_scrubbed() -> None:
 
 
 def test_frames_of_java_and_without_a_line_are_readable() -> None:
-    occurrence = translate(
-        exception(
-            "E",
-            "m",
-            frame("Cart.java", 7, "buy", module="com.shop.Cart", in_app=True),
-            frame("native", -1, "run", in_app=False),
-            {"function": "Object.?", "filename": "/app/x.js", "lineno": 3},
-            {"module": "x"},
-        ),
-        platform="java",
-    )
+    buy = frame("Cart.java", 7, "buy", module="com.shop.Cart", in_app=True)
+    odd = {"function": "Object.?", "filename": "/app/x.js", "lineno": 3}
+    frames = [buy, frame("native", -1, "run", in_app=False), odd, {"module": "x"}]
+    occurrence = translate(exception("E", "m", *frames), platform="java")
     assert told(miniapm.chain_of(occurrence))[0][3] == [
-        "x",
-        "/app/x.js:3 in Object.<anonymous>",
-        "native in run",
+        *("x", "/app/x.js:3 in Object.<anonymous>", "native in run"),
         "Cart.java:7 in com.shop.Cart.buy",
     ]
 
 
-@pytest.mark.parametrize(
-    ("claimed", "more", "is_own"),
-    [
-        (None, {"filename": "Optional.java", "module": "java.util.Optional"}, False),
-        (None, {"filename": "Cart.java", "module": "com.shop.Cart"}, True),
-        (True, {"filename": "Base.java", "module": "org.apache.own.Base"}, True),
-        (True, {"abs_path": "/root/.cargo/registry/src/x-1.0/src/lib.rs"}, False),
-        (True, {"abs_path": "/root/go/pkg/mod/github.com/x/y@v1/z.go"}, False),
-        (True, {"abs_path": "/rustc/abc/library/core/src/option.rs"}, False),
-        (True, {"abs_path": "/usr/lib/python3/dist-packages/mine/x.py"}, True),
-        (None, {"abs_path": "/usr/lib/python3/dist-packages/mine/x.py"}, False),
-    ],
-)
-def test_frame_is_own_as_far_as_the_sdk_can_know(
-    claimed: bool | None, more: dict[str, Any], is_own: bool
-) -> None:
-    one = frame("x.go", 5, "f", claimed) | more
-    found = frames_of(translate(exception("E", "m", one)))
-    assert [frame.is_own for frame in found] == [is_own]
+@pytest.mark.parametrize(("claimed", "more", "is_own"), CASES["own frames"])
+def test_frame_is_own_as_far_as_the_sdk_can_know(claimed: Any, more: Any, is_own: bool) -> None:
+    (found,) = frames_of(translate(exception("E", "m", frame("x.go", 5, "f", claimed) | more)))
+    assert found.is_own == is_own
 
 
 def test_frame_without_a_line_is_located_by_what_is_known() -> None:
@@ -3345,22 +2158,18 @@ def test_frame_without_a_line_is_located_by_what_is_known() -> None:
 
 
 def test_events_of_old_sdks_are_read() -> None:
-    occurrence = miniapm.occurrence_from_sentry(
-        {
-            "sentry.interfaces.Exception": [exception("E", "m", frame("a.py", 1, "f"))],
-            "sentry.interfaces.Message": {"message": "no %s for %d in {}", "params": ["x", 5, "y"]},
-            "sentry.interfaces.User": {"id": "7"},
-            "sentry.interfaces.Http": {"url": "http://x/"},
-            "level": 30,
-            "timestamp": "1700000000.5",
-        },
-        NOW_MS,
-    )
+    said: dict[str, Any] = {
+        "sentry.interfaces.Exception": [exception("E", "m", frame("a.py", 1, "f"))],
+        "sentry.interfaces.Message": {"message": "no %s for %d in {}", "params": ["x", 5, "y"]},
+        "sentry.interfaces.User": {"id": "7"},
+        "sentry.interfaces.Http": {"url": "http://x/"},
+    }
+    said |= {"level": 30, "timestamp": "1700000000.5"}
+    occurrence = miniapm.occurrence_from_sentry(said, NOW_MS)
     assert (occurrence.exception_class, occurrence.user_id) == ("E", "7")
     assert occurrence.occurred_ms == 1_700_000_000_500
-    assert occurrence.extra["log_message"] == "no x for 5 in y"
-    assert occurrence.extra["level"] == "warning"
-    assert occurrence.extra["request"] == {"url": "http://x/"}
+    expected: dict[str, Any] = {"log_message": "no x for 5 in y", "level": "warning"}
+    assert occurrence.extra.items() >= (expected | {"request": {"url": "http://x/"}}).items()
     entry = {"message": "%s of %d is %s", "params": ["x"]}
     assert translate(logentry=entry).message == "x of %d is %s"
 
@@ -3397,9 +2206,8 @@ def test_event_of_countless_parts_is_cut() -> None:
 
 
 def test_dsn_holds_the_key_and_the_project() -> None:
-    assert miniapm.dsn_of("http://127.0.0.1:3000/x", "clé/@", 7) == (
-        "http://cl%C3%A9%2F%40@127.0.0.1:3000/x/7"
-    )
+    dsn = miniapm.dsn_of("http://127.0.0.1:3000/x", "clé/@", 7)
+    assert dsn == "http://cl%C3%A9%2F%40@127.0.0.1:3000/x/7"
     assert miniapm.key_of_dsn("http://abc:secret@127.0.0.1:3000/7") == "abc"
     for odd in ("http://127.0.0.1:3000/7", "", None, 7, "abc@x"):
         assert miniapm.key_of_dsn(odd) == ""
@@ -3411,10 +2219,7 @@ def test_dsn_holds_the_key_and_the_project() -> None:
 
 def test_sentry_section_is_used_by_http_and_commands_only() -> None:
     part = SOURCE[SOURCE.index("# --- 6. Sentry") : SOURCE.index("# --- 7. Schema")]
-    body = ast.parse(part).body
-    names = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
-    names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    names = top_level_names(ast.parse(part).body).keys()
     assert names > {"occurrence_from_sentry", "_VARIABLE"}
     others = SOURCE.replace(part, "").partition("# --- 11. HTTP")[0]
     used = {node.id for node in ast.walk(ast.parse(others)) if isinstance(node, ast.Name)}
@@ -3427,12 +2232,12 @@ def test_sentry_section_is_used_by_http_and_commands_only() -> None:
 
 
 def statements() -> list[tuple[str, str]]:
-    named = [(name, getattr(miniapm, name)) for name in dir(miniapm) if name.isupper()]
+    """Return the SQL texts that read or write rows, except those that check everything."""
     static = [
         (name, value)
-        for name, value in named
+        for name, value in vars(miniapm).items()
+        if name.isupper() and not name.startswith("CHECK_")
         if isinstance(value, str) and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE) ", value)
-        if not name.startswith("CHECK_")  # to read everything is what these are for
     ]
     filters = [
         ErrorFilter(status, search, project_id, sort=sort, after=after, before=before, order=order)
@@ -3443,59 +2248,72 @@ def statements() -> list[tuple[str, str]]:
         for sort in miniapm.SORTS
         for after, before in ((None, None), ((1, 1), None), (None, (1, 1)))
     ]
-    lists = [(str(wanted), miniapm.list_statement(wanted, NOW_MS)[0]) for wanted in filters]
     assert len(static) > 25
-    return static + lists
+    return static + [(str(one), miniapm.list_statement(one, NOW_MS)[0]) for one in filters]
+
+
+def plan_of(store: Store, sql: str, values: Any) -> list[str]:
+    with store.reading() as db:
+        return [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
 
 
 def test_no_statement_scans_occurrences(store: Store) -> None:
-    with store.reading() as db:
-        for name, sql in statements():
-            values = collections.defaultdict(lambda: 1) if ":" in sql else (1,) * sql.count("?")
-            plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
-            assert not any(re.match(r"SCAN (occurrences|buckets|error_)", line) for line in plan), (
-                *(name, plan),
-            )
+    for name, sql in statements():
+        values = collections.defaultdict(lambda: 1) if ":" in sql else (1,) * sql.count("?")
+        for line in plan_of(store, sql, values):
+            assert not re.match(r"SCAN (occurrences|buckets|error_)", line), (name, line)
 
 
 def test_list_takes_its_order_from_an_index(store: Store) -> None:
     part = {"project_id": 1, "status": "open"}
-    with store.reading() as db:
-        for sort, order, side in itertools.product(
-            miniapm.SORTS, ("desc", "asc"), ("after", "before")
-        ):
-            wanted = dataclasses.replace(ErrorFilter(sort=sort, order=order), **{side: (5, 5)})
-            sql, values = miniapm.list_statement(wanted, NOW_MS)
-            plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values | part)]
-            assert f"USING INDEX errors_by_{sort}" in plan[0]
-            assert re.search(r"AND \w+[<>]\?\)", plan[0])  # begins at the cursor
-            assert not any("TEMP B-TREE" in line for line in plan)
+    sides = ("after", "before")
+    for sort, order, side in itertools.product(miniapm.SORTS, ("desc", "asc"), sides):
+        wanted = dataclasses.replace(ErrorFilter(sort=sort, order=order), **{side: (5, 5)})
+        sql, values = miniapm.list_statement(wanted, NOW_MS)
+        plan = plan_of(store, sql, values | part)
+        assert f"USING INDEX errors_by_{sort}" in plan[0]
+        assert re.search(r"AND \w+[<>]\?\)", plan[0])  # begins at the cursor
+        assert not any("TEMP B-TREE" in line for line in plan)
 
 
 @pytest.mark.parametrize("sql", [miniapm.SELECT_FEED, miniapm.SELECT_FEED_END])
 def test_feed_takes_its_order_from_the_primary_key(store: Store, sql: str) -> None:
-    with store.reading() as db:
-        values = {"id": 1, "limit": 1}
-        plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+    plan = plan_of(store, sql, {"id": 1, "limit": 1})
     assert plan[0].startswith("SEARCH occurrences USING INTEGER PRIMARY KEY (rowid")
     assert not any("TEMP B-TREE" in line for line in plan)
 
 
-def test_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
-    path = str(tmp_path / "old.db")
+@contextlib.contextmanager
+def database_of_version(path: Path, version: int) -> Iterator[sqlite3.Connection]:
+    """Make a database as an older version did, with one project."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        for statement in miniapm.MIGRATIONS[0]:
+        for statement in itertools.chain(*miniapm.MIGRATIONS[:version]):
             db.execute(statement)
         db.execute(f"PRAGMA application_id = {miniapm.APPLICATION_ID}")
-        db.execute("PRAGMA user_version = 1")
+        db.execute(f"PRAGMA user_version = {version}")
         db.execute("INSERT INTO projects VALUES (1, 'default', 0)")
-        db.execute(
-            "INSERT INTO errors VALUES"
-            " (1, 1, x'00', 'f', 'E', 'm', '', 5, 5, 1, 1, 0, 'open', 5, NULL)"
-        )
+        yield db
+
+
+@contextlib.contextmanager
+def migrated(folder: Path, version: int, now: Callable[[], float] = time.time) -> Iterator[Store]:
+    """Open a copy of the database that an older version left, which has to stay sound."""
+    shutil.copy(HERE / ".ci" / f"version{version}.sqlite", folder / "old.db")
+    with contextlib.closing(Store(str(folder / "old.db"), now)) as store:
+        assert (folder / f"old.db.version{version}").exists()
+        assert rows(store, "PRAGMA user_version") == [(len(miniapm.MIGRATIONS),)] == [(8,)]
+        assert_sound(store)
+        yield store
+        assert_sound(store)
+
+
+def test_first_schema_is_migrated(tmp_path: Path) -> None:
+    values = "1, 1, x'00', 'f', 'E', 'm', '', 5, 5, 1, 1, 0, 'open', 5, NULL"
+    with database_of_version(tmp_path / "old.db", 1) as db:
+        db.execute(f"INSERT INTO errors VALUES ({values})")
         body = json.dumps(json.loads(miniapm.dump_occurrence(parse(message="from before"))))
         db.execute("INSERT INTO occurrences VALUES (1, 1, 5, ?)", [body])
-    with contextlib.closing(Store(path)) as store:
+    with contextlib.closing(Store(str(tmp_path / "old.db"))) as store:
         error, stored = only_error(store), store.occurrence(1)
         assert (error.level, error.message) == ("", "m")
         assert miniapm.error_json(error, "")["level"] == "error"
@@ -3505,36 +2323,23 @@ def test_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
         assert len(store.errors(ErrorFilter()).errors) == 2
 
 
-def test_database_of_the_version_before_opens_and_shows(tmp_path: Path) -> None:
-    path = tmp_path / "old.db"
-    shutil.copy(HERE / ".ci" / "version3.sqlite", path)
-    with contextlib.closing(Store(str(path))) as store:
+def test_database_of_version_3_opens_and_shows(tmp_path: Path) -> None:
+    bought = "ValueError|shop.py:buy|no cart <number>"
+    with migrated(tmp_path, 3) as store:
         client = Client(App(store, Config()), "")
-        assert (tmp_path / "old.db.version3").exists()
-        with store.reading() as db:
-            assert miniapm._pragma(db, "user_version") == len(miniapm.MIGRATIONS) == 8
-            assert list(miniapm.faults_of(db)) == []
         errors = {error["fingerprint"]: error for error in client.errors()}
-        assert set(errors) == {
-            "user_save",
-            "scrubbed",
-            "odd",
-            "ValueError|shop.py:buy|no cart <number>",
-        }
+        assert set(errors) == {"user_save", "scrubbed", "odd", bought}
         assert [error["occurrences"] for error in errors.values()] == [1, 3, 1, 3]
         for error in errors.values():
             newest = client.get(f"{error['url']}.json").json()["occurrence"]
-            ids = range(1, 1 + 8)
-            pages = [client.get(f"{error['url']}/occurrences/{n}") for n in ids]
+            pages = [client.get(f"{error['url']}/occurrences/{n}") for n in range(1, 1 + 8)]
             assert [page.status for page in pages].count(200) == error["occurrences"]
             assert newest["exceptions"][0]["exception_class"] == error["exception_class"]
         page = html.unescape(client.get(errors["user_save"]["url"]).text)
         assert "raise 'Invalid' unless valid?" in page
         odd = client.get(f"{errors['odd']['url']}.md").text
         assert '"exceptions": [\n    1\n  ]' in odd
-        event = client.get(
-            f"{errors['ValueError|shop.py:buy|no cart <number>']['url']}.json"
-        ).json()
+        event = client.get(f"{errors[bought]['url']}.json").json()
         relations = [one["relation"] for one in event["occurrence"]["exceptions"]]
         assert relations == [None, "caused_by"]
         record(store, fingerprint="user_save", request_id="new")
@@ -3542,43 +2347,34 @@ def test_database_of_the_version_before_opens_and_shows(tmp_path: Path) -> None:
         assert client.errors("?q=user:1")[0]["fingerprint"] == "user_save"
 
 
-def test_users_and_buckets_of_version_4_are_brought_up_to_date(
-    tmp_path: Path, clock: Clock
-) -> None:
-    path = tmp_path / "old.db"
-    shutil.copy(HERE / ".ci" / "version4.sqlite", path)
+def test_users_and_buckets_of_version_4_are_migrated(tmp_path: Path, clock: Clock) -> None:
     clock.seconds = 1_793_456_000 + 29 * 86_400  # its newest reports came 29 days ago
 
     def users() -> dict[str, int]:
-        with store.reading() as db:
-            assert list(miniapm.faults_of(db)) == []
-        return {one.fingerprint: one.user_count for one in store.errors(ErrorFilter("all")).errors}
+        assert_sound(store)
+        return {name: one.user_count for name, one in by_fingerprint(store).items()}
 
-    with contextlib.closing(Store(str(path), clock)) as store:
-        assert (tmp_path / "old.db.version4").exists()
+    with migrated(tmp_path, 4, clock) as store:
         assert users() == {"ignored": 1, "times": 2, "old times": 3}
         assert searched(store, "user:u1") == ["times"]
         record(store, fingerprint="times", user_id="u0", event_id="fedcba9876543210" * 2)
         sweep(store)
         assert users() == {"ignored": 0, "times": 2, "old times": 3}
-        assert rows(store, "SELECT COUNT(*), SUM(count) FROM buckets WHERE error_id = 2") == [
-            (6, 9)
-        ]
+        (counts,) = rows(store, "SELECT COUNT(*), SUM(count) FROM buckets WHERE error_id = 2")
+        assert counts == (6, 9)
         clock.seconds += 2 * 86_400
         sweep(store)
         assert users() == {"ignored": 0, "times": 1}
 
 
-def test_expiry_of_version_5_is_brought_up_to_date(tmp_path: Path, clock: Clock) -> None:
-    path = tmp_path / "old.db"
-    shutil.copy(HERE / ".ci" / "version5.sqlite", path)  # its clock was ten days ahead for a while
-    began_s = 1_793_456_000
-    with contextlib.closing(Store(str(path), clock)) as store:
-        assert (tmp_path / "old.db.version5").exists()
+def test_expiry_of_version_5_is_migrated(tmp_path: Path, clock: Clock) -> None:
+    began_s = clock.seconds = 1_793_456_000  # its clock was ten days ahead for a while
+    with migrated(tmp_path, 5, clock) as store:
         assert rows(store, "SELECT last_id FROM clock_steps") == [(7,)]
         assert rows(store, "SELECT 1 FROM sqlite_master WHERE name LIKE '%by_receipt'") == []
         for text, found in (("in order-2", ["in order"]), ("set back-4", ["set back"])):
             assert searched(store, f'request:"{text}"') == found
+        clock.seconds = NOW_S
         record(store, fingerprint="new", request_id="new-0")
         assert searched(store, "request:new-0") == ["new"]
         store.delete([4])
@@ -3586,19 +2382,13 @@ def test_expiry_of_version_5_is_brought_up_to_date(tmp_path: Path, clock: Clock)
             clock.seconds = began_s + days * 86_400
             sweep(store)
             assert searched(store, "") == left
-            with store.reading() as db:
-                assert list(miniapm.faults_of(db)) == []
+            assert_sound(store)
 
 
-def test_triage_and_values_of_version_6_are_brought_up_to_date(
-    tmp_path: Path, clock: Clock
-) -> None:
-    path = tmp_path / "old.db"
-    shutil.copy(HERE / ".ci" / "version6.sqlite", path)
+def test_triage_and_values_of_version_6_are_migrated(tmp_path: Path, clock: Clock) -> None:
     clock.seconds = 1_796_000_000 + 3_600
-    with contextlib.closing(Store(str(path), clock)) as store:
-        assert (tmp_path / "old.db.version6").exists()
-        errors = {one.fingerprint: one for one in store.errors(ErrorFilter("all")).errors}
+    with migrated(tmp_path, 6, clock) as store:
+        errors = by_fingerprint(store)
         assert {name: (one.status, one.uncounted) for name, one in errors.items()} == {
             "open": ("open", 3),
             "resolved": ("resolved", 1),
@@ -3610,9 +2400,8 @@ def test_triage_and_values_of_version_6_are_brought_up_to_date(
             assert store.history(one.id) == ()
             assert {tally.count for tally in store.tallies(one.id)} == {0}
         assert errors["regressed"].regressed_ms == 1_796_000_420_000
-        assert [one.id for one in store.errors(ErrorFilter("all", sort="users")).errors] == [
-            *(1, 2, 4, 3),
-        ]
+        by_users = store.errors(ErrorFilter("all", sort="users")).errors
+        assert [one.id for one in by_users] == [1, 2, 4, 3]
         record(store, fingerprint="open", tags={"region": "eu"}, release="1.2")
         record(store, fingerprint="resolved", release="1.2")
         error = store.error(errors["open"].id)
@@ -3626,8 +2415,6 @@ def test_triage_and_values_of_version_6_are_brought_up_to_date(
         assert rows(store, "SELECT id FROM errors WHERE status = 'deleted'") == [(5,)]
         sweep(store)
         assert rows(store, "SELECT id FROM errors WHERE status = 'deleted'") == []
-        with store.reading() as db:
-            assert list(miniapm.faults_of(db)) == []
 
 
 @pytest.fixture
@@ -3644,9 +2431,7 @@ def large(tmp_path: Path) -> Path:
     return path
 
 
-def test_migration_says_how_far_it_is(
-    large: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_migration_says_how_far_it_is(large: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(miniapm, "PROGRESS_INTERVAL_S", 0.0)
     Store(str(large)).close()
     said = capsys.readouterr().err.splitlines()
@@ -3661,12 +2446,12 @@ def test_migration_says_how_far_it_is(
 @pytest.mark.parametrize(
     ("is_terminal", "said"),
     [(True, ["miniapm: 5 %", "miniapm: 9 %"]), (False, ["miniapm: 9 %"])],
+    ids=["terminal", "file"],
 )
 def test_progress_is_one_line_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any, is_terminal: bool, said: list[str]
+    monkeypatch: Any, capsys: Any, clock: Clock, is_terminal: bool, said: list[str]
 ) -> None:
     monkeypatch.setattr(miniapm.os, "isatty", lambda _: is_terminal)
-    clock = Clock()
     monkeypatch.setattr(miniapm.time, "monotonic", clock)
     tell = miniapm.progress_printer()
     for seconds, text in ((0.1, "1 %"), (1, "5 %"), (1.1, "7 %"), (3.1, "9 %")):
@@ -3701,35 +2486,26 @@ def test_copy_is_of_one_moment_while_others_write(
         assert len(copy.errors(ErrorFilter("all")).errors) == before
 
 
-def test_migration_for_which_there_is_no_room_changes_nothing(
-    large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disk, size = shutil.disk_usage(large.parent), large.stat().st_size
-    before = large.read_bytes()
+def test_migration_without_room_changes_nothing(large: Path, monkeypatch: Any) -> None:
+    disk, size, before = shutil.disk_usage(large.parent), large.stat().st_size, large.read_bytes()
     for free in (0, size, size * 5 // 4 - 1):
         monkeypatch.setattr(miniapm.shutil, "disk_usage", lambda _, n=free: disk._replace(free=n))
         need, there = -(-size * 5 // 4 // 2**20), free // 2**20
         with pytest.raises(miniapm.MiniAPMError, match=f"needs {need} MiB .*; {there} MiB are"):
             Store(str(large))
         assert large.read_bytes() == before
-        assert [path for path in large.parent.iterdir() if not path.name.endswith("-shm")] == [
-            large
-        ]
+        assert {path for path in large.parent.iterdir() if path.suffix != ".db-shm"} == {large}
     monkeypatch.setattr(miniapm.shutil, "disk_usage", lambda _: disk._replace(free=size * 5 // 4))
     Store(str(large)).close()
 
 
-def test_releases_of_version_7_are_brought_up_to_date(tmp_path: Path, clock: Clock) -> None:
-    path = tmp_path / "old.db"
-    shutil.copy(HERE / ".ci" / "version7.sqlite", path)
+def test_releases_of_version_7_are_migrated(tmp_path: Path, clock: Clock) -> None:
     clock.seconds = 1_796_000_000 + 3_600
-    with contextlib.closing(Store(str(path), clock)) as store:
-        assert (tmp_path / "old.db.version7").exists()
+    with migrated(tmp_path, 7, clock) as store:
         assert rows(store, "SELECT name FROM releases ORDER BY id") == [("1.0",), ("1.1",)]
-        errors = {one.fingerprint: one for one in store.errors(ErrorFilter("all")).errors}
-        assert {
-            name: (one.status, one.first_release, one.last_release) for name, one in errors.items()
-        } == {
+        errors = by_fingerprint(store)
+        found = {n: (one.status, one.first_release, one.last_release) for n, one in errors.items()}
+        assert found == {
             "open": ("open", "1.0", "1.0"),
             "resolved": ("resolved", "1.0", "1.0"),
             "ignored": ("ignored", None, None),
@@ -3745,39 +2521,26 @@ def test_releases_of_version_7_are_brought_up_to_date(tmp_path: Path, clock: Clo
             assert store.error(errors["open"].id).status == status
 
 
-def test_releases_of_an_older_version_come_in_the_order_of_their_first_report(
-    tmp_path: Path,
-) -> None:
-    path = str(tmp_path / "old.db")
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        for statement in itertools.chain(*miniapm.MIGRATIONS[:7]):
-            db.execute(statement)
-        db.execute(f"PRAGMA application_id = {miniapm.APPLICATION_ID}")
-        db.execute("PRAGMA user_version = 7")
-        db.execute("INSERT INTO projects VALUES (1, 'default', 0)")
+def test_releases_of_an_older_version_come_in_order_of_their_first_report(tmp_path: Path) -> None:
+    columns = (
+        "id, first_seen_ms, project_id, fingerprint, exception_class, message, location,"
+        " last_seen_ms, occurrence_count, stored_count, status_ms"
+    )
+    facet = "INSERT OR IGNORE INTO error_facets (error_id, name, value) VALUES (?, 'release', ?)"
+    with database_of_version(tmp_path / "old.db", 7) as db:
         for number in (1, 2):
-            db.execute(
-                "INSERT INTO errors (id, project_id, fingerprint, exception_class, message,"
-                " location, first_seen_ms, last_seen_ms, occurrence_count, stored_count, status_ms)"
-                " VALUES (?, 1, 'f', 'E', 'm', '', ?, 9, 0, 0, 0)",
-                (number, number * 10),
-            )
-        for error_id, value in ((1, "1.9"), (2, "1.10"), (1, "1.9"), (1, "1.0-hotfix")):
-            db.execute(
-                "INSERT OR IGNORE INTO error_facets (error_id, name, value)"
-                " VALUES (?, 'release', ?)",
-                (error_id, value),
-            )
-    with contextlib.closing(Store(path)) as store:
+            values = f"{number}, {number * 10}, 1, 'f', 'E', 'm', '', 9, 0, 0, 0"
+            db.execute(f"INSERT INTO errors ({columns}) VALUES ({values})")
+        for row in ((1, "1.9"), (2, "1.10"), (1, "1.9"), (1, "1.0-hotfix")):
+            db.execute(facet, row)
+    with contextlib.closing(Store(str(tmp_path / "old.db"))) as store:
         names = [name for (name,) in rows(store, "SELECT name FROM releases ORDER BY id")]
         assert names == ["1.9", "1.10", "1.0-hotfix"]
         error = store.error(1)
         assert (error.first_release, error.last_release) == ("1.9", "1.0-hotfix")
 
 
-def test_migration_that_would_lose_reports_is_undone(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_migration_that_would_lose_reports_is_undone(store: Store, monkeypatch: Any) -> None:
     record(store)
     for statement in ("DELETE FROM occurrences", "UPDATE errors SET status = 'deleted'"):
         monkeypatch.setattr(miniapm, "MIGRATIONS", (*miniapm.MIGRATIONS, (statement,)))
@@ -3791,29 +2554,32 @@ def test_migration_that_would_lose_reports_is_undone(
 # --- 8. Store -------------------------------------------------------------------------------------
 
 
-def test_store_makes_a_private_database(store: Store) -> None:
+def test_store_makes_a_private_database_and_syncs_every_commit(store: Store) -> None:
     record(store)
     for suffix in ("", "-wal", "-shm"):
         assert stat.S_IMODE(os.stat(store.path + suffix).st_mode) == 0o600
     assert rows(store, "PRAGMA journal_mode") == [("wal",)]
-
-
-def test_store_syncs_every_commit(store: Store) -> None:
     assert store.write(lambda db: db.execute("PRAGMA synchronous").fetchone()[0]) == 2  # FULL
 
 
-def test_store_opens_its_own_database_again(store: Store) -> None:
-    record(store)
-    with contextlib.closing(Store(store.path)) as again:
-        assert only_error(again).occurrence_count == 1
-
-
-def test_store_refuses_a_database_of_another_program(tmp_path: Path) -> None:
-    path = tmp_path / "other.db"
+def make_another_database(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE mine (x)")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (make_another_database, "another program"),
+        (lambda path: path.write_text("Dear database, " * 100), "not a database"),
+    ],
+    ids=["database", "letter"],
+)
+def test_store_refuses_a_file_of_another_program(tmp_path: Path, make: Any, reason: str) -> None:
+    path = tmp_path / "other.db"
+    make(path)
     before = path.read_bytes()
-    with pytest.raises(miniapm.MiniAPMError, match="another program"):
+    with pytest.raises(miniapm.MiniAPMError, match=reason):
         Store(str(path))
     assert path.read_bytes() == before
 
@@ -3822,14 +2588,6 @@ def test_store_refuses_a_newer_database(store: Store) -> None:
     store.write(lambda db: db.execute("PRAGMA user_version = 999"))
     with pytest.raises(miniapm.MiniAPMError, match="newer version"):
         Store(store.path)
-
-
-def test_store_refuses_what_is_no_database(tmp_path: Path) -> None:
-    path = tmp_path / "letter.txt"
-    path.write_text("Dear database, " * 100)
-    with pytest.raises(miniapm.MiniAPMError, match="not a database"):
-        Store(str(path))
-    assert path.read_text() == "Dear database, " * 100
 
 
 def test_store_refuses_a_path_without_a_folder(tmp_path: Path) -> None:
@@ -3932,25 +2690,20 @@ def test_buckets_of_an_error_are_bounded_whatever_times_are_claimed() -> None:
     assert len({miniapm.bucket_hour(hour, now_hour) for hour in hours}) < 6_500
 
 
+entries = st.tuples(st.sampled_from("abc"), st.integers(0, 10**12), st.sampled_from("uvw"))
+
+
 @settings(max_examples=25)
-@given(
-    st.lists(
-        st.lists(
-            st.tuples(st.sampled_from("abc"), st.integers(0, 10**12), st.sampled_from("uvw")),
-            min_size=1,
-            max_size=5,
-        ),
-        max_size=6,
-    )
-)
+@given(st.lists(st.lists(entries, min_size=1, max_size=5), max_size=6))
 def test_counters_add_up_to_what_was_accepted(tmp_path: Path, batches: Any) -> None:
     path = tmp_path / f"{hashlib.sha256(repr(batches).encode()).hexdigest()}.db"
     with contextlib.closing(Store(str(path))) as store:
         store.ensure_default_project()
         for batch in batches:
+            times = [miniapm.iso_time(when) for _, when, _ in batch]
             made = [
-                parse(fingerprint=name, timestamp=miniapm.iso_time(when), user_id=user)
-                for name, when, user in batch
+                parse(fingerprint=name, timestamp=text, user_id=user)
+                for (name, _, user), text in zip(batch, times, strict=True)
             ]
             assert store.record(1, made) == [None] * len(made)
         sent = [entry for batch in batches for entry in batch]
@@ -3974,8 +2727,9 @@ def test_resolved_error_reopens_and_is_marked_regressed(store: Store, clock: Clo
     record(store, timestamp="2020-01-01")  # a later report, whatever time it claims
     error = only_error(store)
     assert (error.status, error.regressed_ms) == ("open", NOW_MS + 5_000)
-    store.set_status([1], "resolved")
-    assert only_error(store).regressed_ms is None
+    for status in ("resolved", "open"):  # what a person reopens has not regressed
+        store.set_status([1], status)
+        assert only_error(store).regressed_ms is None
 
 
 def test_known_errors_that_changed_are_written_with_those_that_did_not(store: Store) -> None:
@@ -3988,40 +2742,31 @@ def test_known_errors_that_changed_are_written_with_those_that_did_not(store: St
     made["older"] = parse(fingerprint="older", timestamp="2020-01-01")
     for count in (3, 4):
         store.record_here([(1, one) for one in made.values()])
-        found = {one.fingerprint: one for one in store.errors(ErrorFilter("all")).errors}
-        assert {name: one.occurrence_count for name, one in found.items()} == {
-            **dict.fromkeys(("same", "back", "ignored", "older"), count),
-            "gone": count - 2,
-        }
+        found = by_fingerprint(store)
+        expected = dict.fromkeys(("same", "back", "ignored", "older"), count)
+        counts = {name: one.occurrence_count for name, one in found.items()}
+        assert counts == expected | {"gone": count - 2}
         assert [found[name].status for name in made] == ["open", "open", "ignored", "open", "open"]
         assert [name for name, one in found.items() if one.regressed_ms] == ["back"]
         assert miniapm.iso_time(found["older"].first_seen_ms)[:10] == "2020-01-01"
-        with store.reading() as db:
-            assert list(miniapm.faults_of(db)) == []
+        assert_sound(store)
 
 
 def test_location_is_that_of_the_newest_report(store: Store) -> None:
     source = {"file": "c.rb", "lineno": 3, "context_line": "x"}
     exception = {"exception_class": "E", "message": "m", "frames": [{"file": "d.rb", "lineno": 4}]}
-    for changes, location in (
-        ({"backtrace": ["a.rb:1"]}, "a.rb:1"),
-        ({"backtrace": ["a.rb:1"], "message": "another"}, "a.rb:1"),
-        ({"backtrace": ["b.rb:2"]}, "b.rb:2"),
-        ({"backtrace": [], "source_context": source}, "c.rb:3"),
-        ({"backtrace": [], "source_context": source | {"lineno": 5}}, "c.rb:5"),
-        ({"backtrace": ["b.rb:2"], "exceptions": [exception]}, "d.rb:4"),
-        ({"backtrace": ["b.rb:2"]}, "b.rb:2"),
-        ({"backtrace": []}, ""),
+    for lines, changes, location in (
+        (["a.rb:1"], {}, "a.rb:1"),
+        (["a.rb:1"], {"message": "another"}, "a.rb:1"),
+        (["b.rb:2"], {}, "b.rb:2"),
+        ([], {"source_context": source}, "c.rb:3"),
+        ([], {"source_context": source | {"lineno": 5}}, "c.rb:5"),
+        (["b.rb:2"], {"exceptions": [exception]}, "d.rb:4"),
+        (["b.rb:2"], {}, "b.rb:2"),
+        ([], {}, ""),
     ):
-        record(store, **changes)
+        record(store, backtrace=lines, **changes)
         assert only_error(store).location == location
-
-
-def test_error_that_a_person_reopens_has_not_regressed(store: Store) -> None:
-    record(store)
-    store.set_status([1], "resolved")
-    store.set_status([1], "open")
-    assert only_error(store).regressed_ms is None
 
 
 def test_ignored_error_counts_on_and_stays_ignored(store: Store) -> None:
@@ -4065,6 +2810,15 @@ def test_regression_is_in_the_history_with_its_release(store: Store, clock: Cloc
 
 def releases_in(store: Store) -> list[Any]:
     return rows(store, "SELECT project_id, name FROM releases ORDER BY id")
+
+
+def record_all(store: Store, parts: list[miniapm.Occurrence], is_batch: bool) -> None:
+    for part in [parts] if is_batch else [[one] for one in parts]:
+        assert store.record(1, part) == [None] * len(part)
+
+
+def resolve_in_next(store: Store) -> int:
+    return store.set_status([1], "resolved", in_next_release=True)
 
 
 def test_releases_are_in_order_of_their_first_appearance_in_their_project(store: Store) -> None:
@@ -4114,12 +2868,7 @@ RESOLVED_IN = [
 @pytest.mark.parametrize("is_known", [True, False], ids=["cached", "not cached"])
 @pytest.mark.parametrize(("known", "reports", "reopener"), RESOLVED_IN)
 def test_error_resolved_in_the_next_release_reopens_with_a_newer_one_only(
-    store: Store,
-    known: list[str],
-    reports: list[dict[str, Any]],
-    reopener: str,
-    is_known: bool,
-    is_batch: bool,
+    store: Store, known: list[str], reports: Any, reopener: str, is_known: bool, is_batch: bool
 ) -> None:
     record(store)
     for name in known:
@@ -4133,47 +2882,43 @@ def test_error_resolved_in_the_next_release_reopens_with_a_newer_one_only(
     store.set_status([1], "resolved", in_next_release=True)
     if not is_known:
         store.forget_known()
-    parts = [parse(**one) for one in reports]
-    for part in [parts] if is_batch else [[one] for one in parts]:
-        assert store.record(1, part) == [None] * len(part)
-    error, history = store.error(1), store.history(1)
+    record_all(store, [parse(**one) for one in reports], is_batch)
+    error = store.error(1)
     assert error.occurrence_count == 1 + len(reports)
-    assert (error.status, error.regressed_ms is None) == (
-        "open" if reopener else "resolved",
-        not reopener,
-    )
+    assert error.status == ("open" if reopener else "resolved")
+    assert (error.regressed_ms is None) == (not reopener)
     newest = known[-1].removeprefix("deploy ") if known else ""
-    assert history[-1].detail == f"in the {f'release after {newest}' if newest else 'next release'}"
-    assert [one.detail for one in history[:-1]] == ([f"in release {reopener}"] if reopener else [])
+    *reopened, (_, resolved) = history_told(store)
+    assert resolved == f"in the {f'release after {newest}' if newest else 'next release'}"
+    assert reopened == ([("regressed", f"in release {reopener}")] if reopener else [])
     assert error.resolved_release == (None if reopener else newest)
 
 
 def test_error_resolved_in_the_next_release_counts_what_comes_meanwhile(store: Store) -> None:
     record(store, release="1.0")
-    store.set_status([1], "resolved", in_next_release=True)
+    resolve_in_next(store)
     for number in range(3):
         record(store, release="1.0", user_id=str(number), fingerprint="other")
         record(store, release="1.0", user_id=str(number))
     error = store.error(1)
     assert (error.status, error.occurrence_count, error.user_count) == ("resolved", 4, 3)
-    with store.reading() as db:
-        assert list(miniapm.faults_of(db)) == []
+    assert_sound(store)
 
 
 def test_any_other_change_of_status_ends_a_resolution_in_the_next_release(store: Store) -> None:
     record(store, release="1.0")
     for status, reopens in (("resolved", True), ("open", True), ("ignored", False)):
         store.set_status([1], "open")
-        store.set_status([1], "resolved", in_next_release=True)
+        resolve_in_next(store)
         assert store.error(1).resolved_release == "1.0"
-        assert not store.set_status([1], "resolved", in_next_release=True)
+        assert not resolve_in_next(store)
         assert store.set_status([1], status)
         assert store.error(1).resolved_release is None
         record(store, release="1.0")
         assert (store.error(1).status == "open") == reopens
-    store.set_status([1], "resolved", in_next_release=True)
+    resolve_in_next(store)
     record(store, fingerprint="other", release="1.1")
-    assert store.set_status([1], "resolved", in_next_release=True)  # after 1.1 from here on
+    assert resolve_in_next(store)  # after 1.1 from here on
     assert store.error(1).resolved_release == "1.1"
     store.set_status([1], "ignored", in_next_release=True)
     assert store.error(1).resolved_release is None
@@ -4181,21 +2926,19 @@ def test_any_other_change_of_status_ends_a_resolution_in_the_next_release(store:
 
 def test_undo_restores_a_resolution_in_the_next_release(store: Store) -> None:
     record(store, release="1.0")
-    store.set_status([1], "resolved", in_next_release=True)
+    resolve_in_next(store)
     before = store.error(1)
     record(store, fingerprint="other", release="1.1")
     changes: list[Callable[[], int]] = [
         *(functools.partial(store.set_status, [1], status) for status in miniapm.STATUSES),
-        functools.partial(store.set_status, [1], "resolved", in_next_release=True),
-        functools.partial(store.delete, [1]),
+        *(lambda: resolve_in_next(store), lambda: store.delete([1])),
     ]
     for change in changes:
         assert store.undo(change()) == 1
         assert store.error(1) == before
-    record(store, release="1.0")
-    assert store.error(1).status == "resolved"
-    record(store, release="1.1")
-    assert store.error(1).status == "open"
+    for release, status in (("1.0", "resolved"), ("1.1", "open")):
+        record(store, release=release)
+        assert store.error(1).status == status
 
 
 def test_undo_takes_what_an_older_version_noted(store: Store) -> None:
@@ -4207,26 +2950,15 @@ def test_undo_takes_what_an_older_version_noted(store: Store) -> None:
     assert only_error(store).status == "open"
 
 
+MANY_RELEASES = ([{}, {}, *({"release": f"{n}"} for n in range(150))], "0", "149")
+
+
 @pytest.mark.parametrize("is_batch", [True, False], ids=["batch", "singly"])
-@pytest.mark.parametrize(
-    ("reports", "first", "last"),
-    [
-        ([{}], None, None),
-        ([{"release": "1.0"}], "1.0", "1.0"),
-        ([{}, {"release": "1.9"}, {"release": "1.10"}, {}], "1.9", "1.10"),
-        ([{"release": "1.0"}, {"release": "1.1"}, {"release": "1.0"}], "1.0", "1.0"),
-        ([{"release": "2"}, {"release": "1", "timestamp": "2026-01-01"}], "1", "2"),
-        ([{}, {"release": "1", "timestamp": "2026-01-01"}, {}], "1", "1"),
-        ([{}, {}, *({"release": f"{n}"} for n in range(150))], "0", "149"),
-        ([{"release": 7}, {"release": ""}, {"release": "1"}], "1", "1"),
-    ],
-)
+@pytest.mark.parametrize(("reports", "first", "last"), [*CASES["releases"], MANY_RELEASES])
 def test_error_knows_its_first_and_its_last_release(
     store: Store, reports: list[dict[str, Any]], first: str, last: str, is_batch: bool
 ) -> None:
-    parts = [parse(**one) for one in reports]
-    for part in [parts] if is_batch else [[one] for one in parts]:
-        store.record(1, part)
+    record_all(store, [parse(**one) for one in reports], is_batch)
     error = only_error(store)
     assert (error.first_release, error.last_release) == (first, last)
     store.delete([1])
@@ -4234,9 +2966,7 @@ def test_error_knows_its_first_and_its_last_release(
     assert only_error(store) == error
 
 
-def test_releases_are_bounded_without_making_a_known_one_seem_new(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_releases_are_bounded_and_a_known_one_stays_known(store: Store, monkeypatch: Any) -> None:
     monkeypatch.setattr(miniapm, "MAX_RELEASES", 40)  # of the cache
     statement = miniapm.DELETE_SURPLUS_RELEASES.replace("10000", "40")
     monkeypatch.setattr(miniapm, "DELETE_SURPLUS_RELEASES", statement)
@@ -4261,9 +2991,7 @@ def test_releases_are_bounded_without_making_a_known_one_seem_new(
     assert store.history(1)[0].detail == "in release b699"
 
 
-def test_deploys_are_given_newest_first_and_bounded(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deploys_are_given_newest_first_and_bounded(store: Store, monkeypatch: Any) -> None:
     store.create_key("shop")
     statement = miniapm.DELETE_SURPLUS_DEPLOYS.replace("1000", "5")
     monkeypatch.setattr(miniapm, "DELETE_SURPLUS_DEPLOYS", statement)
@@ -4303,33 +3031,20 @@ def test_history_has_changes_only_and_is_bounded(store: Store) -> None:
     assert [one.what for one in store.history(1)[:2]] == ["reopened", "ignored"]
 
 
-@pytest.mark.parametrize(
-    ("snooze", "text"),
-    [
-        (miniapm.Snooze(), ""),
-        (miniapm.Snooze(for_ms=3_600_000), "for 1 h"),
-        (miniapm.Snooze(for_ms=86_400_000), "for 1 d"),
-        (miniapm.Snooze(for_ms=7 * 86_400_000), "for 1 w"),
-        (miniapm.Snooze(for_ms=90 * 60_000), "for 90 min"),
-        (miniapm.Snooze(count=1), "until it occurs once more"),
-        (miniapm.Snooze(count=1_000), "until it occurs 1,000 more times"),
-        (miniapm.Snooze(3_600_000, 10), "for 1 h or until it occurs 10 more times"),
-    ],
-)
-def test_snooze_says_when_it_ends(store: Store, snooze: miniapm.Snooze, text: str) -> None:
+@pytest.mark.parametrize(("values", "text"), CASES["snoozes"])
+def test_snooze_says_when_it_ends(store: Store, values: list[int], text: str) -> None:
+    snooze = miniapm.Snooze(*values)
     assert snooze.text == text
     record(store)
     store.set_status([1], "ignored", snooze=snooze)
-    assert [(one.what, one.detail) for one in store.history(1)] == [("ignored", text)]
+    assert history_told(store) == [("ignored", text)]
 
 
 @pytest.mark.parametrize("sizes", [[1] * 12, [3] * 4, [4, 1, 7], [12]])
 def test_ignored_error_wakes_with_the_report_that_reaches_its_count(
     store: Store, clock: Clock, sizes: list[int]
 ) -> None:
-    store.record(1, [parse(fingerprint="other")])
-    record(store)
-    record(store)
+    store.record(1, [parse(fingerprint="other"), parse(), parse()])
     store.set_status([2], "ignored", snooze=miniapm.Snooze(count=5))
     sent = 0
     for size in sizes:
@@ -4338,20 +3053,16 @@ def test_ignored_error_wakes_with_the_report_that_reaches_its_count(
         error = store.error(2)
         was_due, sent = sent >= 5, sent + size
         assert error.occurrence_count == 2 + sent
-        assert error.status == ("open" if sent >= 5 else "ignored")
-        assert error.wake_count == (None if sent >= 5 else 7)
+        assert (error.status, error.wake_count) == (("open", None) if sent >= 5 else ("ignored", 7))
         if sent >= 5 and not was_due:
             assert (error.status_ms, error.regressed_ms) == (store.now_ms(), None)
-    woke = [(one.what, one.detail) for one in store.history(2)]
-    assert woke[0] == ("woke", "after 5 more occurrences")
-    assert len(woke) == 2
+    woke, _ = history_told(store, 2)
+    assert woke == ("woke", "after 5 more occurrences")
     sweep(store)
     assert (store.error(1).status, store.error(1).occurrence_count) == ("open", 1 + len(sizes))
 
 
-def test_ignored_error_wakes_with_the_first_report_after_its_time(
-    store: Store, clock: Clock
-) -> None:
+def test_ignored_error_wakes_with_first_report_after_its_time(store: Store, clock: Clock) -> None:
     record(store)
     store.set_status([1], "ignored", snooze=miniapm.Snooze(for_ms=3_600_000))
     assert store.error(1).wake_ms == NOW_MS + 3_600_000
@@ -4362,10 +3073,7 @@ def test_ignored_error_wakes_with_the_first_report_after_its_time(
     error = store.error(1)
     assert (error.wake_ms, error.wake_count, error.regressed_ms) == (None, None, None)
     assert error.status_ms == NOW_MS + 3_600_000
-    assert [(one.what, one.detail) for one in store.history(1)] == [
-        ("woke", "after 1 h"),
-        ("ignored", "for 1 h"),
-    ]
+    assert history_told(store) == [("woke", "after 1 h"), ("ignored", "for 1 h")]
 
 
 def test_sweep_wakes_errors_that_stay_silent(store: Store, clock: Clock) -> None:
@@ -4380,21 +3088,24 @@ def test_sweep_wakes_errors_that_stay_silent(store: Store, clock: Clock) -> None
         clock.seconds += seconds
         sweep(store)
         assert store.errors(ErrorFilter()).counts["ignored"] == ignored
-    assert (store.history(3)[0].what, store.history(3)[0].detail) == ("woke", "after 1 d")
-    assert [one.what for one in store.history(1)] == ["resolved", "ignored"]
+    assert history_told(store, 3)[0] == ("woke", "after 1 d")
+    assert [what for what, _ in history_told(store)] == ["resolved", "ignored"]
     assert rows(store, "SELECT COUNT(*) FROM history WHERE error_id = 2") == [(0,)]
 
 
 def test_any_other_change_of_status_ends_a_snooze(store: Store) -> None:
+    def snoozed() -> tuple[int | None, int | None]:
+        return store.error(1).wake_ms, store.error(1).wake_count
+
     snooze = miniapm.Snooze(for_ms=60_000, count=3)
     record(store)
     for status in ("open", "resolved", "ignored"):
         store.set_status([1], "ignored", snooze=snooze)
-        assert (store.error(1).wake_ms, store.error(1).wake_count) == (NOW_MS + 60_000, 4)
+        assert snoozed() == (NOW_MS + 60_000, 4)
         assert store.set_status([1], status, snooze=miniapm.Snooze()) > 0
-        assert (store.error(1).wake_ms, store.error(1).wake_count) == (None, None)
+        assert snoozed() == (None, None)
         store.set_status([1], "open", snooze=snooze)
-        assert (store.error(1).wake_ms, store.error(1).wake_count) == (None, None)
+        assert snoozed() == (None, None)
 
 
 @pytest.mark.parametrize("before", ["open", "resolved", "ignored", "asleep", "regressed"])
@@ -4402,13 +3113,12 @@ def test_any_other_change_of_status_ends_a_snooze(store: Store) -> None:
 def test_undo_restores_what_an_action_changed(
     tmp_path: Path, clock: Clock, before: str, action: str
 ) -> None:
-    snoozes = {"asleep": miniapm.Snooze(3_600_000, 10)}
-
     def act(store: Store, to: str) -> int:
         if to == "deleted":
             return store.delete([1])
-        status = "ignored" if to == "asleep" else to
-        return store.set_status([1], status, snooze=snoozes.get(to, miniapm.Snooze()))
+        if to == "asleep":
+            return store.set_status([1], "ignored", snooze=miniapm.Snooze(3_600_000, 10))
+        return store.set_status([1], to)
 
     with contextlib.closing(Store(str(tmp_path / "a.db"), clock)) as store:
         store.ensure_default_project(KEY)
@@ -4440,8 +3150,7 @@ def test_undo_restores_what_an_action_changed(
         clock.seconds += 3
         sweep(store)
         assert store.error(1) == error
-        with store.reading() as db:
-            assert list(miniapm.faults_of(db)) == []
+        assert_sound(store)
 
 
 @pytest.mark.parametrize("action", ["resolved", "deleted"])
@@ -4460,9 +3169,7 @@ def test_undo_is_possible_for_a_minute(store: Store, clock: Clock, action: str) 
     assert rows(store, "SELECT COUNT(*) FROM errors") == [(action == "resolved",)]
 
 
-def test_deletion_by_a_clock_that_was_ahead_is_not_held_for_ever(
-    store: Store, clock: Clock
-) -> None:
+def test_deletion_by_a_clock_that_was_ahead_is_not_kept(store: Store, clock: Clock) -> None:
     record(store)
     clock.seconds += 86_400
     number = store.delete([1])
@@ -4515,17 +3222,14 @@ def test_undo_leaves_what_changed_again(store: Store) -> None:
 
 
 @pytest.mark.parametrize("before", ["open", "resolved", "ignored", "asleep"])
-def test_undone_deletion_takes_the_reports_that_came_meanwhile(
-    store: Store, clock: Clock, before: str
-) -> None:
-    other = 2
+def test_undone_deletion_takes_the_reports_that_came_meanwhile(store: Store, before: str) -> None:
     store.create_key("other")
     first = parse(event_id=EVENT_ID, user_id="1", tags={"region": "eu"}, message="first")
     store.record(1, [first, parse(message="second", user_id="2"), parse(fingerprint="same")])
     snooze = miniapm.Snooze(count=3 if before == "asleep" else None)
     store.set_status([1], "ignored" if before == "asleep" else before, snooze=snooze)
     number = store.delete([1])
-    store.record(other, [first])
+    store.record(2, [first])
     again = "ab" * 16
     for _ in range(2):
         record(store, event_id=again, user_id="2", message="third", tags={"region": "eu"})
@@ -4541,27 +3245,22 @@ def test_undone_deletion_takes_the_reports_that_came_meanwhile(
         assert error.status == ("ignored" if before == "ignored" else "open")
         assert error.message == "fifth"
         assert miniapm.iso_time(error.first_seen_ms)[:10] == "2020-01-01"
-        texts = [one.occurrence.message for one in store.occurrences(1, limit=9)]
-        assert texts == ["fifth", "fourth", "third", "second", "first"]
-        ids = [one.occurrence.event_id for one in store.occurrences(1, limit=9)]
-        assert ids == ["ef" * 16, "cd" * 16, again, None, EVENT_ID]
-        tallies = {one.value: one.count for one in store.tallies(1)}
-        assert tallies == {"error": 0, "eu": 2, "2": 1}
-        found = [one.id for one in store.errors(ErrorFilter("all", project_id=1)).errors]
-        assert sorted(found) == [1, 2]
+        kept = [one.occurrence for one in store.occurrences(1, limit=9)]
+        assert [one.message for one in kept] == ["fifth", "fourth", "third", "second", "first"]
+        assert [one.event_id for one in kept] == ["ef" * 16, "cd" * 16, again, None, EVENT_ID]
+        assert {one.value: one.count for one in store.tallies(1)} == {"error": 0, "eu": 2, "2": 1}
+        found = store.errors(ErrorFilter("all", project_id=1)).errors
+        assert {one.id for one in found} == {1, 2}
         with pytest.raises(miniapm.NotFound):
             store.error(newer.id)
         record(store, event_id=again)  # sent again
         sweep(store)
-        with store.reading() as db:
-            assert list(miniapm.faults_of(db)) == []
+        assert_sound(store)
     assert rows(store, "SELECT COUNT(*) FROM errors") == [(3,)]
     record(store, message="sixth")
     assert store.error(1).occurrence_count == 6
-    whats = {"resolved": ["regressed", "resolved"], "asleep": ["woke", "ignored"]}
-    assert [one.what for one in store.history(1)] == whats.get(
-        before, [before] if before == "ignored" else []
-    )
+    whats = {"resolved": ["regressed", "resolved"], "asleep": ["woke", "ignored"], "open": []}
+    assert [what for what, _ in history_told(store)] == whats.get(before, [before])
 
 
 def test_undone_deletions_of_one_fingerprint_end_in_the_oldest_error(store: Store) -> None:
@@ -4574,8 +3273,7 @@ def test_undone_deletions_of_one_fingerprint_end_in_the_oldest_error(store: Stor
         assert store.undo(number) == 1
         error = only_error(store)
         sweep(store)
-        with store.reading() as db:
-            assert list(miniapm.faults_of(db)) == []
+        assert_sound(store)
     assert (error.id, error.occurrence_count) == (1, 7)
     assert rows(store, "SELECT id FROM errors") == [(1,)]
 
@@ -4583,10 +3281,9 @@ def test_undone_deletions_of_one_fingerprint_end_in_the_oldest_error(store: Stor
 def test_undo_that_comes_too_late_is_no_trouble(tmp_path: Path) -> None:
     with contextlib.closing(Store(str(tmp_path / "a.db"), threads=False)) as store:
         store.ensure_default_project()
-        with pytest.raises(miniapm.NotFound):
-            store.undo(1)
-        with pytest.raises(miniapm.NotFound):
-            store.set_note(1, "x")
+        for change in (lambda: store.undo(1), lambda: store.set_note(1, "x")):
+            with pytest.raises(miniapm.NotFound):
+                change()
         assert store.trouble == ""
 
 
@@ -4649,6 +3346,18 @@ def test_store_finds_the_neighbours_of_an_occurrence(store: Store) -> None:
     assert store.occurrence(9) is None
 
 
+def all_pages(store: Store, wanted: ErrorFilter) -> list[miniapm.ErrorPage]:
+    """Return the pages of a list, by following its links to the next one."""
+    pages = [store.errors(wanted)]
+    while pages[-1].next:
+        pages.append(store.errors(dataclasses.replace(wanted, after=pages[-1].next)))
+    return pages
+
+
+def minutes_ago(minutes: int) -> str:
+    return miniapm.iso_time(NOW_MS - minutes * 60_000)
+
+
 @pytest.mark.parametrize("sort", sorted(miniapm.SORTS))
 @pytest.mark.parametrize("status", ["open", "all"])
 @pytest.mark.parametrize(("order", "limit"), [("desc", 50), ("asc", 50), ("desc", 36), ("asc", 41)])
@@ -4656,11 +3365,7 @@ def test_list_pages_forward_and_back_over_every_error(
     store: Store, sort: str, status: str, order: str, limit: int
 ) -> None:
     made = [
-        parse(
-            fingerprint=f"f{n % 107}",
-            user_id=n * 7 % 11,
-            timestamp=miniapm.iso_time(NOW_MS - n // 3 * 60_000),
-        )
+        parse(fingerprint=f"f{n % 107}", user_id=n * 7 % 11, timestamp=minutes_ago(n // 3))
         for n in range(107 + 60)
     ]
     store.create_key("other")
@@ -4672,9 +3377,7 @@ def test_list_pages_forward_and_back_over_every_error(
     count = len(rows(store, "SELECT id FROM errors"))
     wanted = ErrorFilter(sort=sort, status=status, order=order, limit=limit)
     assert miniapm.PAGE_ERRORS == ErrorFilter().limit == 50
-    pages = [store.errors(wanted)]
-    while pages[-1].next:
-        pages.append(store.errors(dataclasses.replace(wanted, after=pages[-1].next)))
+    pages = all_pages(store, wanted)
     ids = [error.id for page in pages for error in page.errors]
     assert [len(page.errors) for page in pages[:-1]] == [limit] * (len(pages) - 1)
     assert sorted(ids) == list(range(1, count + 1))
@@ -4685,28 +3388,20 @@ def test_list_pages_forward_and_back_over_every_error(
     assert pages[0].previous is None
     for page, earlier in zip(pages[:0:-1], pages[-2::-1], strict=True):
         back = store.errors(dataclasses.replace(wanted, before=page.previous))
-        assert back.errors == earlier.errors
-        assert back.next == earlier.next
+        assert (back.errors, back.next) == (earlier.errors, earlier.next)
     assert back.previous is None
 
 
 @pytest.mark.parametrize("order", ["desc", "asc"])
-def test_list_by_users_pages_over_errors_with_more_than_are_remembered(
-    store: Store, order: str
-) -> None:
-    for n in range(7):
-        record(store, fingerprint=str(n))
+def test_list_by_users_pages_over_more_users_than_are_remembered(store: Store, order: str) -> None:
+    store.record(1, [parse(fingerprint=str(n)) for n in range(7)])
     more = "UPDATE errors SET user_count = CASE WHEN id % 2 THEN 10010 - id ELSE 9999 END"
     store.write(lambda db: db.execute(more))
     wanted = ErrorFilter(sort="users", order=order, limit=1)
-    pages = [store.errors(wanted)]
-    while pages[-1].next:
-        pages.append(store.errors(dataclasses.replace(wanted, after=pages[-1].next)))
-    ids = [error.id for page in pages for error in page.errors]
-    assert ids == [7, 5, 3, 1, 6, 4, 2][:: 1 if order == "desc" else -1]
-    for error, before, after in zip(
-        (page.errors[0] for page in pages), [None, *ids], [*ids[1:], None], strict=False
-    ):
+    errors = [page.errors[0] for page in all_pages(store, wanted)]
+    ids = [7, 5, 3, 1, 6, 4, 2][:: 1 if order == "desc" else -1]
+    assert [error.id for error in errors] == ids
+    for error, before, after in zip(errors, [None, *ids], [*ids[1:], None], strict=False):
         assert store.neighbours(wanted, error) == (before, after)
 
 
@@ -4721,8 +3416,7 @@ def test_neighbours_are_those_of_the_list(
     store.create_key("other")
     for n in range(24):
         texts = {"fingerprint": f"f{n % 15}", "message": ("odd", "even")[n % 15 % 2]}
-        time_ms = NOW_MS - n * 5 % 7 * 60_000
-        one = parse(**texts, timestamp=miniapm.iso_time(time_ms), user_id=n % 4)
+        one = parse(**texts, timestamp=minutes_ago(n * 5 % 7), user_id=n % 4)
         store.record(1 + n % 15 % 3 // 2, [one])
     store.set_status([3, 7, 11], "resolved")
     wanted = ErrorFilter(sort=sort, order=order, **changes)
@@ -4735,9 +3429,7 @@ def test_neighbours_are_those_of_the_list(
     assert store.neighbours(wanted, errors[2]) == (None, None)
 
 
-def test_neighbours_of_an_error_that_left_the_list_are_those_it_had(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neighbours_of_an_error_that_left_are_those_it_had(store: Store, monkeypatch: Any) -> None:
     for n in range(5):
         record(store, fingerprint=str(n))
     for status, found in (("resolved", (4, 2)), ("ignored", (4, 2))):
@@ -4775,12 +3467,14 @@ def test_occurrences_come_in_pages_with_their_positions(store: Store) -> None:
         assert pages[0][0].newer_id is None
     assert store.occurrences(error.id, after=ids[-1], limit=5) == ()
     assert store.occurrences(99, limit=5) == ()
-    for number, one in enumerate(reversed(ids), 1):
-        assert (stored := store.occurrence(error.id, one))
-        assert (stored.position, stored.kept) == (number, 20)
+
+    def place(occurrence_id: int) -> tuple[int, int] | None:
+        stored = store.occurrence(error.id, occurrence_id)
+        return stored and (stored.position, stored.kept)
+
+    assert [place(one) for one in reversed(ids)] == [(n, 20) for n in range(1, 21)]
     sweep(store, most=4)
-    assert (stored := store.occurrence(error.id, ids[1]))
-    assert (stored.position, stored.kept) == (3, 4)
+    assert place(ids[1]) == (3, 4)
     store.delete([error.id])
     assert store.occurrence(error.id) is None
     assert store.occurrences(error.id, limit=5) == ()
@@ -4805,28 +3499,21 @@ def test_newest_of_many_occurrences_is_found_at_once(store: Store) -> None:
 def test_search_finds_class_message_and_fingerprint(store: Store) -> None:
     record(store, fingerprint="one", exception_class="Timeout::Error", message="took 100% of it")
     record(store, fingerprint="two", message="quick_brown fox")
-
-    def search(text: str) -> list[int]:
-        return [error.id for error in store.errors(ErrorFilter(search=text)).errors]
-
-    assert search("timeout") == search("100% took") == search("ONE") == [1]
-    assert search("brown fox") == search("k_b") == search("two") == [2]
-    assert search("kXb") == search("%_%") == search("fox timeout") == []
+    for text in ("timeout", "100% took", "ONE"):
+        assert searched(store, text) == ["one"]
+    for text in ("brown fox", "k_b", "two"):
+        assert searched(store, text) == ["two"]
+    for text in ("kXb", "%_%", "fox timeout"):
+        assert searched(store, text) == []
 
 
 def test_search_finds_tags(store: Store) -> None:
     record(store, fingerprint="a", tags={"browser": "Firefox 128", "answer": 42})
     record(store, fingerprint="b", tags={"browser": "Safari"})
-    for text, found in (
-        ("firefox", ["a"]),
-        ("browser:safari", ["b"]),
-        ("answer:42", ["a"]),
-        ("browser:", ["a", "b"]),
-        ("browser:Chrome", []),
-    ):
-        page = store.errors(ErrorFilter(search=text))
-        assert sorted(error.fingerprint for error in page.errors) == found
-        assert page.counts["open"] == len(found)
+    expected = {"firefox": "a", "browser:safari": "b", "answer:42": "a", "browser:": "ab"}
+    for text, found in (expected | {"browser:Chrome": ""}).items():
+        assert searched(store, text) == list(found)
+        assert store.errors(ErrorFilter(search=text)).counts["open"] == len(found)
 
 
 def test_list_filters_by_what_any_occurrence_of_an_error_had(store: Store) -> None:
@@ -4849,16 +3536,20 @@ def test_list_filters_by_what_any_occurrence_of_an_error_had(store: Store) -> No
         "environment": ["test", "live"],
         "release": ["1.1", "1.0"],
     }
-    assert [error.level for error in store.errors(ErrorFilter(sort="count")).errors] == [
-        "warning",
-        "warning",
-    ]
+    assert {error.level for error in by_fingerprint(store).values()} == {"warning"}
+
+
+def statements_written(store: Store) -> list[str]:
+    """Return a list to which the store's writer adds each statement from now on."""
+    written: list[str] = []
+    store.write(lambda db: db.set_trace_callback(written.append))
+    written.clear()
+    return written
 
 
 def test_batch_of_many_facets_is_written_once_an_error(store: Store) -> None:
     occurrences = [parse(tags={f"t{n}-{m}": "x" for m in range(200)}) for n in range(50)]
-    statements: list[str] = []
-    store.write(lambda db: db.set_trace_callback(statements.append))
+    statements = statements_written(store)
     store.record(1, occurrences)
     written = sum("INTO error_facets" in statement for statement in statements)
     assert written == miniapm.MAX_TAG_VALUES + 1  # and the level
@@ -4868,26 +3559,24 @@ def test_batch_of_many_facets_is_written_once_an_error(store: Store) -> None:
 
 
 def test_error_remembers_the_newest_facets_only(store: Store) -> None:
-    occurrences = [
-        parse(release=f"1.{n}", tags={"request": str(n), "shop": "eu"}) for n in range(300)
-    ]
-    store.record(1, occurrences)
-    (releases,) = rows(store, "SELECT COUNT(*) FROM error_facets WHERE name = 'release'")
-    (tags,) = rows(store, "SELECT COUNT(*) FROM error_facets WHERE name = 'tag'")
-    assert (releases[0], tags[0]) == (miniapm.MAX_FACET_VALUES, miniapm.MAX_TAG_VALUES)
+    tags = [{"request": str(n), "shop": "eu"} for n in range(300)]
+    store.record(1, [parse(release=f"1.{n}", tags=tags[n]) for n in range(300)])
+    counts = dict(rows(store, "SELECT name, COUNT(*) FROM error_facets GROUP BY name"))
+    assert counts["release"] == miniapm.MAX_FACET_VALUES
+    assert counts["tag"] == miniapm.MAX_TAG_VALUES
     assert store.facets(ErrorFilter())["release"][0].value == "1.299"
     for term, count in (("request:299", 1), ("request:5", 0), ("shop:eu", 1)):
         assert store.errors(ErrorFilter(search=term)).counts["all"] == count
 
 
-def test_error_remembers_what_every_report_has(store: Store) -> None:
-    for n in range(miniapm.MAX_TAG_VALUES + 5):
-        record(store, tags={"browser": "chrome", "request": f"r{n}"})
-        assert store.errors(ErrorFilter(search="browser:chrome")).counts["all"] == 1
-
-
 def tallied(store: Store, name: str, error_id: int = 1) -> dict[str, int]:
     return {one.value: one.count for one in store.tallies(error_id) if one.name == name}
+
+
+def newest(store: Store, error_id: int = 1) -> miniapm.Occurrence:
+    stored = store.occurrence(error_id)
+    assert stored
+    return stored.occurrence
 
 
 def test_every_occurrence_counts_for_its_values(store: Store, clock: Clock) -> None:
@@ -4919,8 +3608,7 @@ def test_tags_of_one_report_that_are_cut_to_one_text_count_once(store: Store) ->
 
 def test_report_without_values_writes_no_counts(store: Store) -> None:
     record(store)
-    statements: list[str] = []
-    store.write(lambda db: db.set_trace_callback(statements.append))
+    statements = statements_written(store)
     record(store)
     assert not any("error_facets" in statement for statement in statements)
     record(store, release="1")
@@ -4929,11 +3617,9 @@ def test_report_without_values_writes_no_counts(store: Store) -> None:
 
 @pytest.mark.parametrize("size", [1, 40, 700])
 def test_values_that_occur_again_outlast_those_that_do_not(store: Store, size: int) -> None:
-    made = [
-        parse(tags={"request": f"r{n}", **({"region": "eu"} if n < 2 else {})}) for n in range(700)
-    ]
+    tags = [{"request": f"r{n}"} | ({"region": "eu"} if n < 2 else {}) for n in range(700)]
     for start in range(0, 700, size):
-        store.record(1, made[start : start + size])
+        store.record(1, [parse(tags=one) for one in tags[start : start + size]])
     assert tallied(store, "region") == {"eu": 2}
     assert len(tallied(store, "request")) == miniapm.MAX_TAG_VALUES - 1
     assert "r699" in tallied(store, "request")
@@ -4964,30 +3650,17 @@ def test_facets_count_the_errors_of_the_status_and_the_project(store: Store) -> 
     store.set_status([2], "resolved")
     store.delete([4, 5])
 
-    def told(**changes: Any) -> dict[str, dict[str, int]]:
+    def told(**changes: Any) -> list[dict[str, int]]:
         found = store.facets(ErrorFilter(**changes))
         assert list(found) == ["project", "level", "environment", "release"]
         assert [one.label for one in found["project"]] == ["default", "other"]
-        return {name: {one.value: one.count for one in found[name]} for name in found}
+        return [{one.value: one.count for one in choices} for choices in found.values()]
 
-    assert told() == {
-        "project": {"1": 1, "2": 1},
-        "level": {"error": 2},
-        "environment": {"test": 1, "live": 1},
-        "release": {"1": 1},
-    }
-    assert told(status="all", project_id=1) == {
-        "project": {"1": 2, "2": 1},
-        "level": {"warning": 1, "error": 1},
-        "environment": {"live": 2},
-        "release": {"1": 1},
-    }
-    assert told(status="resolved", level="fatal", search="not looked at", release="9") == {
-        "project": {"1": 1, "2": 0},
-        "level": {"fatal": 0, "warning": 1},
-        "environment": {"live": 1},
-        "release": {"9": 0},
-    }
+    assert told() == [{"1": 1, "2": 1}, {"error": 2}, {"test": 1, "live": 1}, {"1": 1}]
+    by_project = [{"1": 2, "2": 1}, {"warning": 1, "error": 1}, {"live": 2}, {"1": 1}]
+    assert told(status="all", project_id=1) == by_project
+    found = told(status="resolved", level="fatal", search="not looked at", release="9")
+    assert found == [{"1": 1, "2": 0}, {"fatal": 0, "warning": 1}, {"live": 1}, {"9": 0}]
 
 
 @pytest.mark.parametrize("most", [3, 5, 100])
@@ -5004,9 +3677,9 @@ def test_deleted_error_leaves_nothing_behind(store: Store, clock: Clock) -> None
     record(store, level="warning", tags={f"t{n}": "x" for n in range(150)}, user_id="7")
     store.set_status([1], "ignored")
     delete_for_good(store, clock, 1)
-    for table in ("history", "error_users", "buckets", "samples", "occurrences", "errors"):
+    parts = ["history", "error_users", "error_facets", "buckets", "samples"]
+    for table in (*parts, "occurrences", "errors"):
         assert rows(store, f"SELECT COUNT(*) FROM {table}") == [(0,)]
-    assert rows(store, "SELECT COUNT(*) FROM error_facets") == [(0,)]
 
 
 @given(text=st.text(max_size=50), sample=st.none() | st.text(max_size=50).map(str.encode))
@@ -5017,32 +3690,26 @@ def test_packed_text_round_trips(text: str, sample: bytes | None) -> None:
 def test_later_reports_of_an_error_are_stored_by_what_differs(store: Store) -> None:
     frames = [f"app/models/user_{n}.rb:{n}:in `save_{n}'" for n in range(40)]
     made = [parse(message=f"no user {n}", backtrace=frames, request_id=str(n)) for n in range(50)]
-    for one in made[:3]:
-        store.record(1, [one])
-    store.record(1, made[3:])
+    for part in (*([one] for one in made[:3]), made[3:]):
+        store.record(1, part)
     sizes = [size for (size,) in rows(store, "SELECT length(body) FROM occurrences ORDER BY id")]
     assert max(sizes) < 100 < len(miniapm.dump_occurrence(made[0])) / 10
     found = [store.occurrence(1, number) for number in range(1, 51)]
     assert [one.occurrence for one in found if one] == made
     with contextlib.closing(Store(store.path)) as again:  # which remembers no sample yet
         again.record(1, [made[7]])
-        newest = again.occurrence(1)
-    assert newest
-    assert newest.occurrence == made[7]
+        assert newest(again) == made[7]
 
 
 def test_sample_of_a_transaction_that_was_undone_is_forgotten(store: Store) -> None:
-    store.write(
-        lambda db: db.execute(POISON.replace("LIKE '%poison%'", "= 'x'").format("ROLLBACK"))
-    )
+    poison = POISON.replace("LIKE '%poison%'", "= 'x'").format("ROLLBACK")
+    store.write(lambda db: db.execute(poison))
     lost = [parse(message="the first text"), parse(fingerprint="other", message="x")]
     with pytest.raises(miniapm.MiniAPMError):
         store.record(1, lost)
     for message in ("another text", "the first text"):
         record(store, message=message, fingerprint=lost[0].fingerprint)
-        stored = store.occurrence(1)
-        assert stored
-        assert stored.occurrence.message == message
+        assert newest(store).message == message
 
 
 def test_samples_in_memory_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5051,13 +3718,8 @@ def test_samples_in_memory_are_bounded(store: Store, monkeypatch: pytest.MonkeyP
     for one in made:
         store.record(1, [one])
         assert len(store._recorder._known) < 9
-    texts = [
-        stored.occurrence.message
-        for error in range(1, 10)
-        for number in range(1, 28)
-        if (stored := store.occurrence(error, number))
-    ]
-    assert sorted(texts) == sorted(one.message for one in made)
+    stored = [one for error in range(1, 10) for one in store.occurrences(error, limit=100)]
+    assert sorted(one.occurrence.message for one in stored) == sorted(one.message for one in made)
 
 
 def test_report_in_which_nothing_is_changed_is_stored_as_it_was_sent(store: Store) -> None:
@@ -5065,17 +3727,14 @@ def test_report_in_which_nothing_is_changed_is_stored_as_it_was_sent(store: Stor
     text = '{"params": {"a": 1.10, "b": [ ]}, ' + more
     secret = text.replace("user_save", "password=hunter2 user_save")
     client = Client(App(store, Config()), "")
-    for body in (text, secret):
+    for number, body in ((1, text), (2, secret)):
         assert client.post_json("/ingest/errors", body.encode()).status == 202
+        assert newest(store, number) == miniapm.parse_occurrence(json.loads(body), NOW_MS)
     packed = rows(store, "SELECT body FROM samples ORDER BY error_id")
     stored = [miniapm.unpack(body, None) for (body,) in packed]
     assert stored[0] == f"={NOW_MS}:{text}"
     assert stored[1].startswith('{"exception_class":')
     assert "hunter2" not in stored[1]
-    for number, body in ((1, text), (2, secret)):
-        found = store.occurrence(number)
-        assert found
-        assert found.occurrence == miniapm.parse_occurrence(json.loads(body), NOW_MS)
 
 
 def test_two_writers_of_one_database_see_what_the_other_wrote(store: Store, clock: Clock) -> None:
@@ -5101,11 +3760,8 @@ def test_two_writers_of_one_database_see_what_the_other_wrote(store: Store, cloc
 
 
 def test_version_changes_with_every_commit_of_any_process(store: Store, clock: Clock) -> None:
-    program = """if True:
-        import sqlite3, sys
-        db = sqlite3.connect(sys.argv[1])
-        db.execute("UPDATE projects SET created_ms = 1")
-        db.commit()"""
+    program = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]);"
+    program += 'db.execute("UPDATE projects SET created_ms = 1"); db.commit()'
     with contextlib.closing(Store(store.path, clock)) as other:
         assert store.version() != other.version()
         seen = {store.version()}
@@ -5130,19 +3786,14 @@ def test_version_changes_with_every_commit_of_any_process(store: Store, clock: C
 
 
 def test_report_that_is_sent_again_is_stored_once(store: Store) -> None:
-    other = miniapm.owner_of(store.create_key("other"), store.keys())
-    assert other
+    store.create_key("other")
     dashed = "01234567-89AB-cdef-0123-456789abcdef"
     one = parse(event_id=EVENT_ID)
     again = parse(event_id=dashed, fingerprint="something else")
     assert store.record(1, [one, again]) == [None, None]
-    assert store.record(1, [one]) == [None]
-    assert store.record(other, [one]) == [None]
-    counts = [error.occurrence_count for error in store.errors(ErrorFilter()).errors]
-    assert counts == [1, 1]
-    stored = store.occurrence(1)
-    assert stored
-    assert stored.occurrence == one
+    assert store.record(1, [one]) == store.record(2, [one]) == [None]
+    assert [error.occurrence_count for error in store.errors(ErrorFilter()).errors] == [1, 1]
+    assert newest(store) == one
 
 
 def test_report_may_come_again_after_its_error_was_deleted(store: Store, clock: Clock) -> None:
@@ -5162,12 +3813,10 @@ def test_report_comes_again_before_its_deleted_error_is_gone(store: Store, clock
     assert store.record(1, [*again, parse(event_id="ab" * 16)]) == [None] * 4
     store.record_here([(1, again[0])])
     for _ in range(2):
-        found = {one.fingerprint: one for one in store.errors(ErrorFilter()).errors}
+        found = by_fingerprint(store)
         counts = {name: one.occurrence_count for name, one in found.items()}
         assert counts == {"user_save_runtime_error": 1, "new": 1, "kept": 1}
-        stored = store.occurrence(found["new"].id)
-        assert stored
-        assert stored.occurrence.event_id == other
+        assert newest(store, found["new"].id).event_id == other
         clock.seconds += 60
         sweep(store)
 
@@ -5192,113 +3841,26 @@ def searched(store: Store, text: str) -> list[str]:
 
 @pytest.fixture
 def searchable(store: Store, clock: Clock) -> Store:
-    record(
-        store,
-        fingerprint="one",
-        message="The cart is empty, says Ann",
-        backtrace=["app/cart.py:12:in total"],
-        user_id="7",
-        request_id="abc-123",
-        release="shop@1.2",
-        environment="dev",
-        level="warning",
-        tags={"region": "eu north"},
-        timestamp=miniapm.iso_time(NOW_MS - 5 * 24 * miniapm.HOUR_MS),
-    )
+    said = {"backtrace": ["app/cart.py:12:in total"], "user_id": "7", "request_id": "abc-123"}
+    said |= {"release": "shop@1.2", "environment": "dev", "level": "warning"}
+    said |= {"tags": {"region": "eu north"}, "message": "The cart is empty, says Ann"}
+    record(store, fingerprint="one", timestamp=minutes_ago(5 * 24 * 60), **said)
     clock.seconds += 60
-    record(
-        store,
-        fingerprint="two",
-        message="is the cart empty?",
-        exception_class="Shop::Cart",
-        backtrace=["lib/pay.rb:3:in `pay'"],
-        user_id="77",
-        request_id="abc-124",
-        release="1.20",
-        environment="production",
-        tags={"region": "us", "request": "like-a-tag"},
-    )
+    said = {"backtrace": ["lib/pay.rb:3:in `pay'"], "user_id": "77", "request_id": "abc-124"}
+    said |= {"release": "1.20", "environment": "production", "exception_class": "Shop::Cart"}
+    said |= {"tags": {"region": "us", "request": "like-a-tag"}, "message": "is the cart empty?"}
+    record(store, fingerprint="two", **said)
+    record(store, fingerprint="gone", exception_class="E", message="", backtrace=[])
+    store.delete([3])
     return store
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("cart empty", "one two"),
-        ('"cart is empty"', "one"),
-        ("-says cart", "two"),
-        ('-"cart is empty"', "two"),
-        ("cart.py", "one"),
-        ("cart.py:12", "one"),
-        ("total", "one"),
-        ("file:cart.py", "one"),
-        ("-file:cart.py", "two"),
-        ("file:pay.rb file:cart.py", ""),
-        ("7", "one"),
-        ("user:7", "one"),
-        ("user:77", "two"),
-        ("-user:7", "two"),
-        ("abc-123", "one"),
-        ("request:abc-124", "two"),
-        ("request:abc", ""),
-        ("release:shop@1.2", "one"),
-        ("release:1.2", "one"),
-        ("release:1.20", "two"),
-        ("shop@1.2", "one"),
-        ("environment:dev", "one"),
-        ("production", "two"),
-        ("level:warning", "one"),
-        ("level:error", "two"),
-        ("error", "one two"),  # of RuntimeError, and of a class that has no level in its name
-        ("region:us", "two"),
-        ('region:"eu north"', "one"),
-        ('"region:eu north"', "one"),
-        ("-region:us", "one"),
-        ("Shop::Cart", "two"),
-        ("since:2d", "two"),
-        ("since:6d", "one two"),
-        ("since:1w -since:2d", "one"),
-        ("until:2027-01-11", "one"),
-        ("until:2027-01-09", ""),
-        ("since:2027-01-10T08:00:00Z until:2027-01-10", "one"),
-        ("since:30m", "two"),
-        ("", "one two"),
-        ("-", "one two"),
-        ("100%", ""),
-        ("_", "one two"),
-        ("\\", ""),
-        ('"cart is', ""),
-        ('user:"7"', "one"),
-        ("file:total", "one"),
-        ("request:like-a-tag", "two"),
-        ("LEVEL:Warning Environment:DEV", "one"),
-        ("release:%", ""),
-        ("release:1_2", ""),
-        ("until:20270111", "one"),
-        ("cart " * 12, "one two"),
-    ],
-)
+@pytest.mark.parametrize(("text", "found"), data_file("searches.json"))
 def test_search_finds_what_is_on_the_screen(searchable: Store, text: str, found: str) -> None:
-    if text == "error":
-        record(searchable, fingerprint="none", exception_class="E", message="", backtrace=[])
-        searchable.delete([3])
-        found = "one"
-    if text == "_":
-        found = ""
     assert searched(searchable, text) == found.split()
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('cart "is empty', ""),
-        ("since:yesterday", "since: needs an age such as"),
-        ("until:2026-13-40", "until: needs an age such as"),
-        ("until:9999d", ""),
-        ("user:", "user: needs a value"),
-        ("-release:", "release: needs a value"),
-    ],
-)
+@pytest.mark.parametrize(("text", "said"), CASES["wrong searches"])
 def test_wrong_search_is_said_on_the_page(client: Client, text: str, said: str) -> None:
     client.report()
     query = urllib.parse.urlencode({"q": text})
@@ -5335,15 +3897,6 @@ def test_search_takes_no_more_than_its_limit(store: Store) -> None:
     assert len(store.errors(wanted).errors) == 1
 
 
-def test_list_merges_projects_in_order(store: Store, clock: Clock) -> None:
-    store.create_key("other")
-    for number in range(6):
-        clock.seconds += 1
-        store.record(1 + number % 2, [parse(fingerprint=str(number))])
-    names = [error.fingerprint for error in store.errors(ErrorFilter(status="all")).errors]
-    assert names == ["5", "4", "3", "2", "1", "0"]
-
-
 def test_counts_follow_search_and_project(store: Store) -> None:
     store.create_key("other")
     record(store, fingerprint="a", message="apple")
@@ -5355,34 +3908,40 @@ def test_counts_follow_search_and_project(store: Store) -> None:
     assert page.counts == {"open": 1, "resolved": 1, "ignored": 0, "all": 2}
 
 
-def hold_writer(store: Store) -> tuple[threading.Event, threading.Thread]:
-    """Keep the writer in a job until the event is set."""
+@contextlib.contextmanager
+def held_writer(store: Store) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    """Keep the writer in a job until the block ends; give a pool for calls that wait for it."""
     entered, release = threading.Event(), threading.Event()
 
     def work(db: sqlite3.Connection) -> None:
         entered.set()
         release.wait(20)
 
-    thread = threading.Thread(target=store.write, args=(work,))
-    thread.start()
-    entered.wait(5)
-    return release, thread
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        held = pool.submit(store.write, work)
+        entered.wait(5)
+        try:
+            yield pool
+        finally:
+            release.set()
+        held.result()
 
 
-def waiting_jobs(store: Store, count: int) -> bool:
-    return len(store._writer._jobs) == count
+def record_together(store: Store, *texts: str) -> list[concurrent.futures.Future[Any]]:
+    """Let the writer find reports with these messages, each of a call of its own, at once."""
+    with held_writer(store) as pool:
+        made = [parse(message=text, fingerprint=text) for text in texts]
+        futures = [pool.submit(store.record, 1, [one]) for one in made]
+        wait_until(lambda: len(store._writer._jobs) == len(texts))
+    return futures
 
 
 def test_writer_commits_what_waits_as_one_group(store: Store) -> None:
-    release, thread = hold_writer(store)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        futures = [pool.submit(record, store, fingerprint=str(n)) for n in range(5)]
-        wait_until(lambda: waiting_jobs(store, 5))
-        release.set()
-        concurrent.futures.wait(futures)
-    thread.join()
-    assert all(future.exception() is None for future in futures)
+    statements = statements_written(store)
+    futures = record_together(store, "a", "b", "c", "d", "e")
+    assert [future.result() for future in futures] == [[None]] * 5
     assert rows(store, "SELECT COUNT(*) FROM errors") == [(5,)]
+    assert statements.count("COMMIT") == 2  # the first is of the job that held the writer
 
 
 POISON = """
@@ -5390,90 +3949,59 @@ POISON = """
     BEGIN SELECT RAISE({}, 'poisoned'); END"""
 
 
-def test_poisoned_report_does_not_take_its_neighbours_down(store: Store) -> None:
-    store.write(lambda db: db.execute(POISON.format("ABORT")))
-    release, thread = hold_writer(store)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        made = [parse(message=text, fingerprint=text) for text in ("a", "poison", "b")]
-        futures = [pool.submit(store.record, 1, [one]) for one in made]
-        wait_until(lambda: waiting_jobs(store, 3))
-        release.set()
-        (first,), (second,), (third,) = (future.result() for future in futures)
-    thread.join()
-    assert first is None
-    assert third is None
-    assert "poisoned" in str(second)
-    assert rows(store, "SELECT fingerprint FROM errors ORDER BY 1") == [("a",), ("b",)]
-
-
-def test_report_that_fails_in_python_does_not_take_its_batch_down(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_batch", [True, False], ids=["batch", "singly"])
+@pytest.mark.parametrize("place", ["database", "python"])
+def test_report_that_can_not_be_stored_does_not_take_others_down(
+    store: Store, monkeypatch: pytest.MonkeyPatch, place: str, is_batch: bool
 ) -> None:
-    project, pack = store.ensure_default_project(), miniapm.pack
+    pack = miniapm.pack
 
     def packed(text: str, sample: bytes | None) -> bytes:
         if "poison" in text:
             raise OverflowError("too large")
         return pack(text, sample)
 
-    monkeypatch.setattr(miniapm, "pack", packed)
-    made = [parse(message=text, fingerprint=text) for text in ("a", "poison", "b")]
-    first, second, third = store.record(project.id, made)
-    assert (first, third) == (None, None)
-    assert str(second) == "the report can't be stored: OverflowError"
-    found = store.errors(ErrorFilter(status="all")).errors
-    assert sorted(error.message for error in found) == ["a", "b"]
-
-
-def test_poisoned_report_does_not_take_its_batch_down(store: Store) -> None:
-    store.write(lambda db: db.execute(POISON.format("ABORT")))
-    made = [parse(message=text, fingerprint=text) for text in ("a", "poison", "b")]
-    outcomes = store.record(1, made)
-    assert [outcome is None for outcome in outcomes] == [True, False, True]
+    if place == "python":
+        monkeypatch.setattr(miniapm, "pack", packed)
+    else:
+        store.write(lambda db: db.execute(POISON.format("ABORT")))
+    texts = ("a", "poison", "b")
+    if is_batch:
+        outcomes = store.record(1, [parse(message=text, fingerprint=text) for text in texts])
+    else:
+        outcomes = [future.result()[0] for future in record_together(store, *texts)]
+    assert (outcomes[0], outcomes[2]) == (None, None)
+    said = {"python": "the report can't be stored: OverflowError", "database": "poisoned"}
+    assert str(outcomes[1]).endswith(said[place])
+    assert sorted(by_fingerprint(store)) == ["a", "b"]
     assert rows(store, "SELECT SUM(count) FROM buckets") == [(2,)]
 
 
 def test_group_that_the_disk_refuses_fails_whole_and_the_next_succeeds(store: Store) -> None:
     store.write(lambda db: db.execute(POISON.format("ROLLBACK")))
-    release, thread = hold_writer(store)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        made = [parse(message=text, fingerprint=text) for text in ("a", "poison")]
-        futures = [pool.submit(store.record, 1, [one]) for one in made]
-        wait_until(lambda: waiting_jobs(store, 2))
-        release.set()
-        failures = [future.exception() for future in futures]
-    thread.join()
+    failures = [future.exception() for future in record_together(store, "a", "poison")]
     assert all(isinstance(failure, miniapm.MiniAPMError) for failure in failures)
     record(store, fingerprint="next")
     assert only_error(store).fingerprint == "next"
 
 
-def test_reports_beyond_the_queue_s_bound_are_refused(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release, thread = hold_writer(store)
+def test_reports_beyond_the_queue_s_bound_are_refused(store: Store, monkeypatch: Any) -> None:
     monkeypatch.setattr(miniapm, "MAX_WAITING_REPORTS", 1_000)
     many = [parse(fingerprint=str(n)) for n in range(600)]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with held_writer(store) as pool:
         waiting = pool.submit(store.record, 1, many)
-        wait_until(lambda: waiting_jobs(store, 1))
+        wait_until(lambda: len(store._writer._jobs) == 1)
         with pytest.raises(miniapm.Unavailable) as caught:
             store.record(1, many)
         assert caught.value.retry_after_s
-        release.set()
-        assert waiting.result() == [None] * 600
-    thread.join()
+    assert waiting.result() == [None] * 600
 
 
-def test_report_whose_turn_does_not_come_is_refused_and_not_stored(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release, thread = hold_writer(store)
-    monkeypatch.setattr(miniapm, "MAX_WAIT_S", 0.05)
-    with pytest.raises(miniapm.Unavailable, match="busy"):
-        store.record(1, [parse()])
-    release.set()
-    thread.join()
+def test_report_whose_turn_does_not_come_is_not_stored(store: Store, monkeypatch: Any) -> None:
+    with held_writer(store):
+        monkeypatch.setattr(miniapm, "MAX_WAIT_S", 0.05)
+        with pytest.raises(miniapm.Unavailable, match="busy"):
+            store.record(1, [parse()])
     store.write(lambda db: None)
     assert store.errors(ErrorFilter()).errors == ()
 
@@ -5503,9 +4031,7 @@ def test_locked_database_is_unavailable_and_recovers(impatient: Store) -> None:
     record(impatient)
 
 
-def test_lock_that_lasts_refuses_late_comers_soon(
-    impatient: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_that_lasts_refuses_late_comers_soon(impatient: Store, monkeypatch: Any) -> None:
     with locked(impatient.path):
         for _ in range(2):
             with pytest.raises(miniapm.Unavailable):
@@ -5538,9 +4064,7 @@ def test_database_that_was_deleted_before_the_first_write_is_noticed(tmp_path: P
             record(store)
 
 
-def test_file_that_can_not_be_looked_at_is_trouble_and_no_end(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_can_not_be_seen_is_trouble_and_no_end(store: Store, monkeypatch: Any) -> None:
     record(store)
 
     def stat(path: str) -> Any:
@@ -5599,15 +4123,12 @@ def test_closed_store_refuses(store: Store) -> None:
 
 
 def test_close_finishes_what_waits(store: Store) -> None:
-    release, thread = hold_writer(store)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with held_writer(store) as pool:
         waiting = pool.submit(store.record, 1, [parse()])
-        wait_until(lambda: waiting_jobs(store, 1))
+        wait_until(lambda: len(store._writer._jobs) == 1)
         closing = pool.submit(store.close)
-        release.set()
-        assert waiting.result() == [None]
-        closing.result()
-    thread.join()
+    assert waiting.result() == [None]
+    closing.result()
 
 
 def sweep(store: Store, days: int = 30, most: int = 1_000) -> None:
@@ -5662,26 +4183,25 @@ def report_users(store: Store, numbers: range) -> None:
 
 
 def test_retention_keeps_the_newest_users_of_each_error(store: Store, clock: Clock) -> None:
+    def users(error_id: int) -> tuple[int, bool]:
+        return store.error(error_id).user_count, store.error(error_id).has_more_users
+
     record(store, fingerprint="other", user_id="7")
     report_users(store, range(10_700))
-    error = store.error(2)
-    assert (error.user_count, error.has_more_users) == (10_000, True)
+    assert users(2) == (10_000, True)
     for _ in range(2):
         sweep(store)
         assert rows(store, "SELECT COUNT(*) FROM error_users WHERE error_id = 2") == [(10_000,)]
         assert [n for n in (0, 699, 700, 10_699) if searched(store, f"user:{n}")] == [700, 10_699]
-        error = store.error(2)
-        assert (error.user_count, error.has_more_users) == (10_000, True)
-    assert (store.error(1).user_count, store.error(1).has_more_users) == (1, False)
+        assert users(2) == (10_000, True)
+    assert users(1) == (1, False)
     record(store, user_id="0")
     assert searched(store, "user:0")
-    with store.reading() as db:
-        assert list(miniapm.faults_of(db)) == []
+    assert_sound(store)
     clock.seconds += 31 * 86_400
     record(store, user_id="0")
     sweep(store)
-    error = store.error(2)
-    assert (error.user_count, error.has_more_users) == (1, False)
+    assert users(2) == (1, False)
 
 
 def test_retention_of_many_users_works_in_short_steps(
@@ -5709,9 +4229,7 @@ def test_retention_of_many_users_works_in_short_steps(
 
 
 @pytest.mark.parametrize("days", [0, 1, 29.5, 30.9, 31, 32, 400])
-def test_retention_folds_old_hours_and_no_trend_changes(
-    store: Store, clock: Clock, days: float
-) -> None:
+def test_retention_folds_old_hours_and_keeps_trend(store: Store, clock: Clock, days: float) -> None:
     hour = NOW_MS // 3_600_000
     times = collections.Counter({hour - n: 1 + n % 5 for n in range(0, 40 * 24, 5)})
     times.update({-1: 2, -8_785: 3, hour - 11 * 8_766: 4})
@@ -5720,17 +4238,15 @@ def test_retention_folds_old_hours_and_no_trend_changes(
         assert not any(store.record(1, [parse(timestamp=stamp)] * count))
     store.set_status([1], "ignored")
     clock.seconds += days * 86_400
-    now_hour = hour + int(days * 24)
+    now_hour, now_ms = hour + int(days * 24), store.now_ms()
     sweep(store)
     hours = store.buckets([1], -(10**9))[1]
     assert sum(hours.values()) == times.total()
     assert all(one % 24 == 0 for one in hours if one < now_hour - 31 * 24)
     assert all(one % (366 * 24) == 0 for one in hours if one < now_hour - 3_660 * 24)
     for span in miniapm.SPANS:
-        now_ms = store.now_ms()
         assert miniapm.trend(hours, span, now_ms) == miniapm.trend(times, span, now_ms)
-    with store.reading() as db:
-        assert list(miniapm.faults_of(db)) == []
+    assert_sound(store)
 
 
 def test_retention_keeps_the_newest_of_each_error(store: Store) -> None:
@@ -5759,7 +4275,7 @@ def test_retention_removes_empty_errors_but_ignored_ones(store: Store, clock: Cl
 
 def test_retention_gives_space_back_to_the_disk(store: Store, clock: Clock) -> None:
     store.record(1, [parse(message=os.urandom(2_500).hex()) for _ in range(500)])
-    pages = rows(store, "PRAGMA page_count")[0][0]
+    ((pages,),) = rows(store, "PRAGMA page_count")
     delete_for_good(store, clock, 1)
     assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(0,)]
     assert rows(store, "PRAGMA page_count")[0][0] < pages / 10
@@ -5792,16 +4308,6 @@ def test_retention_works_in_short_steps(store: Store, monkeypatch: pytest.Monkey
     assert len(steps) >= 4
 
 
-def test_retention_is_not_held_up_by_a_clock_that_was_ahead(store: Store, clock: Clock) -> None:
-    clock.seconds += 70 * 365 * 86_400
-    store.record(1, [parse() for _ in range(300)])
-    clock.seconds = NOW_S
-    store.record(1, [parse() for _ in range(300)])
-    clock.seconds += 31 * 86_400
-    sweep(store)
-    assert rows(store, "SELECT COUNT(*) FROM occurrences") == [(300,)]
-
-
 @pytest.mark.parametrize("wrong_days", [70 * 365, 10, -10, -50 * 365])
 def test_retention_is_not_held_up_by_reports_of_a_wrong_clock(
     store: Store, clock: Clock, wrong_days: int
@@ -5832,9 +4338,7 @@ def test_log_is_copied_into_the_database_beside_the_commits(store: Store) -> Non
     wait_until(lambda: os.path.getsize(store.path) > size + 50_000)
 
 
-def test_log_is_bounded_when_the_thread_beside_can_not_keep_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_is_bounded_when_its_thread_falls_behind(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(miniapm, "CHECKPOINT_COMMITS", 5)
     monkeypatch.setattr(miniapm, "MAX_WAL_BYTES", 300_000)
     with contextlib.closing(Store(str(tmp_path / "a.db"))) as store:
@@ -5845,9 +4349,7 @@ def test_log_is_bounded_when_the_thread_beside_can_not_keep_up(
         assert os.path.getsize(store.path + "-wal") < 2 * miniapm.MAX_WAL_BYTES
 
 
-def test_retention_takes_less_at_a_time_when_that_takes_long(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retention_takes_less_at_a_time_when_it_is_slow(store: Store, monkeypatch: Any) -> None:
     retention = miniapm.Retention(store, 30, 1_000)
     seconds = iter([0.0, 1.0] * 4 + [0.0, 0.0] * 40)
     monkeypatch.setattr(miniapm.time, "perf_counter", lambda: next(seconds))
@@ -5877,9 +4379,7 @@ def test_retention_lets_the_log_shrink(store: Store) -> None:
     assert os.path.getsize(store.path) < 3 * 2**20
 
 
-def test_retention_thread_removes_deletions_that_are_final_and_stops(
-    store: Store, clock: Clock
-) -> None:
+def test_retention_thread_removes_final_deletions_and_stops(store: Store, clock: Clock) -> None:
     retention = miniapm.Retention(store, 30, 1_000)
     record(store, fingerprint="a")
     record(store, fingerprint="b")
@@ -5915,16 +4415,12 @@ def test_default_project_keeps_its_key(tmp_path: Path) -> None:
         assert store.ensure_default_project() == first
 
 
-def test_configured_key_replaces_the_default_project_s(store: Store) -> None:
-    assert store.ensure_default_project("new-key").keys == ("new-key",)
+def test_configured_key_replaces_the_default_project_s_and_no_other(store: Store) -> None:
+    assert store.ensure_default_project("mine").keys == ("mine",)
     assert miniapm.owner_of(KEY, store.keys()) is None
+    other = store.create_key("default")
+    assert store.ensure_default_project("mine").keys == ("mine", other)
     assert store.ensure_default_project(KEY).keys == (KEY,)
-
-
-def test_configured_key_leaves_the_keys_created_beside_it(store: Store) -> None:
-    store.ensure_default_project("mine")
-    beside = store.create_key("default")
-    assert store.ensure_default_project("mine").keys == ("mine", beside)
 
 
 def test_configured_key_of_another_project_is_refused(store: Store) -> None:
