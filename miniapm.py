@@ -12325,7 +12325,8 @@ import json, os, traceback, urllib.request
 def report_error(exception, context=None):
     frames = traceback.extract_tb(exception.__traceback__)
     # The innermost call of your own code. No line number: it changes with every edit.
-    own = [one for one in frames if one.filename.startswith(os.getcwd())] or frames
+    here = [one for one in frames if one.filename.startswith(os.getcwd())]
+    own = [one for one in here if "site-packages" not in one.filename] or frames
     place = f"{os.path.relpath(own[-1].filename)}:{own[-1].name}"
     report = {
         "exception_class": type(exception).__name__,
@@ -12355,7 +12356,8 @@ require "net/http"
 def report_error(error, context = {})
   lines = error.backtrace || []
   # The innermost call of your own code. No line number: it changes with every edit.
-  own = lines.find { |line| line.start_with?(Dir.pwd) } || lines.first.to_s
+  own = lines.find { |line| line.start_with?(Dir.pwd) && !line.include?("/gems/") }
+  own ||= lines.first.to_s
   place = own.delete_prefix(Dir.pwd).gsub(/\\d+/, "0")
   report = {
     exception_class: error.class.to_s,

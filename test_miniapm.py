@@ -16604,6 +16604,44 @@ def test_setup_snippet_works_as_it_is_and_groups_by_no_line_number(
     assert error["message"].startswith("Hello from ")
 
 
+OWN_CALLS = {
+    "Report without miniapm.py": """
+def load_cart(): json.loads("{")
+def load_config(): json.loads("{")
+def load_cart_later(): load_cart()
+for load in (load_cart, load_config, load_cart_later):
+    try:
+        load()
+    except ValueError as error:
+        report_error(error)
+""",
+    "Report from any Ruby program": """
+def load_cart = JSON.parse("{")
+def load_config = JSON.parse("{")
+def load_cart_later = load_cart
+[:load_cart, :load_config, :load_cart_later].each do |name|
+  send(name)
+rescue JSON::ParserError => error
+  report_error(error)
+end
+""",
+}
+
+
+@pytest.mark.parametrize(("language", "title"), [one for one in SNIPPETS if one[1] in OWN_CALLS])
+def test_setup_snippet_groups_by_the_reporter_s_own_code(
+    start: Callable[..., Server], tmp_path: Path, language: str, title: str
+) -> None:
+    server = start()
+    text = miniapm.snippets(language, server.url, server.key, "")[title]
+    definition = re.split(r"^(?:try:|begin)$", text, flags=re.MULTILINE)[0]
+    program = tmp_path / "program"
+    program.write_text(definition + OWN_CALLS[title])
+    command = [need(RUNNERS[language][0][0]), str(program)]
+    subprocess.run(command, cwd=tmp_path, timeout=60, check=True)
+    assert sorted(error["occurrences"] for error in server.errors()) == [1, 2]
+
+
 def test_setup_snippet_for_rails_sets_what_the_gem_reads() -> None:
     ((language, title),) = RAILS
     text = miniapm.snippets(language, "http://127.0.0.1:3000", KEY, "")[title]
