@@ -10508,7 +10508,7 @@ aside textarea { width: 100%; min-height: 80px; margin: 6px 0; }
 .timeline .bad::before { background: var(--red); } .timeline .bad i { color: var(--red); }
 .timeline .time { color: var(--muted); margin-right: 6px; font-variant-numeric: tabular-nums; }
 .timeline code { display: block; color: var(--muted); }
-.details h3 { margin: 0; } .part h3 { display: inline; }
+.details h3 { margin: 0; } .details > h3 { margin: 14px 0 4px; } .part h3 { display: inline; }
 .part, .details .chips { margin: 6px 0 14px; }
 .part > summary { margin-bottom: 4px; font-size: 13px; }
 .raw pre, .snippet pre, section > pre { background: var(--soft);
@@ -10520,6 +10520,7 @@ aside textarea { width: 100%; min-height: 80px; margin: 6px 0; }
 .rejections th { color: var(--muted); font-size: 12px; font-weight: 500; }
 .rejections time { white-space: nowrap; }
 .lead { margin: 0 0 16px; } .snippet { position: relative; }
+.snippet summary { padding: 5px 0; color: var(--muted); }
 .snippet pre { white-space: pre; overflow-x: auto; }
 .snippet .copy { position: absolute; top: 6px; right: 6px; font-size: 13px; padding: 2px 10px; }
 .login { max-width: 340px; margin: 8vh auto; display: grid; gap: 10px; }
