@@ -4613,6 +4613,8 @@ def _is_busy(error: Exception) -> bool:
 def _refusal_of(error: Exception) -> Exception:
     if _is_busy(error):
         return Unavailable("the database is locked by another process", retry_after_s=2)
+    if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return MiniAPMError(f"the database is damaged, put a copy back: {error}")
     is_sqlite = isinstance(error, sqlite3.Error)
     return MiniAPMError(f"the database refused: {error}") if is_sqlite else error
 
@@ -5094,8 +5096,10 @@ class Writer:
             self._turn.release()
 
     def _files_refusal(self) -> MiniAPMError:
-        problem = "(with -wal and -shm) was deleted or replaced; stop, put a copy back, start again"
-        return MiniAPMError(f"{self._path} {problem}")
+        return MiniAPMError(
+            f"{self._path} (with -wal and -shm) was deleted or replaced; stop, remove what is left"
+            " of the three, put a copy back, start again"
+        )
 
     def _commit(self, jobs: list[_Job]) -> None:
         try:
@@ -11353,7 +11357,8 @@ def check_host(environ: Environ, hosts: Collection[str]) -> None:
         raise Forbidden(
             "this Host is not allowed; to allow it, start with"
             f" {flag_of('allowed_hosts')} or {variable_of('allowed_hosts')},"
-            f" or, behind a reverse proxy, with {_PROXY_HINT}"
+            f" or, behind a reverse proxy, with {_PROXY_HINT};"
+            " in a program, call wrap() with allowed_hosts"
         )
 
 
@@ -12321,12 +12326,12 @@ export MINI_APM_API_KEY="@KEY@"
 echo 'raise RuntimeError("Hello from run")' > hello.py
 python miniapm.py run hello.py""",
         "Report without miniapm.py": """\
-import json, os, traceback, urllib.request
+import json, os, sys, traceback, urllib.request
 
 def report_error(exception, context=None):
     frames = traceback.extract_tb(exception.__traceback__)
     # The innermost call of your own code. No line number: it changes with every edit.
-    here = [one for one in frames if one.filename.startswith(os.getcwd())]
+    here = [one for one in frames if os.path.abspath(one.filename).startswith(os.getcwd())]
     own = [one for one in here if "site-packages" not in one.filename] or frames
     place = f"{os.path.relpath(own[-1].filename)}:{own[-1].name}"
     report = {
@@ -12336,10 +12341,14 @@ def report_error(exception, context=None):
         "fingerprint": f"{type(exception).__name__}:{place}",
         "params": context or {},
     }
-    urllib.request.urlopen(urllib.request.Request(
+    request = urllib.request.Request(
         "@URL@/ingest/errors",
         data=json.dumps(report).encode(),
-        headers={"Authorization": "Bearer @KEY@", "Content-Type": "application/json"}))
+        headers={"Authorization": "Bearer @KEY@", "Content-Type": "application/json"})
+    try:
+        urllib.request.urlopen(request, timeout=5)
+    except OSError as problem:  # no answer, or a refusal
+        print("miniapm:", problem, file=sys.stderr)
 
 try:
     raise RuntimeError("Hello from urllib")
@@ -12357,19 +12366,23 @@ require "net/http"
 def report_error(error, context = {})
   lines = error.backtrace || []
   # The innermost call of your own code. No line number: it changes with every edit.
-  own = lines.find { |line| line.start_with?(Dir.pwd) && !line.include?("/gems/") }
-  own ||= lines.first.to_s
-  place = own.delete_prefix(Dir.pwd).gsub(/\\d+/, "0")
+  places = lines.map { |line| line.delete_prefix(Dir.pwd + "/") }
+  place = places.find { |line| !line.match?(%r{\\A[/<]|/gems/}) } || places.first.to_s
   report = {
     exception_class: error.class.to_s,
     message: error.message,
     backtrace: lines,
-    fingerprint: "#{error.class}:#{place}",
+    fingerprint: "#{error.class}:#{place.gsub(/\\d+/, "0")}",
     params: context,
   }
-  Net::HTTP.post(URI("@URL@/ingest/errors"), report.to_json,
+  answer = Net::HTTP.post(URI("@URL@/ingest/errors"), report.to_json,
     "Authorization" => "Bearer @KEY@", "Content-Type" => "application/json")
+  warn "miniapm: #{answer.code} #{answer.body}" unless answer.code == "202"
+rescue SystemCallError, IOError, Timeout::Error => problem
+  warn "miniapm: #{problem.message}"
 end
+
+# At the program's end: at_exit { report_error($!) if $!.is_a?(StandardError) }
 
 begin
   raise "Hello from Ruby"
@@ -12390,18 +12403,26 @@ function placeOf(error) {
 }
 
 async function reportError(error, context = {}) {
-  await fetch("@URL@/ingest/errors", {
-    method: "POST",
-    headers: {"Authorization": "Bearer @KEY@", "Content-Type": "application/json"},
-    body: JSON.stringify({
-      exception_class: error.name,
-      message: error.message,
-      backtrace: error.stack?.split("\\n") ?? [],
-      fingerprint: `${error.name}:${placeOf(error)}`,
-      params: context,
-    }),
-  });
+  const report = {
+    exception_class: error.name,
+    message: error.message,
+    backtrace: error.stack?.split("\\n") ?? [],
+    fingerprint: `${error.name}:${placeOf(error)}`,
+    params: context,
+  };
+  try {
+    const answer = await fetch("@URL@/ingest/errors", {
+      method: "POST",
+      headers: {"Authorization": "Bearer @KEY@", "Content-Type": "application/json"},
+      body: JSON.stringify(report),
+    });
+    if (!answer.ok) console.warn("miniapm:", answer.status, await answer.text());
+  } catch (problem) {
+    console.warn("miniapm:", problem);
+  }
 }
+
+// In a page: addEventListener("error", (event) => reportError(event.error));
 
 reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
     },
@@ -14304,7 +14325,9 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
     if url != listening:
         lines.append(f"  Listening  {listening}, behind the reverse proxy")
     if not config.is_local:
-        names = " and ".join(config.allowed_hosts) or f"{config.host} only; see --allowed-hosts"
+        port = listening.rpartition(":")[2]
+        hosts = [f"http://{name}:{port}" for name in config.allowed_hosts]
+        names = " and ".join(hosts) or f"{config.host} only; see {flag_of('allowed_hosts')}"
         lines.append(f"  Open to    other machines, with a password, as {names}")
     if not project.keys:
         lines.append("  API key    none; make one: python miniapm.py keys create default")

@@ -20,6 +20,7 @@ import asyncio
 import base64
 import collections
 import concurrent.futures
+import configparser
 import contextlib
 import contextvars
 import copy
@@ -13041,7 +13042,7 @@ def test_dashboard_behind_nginx_is_used_as_any_other(proxy: Proxy) -> None:
 def test_reports_behind_nginx_arrive_as_shown(proxy: Proxy) -> None:
     need("curl")
     proxy.post("/login", {"password": "open sesame"})
-    page, key = proxy.get("/setup").text, proxy.server.key
+    page, key = proxy.get("/setup?language=Sentry+SDK").text, proxy.server.key
     dsn = f"{proxy.url.replace('://', f'://{key}@')}/1"
     for text in (page, proxy.server.banner, run("keys", cwd=proxy.folder).stdout):
         assert dsn in text
@@ -16637,9 +16638,27 @@ def test_setup_snippet_groups_by_the_reporter_s_own_code(
     definition = re.split(r"^(?:try:|begin)$", text, flags=re.MULTILINE)[0]
     program = tmp_path / "program"
     program.write_text(definition + OWN_CALLS[title])
-    command = [need(RUNNERS[language][0][0]), str(program)]
-    subprocess.run(command, cwd=tmp_path, timeout=60, check=True)
-    assert sorted(error["occurrences"] for error in server.errors()) == [1, 2]
+    for path in (str(program), program.name):
+        command = [need(RUNNERS[language][0][0]), path]
+        subprocess.run(command, cwd=tmp_path, timeout=60, check=True)
+    assert sorted(error["occurrences"] for error in server.errors()) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("language", "title"), [one for one in SNIPPETS if "Report" in one[1] and one[0] != "curl"]
+)
+def test_setup_snippet_says_what_went_wrong_and_does_no_harm(
+    start: Callable[..., Server], tmp_path: Path, language: str, title: str
+) -> None:
+    server = start()
+    for url, problem in ((server.url, "401"), ("http://127.0.0.1:9", "(?i)refused|failed")):
+        text = miniapm.snippets(language, url, "proj_unknown", "")[title]
+        (program, *flags), _ = RUNNERS[language]
+        command = [need(program), *flags, text]
+        done = subprocess.run(
+            command, cwd=tmp_path, timeout=60, check=True, capture_output=True, text=True
+        )
+        assert re.search(f"^miniapm: .*(?:{problem})", done.stderr), done.stderr
 
 
 def test_setup_snippet_for_rails_sets_what_the_gem_reads() -> None:
@@ -18771,6 +18790,22 @@ def test_readme_s_dockerfile_starts_an_open_tracker_with_a_password(tmp_path: Pa
     answer = requests.get(server.url, headers={"Host": "127.0.0.1:3000"}, timeout=10)
     assert "/login" in answer.url
     server.stop()
+
+
+def test_readme_s_unit_starts_the_tracker_in_its_folder(tmp_path: Path) -> None:
+    (text,) = readme_blocks("ini")
+    unit = configparser.ConfigParser()
+    unit.read_string(text)
+    folder, (python, *arguments) = (
+        unit["Service"]["WorkingDirectory"],
+        unit["Service"]["ExecStart"].split(),
+    )
+    assert python == f"{folder}/.venv/bin/python"
+    shutil.copy(HERE / "miniapm.py", tmp_path)
+    server = Server(tmp_path, command=[sys.executable, *arguments], MINI_APM_PORT="0")
+    server.report()
+    assert server.stop() == 0
+    assert (tmp_path / "miniapm.db").exists()
 
 
 def test_readme_s_backup_is_restored(start: Callable[..., Server], tmp_path: Path) -> None:
