@@ -6624,7 +6624,6 @@ _REPEATED_LINE = (
     r"|uvicorn\.error: Application (?:startup|shutdown) failed\. Exiting"
 )
 MAX_COPY_DELAY_S = 0.5  # until a bridge between logging and loguru has copied a record
-_NOTEBOOK_CELL = r"/(?:ipykernel|marimo)_\d+/"
 TRACEBACK_TITLE = "Traceback (most recent call last)"
 CONTEXT_LINES = 5  # of source on each side of the failing line
 # Names in a context that become fields of the report; the others stay in its `context`.
@@ -7112,8 +7111,7 @@ def exception_chain(error: BaseException) -> list[tuple[BaseException, str]]:
         elif not _suppresses(one):
             waiting.append((_context_of(one), "while_handling"))
         if issubclass(type(one), BaseExceptionGroup):
-            members = _members_in(one)[:MAX_EXCEPTIONS]
-            waiting += [(each, "one_of") for each in reversed(members)]
+            waiting += [(each, "one_of") for each in reversed(_members_in(one)[:MAX_EXCEPTIONS])]
     return found
 
 
@@ -7211,7 +7209,6 @@ class RecordMarks:
 
 
 _LOG_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
-_PYTHONS = {"cpython": "CPython", "pypy": "PyPy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -7232,10 +7229,9 @@ class Describer:
     @functools.lru_cache(1_000)  # noqa: B019 - there is one per client
     def is_own(self, file: str) -> bool:
         """Return whether a file is the application's and in the project root or a notebook."""
-        is_inside = (
-            self._project_path(file) is not None or re.search(_NOTEBOOK_CELL, file) is not None
-        )
-        return is_inside and is_application_file(file)
+        is_inside = self._project_path(file) is not None
+        is_cell = re.search(r"/(?:ipykernel|marimo)_\d+/", file) is not None
+        return (is_inside or is_cell) and is_application_file(file)
 
     def relative(self, file: str) -> str:
         """Return a file's path relative to the project root, or its base name outside it."""
@@ -7345,11 +7341,11 @@ class Describer:
 
     def process_facts(self) -> Json:
         """Return the fields that all reports of this process share."""
-        name = sys.implementation.name
+        name = {"cpython": "CPython", "pypy": "PyPy"}.get(sys.implementation.name)
         return {
             "release": self.release,
             "environment": self.environment,
-            "python": f"{_PYTHONS.get(name, name)} {sys.version.split()[0]}",
+            "python": f"{name or sys.implementation.name} {sys.version.split()[0]}",
             "host_name": socket.gethostname(),
             "process_id": os.getpid(),
         }
@@ -7456,12 +7452,11 @@ class WsgiRequest(Request):
     """A request from a WSGI environ."""
 
     def headers(self) -> dict[str, str]:
-        named = {
-            name.removeprefix("HTTP_"): value
+        return {
+            name.removeprefix("HTTP_").replace("_", "-").title(): value
             for name, value in self._source.items()
             if name.startswith("HTTP_") or (name in ("CONTENT_TYPE", "CONTENT_LENGTH") and value)
         }
-        return {name.replace("_", "-").title(): value for name, value in named.items()}
 
     def facts(self) -> Json:
         source = {"SCRIPT_NAME": "", "SERVER_PORT": "80", "SERVER_NAME": "", "PATH_INFO": ""}
@@ -7645,8 +7640,7 @@ class HttpAnswer:
         if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text):
             return float(text)
         with contextlib.suppress(ValueError, TypeError, OverflowError):
-            at = email.utils.parsedate_to_datetime(text)
-            return max(0.0, at.timestamp() - time.time())
+            return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
         return 0.0
 
 
@@ -7687,8 +7681,7 @@ class HttpPeer:
                 except ConnectionError:
                     if self._is_aborted:
                         raise  # otherwise the server has closed the idle connection
-            connection = self._connect(timeout=timeout_s)
-            return self._exchange(connection, path, body, headers)
+            return self._exchange(self._connect(timeout=timeout_s), path, body, headers)
         finally:
             self.began_s = math.inf
 
@@ -7871,9 +7864,7 @@ class Outbox:
         log: StderrLog,
         announce: Callable[[], None],
     ) -> None:
-        self._destination = destination
-        self._prepare = prepare
-        self._stderr = log
+        self._destination, self._prepare, self._stderr = destination, prepare, log
         self._announce, self._is_child = announce, False
         self._begin()
         register_fork_hooks(self)
@@ -8547,8 +8538,7 @@ class _WatchedStream:
     """A stream in a WSGI environ that forwards everything to the original."""
 
     def __init__(self, stream: Any, request: Request) -> None:
-        self._stream = stream
-        self._request = request
+        self._stream, self._request = stream, request
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -8686,8 +8676,7 @@ def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _current_request.reset(token)
         # A list, or a file that the server sends, runs no more of the application's code.
-        finished = (list, tuple, environ.get("wsgi.file_wrapper"))
-        if type(parts) not in finished:
+        if type(parts) not in (list, tuple, environ.get("wsgi.file_wrapper")):
             return (_SizedAnswer if hasattr(type(parts), "__len__") else _Answer)(parts, request)
         request.end()
         return parts  # type: ignore[no-any-return]
@@ -8824,13 +8813,12 @@ def watch_error_handlers() -> None:
 
 # --- 10. Pages ------------------------------------------------------------------------------------
 
-# Bars of a trend, hours per bar
-SPANS = {"24h": (24, 1), "7d": (28, 6), "30d": (30, 24), "1y": (53, 7 * 24)}
-_SPAN_WORDS = {
-    "24h": ("24 hours", "hour"),
-    "7d": ("7 days", "6 hours"),
-    "30d": ("30 days", "day"),
-    "1y": ("53 weeks", "week"),
+# Bars of a trend, hours per bar, and both as text
+SPANS = {
+    "24h": (24, 1, "24 hours", "hour"),
+    "7d": (28, 6, "7 days", "6 hours"),
+    "30d": (30, 24, "30 days", "day"),
+    "1y": (53, 7 * 24, "53 weeks", "week"),
 }
 MAX_USUAL_DELAY_MS = 60_000  # a report received later than this shows both times
 MAX_SHOWN_RELEASES = 5
@@ -8873,7 +8861,7 @@ def exact_time(time_ms: int) -> str:
 
 def trend(buckets: Mapping[int, int], span: str, now_ms: int) -> list[tuple[int, int]]:
     """Return (start of the bar in ms, count) for each bar of a span, the newest last."""
-    bars, hours = SPANS[span]
+    bars, hours, *_ = SPANS[span]
     end = (now_ms // HOUR_MS // hours + 1) * hours
     counts = dict.fromkeys(range(end - bars * hours, end, hours), 0)
     for hour, count in buckets.items():
@@ -8884,7 +8872,7 @@ def trend(buckets: Mapping[int, int], span: str, now_ms: int) -> list[tuple[int,
 
 def trend_text(series: Sequence[tuple[int, int]], span: str) -> str:
     """Return a trend's total and its highest bar as text."""
-    counts, (time, part) = [count for _, count in series], _SPAN_WORDS[span]
+    counts, (*_, time, part) = [count for _, count in series], SPANS[span]
     if not any(counts):
         return f"None in the last {time}"
     busiest = f", {max(counts):,} in the busiest {part}" if max(counts) > 1 else ""
@@ -8975,14 +8963,10 @@ def deploy_marks(deploys: Sequence[Deploy], series: Sequence[tuple[int, int]]) -
     for one in deploys:
         if 0 <= (bar := (one.at_ms - start_ms) // step_ms) < len(series):
             bars.setdefault(bar, []).append(one)
-    marks = [
-        (
-            round(4 * (found[0].at_ms - start_ms) / step_ms, 1),
-            "deploy",
-            "\n".join(_deploy_lines(found)),
-        )
-        for found in bars.values()
-    ]
+    marks = []
+    for found in bars.values():
+        x = round(4 * (found[0].at_ms - start_ms) / step_ms, 1)
+        marks.append((x, "deploy", "\n".join(_deploy_lines(found))))
     return "; ".join(["", *_deploy_lines([*itertools.chain(*bars.values())])]), marks
 
 
@@ -9067,13 +9051,6 @@ def tag_query(name: str, value: str) -> str:
     return filter_query(ErrorFilter("all", f'"{text}"'))
 
 
-def value_query(name: str, value: str) -> str:
-    """Return the query string that finds every error with a tag, environment or release."""
-    if name not in FACETS:
-        return tag_query(name, value)
-    return filter_query(ErrorFilter("all"), **{name: value})
-
-
 def shares_of(
     error: ErrorGroup, tallies: Sequence[Tally]
 ) -> dict[str, list[tuple[str, int, str, str]]]:
@@ -9087,26 +9064,17 @@ def shares_of(
     for one in tallies:
         percent = min(100, round(100 * one.count / total))
         text = f"{percent or '<1'} %" if one.count else ""
-        share = (one.value, percent, text, value_query(one.name, one.value))
-        shares.setdefault(one.name, []).append(share)
+        query = tag_query(one.name, one.value)
+        if one.name in FACETS:
+            query = filter_query(ErrorFilter("all"), **{one.name: one.value})
+        shares.setdefault(one.name, []).append((one.value, percent, text, query))
     return {name: values for name, values in shares.items() if values and name != "level"}
-
-
-def choice_query(wanted: ErrorFilter, name: str, value: str) -> str:
-    """Return the query string of a filter after one choice."""
-    change: Json = {"project_id": int(value)} if name == "project" else {name: value}
-    return filter_query(wanted, **change)
 
 
 def sort_query(wanted: ErrorFilter, name: str) -> str:
     """Return the query string that sorts the list by a column, or reverses the current sort."""
     is_reversed = name == wanted.sort and wanted.order == "desc"
     return filter_query(wanted, sort=name, order="asc" if is_reversed else "desc")
-
-
-def hidden_fields(wanted: ErrorFilter) -> list[tuple[str, str]]:
-    """Return the parameters that the search form keeps."""
-    return urllib.parse.parse_qsl(filter_query(wanted, search="").lstrip("?"))
 
 
 def active_filters(
@@ -9128,25 +9096,15 @@ def active_filters(
 def filter_choices(
     wanted: ErrorFilter, facets: Mapping[str, Sequence[Choice]]
 ) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Return (title, choices) for each column of filters; a choice is (query, label, count).
-
-    A single project is not offered.
-    """
-    columns = [
-        (
-            name.capitalize(),
-            [
-                (
-                    choice_query(wanted, name, one.value),
-                    one.label,
-                    f"{one.count:,}{'+' if one.count == MAX_CHOICE_COUNT else ''}",
-                )
-                for one in choices
-            ],
-        )
-        for name, choices in facets.items()
-        if len(choices) > (name == "project")
-    ]
+    """Return (title, choices) for each column of filters; a choice is (query, label, count)."""
+    columns = []
+    for name, choices in facets.items():
+        field, column = "project_id" if name == "project" else name, []
+        for one in choices:
+            count = f"{one.count:,}{'+' if one.count == MAX_CHOICE_COUNT else ''}"
+            column.append((filter_query(wanted, **{field: one.value}), one.label, count))
+        if len(column) > (name == "project"):  # a single project is not offered
+            columns.append((name.capitalize(), column))
     sorts = [(sort_query(wanted, name), label, "") for name, label in SORT_LABELS.items()]
     return [*columns, ("Sort", sorts)]
 
@@ -9379,11 +9337,6 @@ def group_frames(
     return groups
 
 
-def location_frame_of_chain(chain: Sequence[ChainedException]) -> Frame | None:
-    """Return the location's frame in an exception chain, None if it has no calls."""
-    return location_frame(frame for one in chain for frame in one.frames)
-
-
 def numbered_source(context: SourceContext) -> list[tuple[int, str, bool]]:
     """Return (number, text, is failing) for each line of a source context."""
     first = context.lineno - len(context.pre_context)
@@ -9462,11 +9415,6 @@ def occurrence_times(stored: StoredOccurrence) -> list[tuple[str, int]]:
 def shown_tags(occurrence: Occurrence) -> Json:
     """Return the tags of an occurrence that can be searched."""
     return dict(itertools.islice(tags_of(occurrence).items(), MAX_TAGS))
-
-
-def tag_chips(occurrence: Occurrence) -> list[tuple[str, str, str, str]]:
-    """Return chips for an occurrence's tags; each leads to the errors with that tag."""
-    return [(tag_query(*tag), *tag, "") for tag in shown_tags(occurrence).items()]
 
 
 def sections_of(
@@ -9728,8 +9676,7 @@ def detail_json(details: ErrorDetails, now_ms: int, root: str) -> Json:
 
 def _fenced(text: str, language: str = "") -> str:
     """Return a Markdown code block that its text can't end."""
-    longest = max(map(len, re.findall(r"`{3,}", text)), default=2)
-    fence = "`" * (longest + 1)
+    fence = "`" * (max(map(len, re.findall(r"`{3,}", text)), default=2) + 1)
     return f"{fence}{language}\n{text}\n{fence}\n"
 
 
@@ -9793,10 +9740,9 @@ def _triage_markdown(error: ErrorGroup, history: Sequence[Change]) -> Iterator[s
     if error.wake_count is not None:
         yield f"- ignored until it has occurred {error.wake_count:,} times"
     for one in history[:MAX_MARKDOWN_CHANGES]:
-        details = " ".join(
-            filter(None, (one.detail and _code(one.detail), one.by and f"by {_code(one.by)}"))
-        )
-        yield f"- {iso_time(one.at_ms)} {one.what} {details}".rstrip()
+        detail = f" {_code(one.detail)}" if one.detail else ""
+        by = f" by {_code(one.by)}" if one.by else ""
+        yield f"- {iso_time(one.at_ms)} {one.what}{detail}{by}"
 
 
 def markdown(details: ErrorDetails, url: str) -> str:
@@ -9957,7 +9903,7 @@ _TEMPLATE_SOURCES = {
 % end
 </nav>
 <form class="search" action="{{home}}" role="search">
-% for name, value in hidden_fields(wanted):
+% for name, value in urllib.parse.parse_qsl(filter_query(wanted, search="").lstrip("?")):
 <input type="hidden" name="{{name}}" value="{{value}}">
 % end
 <input type="search" name="q" value="{{wanted.search}}" maxlength="200" dir="auto"
@@ -10141,7 +10087,7 @@ _TEMPLATE_SOURCES = {
 % show_message(text)
 % end
 <p class="other">{{order_text(chain)}}</p>
-% failing = location_frame_of_chain(chain)
+% failing = location_frame(frame for one in chain for frame in one.frames)
 % for one in chain:
 % if one.relation in RELATIONS:
 <h3 class="cause"><span>{{RELATIONS[one.relation]}}</span> <bdi>{{one.exception_class}}</bdi></h3>
@@ -10215,9 +10161,9 @@ _TEMPLATE_SOURCES = {
 % end
 </ol>
 % end
-% if tags := tag_chips(occurrence):
+% if tags := shown_tags(occurrence):
 <h3>Tags</h3>
-% show_chips("Tags", tags)
+% show_chips("Tags", [(tag_query(*tag), *tag, "") for tag in tags.items()])
 % end
 % for section in sections_of(occurrence, without=LEADING_SECTIONS): show_section(*section); end
 <details class="part raw"><summary><h3>Raw JSON</h3></summary>
@@ -10299,18 +10245,13 @@ _TEMPLATE_SOURCES = {
 }
 
 
-def _compile_templates() -> dict[str, bottle.SimpleTemplate]:
-    templates = {
-        name: bottle.SimpleTemplate(text if name == "layout" else _MACROS + text)
-        for name, text in _TEMPLATE_SOURCES.items()
-    }
-    for template in templates.values():
-        template.cache = templates  # where rebase() looks for the layout
-        template.defaults = globals()  # a template may call any function of this file
-    return templates
-
-
-TEMPLATES = _compile_templates()
+TEMPLATES = {
+    name: bottle.SimpleTemplate(text if name == "layout" else _MACROS + text)
+    for name, text in _TEMPLATE_SOURCES.items()
+}
+for _template in TEMPLATES.values():
+    _template.cache = TEMPLATES  # where rebase() looks for the layout
+    _template.defaults = globals()  # a template may call any function of this file
 
 STYLE = """\
 :root { color-scheme: light dark; --bg: #f6f7f8; --card: #fff; --text: #1b1f24; --muted: #5b636d;
@@ -10397,8 +10338,9 @@ footer { max-width: 1440px; margin: 0 auto; padding: 0 24px 24px; color: var(--m
 .notice:empty, code:empty, bdi:empty, .timeline i:empty { display: none; }
 em { display: inline-block; padding: 0 7px; border: 1px solid; border-radius: 99px; flex: none;
   font-size: 11.5px; line-height: 17px; white-space: nowrap; color: var(--muted); }
-em.resolved { color: var(--green); } em.new { color: var(--accent); }
-em.regressed, em.warning { color: var(--amber); } em.fatal { color: var(--red); }
+em.resolved, .history .resolved { color: var(--green); }
+em.new, .history .release { color: var(--accent); } em.fatal { color: var(--red); }
+em.regressed, em.warning, .history .regressed { color: var(--amber); }
 em.level { max-width: 12em; overflow: hidden; text-overflow: ellipsis; }
 .errors { border-collapse: separate; border-spacing: 0; table-layout: fixed;
   background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
@@ -10496,8 +10438,7 @@ aside section > h2:not(:first-child) { margin-top: 12px; }
   stroke-dasharray: 3 2; }
 .chart .deploy { stroke: var(--muted); stroke-dasharray: none; }
 .chart .resolved { stroke: var(--green); } .chart .regressed { stroke: var(--amber); }
-.history { font-size: 12px; color: var(--muted); } .history .release { color: var(--accent); }
-.history .resolved { color: var(--green); } .history .regressed { color: var(--amber); }
+.history { font-size: 12px; color: var(--muted); }
 .shares li { position: relative; display: flex; justify-content: space-between; gap: 8px;
   padding: 2px 0 5px; font-size: 13px; overflow-wrap: anywhere; }
 .shares svg { position: absolute; left: 0; bottom: 0; width: 100%; height: 3px;
@@ -10683,7 +10624,6 @@ document.addEventListener("focusout", () => { tip.hidden = true; });
 
 // Selecting errors in the list
 
-const list = () => $("#live form:has(.errors)");
 const boxes = () => $$(".errors input[name=id]");
 function countSelected() {
   const count = boxes().filter((box) => box.checked).length;
@@ -10701,12 +10641,11 @@ const row = () => document.activeElement.closest?.(".errors tbody tr");
 function move(step) {
   const rows = $$(".errors tbody tr");
   const position = rows.indexOf(row());
-  const next = rows[position < 0 ? 0 : position + step];
-  const target = next ?? row();
+  const target = rows[position < 0 ? 0 : position + step] ?? row();
   if (target) $("a", target).focus();
 }
 function applyAction(action) {
-  const form = list();
+  const form = $("#live form:has(.errors)");
   if (form && !boxes().some((box) => box.checked)) {
     const box = row() && $("input[name=id]", row());
     if (!box) return;
@@ -10875,8 +10814,6 @@ ICON = """\
  stroke-width="2.5" stroke-linecap="round" stroke-linejoin="round"/></svg>
 """
 DOTTED_ICON = ICON.replace("</svg>", '<circle cx="25" cy="7" r="7" fill="#e5484d"/></svg>')
-
-
 ASSET_NAME = f"miniapm-{hashlib.sha256((STYLE + SCRIPT + ICON).encode()).hexdigest()[:12]}"
 ASSETS = {
     f"{ASSET_NAME}.css": ("text/css; charset=utf-8", STYLE),
@@ -11459,8 +11396,7 @@ class Rejections:
     def count_dropped(self, kind: str) -> None:
         """Count one request that was accepted but not kept."""
         with self._lock:
-            is_new_kind = kind not in self._dropped
-            if is_new_kind and len(self._dropped) >= MAX_REJECTION_REASONS:
+            if kind not in self._dropped and len(self._dropped) >= MAX_REJECTION_REASONS:
                 kind = "others"
             self._dropped[kind] += 1
 
@@ -11573,12 +11509,13 @@ class PasswordGate:
         session += f".{person.encode().hex()}" if person else ""
         return f"{session}.{self._sign(session)}"
 
-    def accepts(self, cookie: str) -> bool:
-        """Return whether a cookie value is a session of ours that has not expired."""
+    def person_of(self, cookie: str) -> str | None:
+        """Return the person's name, which may be empty, of a session; None if it is not valid."""
         session, _, signature = cookie.rpartition(".")
         if not hmac.compare_digest(self._sign(session).encode(), signature.encode()):
-            return False
-        return int(session.partition(".")[0]) > self._now()
+            return None
+        expiry, _, name = session.partition(".")
+        return bytes.fromhex(name).decode() if int(expiry) > self._now() else None
 
     def end_sessions(self) -> None:
         """End every session."""
@@ -11643,12 +11580,6 @@ def url_of_request(environ: Environ) -> str:
     return f"{environ['wsgi.url_scheme']}://{environ['HTTP_HOST']}{root_of(environ)}"
 
 
-def valid_path(environ: Environ) -> str:
-    """Return the path; invalid UTF-8 and control characters become U+FFFD, so no route matches."""
-    path = environ["PATH_INFO"].encode("latin-1", "replace").decode("utf-8", "replace")
-    return re.sub(r"[\x00-\x1f\x7f]", "\ufffd", path)
-
-
 _REPORTING_PATH = re.compile(
     "/ingest/errors(?:/(?P<batch>batch))?|/api/(?P<project>[0-9]{1,18})/(?P<form>envelope|store)/?"
 )
@@ -11706,7 +11637,7 @@ def apply_action(
     """Apply a form's action to errors; return its id (0 if nothing changed) and what was done."""
     # A button sends one field, so a button that names a time or release can't name the action.
     is_snooze, until = (
-        form_field(form, "for") or form_field(form, "count"),
+        any(form_field(form, one) for one in ("for", "count")),
         form_field(form, "until"),
     )
     implied = "ignore" if is_snooze else "resolve" if until else ""
@@ -11739,12 +11670,6 @@ def checked_person(text: str) -> str:
         problem = f"name must be at most {MAX_PERSON_CHARS} printable characters"
         raise BadRequest(problem, field="name")
     return name
-
-
-def person_in(cookie: str) -> str:
-    """Return the name in a valid session cookie, empty without one."""
-    parts = cookie.split(".")
-    return bytes.fromhex(parts[1]).decode() if len(parts) > 2 else ""
 
 
 def with_cookie(
@@ -11818,8 +11743,7 @@ def answer_json(
     value: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> bottle.HTTPResponse:
     """Answer with a JSON value."""
-    text = json.dumps(value, ensure_ascii=False)
-    return answer_text(text, "application/json", status, headers)
+    return answer_text(json.dumps(value, ensure_ascii=False), "application/json", status, headers)
 
 
 def compressed(answer: bottle.HTTPResponse) -> bottle.HTTPResponse:
@@ -11903,8 +11827,7 @@ class Intake:
 
     def admit(self, environ: Environ) -> Sender | None:
         """Return a request's sender, or None if it is not a report; raise if it is refused."""
-        path = environ["PATH_INFO"]
-        found = _REPORTING_PATH.fullmatch(path)
+        found = _REPORTING_PATH.fullmatch(environ["PATH_INFO"])
         if found is None or environ["REQUEST_METHOD"] != "POST":
             return None
         keys = self._store.keys()
@@ -12151,19 +12074,15 @@ def sending_rows(
             yield target.sent_count, where, shown, target.sent_ms
 
 
+@dataclass(frozen=True)
 class View:
     """Base of the dashboard's handlers: authenticates people, reads data and renders pages."""
 
-    def __init__(
-        self,
-        store: Store,
-        gate: PasswordGate | None,
-        rejections: Rejections,
-        editor: Editor,
-        addresses: Sequence[Address],
-    ) -> None:
-        self._store, self._gate, self._rejections, self._editor = store, gate, rejections, editor
-        self._addresses = addresses
+    _store: Store
+    _gate: PasswordGate | None
+    _rejections: Rejections
+    _editor: Editor
+    _addresses: Sequence[Address]
 
     def person_of(self, environ: Environ) -> str | None:
         """Return the name of a person who may see pages, empty if unnamed; None for others.
@@ -12173,7 +12092,8 @@ class View:
         person: str | None = environ.get(PERSON_KEY, "" if self._gate is None else None)
         if person is None and self._gate is not None:
             sessions = cookies_of(environ, SESSION_COOKIE, SESSION_PATTERN)
-            person = next(map(person_in, filter(self._gate.accepts, sessions)), None)
+            known = map(self._gate.person_of, sessions)
+            person = next((one for one in known if one is not None), None)
         return person
 
     def form_limit(self, environ: Environ) -> int:
@@ -12522,16 +12442,15 @@ class Dashboard(View):
             wanted = ErrorFilter()
         series = trend(buckets, span, now_ms)
         events = events_of(error, details.history, details.tallies)
-        deploys_text, marks = deploy_marks(
-            self._store.deploys(error.project_id, series[0][0]), series
-        )
+        deploys = self._store.deploys(error.project_id, series[0][0])
+        deploys_text, marks = deploy_marks(deploys, series)
         return self.html(
             "error",
             editor=self._editor,
-            error=details.error,
+            error=error,
             stored=details.stored,
             wanted=wanted,
-            neighbours=self._store.neighbours(wanted, details.error),
+            neighbours=self._store.neighbours(wanted, error),
             events=events,
             shares=shares_of(error, details.tallies),
             span=span,
@@ -12610,8 +12529,7 @@ class Documents(View):
     def markdown(self, error_id: int, occurrence_id: int | None = None) -> bottle.HTTPResponse:
         """Return an error with one occurrence, by default the newest, as Markdown."""
         url = f"{url_of_request(bottle.request.environ)}/errors/{error_id}"
-        text = markdown(self._details(error_id, occurrence_id), url)
-        return answer_text(text, MARKDOWN_TYPE)
+        return answer_text(markdown(self._details(error_id, occurrence_id), url), MARKDOWN_TYPE)
 
     def occurrences(self, error_id: int) -> bottle.HTTPResponse:
         """Return one page of an error's kept occurrences as JSON, the newest first."""
@@ -12826,7 +12744,8 @@ class App:
 
     def _set_path(self, environ: Environ) -> None:
         """Set path and prefix, whether or not a proxy has stripped the public URL's path."""
-        path = valid_path(environ)
+        path = environ["PATH_INFO"].encode("latin-1", "replace").decode("utf-8", "replace")
+        path = re.sub(r"[\x00-\x1f\x7f]", "\ufffd", path)  # invalid, so that no route matches
         if url := self._public_url:
             root = urllib.parse.urlsplit(url).path
             if root and not self._has_route(path) and f"{path}/".startswith(f"{root}/"):
@@ -12844,9 +12763,9 @@ class App:
     def _answer(
         self, handler: Callable[..., bottle.HTTPResponse], **arguments: str
     ) -> bottle.HTTPResponse:
-        if is_sentry(bottle.request.environ["PATH_INFO"]):
-            call_safely(leave_untraced)
         environ = bottle.request.environ
+        if is_sentry(environ["PATH_INFO"]):
+            call_safely(leave_untraced)
         try:
             self._admit(environ)
             numbers = {name: int(v) for name, v in arguments.items() if name.endswith("_id")}
@@ -12942,8 +12861,7 @@ class App:
 
     def _answer_bottle_error(self, error: bottle.HTTPError) -> Any:
         """Answer what Bottle refuses (404, 405) and unexpected exceptions (500)."""
-        status = error.status_code
-        path = bottle.request.environ["PATH_INFO"]
+        status, path = error.status_code, bottle.request.environ["PATH_INFO"]
         shown = f": {loggable_path(path)}" if is_ingest(path) and status in (404, 405) else ""
         known = {404: "there is no such page", 405: "this address does not take that method"}
         text = known.get(status, "something went wrong; the server's log says more")
@@ -13000,7 +12918,7 @@ class Mount:
     ) -> None:
         self.at = "/" + at.strip("/")
         if self.at == "/":
-            raise BadSetting("at must be a path below /, such as /errors")
+            raise BadSetting("at must be a path below /, such as /apm")
         self._destination, self.config, self._keep_running = destination, config, keep_running
         self._made: tuple[Store, App] | None = None
         self._budget = BodyBudget(max(config.max_held_bytes, config.max_body_bytes + 1))
@@ -13070,10 +12988,9 @@ class Mount:
 def is_asgi(app: Any) -> bool:
     """Return whether an application takes ASGI's three arguments, not WSGI's two."""
     with contextlib.suppress(Exception):  # no signature, or the host's own code fails
-        parameters = inspect.signature(app).parameters.values()
         needed = [
             one
-            for one in parameters
+            for one in inspect.signature(app).parameters.values()
             if one.default is one.empty
             and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
         ]
@@ -13907,10 +13824,7 @@ def _waiting_channel_class() -> Any:
 
 
 def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
-    """Return waitress's channel class with two changes.
-
-    It keeps only as much of a body as the rule allows, and does not parse a known header.
-    """
+    """Return a channel class that reads what the rule of a body keeps, and skips known headers."""
 
     class Channel(_waiting_channel_class()):  # type: ignore[misc]
         known = KnownHeaders()  # learned by FastIngest
@@ -14221,18 +14135,14 @@ class Server:
         self._server.add_task = self._lanes.add_task
         self._accept_one = self._server.handle_accept
         self._server.handle_accept = self._accept
-        self._fast = self._fast_ingest(app, store, log_line if config.verbose else None)
+        if missing := missing_for_fast_ingest(self._server):
+            text = f"miniapm: this waitress has no {missing}; reports take the slower path"
+            print_line(text, sys.stderr)
+        log = log_line if config.verbose else None
+        self._fast = None if missing else FastIngest(self._server, app.intake, store, log)
         self._rejections, self._store = app.rejections, store
         self._shutdown = shutdown
         shutdown.wake = self._server.pull_trigger
-
-    def _fast_ingest(self, app: App, store: Store, log: Log | None) -> FastIngest | None:
-        if missing := missing_for_fast_ingest(self._server):
-            print_line(
-                f"miniapm: this waitress has no {missing}; reports take the slower path", sys.stderr
-            )
-            return None
-        return FastIngest(self._server, app.intake, store, log)
 
     def run(self) -> None:
         """Serve, then drain."""
@@ -14298,9 +14208,7 @@ class Server:
         while self._server.active_channels and time.monotonic() < end_s:
             for channel in list(self._server.active_channels.values()):
                 # A request that is still arriving counts while its bytes keep coming.
-                is_fresh = channel.last_activity == channel.creation_time
-                arrives = channel.request is not None or is_fresh
-                arrives = arrives and time.time() - channel.last_activity < 1
+                arrives = channel.is_receiving and time.time() - channel.last_activity < 1
                 if not (channel.requests or channel.total_outbufs_len or arrives):
                     channel.handle_close()
             self._round(0.05)
@@ -14494,8 +14402,7 @@ def run_backup(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
     """Copy the database into a new file, even while it is served."""
     parser = _Parser(prog=name, description="Copy the database and verify the copy.")
     parser.add_argument("file", metavar="FILE", help="a new file, or a folder to create it in")
-    keep_help = "in a folder, remove all but the newest N copies"
-    _add_number(parser, "--keep", 1, MAX_ID, keep_help)
+    _add_number(parser, "--keep", 1, MAX_ID, "in a folder, remove all but the newest N copies")
     given, config = parser.read(arguments, environ, ("db",))
     file, stem = given.file, os.path.basename(config.db).removesuffix(".db")
     is_folder = os.path.isdir(file) or file.endswith("/")
@@ -14562,8 +14469,7 @@ def run_export(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
         is_shown = bool(given.file) or not out.isatty()
         show = progress_bar(last_id - given.after, "ids", is_shown=is_shown)
         for done_id, line in export_lines(db, given.after, since_ms):
-            text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
-            out.write(text.encode() + b"\n")
+            out.write(_COMPACT_JSON.encode(line).encode() + b"\n")
             if done_id:
                 show(done_id - given.after)
         show(None)
@@ -14579,10 +14485,6 @@ def _lines_in(file: BinaryIO, show: Callable[[int], None]) -> Iterator[bytes]:
         while len(line) > MAX_BODY_BYTES and not line.endswith(b"\n"):
             done += len(line := file.readline(MAX_BODY_BYTES + 1))
         show(done)
-
-
-def _print_refusal(number: int, error: MiniAPMError) -> None:
-    print_line(clean(f"line {number}: {error}", MAX_CLASS_CHARS), sys.stderr)
 
 
 MAX_IMPORT_WAIT_S = 60.0  # for other writers, before each batch
@@ -14602,7 +14504,10 @@ def run_import(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
         store = Store(config.db, threads=False, wait_s=MAX_IMPORT_WAIT_S)
         cleanup.callback(store.close)
         show = progress_bar(size, "bytes")
-        importer = Importer(store, Scrubber(config.scrub_also), _print_refusal)
+        refused = lambda number, error: print_line(
+            clean(f"line {number}: {error}", MAX_CLASS_CHARS), sys.stderr
+        )
+        importer = Importer(store, Scrubber(config.scrub_also), refused)
         importer.run(_lines_in(file, show))
         show(None)
     print_line(
@@ -15006,8 +14911,7 @@ def server_requester(url: str, password: str) -> Send:
         try:
             answer = peer.ask(prefix + path, form, headers)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = on_one_line(reason_of(error))
-            raise Unavailable(f"can't reach {base}: {reason}") from None
+            raise Unavailable(f"can't reach {base}: {on_one_line(reason_of(error))}") from None
         return answer.status, answer.headers.get("Location", ""), answer.body
 
     return send
@@ -15629,9 +15533,8 @@ class McpServer:
         page = self._tracker.errors(given.get("limit", 20), project=project_id, **query)
         lines = [UNTRUSTED, f"counts by status: {json.dumps(page['counts'])}", ""]
         for error in page["errors"]:
-            row = {name: error[name] for name in _LISTED_FIELDS} | {
-                "project": error["project"]["name"]
-            }
+            row = {name: error[name] for name in _LISTED_FIELDS}
+            row["project"] = error["project"]["name"]
             for part in ("exception_class", "message", "location"):
                 row[part] = clip(on_one_line(row[part]), MAX_TOOL_TEXT_CHARS)
             lines.append(json.dumps(row, ensure_ascii=False))
@@ -15754,12 +15657,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"miniapm.py {command}"
     try:
         return COMMANDS[command](arguments, os.environ, name)
-    except BadSetting as error:
-        print_line(f"{name}: {error}", sys.stderr)
-        return 2
     except MiniAPMError as error:
         print_line(f"{name}: {error}", sys.stderr)
-        return 1
+        return 2 if isinstance(error, BadSetting) else 1
     except BrokenPipeError:  # nobody reads the output any more
         discard_output()
         return 0
