@@ -143,11 +143,9 @@ MAX_ENVELOPE_ITEMS = 100
 MAX_ENVELOPE_HEADER_BYTES = 64 * _KIBIBYTE  # of the envelope, and of each item
 MAX_EVENT_BYTES = _MEBIBYTE
 MAX_EXCEPTIONS = 50  # in a chain
-MAX_THREADS = 1_000
 MAX_BREADCRUMBS = 1_000
 MAX_BREADCRUMB_CHARS = 4 * _KIBIBYTE
 MAX_PAIRS = 200  # tags, headers, cookies
-MAX_FINGERPRINT_PARTS = 50
 
 # Longer values are cut, not refused. A mark says how much is missing.
 MAX_CLASS_CHARS = 500
@@ -168,14 +166,11 @@ MAX_PARAMS_CHARS = 64 * _KIBIBYTE
 MAX_EXTRA_CHARS = 128 * _KIBIBYTE  # all unknown fields of a report
 MAX_FIELD_CHARS = 32 * _KIBIBYTE  # one of them
 MAX_KEY_CHARS = 200
-MAX_REMEMBERED_CHARS = 200  # longer lines and paths are not cached
 MAX_FACET_CHARS = 200  # of a level, environment, release or tag to filter by
 MAX_FACET_VALUES = 100  # an error remembers this many of each, the newest
 MAX_TAG_VALUES = 200
-MAX_REMEMBERED = {
-    **dict.fromkeys(("level", "environment", "release"), MAX_FACET_VALUES),
-    "tag": MAX_TAG_VALUES,
-}
+MAX_REMEMBERED = dict.fromkeys(("level", "environment", "release"), MAX_FACET_VALUES)
+MAX_REMEMBERED["tag"] = MAX_TAG_VALUES
 MAX_TAGS = 50  # remembered from one report
 MAX_RELEASES = 10_000  # of a project, the newest; those that its errors remember are also kept
 MAX_DEPLOYS = 1_000  # of a project, the newest
@@ -197,7 +192,6 @@ MAX_WAIT_S = 4.0  # then a write that is still waiting for its turn is refused
 MAX_FAST_BYTES = 256 * _KIBIBYTE  # larger bodies are left to the thread pool
 MAX_ROUND_BYTES = 256 * _KIBIBYTE  # of bodies in one transaction of the server's loop
 MAX_TURN_S = 0.05  # the server's loop waits this long for another thread's write
-LOCK_STEP_S = 0.2  # how often the writer retries while another process holds the lock
 MAX_DRAIN_S = 10.0
 MAX_CONNECTIONS = 500
 MIN_PATIENCE_S = 0.2  # a connection is closed to make room only after waiting this long
@@ -221,12 +215,10 @@ PAGE_ERRORS = 50  # default number of rows on a page of the list
 MAX_PAGE_ITEMS = 200
 SWEEP_STEP_ROWS = 500  # removed by retention in one transaction; fewer if that is too slow
 SWEEP_STEP_S = 0.005
-SWEEP_STEP_PAGES = 100
 SWEEP_INTERVAL_S = 60.0
 MAX_KNOWN_BYTES = 8 * _MEBIBYTE  # in the cache of recently reported errors
 KNOWN_OVERHEAD_BYTES = 200  # of each entry in it
 MIN_FREE_BYTES = 16 * _MEBIBYTE  # on the disk (a tenth of a small one), kept free for deleting
-FULL_RETRY_S = 30
 PROGRESS_INTERVAL_S = 3.0  # between progress lines of a long task
 MAX_WAL_BYTES = 8 * _MEBIBYTE  # a commit checkpoints a larger write-ahead log itself
 MAX_KEYS_AGE_S = 0.05  # reading the keys per request took 4 % of the time of storing a report
@@ -335,6 +327,9 @@ class BadSetting(MiniAPMError):
 # --- 3. Settings ----------------------------------------------------------------------------------
 
 
+_Read = Callable[[str], Any]  # turns a setting's text into its value, or raises ValueError
+
+
 def _whole_number(least: int, most: int) -> tuple[Callable[[str], int], str]:
     def read(text: str) -> int:
         number = int(text)
@@ -345,23 +340,24 @@ def _whole_number(least: int, most: int) -> tuple[Callable[[str], int], str]:
     return read, f"a whole number from {least} to {most}"
 
 
-def _read_text(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError(text)
-    return text
+def _text_if(is_valid: Callable[[str], Any]) -> _Read:
+    """Return a function that returns a valid text and raises ValueError for any other."""
+
+    def read(text: str) -> str:
+        if not is_valid(text):
+            raise ValueError(text)
+        return text
+
+    return read
 
 
-def _read_path(text: str) -> str:
-    if any(ord(character) < 0x20 for character in text):
-        raise ValueError(text)
-    return text
-
-
-def _read_api_key(text: str) -> str:
+def _is_api_key(text: str) -> bool:
     # No quote, $ or backslash: people paste the key into a shell.
-    if not re.fullmatch(rf"[^\s\"'`$!\\]{{1,{MAX_KEY_CHARS}}}", text) or not text.isprintable():
-        raise ValueError(text)
-    return text
+    form = rf"[^\s\"'`$!\\]{{1,{MAX_KEY_CHARS}}}"
+    return text.isprintable() and re.fullmatch(form, text) is not None
+
+
+_read_api_key = _text_if(_is_api_key)
 
 
 def _read_switch(text: str) -> bool:
@@ -398,15 +394,9 @@ def _read_hosts(text: str) -> tuple[str, ...]:
 
 
 def _read_public_url(text: str) -> str:
-    pattern = (
-        r"(?ai)(https?)://(\[[^\]]+\]|[^/?#@\\:]+)(?::([0-9]{1,5}))?((?:/[a-zA-Z0-9_.~-]+)*)/?"
-    )
+    pattern = r"(?ai)(https?)://(\[[^\]]+\]|[^/?#@\\:]+)(?::([0-9]{1,5}))?((?:/[\w.~-]+)*)/?"
     found = re.fullmatch(pattern, text)
-    if (
-        not found
-        or re.search(r"/\.{1,2}(?:/|$)", found[4])
-        or re.match("/(?:ingest|assets)(?:/|$)", found[4])
-    ):
+    if not found or re.search(r"(?:/\.{1,2}|^/(?:ingest|assets))(?:/|$)", found[4]):
         raise ValueError(text)
     scheme, host, port = found[1].lower(), normalize_host(found[2]), int(found[3] or 0)
     if found[3] and not 1 <= port <= 65_535:
@@ -431,12 +421,10 @@ EDITORS |= {one: f"{one}://open?file={{path}}&line={{line}}&column={{column}}" f
 EDITORS |= {"sublime": "subl://open?url=file://{path}&line={line}&column={column}", "none": ""}
 
 
-def _read_editor(text: str) -> str:
+def _is_editor(text: str) -> bool:
     scheme = "(?!(?i:javascript|data|vbscript):)[A-Za-z][A-Za-z0-9+.-]*:"
     is_url = re.fullmatch(scheme + r"(?:[!-z|~]|\{(?:path|line|column)\})+", text)
-    if text not in EDITORS and not (is_url and "{path}" in text):
-        raise ValueError(text)
-    return text
+    return text in EDITORS or (is_url is not None and "{path}" in text)
 
 
 def _read_path_map(text: str) -> tuple[tuple[str, str], ...]:
@@ -448,16 +436,7 @@ def _read_path_map(text: str) -> tuple[tuple[str, str], ...]:
     return pairs
 
 
-def _read_url(pattern: str, url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    if not re.fullmatch(pattern, url) or not parts.hostname or parts.port == 0:
-        raise ValueError(url)  # .port raises it too
-    return url
-
-
-def _by_project(
-    value: str, read: Callable[[str], Any]
-) -> Callable[[str], tuple[tuple[str, Any], ...]]:
+def _by_project(value: str, read: _Read) -> _Read:
     """Return a function that reads VALUE and PROJECT=VALUE as pairs; VALUE has an empty name."""
     name = rf"(?!{value}(?:[ ,]|\Z))((?:(?!://)[^=,])+?)"
     pair = rf"(?:{name} *= *)?({value})(?:[ ,]+|\Z)"
@@ -470,20 +449,22 @@ def _by_project(
     return read_pairs
 
 
-def _urls_by_project(pattern: str) -> Callable[[str], tuple[tuple[str, str], ...]]:
-    return _by_project(r"https?://[!-+\--~]+", functools.partial(_read_url, pattern))
+def _urls_by_project(pattern: str) -> _Read:
+    def is_valid(url: str) -> bool:
+        parts = urllib.parse.urlsplit(url)  # .port raises ValueError
+        return bool(re.fullmatch(pattern, url) and parts.hostname and parts.port != 0)
+
+    return _by_project(r"https?://[!-+\--~]+", _text_if(is_valid))
 
 
-def _setting(
-    default: Any, reader: tuple[Callable[[str], Any], str], help: str, *, is_secret: bool = False
-) -> Any:
+def _setting(default: Any, reader: tuple[_Read, str], help: str, *, is_secret: bool = False) -> Any:
     """Declare a setting: its default, its reader with the values it takes, and its help text."""
     read, takes = reader
     metadata = {"read": read, "takes": takes, "help": help, "is_secret": is_secret}
     return field(default=default, repr=not is_secret, metadata=metadata)
 
 
-_TEXT = (_read_text, "printable text")
+_TEXT = (_text_if(str.isprintable), "printable text")
 _WEBHOOKS = (
     _urls_by_project(r"https?://[^/?#@]+([/?#].*)?"),
     "URLs such as https://host/path, without a user, or PROJECT=URL, separated by spaces",
@@ -513,7 +494,9 @@ class Config:
     host: str = _setting("127.0.0.1", _TEXT, "address to listen on")
     port: int = _setting(3000, _whole_number(0, 65_535), "port to listen on; 0 picks a free one")
     db: str = _setting(
-        "miniapm.db", (_read_path, "a path without control characters"), "path of the database"
+        "miniapm.db",
+        (_text_if(re.compile(r"[^\0-\x1f]*").fullmatch), "a path without control characters"),
+        "path of the database",
     )
     api_key: str | None = _setting(
         None,
@@ -561,7 +544,7 @@ class Config:
     editor: str = _setting(
         "vscode",
         (
-            _read_editor,
+            _text_if(_is_editor),
             f"one of {', '.join(EDITORS)}, or a URL with {{path}}, optional {{line}}, {{column}}",
         ),
         "editor in which links open source files, or its URL with {path} and {line}",
@@ -903,8 +886,7 @@ def is_card_number(digits: str) -> bool:
     if not _CARD_DIGITS.fullmatch(digits):
         return False
     raw = digits.encode()
-    total = sum(raw[-1::-2]) + sum(raw[-2::-2].translate(_DOUBLED)) - 48 * len(raw)
-    return total % 10 == 0
+    return (sum(raw[-1::-2]) + sum(raw[-2::-2].translate(_DOUBLED)) - 48 * len(raw)) % 10 == 0
 
 
 _IBAN = re.compile(
@@ -951,9 +933,7 @@ _AFTER_NAME = re.compile(
     r"|(?P<other>[ \t>]))"
 )
 _OPENING = re.compile(r"(?:[bBuUrRfF]{1,2}|@|Some\()?(\\{0,8})(\"\"\"|'''|[\"'`])")
-_BODY_OF_QUOTE = {
-    mark: re.compile(rf"(?:[^{mark}\\\n]|\\.)++(?={mark}|\n|\Z|\\)") for mark in "\"'`"
-}
+_BODY_OF_QUOTE = {q: re.compile(rf"(?:[^{q}\\\n]|\\.)++(?={q}|\n|\Z|\\)") for q in "\"'`"}
 _ESCAPED = re.compile(r"[^\"'\\\n]++")
 _PLAIN, _CLOSERS = r"[^\s&;#\"'`)}\]>|,\\]", r"[)}\]>|,\\]"
 # token=x; the rest of a URL, or a bracket or quote around it, ends the value.
@@ -1004,7 +984,6 @@ _ROOT_PATH = re.compile(
 _TAG = re.compile(r"(?:\s[^<>\n]{0,80})?>([^<\n]++)</")
 _FLAG = re.compile(r"[ \t]++(?![-|<>=\[({&;])(?:[\"']([^\"'\n]++)|(\S++))")
 _ANNOUNCES = re.compile(r"--?[\w-]+\Z|[\w-]*-[\w-]+\Z|(?i:authorization|cookie)\Z")
-_WORDY = re.compile(r"[a-z_]+")
 _NUMBER = re.compile(r"-?[\d.,_]+(?!\w)")
 _SCHEME = re.compile(r"\A(?:Bearer|Basic|Token|Digest) ", re.IGNORECASE)
 
@@ -1027,11 +1006,6 @@ def is_shallow(text: str) -> bool:
     return text.count("[") + text.count("{") <= MAX_JSON_DEPTH_LEVELS
 
 
-MAX_VALUE_LOOK_CHARS = 64  # how much of a value is read to tell code and prose from a secret
-MAX_LINE_LOOK_CHARS = 200  # how far before a name to look for the quotes around it
-MAX_TRIPLE_QUOTED_CHARS = 2_000
-MIN_FORM_CHARS = 12  # a shorter text holds no token, card or IBAN
-MIN_HINTED_CHARS = 300  # a shorter text is searched with one pattern of all names
 MIN_CHARS_PER_SECRET = 128  # if secrets are denser, the rest of the text is replaced as a whole
 Span = tuple[int, int]
 
@@ -1050,19 +1024,17 @@ def _bounded_sub(
 
 def _is_harmless_value(name: str, value: Any) -> bool:
     """Return whether a value is a working directory or a number of tokens, not a secret."""
-    lowered = name[-8:].lower()
+    lowered, is_text = name[-8:].lower(), isinstance(value, str)
     if lowered.endswith("pwd"):
-        return isinstance(value, str) and _PATH.match(value) is not None
-    is_number = isinstance(value, (int, float)) or (
-        isinstance(value, str) and _NUMBER.match(value) is not None
-    )
+        return is_text and _PATH.match(value) is not None
+    is_number = _NUMBER.match(value) is not None if is_text else isinstance(value, (int, float))
     return is_number and lowered.endswith("tokens")
 
 
 def _quoted_span(text: str, at: int, opening: re.Match[str]) -> Span | None:
     """Return the span of the text between quotes, or None if it is no secret."""
     start, mark = opening.end(), opening[2]
-    end = text.find(mark, start, start + MAX_TRIPLE_QUOTED_CHARS) if len(mark) == 3 else -1
+    end = text.find(mark, start, start + 2_000) if len(mark) == 3 else -1
     if opening[1] or end < 0:
         found = (_ESCAPED if opening[1] else _BODY_OF_QUOTE[mark[0]]).match(text, start)
         end = found.end() if found else start
@@ -1075,7 +1047,7 @@ def _is_closing_quote(text: str, begin: int, mark: str, after: str) -> bool:
     """Return whether the quote after name= closes a string, as in "?token=" + token."""
     if after and after not in " +,;:)]}.\n":
         return False
-    line = text[max(0, begin - MAX_LINE_LOOK_CHARS) : begin].rpartition("\n")[2]
+    line = text[max(0, begin - 200) : begin].rpartition("\n")[2]
     return line.endswith("`") or line.count(mark) % 2 == 1
 
 
@@ -1130,9 +1102,8 @@ def _hints_of(names: Iterable[str]) -> list[tuple[str, re.Pattern[str]]]:
                 for before in filter(None, befores)
                 for separator in ("", r"[_.\- ]")[: before.count("_") + 1]
             ]
-            ways += (
-                [f"{head}(?:{'|'.join(seen)}){_pattern_of([rest[len(head) :]])}"] if seen else []
-            )
+            if seen:
+                ways.append(f"{head}(?:{'|'.join(seen)}){_pattern_of([rest[len(head) :]])}")
         hints.append((letter, re.compile(f"{letter}(?:{'|'.join(ways)})")))
     return hints
 
@@ -1188,14 +1159,14 @@ class Scrubber:
         JSON text works too: the letter of an escape right before a name does not hide it.
         """
         lowered = _lowered(text)
-        if len(text) < MIN_HINTED_CHARS:
+        if len(text) < 300:  # one pattern of all names is faster then
             if self._names.hit.search(lowered) or "bearer" in lowered or "basic" in lowered:
                 return True
         elif any(letter in lowered and one.search(lowered) for letter, one in self._names.hints):
             return True
         if "@" in text and "://" in text and url.search(text):
             return True
-        if len(text) < MIN_FORM_CHARS:
+        if len(text) < 12:  # too short for a token, a card number or an IBAN
             return False
         raw = text.encode("ascii", "replace")
         if _TOKEN_RUN in raw.translate(_WORD_BYTES) and any(True for _ in _token_spans(text)):
@@ -1214,9 +1185,8 @@ class Scrubber:
         if not (self._names.always.search(lowered) or self._names.ending.search(split)):
             return False
         split = split.translate(_SEPARATORS)
-        return not (
-            split.rpartition("_")[2] in _HARMLESS_ENDINGS or re.search(_HARMLESS_NAME, split)
-        )
+        is_harmless = split.rpartition("_")[2] in _HARMLESS_ENDINGS
+        return not (is_harmless or re.search(_HARMLESS_NAME, split))
 
     def is_secret(self, name: str, value: Any) -> bool:
         """Return whether a value must not be stored under its name."""
@@ -1290,7 +1260,7 @@ class Scrubber:
                 return None
             is_open = text[max(0, begin - 2) : begin - 1] in ("(", "[", "{")
             is_pair = is_open and text[span[1] + 1 : span[1] + 2] in (")", "]", "}")
-            is_wordy = _WORDY.fullmatch(text[span[0] : span[1]])
+            is_wordy = re.fullmatch("[a-z_]+", text[slice(*span)])
             is_header = "-" in plain_name or _HEADER.search(plain_name.lower())  # or a form field
             return span if name[0] == "-" or is_header or (is_pair and not is_wordy) else None
         if form["more"] is not None:
@@ -1314,7 +1284,7 @@ class Scrubber:
     ) -> Span | None:
         """Return the span of the secret that is assigned to a name, or None."""
         at, op = form.end(), form["op"]
-        rest = text[at : at + MAX_VALUE_LOOK_CHARS]
+        rest = text[at : at + 64]  # enough to tell code and prose from a secret
         before = text[max(0, begin - 14) : begin].lower()
         if rest.removeprefix("%22").startswith(FILTERED) or _PARSER_WORD.search(before):
             return None
@@ -1339,9 +1309,8 @@ class Scrubber:
         prose = re.match(_PROSE, rest) if is_spaced else None
         if prose and not (op == "=" and " " in prose[0]):
             return None
-        is_line = (op == ":" and _HEADER.search(name.lower())) or (
-            op.startswith("=>") and form[0].startswith("]")
-        )
+        is_header = op == ":" and _HEADER.search(name.lower())
+        is_line = is_header or (op.startswith("=>") and form[0].startswith("]"))
         return _span((_LINE if is_line else _UNQUOTED).match(text, at))
 
     def _is_expression(self, rest: str, name: str, *, is_spaced: bool) -> bool:
@@ -1412,10 +1381,7 @@ scrub_text, clean = _DEFAULT_SCRUBBER.scrub_text, _DEFAULT_SCRUBBER.clean
 
 
 def scrubber_for(text: str, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Scrubber:
-    """Return the scrubber for the report with this JSON text.
-
-    If the text is plain, `sent` holds it, to be stored unchanged. Otherwise `sent` is None.
-    """
+    """Return the scrubber for a report's JSON text; its `sent` is the text if that is plain."""
     return PlainScrubber(text) if scrubber.is_plain(text) else scrubber.for_length(len(text))
 
 
@@ -1434,9 +1400,6 @@ def _without_private_keys(items: list[Any]) -> list[Any]:
     return [next(left) if isinstance(one, str) else one for one in items]
 
 
-CONTAINER_CHARS = 8  # counted for an object or array, in addition to its contents
-
-
 class _Copier:
     """Copies a JSON value with secrets replaced and strings cleaned, cut to `budget` characters."""
 
@@ -1449,7 +1412,7 @@ class _Copier:
         elif type(value) is int and is_card_number(str(value) if value < 10**19 else ""):
             value = FILTERED
         is_container = isinstance(value, (dict, list))
-        size = CONTAINER_CHARS if is_container else len(str(value))
+        size = 8 if is_container else len(str(value))  # its contents are counted one by one
         self.budget = max(0, self.budget - size - 2)
         if not is_container or not value:
             return value
@@ -1532,8 +1495,6 @@ def _read_finite(digits: str) -> float:
 
 
 _JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_read_finite)
-_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8
-_FOUR_BYTE_START = re.compile(rb"[\xf0-\xf4]")
 
 
 def refuse_costly_json(raw: bytes | bytearray, at: str = "") -> None:
@@ -1542,8 +1503,8 @@ def refuse_costly_json(raw: bytes | bytearray, at: str = "") -> None:
         return
     size = len(raw)
     if not raw.isascii():  # the widest character decides how many bytes each one takes
-        width = 4 if _FOUR_BYTE_START.search(raw) else 2
-        size = width * len(raw.translate(None, _CONTINUATION_BYTES))
+        width = 4 if re.search(rb"[\xf0-\xf4]", raw) else 2
+        size = width * len(raw.translate(None, bytes(range(0x80, 0xC0))))  # one byte a character
     objects = 64 * raw.count(b"[") + 200 * raw.count(b"{") + 24 * raw.count(b",")
     if 2 * size + 30 * raw.count(b'"') + objects > MAX_JSON_BYTES:
         message = f"{at or 'the body'} would take too much memory: send fewer or shorter values"
@@ -1646,10 +1607,13 @@ class _Fields:
         return value
 
 
+_EVENT_ID = re.compile("[0-9a-f]{32}")
+
+
 def read_event_id(value: Any) -> str | None:
     """Return an event id as 32 hexadecimal digits, or None if it is no UUID (RFC 9562)."""
     digits = value.replace("-", "").lower() if isinstance(value, str) else ""
-    return digits if re.fullmatch("[0-9a-f]{32}", digits) else None
+    return digits if digits and _EVENT_ID.fullmatch(digits) else None
 
 
 def cut_middle(lines: list[Any], most: int, noun: str = "lines") -> list[Any]:
@@ -1675,6 +1639,7 @@ def _bounded_lines(lines: list[str], scrubber: Scrubber) -> tuple[str, ...]:
     return tuple(map(_displayable, scrubber.scrub_text("\n".join(lines)).split("\n")))
 
 
+_EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 _TIMESTAMP = re.compile(r"[0-9]{4}-?(?:[0-9]{2}-?[0-9]{2}|W[0-9]{2}-?[0-9])(?:[T ]\S+)?")
 _LEAP_SECOND = re.compile(r"(?:(?<=[T ][0-9]{2}:[0-5][0-9]:)|(?<=[T ][0-9]{2}[0-5][0-9]))60")
 
@@ -1691,7 +1656,7 @@ def parse_timestamp(text: str) -> int:
     parsed = datetime.fromisoformat(_LEAP_SECOND.sub("59", text) if "60" in text else text)
     if parsed.tzinfo is None:
         parsed = parsed.replace(tzinfo=UTC)
-    at_ms = (parsed - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+    at_ms = (parsed - _EPOCH) // _MILLISECOND
     if at_ms < -62_135_596_800_000:  # before the year 1, which iso_time() can't write
         raise ValueError(text)
     return at_ms
@@ -1707,15 +1672,11 @@ def read_time_field(fields: _Fields, name: str) -> int:
 
 
 def _read_occurred(fields: _Fields, received_ms: int) -> dict[str, Any]:
-    value = fields.data.get("timestamp")
-    if value is None:
-        return {"occurred_ms": received_ms}
-    if (claimed_ms := read_time_field(fields, "timestamp")) > received_ms + MAX_FUTURE_MS:
-        return {
-            "occurred_ms": received_ms,
-            "disbelieved_timestamp": fields.tidy(value, MAX_ID_CHARS),
-        }
-    return {"occurred_ms": claimed_ms}
+    value: Any = fields.data.get("timestamp")
+    claimed_ms = received_ms if value is None else read_time_field(fields, "timestamp")
+    if claimed_ms <= received_ms + MAX_FUTURE_MS:
+        return {"occurred_ms": claimed_ms}
+    return {"occurred_ms": received_ms, "disbelieved_timestamp": fields.tidy(value, MAX_ID_CHARS)}
 
 
 _CONTEXT_FIELDS = {one.name for one in dataclasses.fields(SourceContext)}
@@ -1925,19 +1886,16 @@ _FIELDS = {  # of a report
 }
 
 
-def _unknown_fields(data: Json, context: Json) -> Json:
-    if data.keys() <= _FIELDS and context.keys() <= _CONTEXT_FIELDS:
-        return {}
-    extra = {name: value for name, value in data.items() if name not in _FIELDS}
-    if read_event_id(extra.get("event_id")) is not None:
-        del extra["event_id"]
-    more_context = {k: v for k, v in context.items() if k not in _CONTEXT_FIELDS}
-    return extra | {"source_context": more_context} if more_context else extra
-
-
 def _free_fields(fields: _Fields, scrubber: Scrubber) -> tuple[Json | None, Json]:
-    context, params = fields.mapping("source_context"), fields.mapping("params")
-    extra = _unknown_fields(fields.data, context or {})
+    """Return a report's params, and its unknown fields with those of its source context."""
+    context, params = fields.mapping("source_context") or {}, fields.mapping("params")
+    extra: Json = {}
+    if not (fields.data.keys() <= _FIELDS and context.keys() <= _CONTEXT_FIELDS):
+        extra = {name: value for name, value in fields.data.items() if name not in _FIELDS}
+        if read_event_id(extra.get("event_id")) is not None:
+            del extra["event_id"]
+        if more := {k: v for k, v in context.items() if k not in _CONTEXT_FIELDS}:
+            extra["source_context"] = more
     if scrubber.sent:
         return params, extra
     return params and scrub(params, MAX_PARAMS_CHARS, scrubber), scrub_fields(extra, scrubber)
@@ -2015,8 +1973,7 @@ class Deploy:
 def parse_deploy(data: Any, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Deploy:
     """Turn a decoded deploy into a Deploy; BadRequest names the wrong field.
 
-    The field `environment` may be called `env`, as in the original MiniAPM. Unknown fields are
-    ignored.
+    The field `environment` may be called `env`, as in the original MiniAPM.
     """
     fields = _Fields(data, "", scrubber.clean)
 
@@ -2083,13 +2040,9 @@ def dump_occurrence(occurrence: Occurrence) -> str:
     """Return the text to store for an occurrence, without the values that have their own column."""
     if occurrence.sent is not None:
         return _AS_SENT + occurrence.sent
-    values = {
-        name: value for name in _STORED_FIELDS if (value := getattr(occurrence, name)) is not None
-    }
+    values = {n: v for n in _STORED_FIELDS if (v := getattr(occurrence, n)) is not None}
     if (context := occurrence.source_context) is not None:  # asdict() takes ten times as long
-        values["source_context"] = {
-            name: getattr(context, name) for name in SourceContext.__slots__
-        }
+        values["source_context"] = {n: getattr(context, n) for n in SourceContext.__slots__}
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -2257,12 +2210,12 @@ def load_occurrence(text: str, grouping_key: bytes, event_id: str | None = None)
     """Return the occurrence that dump_occurrence() wrote."""
     if text.startswith(_AS_SENT):
         received, _, sent = text.removeprefix(_AS_SENT).partition(":")
-        data = json.loads(sent)
+        data, received_ms, scrubber = json.loads(sent), int(received), PlainScrubber(sent)
         try:
-            return parse_occurrence(data, int(received), scrubber=PlainScrubber(sent))
+            return parse_occurrence(data, received_ms, scrubber=scrubber)
         except BadRequest:  # `exceptions` was an unknown field before schema version 4
             data["exceptions (invalid)"] = data.pop("exceptions", None)
-            return parse_occurrence(data, int(received), scrubber=PlainScrubber(sent))
+            return parse_occurrence(data, received_ms, scrubber=scrubber)
     values = json.loads(text)
     if (context := values.get("source_context")) is not None:
         for name in ("pre_context", "post_context"):
@@ -2368,6 +2321,9 @@ class ChainedException:
     frames: tuple[Frame, ...]
 
 
+Chain = tuple[ChainedException, ...]
+
+
 # In this section's patterns, a name in CAPITALS stands for any word of its row.
 _WORDS_TABLE = r"""
 START_SCRIPT gunicorn uvicorn hypercorn daphne waitress-serve uwsgi celery rq rqworker dramatiq
@@ -2459,9 +2415,7 @@ DOTNET_WORD [\w<>`|+\[\],&*$@-]+
 def _word_patterns() -> dict[str, str]:
     """Map each name in _WORDS_TABLE to the pattern that it stands for."""
     rows = map(str.split, re.split(r"\n(?=\w)", _WORDS_TABLE.strip()))
-    return {
-        name: words[0] if len(words) == 1 else f"(?:{'|'.join(words)})" for name, *words in rows
-    }
+    return {name: row[0] if len(row) == 1 else f"(?:{'|'.join(row)})" for name, *row in rows}
 
 
 @functools.cache
@@ -2490,7 +2444,7 @@ _T = TypeVar("_T")
 def _cache_short_texts(read: Callable[[str], _T]) -> Callable[[str], _T]:
     """Cache results for short texts, which recur in later reports: locating takes half the time."""
     short = functools.lru_cache(1_000)(read)
-    return lambda text: short(text) if len(text) <= MAX_REMEMBERED_CHARS else read(text)
+    return lambda text: short(text) if len(text) <= 200 else read(text)
 
 
 # Folders in which package managers keep libraries, in lower case.
@@ -2530,10 +2484,7 @@ def is_own_code(file: str | None, *names: str | None) -> bool:
 
 
 def is_library_despite_in_app(file: str, function: str) -> bool:
-    """Return whether a frame marked `in_app` belongs to a package or a runtime.
-
-    The Go and Rust SDKs mark every frame that they do not recognize.
-    """
+    """Return whether `in_app` is wrong: Go's and Rust's SDKs mark all that they don't recognize."""
     is_rust = ("::" in function or "rust_" in function) and _pattern("RUST_NAME").match(function)
     return bool(is_rust or _pattern("PACKAGE_CACHE").search(file))
 
@@ -2818,7 +2769,7 @@ def _read_part(part: _ChainPart, language: str | None, heading: str | None) -> C
     return ChainedException(name, part.message, part.relation, tuple(frames[len(head) :]))
 
 
-def _chain_of_lines(occurrence: Occurrence) -> tuple[ChainedException, ...]:
+def _chain_of_lines(occurrence: Occurrence) -> Chain:
     physical, first = _physical_lines(occurrence.backtrace)
     language = first.language if first else None
     parts = _ChainSplitter(physical, language).found
@@ -2847,7 +2798,7 @@ def _read_json_frame(data: Json | str, *, bare: bool = False) -> Frame:
     return Frame(data.get("text") or "", *call, source, variables or None, root=root)
 
 
-def _chain_of_json(exceptions: Iterable[Json]) -> tuple[ChainedException, ...]:
+def _chain_of_json(exceptions: Iterable[Json]) -> Chain:
     return tuple(
         ChainedException(
             one["exception_class"],
@@ -2906,9 +2857,7 @@ def location_frame_of_lines(lines: Sequence[str]) -> Frame | None:
         text = "\n".join(physical)
         if any(hint in text for hint in _SEPARATOR_HINTS):
             parts = _ChainSplitter(physical, first.language).found
-    return location_frame(
-        frame for part in parts for frame in _frames_of(part.lines, first.language)
-    )
+    return location_frame(f for part in parts for f in _frames_of(part.lines, first.language))
 
 
 def _may_be_same_file(one: str, other: str) -> bool:
@@ -2917,9 +2866,7 @@ def _may_be_same_file(one: str, other: str) -> bool:
     return one == other or one.endswith("/" + other) or other.endswith("/" + one)
 
 
-def _with_source(
-    chain: tuple[ChainedException, ...], source: SourceContext
-) -> tuple[ChainedException, ...]:
+def _with_source(chain: Chain, source: SourceContext) -> Chain:
     """Attach the source context to its frame, or add a frame for it to the last exception."""
     places = [
         (frame.lineno != source.lineno, at, position)
@@ -2938,7 +2885,7 @@ def _with_source(
     return (*chain[:at], changed, *chain[at + 1 :])
 
 
-def chain_of(occurrence: Occurrence) -> tuple[ChainedException, ...]:
+def chain_of(occurrence: Occurrence) -> Chain:
     """Return an occurrence's exception chain: the exception that was raised, then its causes."""
     exceptions, context = occurrence.exceptions, occurrence.source_context
     chain = _chain_of_json(exceptions) if exceptions else _chain_of_lines(occurrence)
@@ -3235,8 +3182,7 @@ def _normalize_event(event: Json) -> Json:
 
 def _frames_sent(part: Json) -> list[Json]:
     """Return the frames of an exception or thread, innermost first."""
-    frames = _object(part.get("stacktrace")).get("frames")
-    return _objects(frames, MAX_BACKTRACE_LINES)[::-1]
+    return _objects(_object(part.get("stacktrace")).get("frames"), MAX_BACKTRACE_LINES)[::-1]
 
 
 def _number_of(value: Any) -> int:
@@ -3304,15 +3250,14 @@ def _frame_of_sdk(frame: Json, platform: str) -> Json | str:
     if (module := frame.get("module")) and not (function and platform in ("java", "csharp")):
         found["module"] = _text(module)
     _add_details(found, frame)
-    found["own"] = frame.get("in_app") is True and not is_library_despite_in_app(
-        path or file, function
-    )
+    is_own = frame.get("in_app") is True
+    found["own"] = is_own and not is_library_despite_in_app(path or file, function)
     return found
 
 
 def _frames_of_threads(event: Json, error: Json) -> list[Json]:
     """Return the frames of the thread most likely to have raised an error, else the event's."""
-    threads = _objects(event.get("threads"), MAX_THREADS)
+    threads = _objects(event.get("threads"), 1_000)
     thread_id = error.get("thread_id")
     tests: tuple[Callable[[Json], Any], ...] = (
         lambda thread: thread_id is not None and _text(thread.get("id")) == _text(thread_id),
@@ -3430,7 +3375,7 @@ def _fingerprint_of_event(event: Json, default: str, name: str, message: str, fr
         value = known.get(re.sub(r"^(?:error|stack)\.", "", found[1]), found[0])
         return clip(value, MAX_FACET_CHARS)
 
-    sent = map(_text, parts[:MAX_FINGERPRINT_PARTS])
+    sent = map(_text, parts[:50])
     texts = [text[:MAX_MESSAGE_CHARS] if "{{" in text else text for text in sent]
     return "|".join(
         default
@@ -3783,10 +3728,10 @@ RECORD_BUCKET = """
     ON CONFLICT (error_id, hour) DO UPDATE SET count = count + excluded.count"""
 RECORD_USER = """
     INSERT OR IGNORE INTO error_users (error_id, user_id, seen_day)
-    VALUES (:error_id, :user_id, :day)"""
+    VALUES (:error_id, :user_id, :seen_day)"""
 RECORD_USER_AGAIN = """
-    UPDATE error_users SET seen_day = :day, id = (SELECT MAX(id) + 1 FROM error_users)
-    WHERE error_id = :error_id AND user_id = :user_id AND seen_day <> :day"""
+    UPDATE error_users SET seen_day = :seen_day, id = (SELECT MAX(id) + 1 FROM error_users)
+    WHERE error_id = :error_id AND user_id = :user_id AND seen_day <> :seen_day"""
 SELECT_RELEASE = "SELECT id FROM releases WHERE project_id = ? AND name = ?"
 RECORD_RELEASE = "INSERT OR IGNORE INTO releases (project_id, name, first_ms) VALUES (?, ?, ?)"
 RECORD_DEPLOY = """
@@ -3810,20 +3755,19 @@ FORGET_FACETS = """
         LIMIT -1 OFFSET :most)"""
 COUNT_USERS = "UPDATE errors SET user_count = user_count + :count WHERE id = :error_id"
 
+_PROJECT_NAME = "(SELECT name FROM projects WHERE id = errors.project_id) AS project"
 # NULL: not resolved "in the next release". Empty: resolved so while no release was known.
 _RESOLVED_RELEASE_NAME = """COALESCE((SELECT name FROM releases WHERE id = resolved_release),
         IIF(resolved_release IS NULL, NULL, '')) AS resolved_release"""
-_ERROR_COLUMNS = f"""id, project_id,
-    (SELECT name FROM projects WHERE projects.id = project_id) AS project,
-    fingerprint, exception_class, message, location, level, first_seen_ms, last_seen_ms,
-    occurrence_count, stored_count, MIN(user_count, {MAX_USERS}) AS user_count,
+_ERROR_COLUMNS = f"""id, project_id, {_PROJECT_NAME}, fingerprint, exception_class, message,
+    location, level, first_seen_ms, last_seen_ms, occurrence_count, stored_count,
+    MIN(user_count, {MAX_USERS}) AS user_count,
     has_more_users OR user_count > {MAX_USERS} AS has_more_users, status, status_ms, regressed_ms,
-    note, wake_ms, wake_count, uncounted, first_release, last_release,
-    {_RESOLVED_RELEASE_NAME}"""
+    note, wake_ms, wake_count, uncounted, first_release, last_release, {_RESOLVED_RELEASE_NAME}"""
 SELECT_ERROR = f"SELECT {_ERROR_COLUMNS} FROM errors WHERE id = :id AND status <> 'deleted'"
-_OCCURRENCES = """
-    SELECT occurrences.id, error_id, received_ms, body, grouping_key, event_id,
-        (SELECT body FROM samples WHERE samples.error_id = errors.id) AS sample,
+_SAMPLE = "(SELECT body FROM samples WHERE samples.error_id = errors.id) AS sample"
+_OCCURRENCES = f"""
+    SELECT occurrences.id, error_id, received_ms, body, grouping_key, event_id, {_SAMPLE},
         (SELECT MIN(id) FROM occurrences WHERE error_id = errors.id) AS first_id,
         (SELECT MAX(id) FROM occurrences AS older
             WHERE older.error_id = errors.id AND older.id < occurrences.id) AS older_id,
@@ -3837,14 +3781,13 @@ _OCCURRENCES = """
     WHERE error_id = :error_id AND status <> 'deleted' AND occurrences.id"""
 SELECT_OLDER = f"{_OCCURRENCES} < :id ORDER BY occurrences.id DESC LIMIT :limit"
 SELECT_NEWER = f"{_OCCURRENCES} > :id ORDER BY occurrences.id LIMIT :limit"
-_FEED = """
+_KEPT = f"""
     occurrences.id, error_id, errors.project_id, received_ms, occurrences.body, event_id,
-        grouping_key, (SELECT name FROM projects WHERE id = errors.project_id) AS project,
-        (SELECT body FROM samples WHERE samples.error_id = errors.id) AS sample
-    FROM occurrences CROSS JOIN errors ON errors.id = error_id
-    WHERE status <> 'deleted' AND occurrences.id"""
-SELECT_FEED = f"SELECT {_FEED} > :id ORDER BY occurrences.id LIMIT :limit"
-SELECT_FEED_END = f"SELECT {_FEED} <= :id ORDER BY occurrences.id DESC LIMIT :limit"
+        grouping_key, {_PROJECT_NAME}, {_SAMPLE}
+    FROM occurrences CROSS JOIN errors ON errors.id = error_id WHERE status <> 'deleted'"""
+SELECT_FEED = f"SELECT {_KEPT} AND occurrences.id > :id ORDER BY occurrences.id LIMIT :limit"
+SELECT_FEED_END = f"""SELECT {_KEPT} AND occurrences.id <= :id
+    ORDER BY occurrences.id DESC LIMIT :limit"""
 SELECT_TALLIES = "SELECT name, value, count, first_ms FROM error_facets WHERE error_id = :id"
 SELECT_BUCKETS = """
     SELECT error_id, hour, count FROM json_each(:ids) JOIN buckets ON error_id = json_each.value
@@ -3920,10 +3863,10 @@ RESTORE_ERROR = """
 FORGET_CHANGE = "DELETE FROM history WHERE id = :change_id"
 _DISCARD = "UPDATE errors SET status = 'deleted', status_ms = 0, grouping_key = NULL"
 DISCARD_ERROR = f"{_DISCARD} WHERE id = :id"
-SELECT_KEPT = """
-    SELECT occurrences.body, event_id, samples.body AS sample
-    FROM occurrences LEFT JOIN samples USING (error_id)
-    WHERE occurrences.error_id = :error_id ORDER BY occurrences.id"""
+SELECT_KEPT = f"""
+    SELECT body, event_id, :key AS grouping_key, {_SAMPLE}
+    FROM occurrences JOIN errors ON errors.id = error_id
+    WHERE error_id = :error_id ORDER BY occurrences.id"""
 KEEP_NOTE = """
     UPDATE errors SET note = (SELECT note FROM errors WHERE id = :newer_id)
     WHERE id = :id AND note = ''"""
@@ -3977,10 +3920,10 @@ DELETE_SURPLUS_USERS = """
         (SELECT id FROM error_users WHERE error_id = :error_id AND +id <= :surplus_user
         LIMIT :step)
     RETURNING error_id"""
-SELECT_CROWDED = """
+SELECT_CROWDED = f"""
     SELECT id AS error_id, (SELECT id FROM error_users WHERE error_id = errors.id
-        ORDER BY id DESC LIMIT 1 OFFSET :most_users) AS surplus_user
-    FROM errors WHERE status <> 'deleted' AND (user_count > :most_users OR stored_count > :most AND
+        ORDER BY id DESC LIMIT 1 OFFSET {MAX_USERS}) AS surplus_user
+    FROM errors WHERE status <> 'deleted' AND (user_count > {MAX_USERS} OR stored_count > :most AND
         (SELECT MIN(id) FROM occurrences WHERE error_id = errors.id) <= :sent_id)
     LIMIT :step"""
 DISCOUNT_STORED = "UPDATE errors SET stored_count = stored_count - :count WHERE id = :error_id"
@@ -4054,16 +3997,14 @@ SELECT_SENT_ID = f"""
     SELECT COALESCE(MAX(MIN(last_id),
         {_NEWEST_ID.format("occurrences")} - {MAX_UNSENT_OCCURRENCES}), {2**63 - 1})
     FROM targets WHERE is_active AND {_IS_FORWARD}"""
-SELECT_UNSENT = """
-    SELECT occurrences.id, occurrences.body, event_id, samples.body AS sample,
+SELECT_UNSENT = f"""
+    SELECT occurrences.id, occurrences.body, event_id, {_PROJECT_NAME}, {_SAMPLE},
         CASE WHEN errors.project_id NOT IN (SELECT value FROM settings WHERE name = 'demo')
-            THEN grouping_key END AS grouping_key,
-        (SELECT name FROM projects WHERE projects.id = errors.project_id) AS project
-    FROM occurrences JOIN errors ON errors.id = error_id LEFT JOIN samples USING (error_id)
+            THEN grouping_key END AS grouping_key
+    FROM occurrences JOIN errors ON errors.id = error_id
     WHERE occurrences.id > :last_id ORDER BY occurrences.id LIMIT :step"""
-SELECT_NEWS = """
-    SELECT id, status_ms, occurrence_count,
-        (SELECT name FROM projects WHERE projects.id = project_id) AS project
+SELECT_NEWS = f"""
+    SELECT id, status_ms, occurrence_count, {_PROJECT_NAME}
     FROM errors WHERE news IS NOT NULL AND id > :after_id ORDER BY id LIMIT :step"""
 POST_NOTICES = (
     """
@@ -4072,9 +4013,8 @@ POST_NOTICES = (
     "UPDATE errors SET news = NULL WHERE id IN (SELECT value FROM json_each(:due))",
     "DELETE FROM notices WHERE id <= (SELECT MAX(id) FROM notices) - :most",
 )
-SELECT_NOTICES = """
-    SELECT notices.id, error_id, what, status = 'open' AS is_open,
-        (SELECT name FROM projects WHERE projects.id = project_id) AS project
+SELECT_NOTICES = f"""
+    SELECT notices.id, error_id, what, status = 'open' AS is_open, {_PROJECT_NAME}
     FROM notices LEFT JOIN errors ON errors.id = error_id
     WHERE notices.id > :last_id ORDER BY notices.id"""
 
@@ -4092,18 +4032,11 @@ EXPORT_ROWS = {
         FROM deploys JOIN projects ON projects.id = project_id
         WHERE deploys.id > :id ORDER BY deploys.id LIMIT :step""",
 }
-EXPORT_OCCURRENCES = """
-    SELECT occurrences.id, (SELECT name FROM projects WHERE id = errors.project_id) AS project,
-        occurrences.error_id, received_ms, occurrences.body, event_id, grouping_key,
-        samples.body AS sample
-    FROM occurrences CROSS JOIN errors ON errors.id = occurrences.error_id
-    LEFT JOIN samples ON samples.error_id = errors.id
-    WHERE occurrences.id > :id AND occurrences.id <= :last_id AND received_ms >= :since_ms
-        AND status <> 'deleted'
+EXPORT_OCCURRENCES = f"""SELECT {_KEPT}
+        AND occurrences.id > :id AND occurrences.id <= :last_id AND received_ms >= :since_ms
     ORDER BY occurrences.id LIMIT :step"""
 _EXPORT_ERRORS = f"""
-    SELECT (SELECT name FROM projects WHERE id = project_id) AS project,
-        hex(grouping_key) AS grouping_key, status_ms AS changed_ms,
+    SELECT {_PROJECT_NAME}, hex(grouping_key) AS grouping_key, status_ms AS changed_ms,
         (SELECT MAX(id) FROM occurrences WHERE error_id = errors.id) AS newest_id,
         {_RESOLVED_RELEASE_NAME},
         (SELECT json_group_array(json_array(hour, count)) FROM
@@ -4120,9 +4053,8 @@ EXPORT_ERROR = f"{_EXPORT_ERRORS} AND id = :id"
 EXPORT_EMPTY_ERRORS = f"""{_EXPORT_ERRORS} AND id > :id AND id <= :last_error_id
         AND NOT EXISTS (SELECT 1 FROM occurrences WHERE error_id = errors.id)
     ORDER BY id LIMIT :step"""
-SELECT_LAST_IDS = """
-    SELECT (SELECT COALESCE(MAX(id), 0) FROM occurrences),
-        (SELECT COALESCE(MAX(id), 0) FROM errors),
+SELECT_LAST_IDS = f"""
+    SELECT {_NEWEST_ID.format("occurrences")}, {_NEWEST_ID.format("errors")},
         (SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'occurrences')"""
 SELECT_PROJECT_ID = "SELECT id AS project_id FROM projects WHERE name = :name"
 # Imported rows keep their ids if these are free.
@@ -4144,11 +4076,10 @@ IMPORT_ROW = {
         WHERE NOT EXISTS (SELECT 1 FROM deploys WHERE project_id = :project_id
             AND at_ms = :deployed_ms AND version = :version AND environment = :environment)""",
 }
-SELECT_IMPORTED = """
+SELECT_IMPORTED = f"""
     SELECT errors.id, COALESCE(origin, created_ms || '.' || errors.id) AS origin,
-        IIF(origin IS NULL, :last_id, origin_id) AS counted_id, samples.body AS sample
+        IIF(origin IS NULL, :last_id, origin_id) AS counted_id, {_SAMPLE}
     FROM errors JOIN projects ON projects.id = project_id
-    LEFT JOIN samples ON samples.error_id = errors.id
     WHERE project_id = :project_id AND grouping_key = :key"""
 IMPORT_ERROR = f"""
     INSERT INTO errors (id, project_id, grouping_key, fingerprint, exception_class, message,
@@ -4177,9 +4108,7 @@ IMPORT_CLOCK_STEPS = f"""
 IMPORT_CHILDREN = {
     "hours": """
         INSERT OR IGNORE INTO buckets (error_id, hour, count) VALUES (:error_id, :hour, :count)""",
-    "users": """
-        INSERT OR IGNORE INTO error_users (error_id, user_id, seen_day)
-        VALUES (:error_id, :user_id, :seen_day)""",
+    "users": RECORD_USER,
     "values": f"""
         INSERT OR IGNORE INTO error_facets (id, error_id, name, value, count, first_ms)
         VALUES ({_FREE_ID.format("error_facets")}, :error_id, :name, :value, :count, :first_ms)""",
@@ -4202,14 +4131,12 @@ SET_IMPORTED = """
     WHERE id = :error_id"""
 
 CLEAR_NEWS = "UPDATE errors SET news = NULL WHERE project_id = :project_id"
-_TABLES_OF_ERRORS = "occurrences buckets error_users error_facets history samples notices"
-_TABLES_OF_PROJECTS = "errors releases deploys api_keys"
+_OF_PROJECT = "error_id IN (SELECT id FROM errors WHERE project_id = :id)"
+_ERROR_TABLES = "occurrences buckets error_users error_facets history samples notices"
+_PROJECT_TABLES = "errors releases deploys api_keys"
 REMOVE_PROJECT = (
-    *(
-        f"DELETE FROM {table} WHERE error_id IN (SELECT id FROM errors WHERE project_id = :id)"
-        for table in _TABLES_OF_ERRORS.split()
-    ),
-    *(f"DELETE FROM {table} WHERE project_id = :id" for table in _TABLES_OF_PROJECTS.split()),
+    *(f"DELETE FROM {table} WHERE {_OF_PROJECT}" for table in _ERROR_TABLES.split()),
+    *(f"DELETE FROM {table} WHERE project_id = :id" for table in _PROJECT_TABLES.split()),
     "DELETE FROM projects WHERE id = :id",
     "DELETE FROM settings WHERE name = 'demo'",
 )
@@ -4222,11 +4149,7 @@ CHECK_ERRORS = """
         (SELECT COUNT(*) FROM error_users WHERE error_id = errors.id) AS users
     FROM errors WHERE status <> 'deleted'
         AND (occurrence_count <> hours OR stored_count <> kept OR user_count <> users)"""
-CHECK_REPORTS = """
-    SELECT occurrences.id, occurrences.body, event_id, grouping_key, samples.body AS sample
-    FROM occurrences JOIN errors ON errors.id = occurrences.error_id
-    LEFT JOIN samples ON samples.error_id = errors.id
-    WHERE status <> 'deleted' ORDER BY occurrences.error_id"""
+CHECK_REPORTS = f"SELECT {_KEPT} ORDER BY error_id"
 CHECK_TOTALS = """
     SELECT (SELECT COUNT(*) FROM projects) AS projects,
         (SELECT COUNT(*) FROM errors WHERE status <> 'deleted') AS errors,
@@ -4448,9 +4371,7 @@ class Choice:
 
 
 # True while this module does its own work, whose failures are never recorded.
-_is_capture_paused: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "miniapm_busy", default=False
-)
+_is_capture_paused = contextvars.ContextVar("miniapm_busy", default=False)
 
 
 @contextlib.contextmanager
@@ -4463,8 +4384,7 @@ def _pause_capture() -> Iterator[None]:
 
 
 def _like_pattern(term: str, start: str = "%", end: str = "%") -> str:
-    escaped = re.sub(r"([\\%_])", r"\\\1", term)
-    return f"{start}{escaped}{end}"
+    return start + re.sub(r"([\\%_])", r"\\\1", term) + end
 
 
 @dataclass(frozen=True, slots=True)
@@ -4580,12 +4500,6 @@ def _where(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
     return " AND ".join(conditions), values
 
 
-def count_statement(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
-    """Compose the SQL that counts the matches in one project and status."""
-    where, values = _where(wanted, now_ms)
-    return f"SELECT COUNT(*) FROM errors WHERE {where}", values
-
-
 def _is_ascending(wanted: ErrorFilter) -> bool:
     """Return whether rows are read in ascending order; a page before a cursor reads backwards."""
     return (wanted.order == "asc") != bool(wanted.before)
@@ -4595,12 +4509,10 @@ def list_statement(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
     """Compose the SQL that reads a page's errors, plus one, of one project and status."""
     where, values = _where(wanted, now_ms)
     column = "shown_users" if wanted.sort == "users" else SORTS[wanted.sort]
-    is_ascending = _is_ascending(wanted)
+    order, comparison = ("ASC", ">") if _is_ascending(wanted) else ("DESC", "<")
     if cursor := wanted.after or wanted.before:
-        comparison = ">" if is_ascending else "<"
         where += f" AND ({column}, id) {comparison} (:cursor_value, :cursor_id)"
         values["cursor_value"], values["cursor_id"] = cursor
-    order = "ASC" if is_ascending else "DESC"
     ordering = f"ORDER BY {column} {order}, id {order} LIMIT {wanted.limit + 1:d}"
     return f"SELECT {_ERROR_COLUMNS} FROM errors WHERE {where} {ordering}", values
 
@@ -4762,12 +4674,19 @@ def refuse_foreign(db: sqlite3.Connection, path: str) -> None:
         raise MiniAPMError(f"{path} was written by a newer version of MiniAPM; it was not changed")
 
 
+_UNREADABLE = (ValueError, TypeError, KeyError, zlib.error, MiniAPMError)  # of a damaged report
+
+
+def _stored_text(body: bytes | str, sample: bytes | None) -> str:
+    if isinstance(body, str):  # older reports are stored as plain text
+        return body
+    return unpack(body, sample and zlib.decompress(sample))
+
+
 def _release_in(body: bytes | str, sample: bytes | None) -> str | None:
     """Return the release of a stored report, None if it has none or can't be read."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, zlib.error, MiniAPMError):
-        if isinstance(body, bytes):
-            body = unpack(body, sample and zlib.decompress(sample))
-        return facet_of(load_occurrence(body, b""), "release") or None
+    with contextlib.suppress(*_UNREADABLE):
+        return facet_of(load_occurrence(_stored_text(body, sample), b""), "release") or None
     return None
 
 
@@ -4817,7 +4736,7 @@ def open_database(path: str) -> sqlite3.Connection:
         try:
             db = undo.enter_context(contextlib.closing(_connect(path)))
             _migrate(db, path)
-            db.execute(f"PRAGMA busy_timeout = {int(LOCK_STEP_S * 1000)}")
+            db.execute("PRAGMA busy_timeout = 200")  # milliseconds; then the writer tries again
             db.execute(f"PRAGMA wal_autocheckpoint = {MAX_WAL_BYTES // 4096}")
         except sqlite3.Error as error:
             raise MiniAPMError(f"can't use the database {path}: {error}") from None
@@ -4886,8 +4805,8 @@ class Writer:
     run_here() writes from another thread; run_alone() writes if there is no writer thread.
     """
 
-    def __init__(self, db: sqlite3.Connection, path: str, *, threads: bool, wait_s: float) -> None:
-        self._db = db
+    def __init__(self, path: str, *, threads: bool, wait_s: float) -> None:
+        self._db = open_database(path)
         self._path = path
         # Device and inode of each file, None until it exists: -wal and -shm are made later.
         self._files: dict[str, tuple[int, int] | None] = dict.fromkeys(
@@ -5126,9 +5045,8 @@ def _replace_keys(key: str, now_ms: int, db: sqlite3.Connection) -> None:
         raise BadSetting(f"{flag_of('api_key')} is a key of project {owner['name']!r}")
     if owner is not None and owner["revoked_ms"] is None:
         return  # the project's other keys stay valid
-    db.execute(INSERT_PROJECT, values)
-    db.execute(REVOKE_KEYS, values)
-    db.execute(INSERT_KEY, values)
+    for statement in (INSERT_PROJECT, REVOKE_KEYS, INSERT_KEY):
+        db.execute(statement, values)
 
 
 def change_status(
@@ -5191,8 +5109,12 @@ def facets_of(occurrence: Occurrence) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
-# Project id, occurrence, the text to store
-_Report = tuple[int, Occurrence, str]
+_Report = tuple[int, Occurrence, str]  # project id, occurrence, the text to store
+_Reports = Sequence[_Report]
+_ErrorKey = tuple[int, bytes]  # project id, grouping key
+_ReleaseIds = dict[tuple[int, str], int]  # by project id and name
+_Values = tuple[str | int | None, ...]  # of an SQL statement
+_Tally = tuple[int, int, int, str, str]  # the values of COUNT_FACET
 
 
 def is_stored(project_id: int, event_id: str, db: sqlite3.Connection) -> bool:
@@ -5204,11 +5126,9 @@ def is_stored(project_id: int, event_id: str, db: sqlite3.Connection) -> bool:
     return found is not None and found["status"] != "deleted"
 
 
-def _group_new_reports(
-    reports: Iterable[_Report], db: sqlite3.Connection
-) -> dict[tuple[int, bytes], list[_Report]]:
+def _group_new_reports(reports: _Reports, db: sqlite3.Connection) -> dict[_ErrorKey, list[_Report]]:
     """Group reports by error; leave out stored ones, unless their error is deleted."""
-    groups: dict[tuple[int, bytes], list[_Report]] = {}
+    groups: dict[_ErrorKey, list[_Report]] = {}
     seen: set[tuple[int, str]] = set()
     for report in reports:
         project_id, one, _ = report
@@ -5246,7 +5166,7 @@ class _KnownError:
     location: str = ""  # of that report
 
 
-def _releases_of(group: Sequence[_Report]) -> list[tuple[int, str]]:
+def _releases_of(group: _Reports) -> list[tuple[int, str]]:
     """Return the time and release of each report that has a release."""
     return [
         (one.occurred_ms, release)
@@ -5255,9 +5175,7 @@ def _releases_of(group: Sequence[_Report]) -> list[tuple[int, str]]:
     ]
 
 
-def _error_values_of(
-    error: _KnownError | None, group: Sequence[_Report]
-) -> tuple[str | int | None, ...]:
+def _error_values_of(error: _KnownError | None, group: _Reports) -> _Values:
     """Return the values of _ERROR_VALUES for an error's reports, then their earliest time."""
     last, count = group[-1][1], len(group)
     # Finding a location takes as long as packing the report; most repeat the previous location.
@@ -5277,16 +5195,9 @@ def _error_values_of(
 
 
 def _reopen_if_due(
-    error: sqlite3.Row,
-    group: Sequence[_Report],
-    releases: Mapping[tuple[int, str], int],
-    now_ms: int,
-    db: sqlite3.Connection,
+    error: sqlite3.Row, group: _Reports, releases: _ReleaseIds, now_ms: int, db: sqlite3.Connection
 ) -> None:
-    """Reopen an error that got reports, if it is resolved or its snooze is over.
-
-    `releases` maps (project id, release) to the release's id.
-    """
+    """Reopen an error that got reports, if it is resolved or its snooze is over."""
     if error["status"] == "resolved":
         release, since = facet_of(group[0][1], "release"), error["resolved_release"]
         if since is not None:
@@ -5311,8 +5222,8 @@ class _Recorder:
 
     def __init__(self, now_ms: Callable[[], int]) -> None:
         self._now_ms = now_ms
-        self._known: dict[tuple[int, bytes], _KnownError] = {}
-        self._releases: dict[tuple[int, str], int] = {}  # ids by project and name
+        self._known: dict[_ErrorKey, _KnownError] = {}
+        self._releases: _ReleaseIds = {}
         self._known_bytes = 0
         self._data_version = -1
 
@@ -5333,7 +5244,7 @@ class _Recorder:
         error.seen |= new
         self._add_cached_bytes(sum(KNOWN_OVERHEAD_BYTES + len(value) for _, value in new))
 
-    def write(self, reports: Sequence[_Report], db: sqlite3.Connection) -> list[Exception | None]:
+    def write(self, reports: _Reports, db: sqlite3.Connection) -> list[Exception | None]:
         """Write all reports together, or one by one if that fails; return each one's refusal."""
         _, refusal = _run_in_savepoint(functools.partial(self.write_together, reports), db)
         if refusal is None:
@@ -5345,7 +5256,7 @@ class _Recorder:
             refusal = MiniAPMError(f"the report can't be stored: {type(refusal).__name__}")
         return [refusal]
 
-    def write_together(self, reports: Sequence[_Report], db: sqlite3.Connection) -> None:
+    def write_together(self, reports: _Reports, db: sqlite3.Connection) -> None:
         """Write all reports or none; skip those already stored."""
         if (version := _pragma(db, "data_version")) != self._data_version:
             self.forget()
@@ -5357,9 +5268,9 @@ class _Recorder:
         if received_ms < last_ms - SWEEP_INTERVAL_S * 1000:
             db.execute(RECORD_CLOCK_STEP, {"last_id": last_id})
         block = last_id // REQUEST_BLOCK_IDS << 32
-        occurrences: list[tuple[int, int, bytes, int, bytes | None, int | None]] = []
+        occurrences: list[tuple[Any, ...]] = []
         hours: dict[tuple[int, int], int] = collections.defaultdict(int)
-        tallies: list[tuple[int, int, int, str, str]] = []
+        tallies: list[_Tally] = []
         for error, group in self._record_errors(groups, received_ms, db):
             for project_id, one, text in group:
                 hours[error.id, one.occurred_ms // HOUR_MS] += 1
@@ -5378,9 +5289,7 @@ class _Recorder:
             [(error_id, bucket_hour(hour, now_hour), n) for (error_id, hour), n in hours.items()],
         )
 
-    def _record_releases(
-        self, reports: Sequence[_Report], now_ms: int, db: sqlite3.Connection
-    ) -> None:
+    def _record_releases(self, reports: _Reports, now_ms: int, db: sqlite3.Connection) -> None:
         """Store new releases in order of first appearance, and remember their ids."""
         if len(self._releases) > MAX_RELEASES:
             self._releases.clear()
@@ -5391,11 +5300,8 @@ class _Recorder:
                 self._releases[release] = db.execute(SELECT_RELEASE, release).fetchone()[0]
 
     def _record_errors(
-        self,
-        groups: Mapping[tuple[int, bytes], Sequence[_Report]],
-        received_ms: int,
-        db: sqlite3.Connection,
-    ) -> Iterator[tuple[_KnownError, Sequence[_Report]]]:
+        self, groups: Mapping[_ErrorKey, _Reports], received_ms: int, db: sqlite3.Connection
+    ) -> Iterator[tuple[_KnownError, _Reports]]:
         """Create or update the error of each group; yield it with its reports."""
         known = {key: self._known.get(key) for key in groups}
         values = {key: _error_values_of(known[key], group) for key, group in groups.items()}
@@ -5410,22 +5316,17 @@ class _Recorder:
             yield error or self._record_error(key, group, values[key], received_ms, db), group
 
     def _record_error(
-        self,
-        key: tuple[int, bytes],
-        group: Sequence[_Report],
-        values: tuple[str | int | None, ...],
-        received_ms: int,
-        db: sqlite3.Connection,
+        self, key: _ErrorKey, group: _Reports, values: _Values, now_ms: int, db: sqlite3.Connection
     ) -> _KnownError:
         """Create or update an error that isn't in the cache or has changed since."""
         known = self._known.get(key)
         row = db.execute(SELECT_BY_KEY, key).fetchone()
         if is_new := row is None:
-            first_values = (*values[:-2], received_ms, *key, group[-1][1].fingerprint)
+            first_values = (*values[:-2], now_ms, *key, group[-1][1].fingerprint)
             row = db.execute(RECORD_FIRST, first_values).fetchone()
         else:
             db.execute(RECORD_AGAIN, (*values, row["id"]))
-            _reopen_if_due(row, group, self._releases, received_ms, db)
+            _reopen_if_due(row, group, self._releases, now_ms, db)
         if known is not None and known.id == row["id"]:
             return known
         ids = {"error_id": row["id"]}
@@ -5440,13 +5341,13 @@ class _Recorder:
         return known
 
     def _record_users(
-        self, error: _KnownError, group: Sequence[_Report], day: int, db: sqlite3.Connection
+        self, error: _KnownError, group: _Reports, day: int, db: sqlite3.Connection
     ) -> None:
         found = {(day, one.user_id): None for _, one, _ in group if one.user_id is not None}
         if found.keys() <= error.seen:
             return
         users = [pair for pair in found if pair not in error.seen]
-        new = [{"error_id": error.id, "user_id": user, "day": day} for _, user in users]
+        new = [{"error_id": error.id, "user_id": user, "seen_day": day} for _, user in users]
         if count := db.executemany(RECORD_USER, new).rowcount:
             db.execute(COUNT_USERS, {"error_id": error.id, "count": count})
         if count < len(new):
@@ -5454,11 +5355,7 @@ class _Recorder:
         self._add_seen(error, users)
 
     def _record_facets(
-        self,
-        error: _KnownError,
-        group: Sequence[_Report],
-        tallies: list[tuple[int, int, int, str, str]],
-        db: sqlite3.Connection,
+        self, error: _KnownError, group: _Reports, tallies: list[_Tally], db: sqlite3.Connection
     ) -> None:
         """Store the values of reports; add the parameters of COUNT_FACET to `tallies`."""
         found: dict[tuple[str, str], tuple[int, int]] = {}  # the newest last
@@ -5492,25 +5389,23 @@ class _Recorder:
             self._add_seen(error, newest)
 
 
-def _occurrence_in(row: sqlite3.Row, key: bytes) -> Occurrence:
-    """Return the occurrence that a row holds."""
-    body, sample, event_id = row["body"], row["sample"], row["event_id"]
-    if isinstance(body, bytes):  # older reports are stored as plain text
-        body = unpack(body, sample and zlib.decompress(sample))
-    return load_occurrence(body, key, event_id and event_id.hex())
+def _occurrence_in(row: sqlite3.Row) -> Occurrence:
+    """Return the occurrence that a row holds; _UNREADABLE if it is damaged."""
+    event_id, text = row["event_id"], _stored_text(row["body"], row["sample"])
+    return load_occurrence(text, row["grouping_key"], event_id and event_id.hex())
 
 
 def _stored_occurrence(row: sqlite3.Row) -> StoredOccurrence:
     values = dict(row)
     for name in ("body", "sample", "event_id", "grouping_key"):
         del values[name]
-    return StoredOccurrence(**values, occurrence=_occurrence_in(row, row["grouping_key"]))
+    return StoredOccurrence(**values, occurrence=_occurrence_in(row))
 
 
 def _occurrence_to_send(row: sqlite3.Row) -> Occurrence | None:
     """Return a row's occurrence, None if it must not be sent or can't be read."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, zlib.error, MiniAPMError):
-        return row["grouping_key"] and _occurrence_in(row, row["grouping_key"])
+    with contextlib.suppress(*_UNREADABLE):
+        return row["grouping_key"] and _occurrence_in(row)
     return None
 
 
@@ -5532,8 +5427,8 @@ def _undo_change(row: sqlite3.Row, recorder: _Recorder, db: sqlite3.Connection) 
         db.execute(RESTORE_ERROR, before | {"id": kept_id})
     db.execute(FORGET_CHANGE, {"change_id": row["change_id"]})
     for newer_id in newer_ids:
-        rows = db.execute(SELECT_KEPT, {"error_id": newer_id}).fetchall()
-        moved = [_occurrence_in(one, key) for one in rows]
+        rows = db.execute(SELECT_KEPT, {"error_id": newer_id, "key": key}).fetchall()
+        moved = map(_occurrence_in, rows)
         recorder.write_together([(project_id, one, dump_occurrence(one)) for one in moved], db)
 
 
@@ -5549,10 +5444,7 @@ def undo_action(action_id: int, now_ms: int, recorder: _Recorder, db: sqlite3.Co
 
 
 def faults_of(db: sqlite3.Connection) -> Iterator[str]:
-    """Yield a line for each fault of a database.
-
-    Checks the file's structure, every error's counts and every report.
-    """
+    """Yield a line for each fault in a file's structure, an error's counts or a stored report."""
     for row in db.execute("PRAGMA integrity_check(20)"):
         if row[0] != "ok":
             yield f"integrity: {row[0]}"
@@ -5564,8 +5456,8 @@ def faults_of(db: sqlite3.Connection) -> Iterator[str]:
         )
     for row in db.execute(CHECK_REPORTS):
         try:
-            _occurrence_in(row, row["grouping_key"])
-        except (ValueError, TypeError, KeyError, zlib.error, MiniAPMError) as error:
+            _occurrence_in(row)
+        except _UNREADABLE as error:
             yield f"report {row['id']} can't be read: {error}"
 
 
@@ -5581,9 +5473,7 @@ def owner_of(key: str, keys: Iterable[tuple[int, bytes]]) -> int | None:
 def _page_of(found: list[ErrorGroup], counts: Json, wanted: ErrorFilter) -> ErrorPage:
     """Merge the first matches of each project and status into a page."""
     column = SORTS[wanted.sort]
-    found.sort(
-        key=lambda error: (getattr(error, column), error.id), reverse=not _is_ascending(wanted)
-    )
+    found.sort(key=lambda one: (getattr(one, column), one.id), reverse=not _is_ascending(wanted))
     has_more = len(found) > wanted.limit
     page = found[: wanted.limit][:: -1 if wanted.before else 1]
     ends = [(getattr(error, column), error.id) for error in page]
@@ -5657,28 +5547,6 @@ class Readers:
             self._is_abandoned = True
 
 
-class _KeyCache:
-    """Holds the valid API keys for MAX_KEYS_AGE_S."""
-
-    def __init__(self, readers: Readers) -> None:
-        self._readers = readers
-        self._keys: Keys = ()
-        self._until_s = 0.0
-
-    def current(self) -> Keys:
-        """Return the keys: the same object until one of them changes."""
-        if (now_s := time.monotonic()) >= self._until_s:
-            with self._readers.lend(one_statement=True) as db:
-                found = tuple((one, key.encode()) for one, key in db.execute(SELECT_KEYS))
-            self._keys = self._keys if found == self._keys else found
-            self._until_s = now_s + MAX_KEYS_AGE_S
-        return self._keys
-
-    def expire(self) -> None:
-        """Make the next call read the keys again."""
-        self._until_s = 0.0
-
-
 @contextlib.contextmanager
 def _search_deadline(db: sqlite3.Connection) -> Iterator[None]:
     """Stop the block's statements after MAX_SEARCH_S and raise Unavailable."""
@@ -5721,7 +5589,8 @@ class Triage:
         """
         now_ms = self.now_ms()
         statement, values = list_statement(wanted, now_ms)
-        counting, count_values = count_statement(wanted, now_ms)
+        where, count_values = _where(wanted, now_ms)
+        counting = f"SELECT COUNT(*) FROM errors WHERE {where}"
         found: list[ErrorGroup] = []
         counts = dict.fromkeys(STATUSES, 0)
         is_later = bool(wanted.after or wanted.before)
@@ -5792,7 +5661,7 @@ class Triage:
             values = {"id": 2**63 - 1 if after_id is None else after_id, "limit": limit}
             rows = sorted(db.execute(statement, values), key=operator.itemgetter("id"))
         rest = operator.itemgetter("id", "error_id", "project_id", "project", "received_ms")
-        return tuple(FeedItem(_occurrence_in(row, row["grouping_key"]), *rest(row)) for row in rows)
+        return tuple(FeedItem(_occurrence_in(row), *rest(row)) for row in rows)
 
     def buckets(self, error_ids: Sequence[int], since_hour: int) -> dict[int, dict[int, int]]:
         """Return each error's count by hour since 1970; hours without occurrences are left out."""
@@ -5836,9 +5705,8 @@ class Triage:
         limits = {"statuses": json.dumps(statuses), "most": MAX_CHOICE_COUNT}
         with self.reading() as db, _search_deadline(db):
             projects = db.execute(COUNT_PROJECTS, limits).fetchall()
-            rows = [
-                row for part in _list_parts(db, wanted) for row in db.execute(COUNT_FACETS, part)
-            ]
+            parts = _list_parts(db, wanted)
+            rows = [row for part in parts for row in db.execute(COUNT_FACETS, part)]
         choices = {"project": tuple(Choice(str(one), name, count) for one, name, count in projects)}
         rows.sort(key=operator.itemgetter("newest_id"), reverse=True)
         counts: dict[str, dict[str, int]] = {name: {} for name in FACETS}
@@ -5877,8 +5745,8 @@ class Triage:
 
         Readers no longer see them. Retention removes their rows once that can't be undone.
         """
-        change = functools.partial(change_status, by=by)
-        return int(self.write(lambda db: change(db, error_ids, "deleted", self.now_ms())))
+        now_ms = self.now_ms
+        return int(self.write(lambda db: change_status(db, error_ids, "deleted", now_ms(), by=by)))
 
     def action(self, action_id: int) -> Action | None:
         """Return an action, None if it is unknown, undone or too old to be undone."""
@@ -5888,10 +5756,7 @@ class Triage:
         return None if row is None else Action(**row)
 
     def undo(self, action_id: int) -> int:
-        """Undo an action; return how many errors were restored. NotFound if it is too late.
-
-        Errors that have changed since are left as they are.
-        """
+        """Undo an action for errors unchanged since; return how many. NotFound if too late."""
         restored: int = self.write(
             lambda db: undo_action(action_id, self.now_ms(), self._recorder, db)
         )
@@ -5998,13 +5863,13 @@ class Store(Triage, Queues):
         self.path = os.path.realpath(path)
         self.now = now
         self._readers = Readers(self.path)
-        db = open_database(self.path)
-        self._writer = Writer(db, self.path, threads=threads, wait_s=wait_s)
+        self._writer = Writer(self.path, threads=threads, wait_s=wait_s)
         self.write = self._writer.run if threads else self._writer.run_alone
         self.copy_log = self._writer.copy_log
         self.has_surplus = threading.Event()  # Retention may have something to remove
         self._reports_since_surplus = 0
-        self._keys = _KeyCache(self._readers)
+        self._keys: Keys = ()
+        self._keys_until_s = 0.0  # when keys() reads them again
         self._recorder = _Recorder(self.now_ms)
         self.forget_known = self._writer.on_rollback = self._recorder.forget
 
@@ -6043,7 +5908,7 @@ class Store(Triage, Queues):
 
     def _refuse_when_full(self) -> None:
         if problem := lack_of_space(self.path):
-            raise Unavailable(problem, retry_after_s=FULL_RETRY_S)
+            raise Unavailable(problem, retry_after_s=30)
 
     def _prepared(self, reports: Iterable[tuple[int, Occurrence]]) -> list[_Report]:
         """Return reports with the texts to store; Unavailable if the disk is nearly full."""
@@ -6099,29 +5964,32 @@ class Store(Triage, Queues):
         return tuple(Project(**row | {"keys": tuple(json.loads(row["keys"]))}) for row in rows)
 
     def keys(self) -> Keys:
-        """Return every valid key; changes by other processes show within MAX_KEYS_AGE_S."""
+        """Return every valid key, as the same object until one of them changes.
+
+        Changes by other processes show within MAX_KEYS_AGE_S.
+        """
         self._writer.refuse_if_closed()
-        return self._keys.current()
+        if (now_s := time.monotonic()) >= self._keys_until_s:
+            with self._readers.lend(one_statement=True) as db:
+                found = tuple((one, key.encode()) for one, key in db.execute(SELECT_KEYS))
+            self._keys = self._keys if found == self._keys else found
+            self._keys_until_s = now_s + MAX_KEYS_AGE_S
+        return self._keys
 
     def create_key(self, name: str) -> str:
         """Add a new key to the project `name`, created if needed; return the key."""
         refuse_name(name)
         key = f"proj_{secrets.token_hex(16)}"
         values = {"name": name, "key": key, "now_ms": self.now_ms()}
-
-        def work(db: sqlite3.Connection) -> None:
-            db.execute(INSERT_PROJECT, values)
-            db.execute(INSERT_KEY, values)
-
-        self.write(work)
-        self._keys.expire()
+        self.write(lambda db: [db.execute(one, values) for one in (INSERT_PROJECT, INSERT_KEY)])
+        self._keys_until_s = 0.0
         return key
 
     def revoke(self, name: str) -> int:
         """Revoke all keys of the project `name`, or the key `name`; NotFound if there is none."""
         values = {"name": name, "now_ms": self.now_ms()}
         revoked: int = self.write(lambda db: db.execute(REVOKE_KEYS, values).rowcount)
-        self._keys.expire()
+        self._keys_until_s = 0.0
         if not revoked:
             raise NotFound(f"{name!r} is neither a valid key nor a project with one")
         return revoked
@@ -6134,7 +6002,7 @@ class Store(Triage, Queues):
         """
         if key is not None:
             self.write(functools.partial(_replace_keys, key, self.now_ms()))
-            self._keys.expire()
+            self._keys_until_s = 0.0
         elif all(p.name != "default" for p in self.projects()):
             self.create_key("default")
         return next(p for p in self.projects() if p.name == "default")
@@ -6175,12 +6043,10 @@ def _remove_deleted(db: sqlite3.Connection, step: int, now_ms: int) -> int:
 
 
 def _release_pages(db: sqlite3.Connection) -> int:
-    """Give one step of free pages back to the disk; return how many.
-
-    A tenth of the file stays free for the next reports.
-    """
+    """Give one step of free pages back to the disk; return how many."""
+    # A tenth of the file stays free for the next reports.
     free = _pragma(db, "freelist_count") - _pragma(db, "page_count") // 10
-    step = max(0, min(free, SWEEP_STEP_PAGES))
+    step = max(0, min(free, 100))
     for _ in range(step):
         db.execute("PRAGMA incremental_vacuum(1)")  # execute() frees one page, whatever the number
     return step
@@ -6227,18 +6093,14 @@ class Retention:
             self._store.has_surplus.clear()
 
     def sweep(self) -> None:
-        """Remove everything that is due, and give the space back to the disk.
-
-        Ignored errors whose time is over are reopened.
-        """
+        """Wake errors and remove rows that are due; give the space back to the disk."""
         with self._store.reading() as db:
             (self._sent_id,) = db.execute(SELECT_SENT_ID).fetchone()
         self._repeat(self._wake_due)
         self._repeat(self._remove_expired)
         self._repeat(self._remove_expired_users)
         with self._store.reading() as db:
-            values = {"most": self._max_occurrences, "most_users": MAX_USERS}
-            values["sent_id"] = self._sent_id
+            values = {"most": self._max_occurrences, "sent_id": self._sent_id}
             rows = db.execute(SELECT_CROWDED, values | {"step": SWEEP_STEP_ROWS})
             crowded = [values | dict(row) for row in rows]
         if crowded:
@@ -6266,8 +6128,7 @@ class Retention:
         """Run a step, and size the next one so that it takes about SWEEP_STEP_S."""
         began_s = time.perf_counter()
         done: int = step(db)
-        is_slow = time.perf_counter() - began_s > SWEEP_STEP_S
-        change = 0.5 if is_slow else 1.25
+        change = 0.5 if time.perf_counter() - began_s > SWEEP_STEP_S else 1.25
         self._step_rows = max(1, min(SWEEP_STEP_ROWS, int(self._step_rows * change) + 1))
         return done
 
@@ -6280,8 +6141,7 @@ class Retention:
 
     def _remove_expired(self, db: sqlite3.Connection) -> int:
         db.execute(DELETE_CLOCK_STEPS)
-        cutoff_ms = self._store.now_ms() - self._retention_ms
-        values = {"cutoff_ms": cutoff_ms, "step": self._step_rows}
+        values = {"cutoff_ms": self._store.now_ms() - self._retention_ms, "step": self._step_rows}
         steps = [row["last_id"] for row in db.execute(SELECT_CLOCK_STEPS)]
         for after_id, last_id in itertools.pairwise([0, *steps, 2**63 - 1]):
             part = values | {"after_id": after_id, "last_id": min(last_id, self._sent_id)}
@@ -6360,7 +6220,7 @@ def export_lines(
                 yield 0, _line_of_row("error", error)
         place: Json = {"kind": "occurrence", "id": row["id"], "project": row["project"]}
         place |= {"error_id": error_id, "received_at": iso_time(row["received_ms"])}
-        yield row["id"], place | to_export_line(_occurrence_in(row, row["grouping_key"]))
+        yield row["id"], place | to_export_line(_occurrence_in(row))
     if not after_id and since_ms is None:
         for row in _exported_rows(db, EXPORT_EMPTY_ERRORS, values | {"step": 1}):
             if row["id"] not in exported:
@@ -6385,7 +6245,6 @@ class _ImportedError:
 
 
 _Lines = list[tuple[int, str, Json]]  # number, kind and values of each
-IMPORT_BATCH_BYTES = 256 * _KIBIBYTE  # of lines; parsed, they take up to 30 times as much
 
 
 def _id_in(fields: _Fields, name: str) -> int | None:
@@ -6432,7 +6291,8 @@ class Importer:
                 else:
                     self._fail(number, error)
                 continue
-            is_full = size > IMPORT_BATCH_BYTES or len(batch) >= BATCH_PART_REPORTS
+            # Parsed, lines may take 30 times their size.
+            is_full = size > 256 * _KIBIBYTE or len(batch) >= BATCH_PART_REPORTS
             # Retention must never see an error without the occurrence that follows it.
             if is_full and (batch[-1][1], kind) != ("error", "occurrence"):
                 self._write(batch)
@@ -6531,7 +6391,7 @@ class Importer:
 
     def _add_occurrences(self, lines: Sequence[Json], db: sqlite3.Connection) -> int:
         """Add occurrences in order; return how many were new."""
-        errors: dict[tuple[int, bytes], _ImportedError] = {}
+        errors: dict[_ErrorKey, _ImportedError] = {}
         ids = []
         for line in lines:
             key, one = (line["project_id"], line["key"]), line["report"]
@@ -6593,7 +6453,7 @@ class Importer:
         counts = collections.Counter(hours).items()
         db.executemany(RECORD_BUCKET, [(error.id, hour, count) for hour, count in counts])
         known = _KnownError(error.id, error.sample or b"", is_new=False)
-        tallies: list[tuple[int, int, int, str, str]] = []
+        tallies: list[_Tally] = []
         days = itertools.groupby(error.counted, key=lambda line: line["received_ms"] // DAY_MS)
         for day, part in days:
             group = [(project_id, line["report"], "") for line in part]
@@ -6609,9 +6469,8 @@ class Importer:
         db.execute(IMPORT_ERROR, values)
         values["error_id"] = db.execute(SELECT_IMPORTED, values).fetchone()["id"]
         for name, statement in IMPORT_CHILDREN.items():
-            db.executemany(
-                statement, [one | {"error_id": values["error_id"]} for one in values[name]]
-            )
+            rows = [one | {"error_id": values["error_id"]} for one in values[name]]
+            db.executemany(statement, rows)
         db.execute(SET_IMPORTED, values)
 
 
