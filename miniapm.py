@@ -155,10 +155,10 @@ MAX_ID_CHARS = 200
 MAX_LINE_CHARS = 10_000
 MAX_BACKTRACE_LINES = 500
 MAX_BACKTRACE_CHARS = 512 * _KIBIBYTE
-MAX_FRAMES = 2_000  # an entry of a backtrace may hold newlines
+MAX_FRAMES = 2_000  # lines of a backtrace, whose entries may span several lines
 MAX_CONTEXT_LINES = 50  # on each side of the failing line
 MAX_CONTEXT_CHARS = 64 * _KIBIBYTE
-MAX_SOURCE_FRAMES = 50  # of a chain, that keep source and variables
+MAX_SOURCE_FRAMES = 50  # frames of a chain that keep source and variables
 MAX_SOURCE_LINES = 10  # on each side of such a frame's line
 MAX_LOCALS = 50  # of such a frame
 MAX_EXCEPTIONS_CHARS = 128 * _KIBIBYTE  # the whole chain as JSON
@@ -183,7 +183,7 @@ MAX_COUNTED_ERRORS = 10_000  # of a project and status, the newest; filter menus
 MAX_CHOICE_COUNT = 1_000  # errors with one value of a filter: counting stops here
 MAX_TREND_HOURS = 31 * 24  # newer reports are counted by the hour, older ones by the day
 MAX_DAILY_HOURS = 10 * 366 * 24  # older reports are counted in blocks of 366 days
-MAX_NAME_CHARS = 32  # longest added name; a name may begin this far before its secret word
+MAX_NAME_CHARS = 32  # of an added name, and of a name's part before its secret word
 SCRUB_AHEAD_CHARS = 4_096  # scrubbed beyond a cut
 
 MAX_FUTURE_MS = 3_600_000  # timestamps further ahead are not believed
@@ -194,7 +194,7 @@ MAX_ROUND_BYTES = 256 * _KIBIBYTE  # of bodies in one transaction of the server'
 MAX_TURN_S = 0.05  # the server's loop waits this long for another thread's write
 MAX_DRAIN_S = 10.0
 MAX_CONNECTIONS = 500
-MIN_PATIENCE_S = 0.2  # a connection is closed to make room only after waiting this long
+MIN_PATIENCE_S = 0.2  # a connection is closed to make room only if idle for this long
 MAX_ACCEPTED = 64  # new connections in one round of the server's loop
 BACKLOG_CONNECTIONS = 1_024
 MAX_IDLE_S = 30  # connections that send nothing for this long are closed
@@ -221,7 +221,7 @@ KNOWN_OVERHEAD_BYTES = 200  # of each entry in it
 MIN_FREE_BYTES = 16 * _MEBIBYTE  # on the disk (a tenth of a small one), kept free for deleting
 PROGRESS_INTERVAL_S = 3.0  # between progress lines of a long task
 MAX_WAL_BYTES = 8 * _MEBIBYTE  # a commit checkpoints a larger write-ahead log itself
-MAX_KEYS_AGE_S = 0.05  # reading the keys per request took 4 % of the time of storing a report
+MAX_KEYS_AGE_S = 0.05  # of cached API keys: reading them per request took 4 % of storing a report
 CHECKPOINT_COMMITS = 50  # between checkpoints of the write-ahead log
 REQUEST_BLOCK_IDS = 4_096  # occurrence ids whose request keys share one block of the index
 SWEEP_AFTER_REPORTS = 2_000  # this many new reports start a sweep early
@@ -267,13 +267,13 @@ class MiniAPMError(Exception):
         self.retry_after_s = retry_after_s
 
     def without_traceback(self) -> Self:
-        """Return the error without its traceback, which would keep all values in its frames."""
+        """Return the error without its traceback, which would keep its frames' values in memory."""
         self.__traceback__ = self.__context__ = self.__cause__ = None
         return self
 
 
 class BadRequest(MiniAPMError):
-    """The request does not match the API; `field` is the path of the culprit: errors[3].message."""
+    """A request does not match the API; `field` is the invalid field's path: errors[3].message."""
 
     status = 400
 
@@ -321,7 +321,7 @@ class Unavailable(MiniAPMError):
 
 
 class BadSetting(MiniAPMError):
-    """A flag or variable has an invalid value."""
+    """A flag or environment variable has an invalid value."""
 
 
 # --- 3. Settings ----------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def _read_path_map(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _by_project(value: str, read: _Read) -> _Read:
-    """Return a function that reads VALUE and PROJECT=VALUE as pairs; VALUE has an empty name."""
+    """Return a reader of VALUE and PROJECT=VALUE as pairs; VALUE alone gets an empty project."""
     name = rf"(?!{value}(?:[ ,]|\Z))((?:(?!://)[^=,])+?)"
     pair = rf"(?:{name} *= *)?({value})(?:[ ,]+|\Z)"
 
@@ -823,7 +823,7 @@ _PLACEHOLDERS = re.compile(
     r"|\.{3}|…|\[\w+\])(?=[\s,;)\]}\"'`|&@]|\Z)"
 )
 
-# The userinfo of a URL: an @ comes before the path, or the password contains / ? or #.
+# A URL with userinfo: the @ comes before the path, or the password contains / ? or #.
 _URL_SECRET = re.compile(
     r"://([^\s/?#@]*+@[^\s/?#]*+"
     r"|[^\s/?#@:\"'<>`]*+:(?!\d*+(?:[/?#]|\Z))[^\s/?#@\"'<>`]*+[/?#](?:[^\s\"'<>`:]|:(?!//))*+)"
@@ -871,7 +871,7 @@ _DOUBLED = bytes.maketrans(b"0123456789", b"0246813579")
 
 
 def _may_hold_card(text: str, digits: bytes) -> bool:
-    """Return whether a text may hold a card number; `digits` is its bytes by _DIGIT_BYTES."""
+    """Return whether a text may hold a card number; `digits` is its _DIGIT_BYTES translation."""
     for run in _CARD_RUNS:
         at = digits.find(run)
         while at >= 0:
@@ -936,7 +936,7 @@ _OPENING = re.compile(r"(?:[bBuUrRfF]{1,2}|@|Some\()?(\\{0,8})(\"\"\"|'''|[\"'`]
 _BODY_OF_QUOTE = {q: re.compile(rf"(?:[^{q}\\\n]|\\.)++(?={q}|\n|\Z|\\)") for q in "\"'`"}
 _ESCAPED = re.compile(r"[^\"'\\\n]++")
 _PLAIN, _CLOSERS = r"[^\s&;#\"'`)}\]>|,\\]", r"[)}\]>|,\\]"
-# token=x; the rest of a URL, or a bracket or quote around it, ends the value.
+# The value in token=x, up to the rest of a URL or the end of an enclosing bracket or quote.
 _UNQUOTED = re.compile(
     rf"(?:(?:[Bb]earer|[Bb]asic|[Tt]oken|[Dd]igest)[ ])?"
     rf"(?:(?:{_PLAIN}++|{_CLOSERS}{{1,20}}+(?={_PLAIN})|[\"'`](?=\w))++|[^\s&;#\"'`]++)"
@@ -1032,7 +1032,7 @@ def _is_harmless_value(name: str, value: Any) -> bool:
 
 
 def _quoted_span(text: str, at: int, opening: re.Match[str]) -> Span | None:
-    """Return the span of the text between quotes, or None if it is no secret."""
+    """Return the span of the text between quotes, or None if it isn't a secret."""
     start, mark = opening.end(), opening[2]
     end = text.find(mark, start, start + 2_000) if len(mark) == 3 else -1
     if opening[1] or end < 0:
@@ -1078,7 +1078,7 @@ def _may_give_value(text: str, begin: int, end: int) -> bool:
     )
 
 
-# A pattern that begins with one fixed letter takes a sixth of the time, per character, of one that
+# Per character, a pattern that begins with one fixed letter takes a sixth of the time of one that
 # can begin with several.
 _RARE_LETTERS = "kpcsubj"
 
@@ -1109,7 +1109,7 @@ def _hints_of(names: Iterable[str]) -> list[tuple[str, re.Pattern[str]]]:
 
 
 class _SecretNames:
-    """The patterns of secret names; compiling them at the import would take a fifth of its time."""
+    """The patterns of secret names; compiling them at import would take a fifth of its time."""
 
     def __init__(self, also: Iterable[str]) -> None:
         added = [re.sub("[. -]", "_", name.lower()) for name in also]
@@ -1156,7 +1156,7 @@ class Scrubber:
     def may_hold_secret(self, text: str, url: re.Pattern[str] = _URL_SECRET) -> bool:
         """Return whether a text may need scrubbing; if False, scrubbing would not change it.
 
-        JSON text works too: the letter of an escape right before a name does not hide it.
+        JSON text works too: a name is found even right after an escape such as a newline's.
         """
         lowered = _lowered(text)
         if len(text) < 300:  # one pattern of all names is faster then
@@ -1344,7 +1344,7 @@ class Scrubber:
     def is_plain(self, text: str) -> bool:
         """Return whether nothing in a report's JSON text needs to be cleaned or scrubbed.
 
-        Fields with a lower limit may need a cut. One check takes a tenth of the time of many.
+        Fields with a lower limit may still need a cut. Checking each field takes ten times as long.
         """
         # ASCII in JSON needs no more than this; isprintable() takes ten times as long.
         is_clean = not ("\n" in text or "\x7f" in text) if text.isascii() else text.isprintable()
@@ -1470,7 +1470,7 @@ def scrub(value: Json, limit: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Js
 
 
 def scrub_fields(values: Json, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Json:
-    """Scrub unknown fields; a huge one is cut and leaves room for the others."""
+    """Scrub unknown fields; a huge one is cut to leave room for the others."""
     result: Json = {}
     left = MAX_EXTRA_CHARS
     for position, (name, value) in enumerate(values.items()):
@@ -1504,7 +1504,7 @@ def refuse_costly_json(raw: bytes | bytearray, at: str = "") -> None:
     size = len(raw)
     if not raw.isascii():  # the widest character decides how many bytes each one takes
         width = 4 if re.search(rb"[\xf0-\xf4]", raw) else 2
-        size = width * len(raw.translate(None, bytes(range(0x80, 0xC0))))  # one byte a character
+        size = width * len(raw.translate(None, bytes(range(0x80, 0xC0))))  # counts characters
     objects = 64 * raw.count(b"[") + 200 * raw.count(b"{") + 24 * raw.count(b",")
     if 2 * size + 30 * raw.count(b'"') + objects > MAX_JSON_BYTES:
         message = f"{at or 'the body'} would take too much memory: send fewer or shorter values"
@@ -1611,7 +1611,7 @@ _EVENT_ID = re.compile("[0-9a-f]{32}")
 
 
 def read_event_id(value: Any) -> str | None:
-    """Return an event id as 32 hexadecimal digits, or None if it is no UUID (RFC 9562)."""
+    """Return an event id as 32 hexadecimal digits, or None if it isn't a UUID (RFC 9562)."""
     digits = value.replace("-", "").lower() if isinstance(value, str) else ""
     return digits if digits and _EVENT_ID.fullmatch(digits) else None
 
@@ -1914,7 +1914,7 @@ def parse_occurrence(
     scrubber: Scrubber = _DEFAULT_SCRUBBER,
     trust: bool = False,
 ) -> Occurrence:
-    """Turn one decoded report into an Occurrence; BadRequest names the wrong field.
+    """Turn one decoded report into an Occurrence; BadRequest names the invalid field.
 
     `received_ms` is the time of receipt, `at` the report's path in the body (errors[3]). A report
     from outside needs the scrubber that scrubber_for() returns. `trust` skips the checks of depth
@@ -1971,7 +1971,7 @@ class Deploy:
 
 
 def parse_deploy(data: Any, received_ms: int, scrubber: Scrubber = _DEFAULT_SCRUBBER) -> Deploy:
-    """Turn a decoded deploy into a Deploy; BadRequest names the wrong field.
+    """Turn a decoded deploy into a Deploy; BadRequest names the invalid field.
 
     The field `environment` may be called `env`, as in the original MiniAPM.
     """
@@ -2093,7 +2093,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _is_clean(given: Json, exact: Occurrence, cleaned: Occurrence, scrubber: Scrubber) -> bool:
-    """Return whether cleaning changed nothing in a report but texts that had been cut before."""
+    """Return whether cleaning a report changed only texts that had been cut before."""
     size, least = (len(dump_occurrence(one)) for one in (exact, cleaned))
     if size > least * 3 // 2 + 1_000 or any(_displayable(one) != one for one in _strings(given)):
         return False
@@ -2114,7 +2114,7 @@ def from_export_line(
 ) -> Occurrence:
     """Turn a line of an export, or any report, into an Occurrence; BadRequest says what is wrong.
 
-    It is checked, cleaned and scrubbed like any report, but texts cut before are not cut again.
+    The line is checked, cleaned and scrubbed like a report, but texts cut before stay as they are.
     """
     given = {name: value for name, value in line.items() if name not in _LINE_FIELDS}
     fields, changes = _Fields(line, ""), dict[str, Any]()
@@ -2142,7 +2142,7 @@ def _columns(text: str) -> dict[str, Any]:
     return {one.rstrip("#{}"): kinds.get(one.rstrip("}")[-1], str) for one in text.split()}
 
 
-# The other lines of an export, by `kind`: the columns of a row, and for lists those of each entry.
+# An export's lines, except occurrences, by `kind`: columns, and for a list those of its entries.
 # A time (…_ms) is written as …_at, in ISO 8601.
 _LINE_KINDS: dict[str, dict[str, Any]] = {
     "project": _columns("id# name created_ms"),
@@ -2165,7 +2165,7 @@ _MAY_BE_NULL = {
     *("first_release", "last_release", "first_ms", "before"),
 }
 _TYPE_NAMES = {int: "a whole number", str: "a string", list: "an array"}
-MAX_LINE_ID = 2**32  # in an export: a search by request takes a step per 4,096 ids
+MAX_LINE_ID = 2**32  # above an export's ids: a search by request takes a step per 4,096 ids
 
 
 def _is_of_kind(value: Any, kind: Any, name: str) -> bool:
@@ -2186,7 +2186,7 @@ def _entry_of(entry: Any, columns: Mapping[str, type], at: str) -> Json:
 
 
 def read_export_row(line: Json) -> Json:
-    """Return the values of an export's line by column; BadRequest names the wrong field."""
+    """Return the values of an export's line by column; BadRequest names the invalid field."""
     fields, values = _Fields(line, ""), dict[str, Any]()
     for name, kind in _LINE_KINDS[line["kind"]].items():
         shown = re.sub("_ms$", "_at", name)
@@ -2293,7 +2293,7 @@ class Frame:
     is_own: bool = False
     source: SourceContext | None = None
     locals: Json | None = None
-    language: str | None = None  # in whose form the line was written
+    language: str | None = None  # whose traceback form the line has
     root: str = ""  # the part of the path on disk before `file`, if known
 
     @property
@@ -2484,7 +2484,7 @@ def is_own_code(file: str | None, *names: str | None) -> bool:
 
 
 def is_library_despite_in_app(file: str, function: str) -> bool:
-    """Return whether `in_app` is wrong: Go's and Rust's SDKs mark all that they don't recognize."""
+    """Return whether `in_app` is wrong: Go's and Rust's SDKs set it for code they don't know."""
     is_rust = ("::" in function or "rust_" in function) and _pattern("RUST_NAME").match(function)
     return bool(is_rust or _pattern("PACKAGE_CACHE").search(file))
 
@@ -2538,7 +2538,7 @@ php         .php    (?>.* in (?=(?:/|[A-Za-z]:\\)))(?P<file>.{1,300}?\.php)(?:\(
 
 # How Rails and Elixir print a package: `activerecord (7.1.0) lib/…`, `(ecto 3.10.1) lib/…`.
 _LIBRARY_PREFIX = r"[\w.-]+ \(\d[\w.-]*\) |\(ELIXIR_APP(?: [^)]*)?\) "
-# A reporter may mark whose code a frame is; the mark overrides the path.
+# A reporter may mark a frame as [own] or [library]; the mark overrides the path.
 _MARK = re.compile(r" \[(own|library)\]$")
 
 
@@ -2913,8 +2913,8 @@ def locate(occurrence: Occurrence) -> str:
     return clip(" in ".join(filter(None, (place, frame.function))), MAX_CLASS_CHARS)
 
 
-# Rows, the most specific first: replacement (- deletes), a substring of every match (any: none),
-# pattern. This table is for names that compilers, proxies and template engines generate.
+# Rows, the most specific first: replacement (- deletes), a substring of every match (any: there is
+# none), pattern. This table is for names that compilers, proxies and template engines generate.
 _GENERATED = r"""
 \1   $$       (\$\$Lambda)(?:\$\d+)?(?:/(?:0x)?[0-9a-f]+)?
 \1   CGLIB    (\$\$\w*CGLIB)\$\$\w+
@@ -3115,7 +3115,7 @@ def envelope_of_event(raw: bytes | bytearray) -> Envelope:
 
 
 def read_event(payload: memoryview, at: str) -> Json:
-    """Decode an event; raise BadRequest or TooLarge if it is refused."""
+    """Decode an event; BadRequest if it is malformed, TooLarge if it exceeds MAX_EVENT_BYTES."""
     if len(payload) > MAX_EVENT_BYTES:
         raise TooLarge(f"{at} is larger than {MAX_EVENT_BYTES:,} bytes", field=at)
     text = read_text(bytes(payload), at)
@@ -3414,7 +3414,7 @@ def _breadcrumb_of(crumb: Json) -> Json:
     return crumb | {"timestamp": time_text} if time_text else crumb
 
 
-_MAX_BREADCRUMBS_CHARS = MAX_FIELD_CHARS * 3 // 4  # of all, if a report is longer than this
+_MAX_BREADCRUMBS_CHARS = MAX_FIELD_CHARS * 3 // 4  # of all breadcrumbs of a report
 
 
 def _newest_breadcrumbs(crumbs: list[Json]) -> list[Json]:
@@ -3582,8 +3582,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE INDEX occurrences_by_request ON occurrences (request_key)
             WHERE request_key IS NOT NULL""",
     ),
-    # Ids follow the day a user was last seen, so that retention can remove old users. Users
-    # stored earlier count as seen with their error's newest report.
+    # In error_users, ids are in order of the day last seen, so that retention can remove old
+    # users. Users stored earlier count as seen with their error's newest report.
     (
         "ALTER TABLE errors ADD COLUMN has_more_users INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE error_users RENAME TO old_users",
@@ -3615,7 +3615,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "ALTER TABLE errors ADD COLUMN note TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE errors ADD COLUMN wake_ms INTEGER",
-        "ALTER TABLE errors ADD COLUMN wake_count INTEGER",  # an occurrence_count
+        "ALTER TABLE errors ADD COLUMN wake_count INTEGER",  # the occurrence_count to reach
         "ALTER TABLE errors ADD COLUMN uncounted INTEGER NOT NULL DEFAULT 0",
         "UPDATE errors SET uncounted = occurrence_count",
         "ALTER TABLE error_facets ADD COLUMN count INTEGER NOT NULL DEFAULT 0",
@@ -4171,7 +4171,7 @@ DAY_MS = 24 * HOUR_MS
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """A project, which owns errors; `keys` are its valid ones."""
+    """A project, which owns errors; `keys` are its API keys that have not been revoked."""
 
     id: int
     name: str
@@ -4188,8 +4188,8 @@ class ErrorGroup:
     `has_more_users` is true if there were more. An ignored error wakes at `wake_ms`, or when
     `occurrence_count` reaches `wake_count`. The first `uncounted` occurrences are in no Tally.
     `first_release` and `last_release` are those of the first and last occurrence with a release.
-    Only a release newer than `resolved_release` reopens a resolved error; None means that any
-    report does, empty that no release was known.
+    Only a release newer than `resolved_release` reopens a resolved error. If it is empty, any
+    release does, because none was known; if it is None, any report does.
     """
 
     id: int
@@ -4268,7 +4268,7 @@ class ErrorFilter:
 
 @dataclass(frozen=True, slots=True)
 class ErrorPage:
-    """One page of a list, the number of matches by status, and the cursors of its neighbours."""
+    """A page of a list, the number of matches by status, and the cursors of the pages around it."""
 
     errors: tuple[ErrorGroup, ...]
     counts: Mapping[str, int]
@@ -4355,7 +4355,7 @@ class Target:
 class Notice:
     """What a webhook announces: a new or regressed error, and the number of others."""
 
-    last_id: int  # of all the stored notices that this one covers
+    last_id: int  # the newest stored notice that this one covers
     what: str
     error: ErrorGroup | None  # None if there is nothing to announce
     others: int
@@ -4501,7 +4501,7 @@ def _where(wanted: ErrorFilter, now_ms: int) -> tuple[str, Json]:
 
 
 def _is_ascending(wanted: ErrorFilter) -> bool:
-    """Return whether rows are read in ascending order; a page before a cursor reads backwards."""
+    """Return whether rows are read in ascending order; a page before a cursor is read backwards."""
     return (wanted.order == "asc") != bool(wanted.before)
 
 
@@ -4646,7 +4646,7 @@ def back_up(source: sqlite3.Connection, target: str) -> None:
 
 
 def _keep_old_version(db: sqlite3.Connection, path: str) -> None:
-    """Copy a database to a file next to it; MiniAPMError if the disk lacks room to migrate then."""
+    """Copy a database to a file next to it; MiniAPMError if the disk lacks room for migrating."""
     db.execute("BEGIN")
     version = _pragma(db, "user_version")
     # A migration's log took 5 % of the database's size.
@@ -4755,7 +4755,7 @@ Work = Callable[[sqlite3.Connection], Any]
 
 
 def _run_in_savepoint(work: Work, db: sqlite3.Connection) -> tuple[Any, Exception | None]:
-    """Return the work's result, or the error for which its writes were rolled back."""
+    """Return the work's result and None, or None and the error that undid its writes."""
     db.execute("SAVEPOINT part")
     try:
         result = work(db)
@@ -4853,13 +4853,13 @@ class Writer:
             return job.future.result()
 
     def run_here(self, work: Work) -> Any:
-        """Do what run() does in the calling thread; Unavailable after MAX_TURN_S."""
+        """Run work as run() does, but in the calling thread; Unavailable after MAX_TURN_S."""
         if self._locked_since_s < math.inf:
             raise Unavailable("the database is locked by another process", retry_after_s=2)
         return self._run_in_turn(work, MAX_TURN_S)
 
     def run_alone(self, work: Work, reports: int = 0) -> Any:
-        """Do what run() does in the calling thread; Unavailable after `wait_s`."""
+        """Run work as run() does, but in the calling thread; Unavailable after `wait_s`."""
         return self._run_in_turn(work, self._wait_s)
 
     def _run_in_turn(self, work: Work, wait_s: float) -> Any:
@@ -5062,7 +5062,7 @@ def change_status(
 ) -> int:
     """Change the status of errors and add it to their history; return the action's id or 0.
 
-    `what` is a Change's, or "deleted". Errors that already have the status are skipped. With
+    `what` is as in Change, or "deleted". Errors that already have the status are skipped. With
     `in_next_release`, only a release newer than all known ones reopens the errors.
     """
     values = {
@@ -5462,7 +5462,7 @@ def faults_of(db: sqlite3.Connection) -> Iterator[str]:
 
 
 def owner_of(key: str, keys: Iterable[tuple[int, bytes]]) -> int | None:
-    """Return the id of the project that a key belongs to; compare in constant time."""
+    """Return the id of the project that owns a key, or None; compare in constant time."""
     presented, owner = key.encode("utf-8", "surrogatepass"), None
     for project_id, known in keys:
         if hmac.compare_digest(presented, known):
@@ -5519,7 +5519,7 @@ class Readers:
                 db = _connect(self._path)
                 self._all.append(db)
                 db.execute("PRAGMA query_only = ON")
-            if not one_statement:  # which would take twice as long
+            if not one_statement:  # with a transaction, it would take twice as long
                 db.execute("BEGIN")
             try:
                 yield db
@@ -5582,7 +5582,7 @@ class Triage:
     _recorder: _Recorder
 
     def errors(self, wanted: ErrorFilter) -> ErrorPage:
-        """Return one page of errors; the time depends on neither the page nor the history.
+        """Return one page of errors; neither later pages nor a long history take longer.
 
         For each project and status, an index holds the errors in order; the first rows of each
         are merged.
@@ -5607,7 +5607,7 @@ class Triage:
         return _page_of(found, counts, wanted)
 
     def neighbours(self, wanted: ErrorFilter, error: ErrorGroup) -> tuple[int | None, int | None]:
-        """Return the ids of the errors before and after one in a list, None if there is none.
+        """Return the ids of the errors before and after one in a list, None where the list ends.
 
         The error itself may have left the list. An invalid or slow search has no neighbours.
         """
@@ -5696,7 +5696,7 @@ class Triage:
     def facets(self, wanted: ErrorFilter) -> dict[str, tuple[Choice, ...]]:
         """Return the projects, levels, environments and releases that a list can be filtered by.
 
-        All count the errors with the filter's status. Levels, environments and releases come
+        Only errors with the filter's status are counted. Levels, environments and releases come
         newest first and count only the filter's project, of which the MAX_COUNTED_ERRORS seen last
         are read. Values without errors are left out, except the chosen ones. Raises Unavailable
         like errors().
@@ -5809,8 +5809,8 @@ class Queues:
     ) -> int:
         """Turn the news of `step` errors into notices; return the last error's id, 0 at the end.
 
-        News waits until its error has as many occurrences as `least` names for its project, or
-        for "". News from before `since_ms` is dropped.
+        News waits until its error has the number of occurrences that `least` gives for its project,
+        else for "", else 1. News from before `since_ms` is dropped.
         """
         with self.reading() as db:
             rows = db.execute(SELECT_NEWS, {"after_id": after_id, "step": step}).fetchall()
@@ -5824,7 +5824,7 @@ class Queues:
         return rows[-1]["id"] if len(rows) == step else 0
 
     def next_notice(self, last_id: int, projects: Collection[str]) -> Notice:
-        """Return one Notice that covers all after an id, about the oldest whose error is open.
+        """Return one Notice for all notices after an id, about the oldest whose error is open.
 
         Without `projects`, the errors of all projects count.
         """
@@ -6181,7 +6181,7 @@ class Retention:
 
 
 def _exported_rows(db: sqlite3.Connection, statement: str, values: Json) -> Iterator[sqlite3.Row]:
-    values = {"id": 0, "step": 100} | values  # rows in memory, each perhaps a megabyte
+    values = {"id": 0, "step": 100} | values  # one step is in memory; a row may take a megabyte
     while rows := db.execute(statement, values).fetchall():
         yield from rows
         values["id"] = rows[-1]["id"]
@@ -7416,7 +7416,7 @@ class StoreDestination:
             self._store = None
 
     def store(self) -> Store:
-        """Return the store, opening it if needed; a page does not wait for a delivery."""
+        """Return the store, opening it if needed; if it is open, don't wait for a delivery."""
         if (store := self._store) is not None:
             return store
         with self._lock:
