@@ -4526,7 +4526,7 @@ def _refusal_of(error: Exception) -> Exception:
     if _is_busy(error):
         return Unavailable("the database is locked by another process", retry_after_s=2)
     if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return MiniAPMError(f"the database is damaged, put a copy back: {error}")
+        return MiniAPMError(f"the database is damaged; restore a backup: {error}")
     is_sqlite = isinstance(error, sqlite3.Error)
     return MiniAPMError(f"the database refused: {error}") if is_sqlite else error
 
@@ -5017,7 +5017,7 @@ class Writer:
     def _files_refusal(self) -> MiniAPMError:
         return MiniAPMError(
             f"{self._path} (with -wal and -shm) was deleted or replaced; stop, remove what is left"
-            " of the three, put a copy back, start again"
+            " of the three, restore a backup and start again"
         )
 
     def _commit(self, jobs: list[_Job]) -> None:
@@ -5761,7 +5761,7 @@ class Triage:
             lambda db: undo_action(action_id, self.now_ms(), self._recorder, db)
         )
         if not restored:
-            raise NotFound(f"action {action_id} can't be undone any more, only for a minute")
+            raise NotFound(f"action {action_id} can't be undone any more, only for one minute")
         return restored
 
     def set_note(self, error_id: int, text: str) -> None:
