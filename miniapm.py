@@ -7504,9 +7504,9 @@ class HttpAnswer:
 
 
 class HttpPeer:
-    """Sends requests to one server; follows no redirects and reads a bounded part of responses.
+    """Sends requests to one server; follows no redirects and reads long responses only in part.
 
-    Raises OSError, HTTPException or ValueError. `keeps` reuses the connection. Without
+    ask() raises OSError, HTTPException or ValueError. `keeps` reuses the connection. Without
     `needs_body`, a success status is enough, even if the body can't be read.
     """
 
@@ -7530,7 +7530,7 @@ class HttpPeer:
         headers: Mapping[str, str],
         timeout_s: float = HTTP_TIMEOUT_S,
     ) -> HttpAnswer:
-        """Send a POST, or a GET without a body; return the response."""
+        """Send a POST, or a GET if `body` is None; return the response."""
         kept, self._kept = self._kept, None
         self.began_s, self._is_aborted = time.monotonic(), False
         try:
@@ -7539,7 +7539,7 @@ class HttpPeer:
                     return self._exchange(kept, path, body, headers)
                 except ConnectionError:
                     if self._is_aborted:
-                        raise  # otherwise the server has closed the idle connection
+                        raise  # otherwise the idle connection was closed: open a new one
             return self._exchange(self._connect(timeout=timeout_s), path, body, headers)
         finally:
             self.began_s = math.inf
@@ -7598,7 +7598,7 @@ def bearer(secret: str) -> dict[str, str]:
 class HttpDestination:
     """Sends occurrences to a tracker's /ingest/errors/batch."""
 
-    fork_wait_s = MAX_TURN_S  # there is nothing to close
+    fork_wait_s = MAX_TURN_S  # short, since there is no database to close
 
     def __init__(self, url: str, api_key: str) -> None:
         self._peer, self._base = HttpPeer(url), plain_url(url)
@@ -7612,7 +7612,7 @@ class HttpDestination:
         log: StderrLog,
         timeout_s: float = HTTP_TIMEOUT_S,
     ) -> None:
-        """Send the occurrences and empty `waiting`; raise Retry if that fails for now."""
+        """Send all of `waiting` and remove what was sent; raise Retry if the rest must wait."""
         while waiting:
             some: list[str] = []
             size = 0
@@ -7647,12 +7647,12 @@ class HttpDestination:
     before_fork = after_fork = reset_in_child = close = sweep = give_up = has_reports = _nothing
 
     def how_to_read(self) -> str:
-        """Return where the reports are."""
+        """Return where the errors can be read, for a line on stderr."""
         return f"errors are on {self._base}/"
 
 
 def merged(parts: Iterable[Json]) -> Json:
-    """Merge JSON objects: a later value wins unless it is None; objects in both are joined."""
+    """Merge JSON objects: nested ones are joined; otherwise the last value not None wins."""
     result: Json = {}
     for part in parts:
         for name, value in part.items():
@@ -7674,7 +7674,7 @@ def _report_of_dropped(count: int) -> Json:
 
 
 def fields_of_context(given: Any) -> Json:
-    """Split a context into report fields and the rest; ids of other types become text."""
+    """Split a context into report fields, as text if the type is wrong, and the rest."""
     if given is None:
         return {}
     copied = ValueWriter().json(given)
@@ -7692,7 +7692,7 @@ def fields_of_context(given: Any) -> Json:
 
 
 def register_fork_hooks(owner: object) -> None:
-    """Register before_fork(), after_fork() and, for a child, reset_in_child() as fork hooks."""
+    """Make forks call before_fork(), then after_fork() or, in the child, reset_in_child()."""
     this = weakref.ref(owner)  # hooks stay registered and must not keep the owner alive
 
     def calling(name: str) -> Callable[[], None]:
@@ -7767,7 +7767,7 @@ class Outbox:
         self._destination.after_fork()
         with self._changed:
             self._forks -= 1
-            if self._reports or self._unsent:  # else later: Python warns of forks with threads
+            if self._reports or self._unsent:  # else later: Python warns if a fork finds threads
                 self._start()
 
     def keep_running(self) -> None:
@@ -7776,28 +7776,28 @@ class Outbox:
             self._start()
 
     def _start(self) -> bool:
-        """Start the thread unless it runs; return False once Python allows no more."""
+        """Start the thread unless it runs; return False if the interpreter is exiting."""
         if self._forks or (self._thread is not None and self._thread.is_alive()):
             return True
         thread = threading.Thread(target=self._run, name="miniapm", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # none left for now or, at interpreter exit, for good
+        except RuntimeError as error:  # too many threads for now, or the interpreter is exiting
             return "shutdown" not in str(error)
         self._thread = thread
         return True
 
     def is_full(self) -> bool:
-        """Return whether there is no room for a report."""
+        """Return whether a report would be dropped: the queue is full or closed."""
         return len(self._reports) >= MAX_QUEUED_REPORTS or self._is_closed
 
     def count_drop(self) -> None:
-        """Count a report that was dropped before it was described."""
+        """Count a report that was dropped before it was built."""
         with self._changed:
             self._dropped += 1
 
     def put(self, report: Json, mark: RecordMark | None = None) -> bool:
-        """Queue a report without waiting; return whether there was room."""
+        """Queue a report without waiting, or at exit deliver it; return False if it is lost."""
         if sys.is_finalizing() or self._has_ended:
             return self._deliver_at_end([(report, mark)])
         with self._changed:
@@ -7836,7 +7836,7 @@ class Outbox:
         with self._changed:
             self._is_hurried = True
             if self._reports:
-                self._start()  # it may have failed before
+                self._start()  # the last attempt may have failed
             self._changed.notify_all()
             is_empty = self._changed.wait_for(
                 lambda: not self._reports and not self._in_hand, max(0.0, timeout_s)
@@ -7845,7 +7845,7 @@ class Outbox:
         return is_empty
 
     def flush_before_exit(self) -> None:
-        """Flush, unless that has just failed: execvp() tries one folder after another."""
+        """Flush, unless that has just failed: execvp() calls execv() for each folder in PATH."""
         if time.monotonic() >= self._retry_s and not self.flush():
             self._retry_s = time.monotonic() + RETRY_LONGEST_S
 
@@ -7934,7 +7934,7 @@ class Outbox:
                     self._stderr.print_line("reports are waiting, will try again", retry)
                 self._pause(min(max(pause_s, retry.after_s), RETRY_LONGEST_S))
                 pause_s *= 2
-                if self._is_orphaned:  # nothing else keeps the process alive
+                if self._is_orphaned:  # only this thread keeps the child alive
                     self._unsent.clear()
             except Exception as error:  # noqa: BLE001 - the host must go on
                 self._stderr.print_line("reports were lost", f"{type(error).__name__}: {error}")
@@ -7955,7 +7955,7 @@ class Outbox:
 
 
 def destination_of(where: str, api_key: str | None) -> StoreDestination | HttpDestination:
-    """Return the destination for a URL or a database path; BadSetting for a URL without a key."""
+    """Return the destination for a database path or a URL; BadSetting for a bad URL or no key."""
     if not re.match(r"https?://", where):
         return StoreDestination(where, api_key)
     try:
@@ -7968,7 +7968,7 @@ def destination_of(where: str, api_key: str | None) -> StoreDestination | HttpDe
 
 
 def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], None]:
-    """Replace an attribute by make(original); return its undo, which spares later replacements."""
+    """Replace an attribute by make(original); the undo does nothing if it was replaced again."""
     original = getattr(owner, name)
     ours = make(original)
     setattr(owner, name, ours)
@@ -7981,7 +7981,7 @@ def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], 
 
 
 def _hook(owner: Any, name: str, record: Callable[..., None]) -> Callable[[], None]:
-    """Call `record` before a function whenever it runs; return the undo."""
+    """Make every call of a function call `record` first; return the undo."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def hook(*arguments: Any, **named: Any) -> Any:
@@ -8027,7 +8027,7 @@ def _hook_loguru(_: Record, record_log: RecordLog) -> Callable[[], None]:
         }
         record_log(logging.makeLogRecord(record["extra"] | fields))
 
-    # The format is a function: with a text, loguru would call every variable's repr.
+    # The format is a function: a string would make loguru call the repr of every variable.
     options = {"format": lambda _: "{message}", "diagnose": False, "backtrace": False}
     add = functools.partial(logger.add, sink, level="ERROR", **options)
     numbers = [add()]
@@ -8127,7 +8127,7 @@ class Client:
         self._marks = RecordMarks()
         self._known_logs: set[str] = set()  # event ids of the newest records
         self._last_log = threading.local()
-        import mmap  # costs only programs that capture
+        import mmap  # here, so that only programs that capture load it
 
         self._announced = mmap.mmap(-1, 1)  # shared with child processes
         self._announced[0] = os.environ.get(QUIET_VARIABLE) == "1"
@@ -8150,11 +8150,11 @@ class Client:
             self._guard(self._record_logged, record)
 
     def _guard(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Call `work` without raising; do nothing if called from such work."""
+        """Call `work` but raise nothing; do nothing while other such work is running."""
         try:
             if not _is_capture_paused.get():
                 with _pause_capture():
-                    if sys.is_finalizing():  # re and others import while they work
+                    if sys.is_finalizing():  # re and others still import modules when called
                         sys.modules.update(_IMPORTED)
                     work(*arguments)
         except Exception as error:  # noqa: BLE001 - the host must not notice
@@ -8233,7 +8233,7 @@ class Client:
         if given is True or (TRACEBACK_TITLE in message and class_name(type(current)) in message):
             return current
         request = _current_request.get() if record.name == "django.request" else None
-        return request.handled_error if request else None  # answered by a middleware
+        return request.handled_error if request else None  # a middleware made it a response
 
     def _complete(self, report: Json, context: Any) -> Json:
         if self._process_facts[0] != os.getpid():
@@ -8275,8 +8275,8 @@ class Client:
 
         Hooks sys.excepthook, threading.excepthook, sys.unraisablehook, logging (asyncio reports
         failed tasks there), multiprocessing and, if already imported, loguru, IPython and gevent.
-        Each hook calls what it replaced. os._exit, which ends forked children, and os.exec* flush
-        first.
+        Each hook calls what it replaced. os._exit(), which ends forked children, and the os.exec
+        functions first send what is queued.
         """
         undo = [
             _hook(sys, "excepthook", lambda kind, error, tb: self.record(error)),
@@ -8388,7 +8388,7 @@ def capture(**context: Any) -> Iterator[None]:
         record_error(error)
         raise
     finally:
-        # A generator may be closed in another context than it started in.
+        # A generator may be closed in another context than the one it started in.
         with contextlib.suppress(ValueError):
             _given_context.reset(token)
 
@@ -8510,8 +8510,8 @@ def _note_handled(*_: object, **__: object) -> None:
 def capture_wsgi(app: Callable[..., Any]) -> Callable[..., Any]:
     """Return a WSGI application that records `app`'s errors and adds the request to all reports.
 
-    Frameworks that answer errors themselves pass the exception to start_response (Bottle) or
-    write its traceback to wsgi.errors (Falcon).
+    If a framework answers an error itself, the exception is what it passes to start_response
+    (Bottle) or what it writes to wsgi.errors as a traceback (Falcon).
     """
 
     def captured(environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -8553,7 +8553,7 @@ def _is_failure(message: Any) -> bool:
 def capture_asgi(app: Callable[..., Any]) -> Callable[..., Any]:
     """Return an ASGI application that records `app`'s errors and adds the request to all reports.
 
-    Frameworks that answer errors themselves (Litestar) do so while they handle the exception.
+    If a framework answers an error itself (Litestar), the exception is the one being handled.
     """
 
     async def captured(scope: Any, receive: Callable[[], Any], send: Callable[..., Any]) -> None:
@@ -8592,7 +8592,7 @@ def capture_aiohttp(app: Any) -> Any:
         token = _current_request.set(scope)
         try:
             answer = await handler(request)
-            if getattr(answer, "status", 0) >= 500:  # aiohttp itself refuses an invalid response
+            if getattr(answer, "status", 0) >= 500:  # 0: no response; aiohttp will refuse it
                 scope.keep(getattr(request, "_read_bytes", None) or b"")
                 _record_failure(scope)
             return answer
@@ -8619,7 +8619,7 @@ def capture_aiohttp(app: Any) -> Any:
 
 
 def capture_tornado(app: Any) -> Any:
-    """Record what Tornado handlers raise, with the request, in all applications."""
+    """Record what the handlers of every Tornado application raise, with the request."""
     web = sys.modules["tornado.web"]
 
     def record(handler: Any, kind: object, error: Any, tb: object) -> None:
@@ -8649,7 +8649,7 @@ def adapter_for(app: object) -> Callable[[Any], Any] | None:
     return next((adapters[name] for one in bases if (name := class_module(one)) in adapters), None)
 
 
-# Framework functions that get an exception before it is answered.
+# Functions to which frameworks pass an exception before they answer it.
 _ERROR_HANDLERS = (
     ("cherrypy._cprequest", "Request", "handle_error"),
     ("django.core.handlers.base", "BaseHandler", "process_exception_by_middleware"),
@@ -8663,7 +8663,7 @@ _ERROR_HANDLERS = (
 
 
 def watch_error_handlers() -> None:
-    """Remember exceptions that frameworks answer themselves, however logging is set up."""
+    """Remember exceptions that frameworks answer themselves, even if nothing logs them."""
     for module, owner, name in _ERROR_HANDLERS:
         call_safely(_hook_once, getattr(sys.modules.get(module), owner, None), name, _note_handled)
     if signal_ := getattr(sys.modules.get("django.core.signals"), "got_request_exception", None):
@@ -8672,14 +8672,14 @@ def watch_error_handlers() -> None:
 
 # --- 10. Pages ------------------------------------------------------------------------------------
 
-# Bars of a trend, hours per bar, and both as text
+# For each trend: number of bars, hours per bar, then the whole span and one bar in words
 SPANS = {
     "24h": (24, 1, "24 hours", "hour"),
     "7d": (28, 6, "7 days", "6 hours"),
     "30d": (30, 24, "30 days", "day"),
     "1y": (53, 7 * 24, "53 weeks", "week"),
 }
-MAX_USUAL_DELAY_MS = 60_000  # a report received later than this shows both times
+MAX_USUAL_DELAY_MS = 60_000  # a report that took longer also shows when it was received
 MAX_SHOWN_RELEASES = 5
 MAX_LISTED_DEPLOYS = 3  # in a chart's bar or in its label
 MIN_RISING = 5  # fewer occurrences in a day never count as rising
@@ -8757,7 +8757,7 @@ def span_of(series: Sequence[tuple[int, int]]) -> str:
 
 
 def is_rising(error: ErrorGroup, buckets: Mapping[int, int], now_ms: int) -> bool:
-    """Return whether an error occurred at least twice as often as the day before."""
+    """Return whether the last 24 hours had at least twice as many occurrences as the 24 before."""
     day = now_ms // HOUR_MS - 24
     last = sum(count for hour, count in buckets.items() if hour > day)
     before = sum(count for hour, count in buckets.items() if day - 24 < hour <= day)
@@ -8815,7 +8815,7 @@ def _deploy_lines(deploys: Sequence[Deploy]) -> list[str]:
 
 
 def deploy_marks(deploys: Sequence[Deploy], series: Sequence[tuple[int, int]]) -> tuple[str, Marks]:
-    """Return a label for the deploys within a trend, the newest first, and a mark for each bar."""
+    """Return a label for a trend's deploys, the newest first, and a mark for each bar with any."""
     (start_ms, _), (next_ms, _), *_ = series
     step_ms = next_ms - start_ms
     bars: dict[int, list[Deploy]] = {}
@@ -8854,7 +8854,7 @@ def one_of(query: Mapping[str, str], name: str, choices: Collection[str]) -> str
 
 
 def number_of(query: Mapping[str, str], name: str, most: int, default: int | None) -> Any:
-    """Return a parameter or field that is a number from 1; BadRequest for any other value."""
+    """Return a parameter or field as a number from 1 to `most`; BadRequest for any other value."""
     if not (text := query.get(name)):
         return default
     if not re.fullmatch("[0-9]{1,18}", text) or not 1 <= int(text) <= most:
@@ -8915,7 +8915,7 @@ def shares_of(
 ) -> dict[str, list[tuple[str, int, str, str]]]:
     """Return (value, percent, percent as text, query) for an error's tag values, by tag.
 
-    The percentage counts occurrences with the value; values that were never counted have no text.
+    The percentage is of all counted occurrences; values that were never counted have no text.
     Environments and releases come before the tags.
     """
     total = max(1, error.occurrence_count - error.uncounted)
@@ -9014,7 +9014,7 @@ def user_count_text(error: ErrorGroup) -> str:
 
 
 def releases_of(error: ErrorGroup) -> dict[str, str]:
-    """Return the known ones of an error's first and last release, by label."""
+    """Return the first and last release of an error, as far as known, by label."""
     releases = {"First": error.first_release, "Last": error.last_release}
     return {f"{which} seen in release": release for which, release in releases.items() if release}
 
@@ -9049,7 +9049,7 @@ def line_and_column_of(frame: Frame) -> str:
     return f":{frame.lineno}{column}" if frame.lineno and frame.place else ""
 
 
-# Placeholders for a file's path, and characters that no link should contain.
+# Matches placeholders that are no file's path, and characters that no link should contain.
 _NO_FILE = (
     r"[<>\x00-\x1f\x7f-\x9f\u2400-\u2426\ufffd\ud800-\udfff]|^\./internal/.*\.[cm]?js$"
     r"|^\./\((?:eval|irb|pry|erb)\b|eval\(\)'d|^\./\[native code\]$|\.(?:so|dylib|dll|exe)$"
@@ -9085,14 +9085,14 @@ class Editor:
         return url.replace("{column}", str(max(1, frame.column or 1))) if path else ""
 
     def _path_of(self, frame: Frame) -> str:
-        """Return the path of a frame's file here, mapped by the longest FROM that matches."""
+        """Return a frame's path on the reader's machine: TO replaces the longest matching FROM."""
         file = frame.file or ""
         paths = [_path_to_compare(frame.root + file), _path_to_compare(file)]
         if not file or any(re.search(_NO_FILE, path) for path in paths):
             return ""
         pairs = [(_path_to_compare(start).removesuffix("/"), to) for start, to in self.path_map]
         pairs.sort(key=lambda pair: -len(pair[0]))
-        roots = [re.match("/(?!/)|[A-Z]:/", path) for path in paths]  # //server would log in
+        roots = [re.match("/(?!/)|[A-Z]:/", path) for path in paths]  # //host could get a login
         pairs += [(root[0][:-1], root[0]) for root in roots if root]
         for (start, target), path in itertools.product(pairs, paths):
             if f"{path}/".startswith(f"{start}/"):
@@ -9112,7 +9112,7 @@ def _request_of(occurrence: Occurrence) -> Json:
 
 
 def _kept_pairs(value: Any) -> list[tuple[str, str]]:
-    """Return the unscrubbed pairs of an object or a list of pairs, one per item of a list value."""
+    """Return the pairs of an object or list without filtered ones; a list value gives several."""
     pairs = value if isinstance(value, list) else map(list, _object(value).items())
     return [
         (_text(pair[0]), _text(one))
@@ -9166,7 +9166,7 @@ def curl_of(occurrence: Occurrence) -> str:
     known = {name.lower(): text.lower() for name, text in headers}
     kind = known.get("content-type", "form-urlencoded" if request.get("form") else "")
     body, method = _body_of(request, kind), _text(request.get("method")).upper()
-    options = ["-g"] if re.search(r"[][{}]", url) else []  # curl would read a pattern
+    options = ["-g"] if re.search(r"[][{}]", url) else []  # curl would expand brackets
     if method == "HEAD":
         options, body = [*options, "-I"], []
     elif re.fullmatch("[A-Z]+", method) and method != ("POST" if body else "GET"):
@@ -9257,7 +9257,7 @@ def clock_warning(occurrence: Occurrence) -> str:
 
 
 def order_text(chain: Sequence[ChainedException]) -> str:
-    """Return the order in which a chain's frames are shown."""
+    """Return the order of a chain's frames as text, or that the report has none."""
     if not any(one.frames for one in chain):
         return "The report has no stack trace."
     has_calls = any(frame.is_call for one in chain for frame in one.frames)
@@ -9500,7 +9500,7 @@ def action_json(action: Action | None, what: str) -> Json:
 
 @dataclass(frozen=True, slots=True)
 class ErrorDetails:
-    """An error, one of its occurrences and the rest of its page; `buckets` cover a year."""
+    """An error, one of its occurrences and what else its page shows; `buckets` cover a year."""
 
     error: ErrorGroup
     stored: StoredOccurrence | None
@@ -9584,7 +9584,7 @@ def _occurrence_markdown(occurrence: Occurrence) -> Iterator[str]:
         yield "## Breadcrumbs\n\n" + _fenced("\n".join(crumbs))
     for title, values in [("Tags", shown_tags(occurrence)), *sections_of(occurrence)]:
         if values:
-            # Punctuation may be Markdown.
+            # A title with other characters could be read as Markdown.
             heading = title if re.fullmatch(r"[A-Za-z0-9 :-]+", title) else _code(title)
             yield f"## {heading}\n\n{_fenced(indented(values), 'json')}"
 
@@ -9637,7 +9637,7 @@ def markdown(details: ErrorDetails, url: str) -> str:
 
 
 def with_query(query: str, **changes: str) -> str:
-    """Return a query string with some parameters changed; an empty one is left out."""
+    """Return a query string with some parameters changed and those without a value left out."""
     found = urllib.parse.parse_qsl(query.removeprefix("?"))
     pairs = {name: value for name, value in found if name not in changes} | changes
     query = urllib.parse.urlencode({name: value for name, value in pairs.items() if value})
@@ -10708,12 +10708,12 @@ CORS_HEADERS = [
 SESSION_COOKIE = "miniapm_session"
 SESSION_PATTERN = r"[0-9]+\.(?:(?:[0-9a-f]{2})+\.)?[0-9a-f]{64}"
 LIST_TREND_HOURS = 2 * 24
-ERROR_TREND_HOURS = 54 * 7 * 24  # the longest span, and all of the bar in which it begins
-API_PERSON = "API"  # who acts, if a request sends the password instead of a cookie
+ERROR_TREND_HOURS = 54 * 7 * 24  # the longest span, with the whole of its first bar
+API_PERSON = "API"  # the person, if a request sends the password instead of a cookie
 MAX_COOKIES = 50  # of one name; more are ignored
 MIN_GZIP_BYTES = _KIBIBYTE
-GZIP_LEVEL = 1  # 0.05 ms for a page of 48 KB, a third of level 6; 5 % larger
-PUBLIC_URL = "miniapm.public_url"  # environ key: the setting, if it is set
+GZIP_LEVEL = 1  # takes 0.05 ms for a page of 48 KB, a third of level 6, and makes it 5 % larger
+PUBLIC_URL = "miniapm.public_url"  # environ key of the setting public_url, if that is set
 _PROXY_HINT = f"{flag_of('public_url')} https://… or {variable_of('public_url')}"
 # Headers that proxies add; there are too many to list, but their names follow patterns.
 _FORWARDING_HEADER = (
@@ -10816,8 +10816,8 @@ class Sender:
 class BodyRule:
     """How much of a request's body to keep, decided from its headers.
 
-    If the headers don't identify the sender, `check` gets all bytes received so far, until it
-    returns True. It raises MiniAPMError to refuse the body.
+    If the headers don't identify the sender, `check` is called with all bytes received so far,
+    until it returns True. It raises MiniAPMError to refuse the body.
     """
 
     limit_bytes: int
@@ -11183,7 +11183,7 @@ def own_origins(environ: Environ) -> set[str]:
 
 
 def check_same_origin(environ: Environ) -> None:
-    """Refuse a change that another site's page requests; programs send neither header."""
+    """Refuse changes from another site's page; programs send neither Origin nor Sec-Fetch-Site."""
     site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
     if site not in OWN_SITES or (origin is not None and origin.lower() not in own_origins(environ)):
         raise Forbidden(
@@ -11207,7 +11207,7 @@ def check_cross_site_load(environ: Environ) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Counts the reports refused for one reason, in the words of the latest."""
+    """How many reports were refused for one reason; `reason` has the words of the latest."""
 
     status: int
     reason: str
@@ -11284,7 +11284,7 @@ class Rejections:
 
 
 def _network_of(address: str) -> str:
-    """Return an IPv4 address, or the /64 network of an IPv6 address, which one person may own."""
+    """Return what one person may own: an IPv4 address, or the /64 network of an IPv6 address."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -11318,7 +11318,7 @@ class PasswordGate:
         self._checking = {is_known: threading.Lock() for is_known in (False, True)}
         self._failures: dict[str, tuple[int, float]] = {}  # address -> (how many, wait until)
         self._known: dict[str, None] = {}  # addresses that have logged in
-        self._next_s = 0.0  # when the allowance of all addresses is full again
+        self._next_s = 0.0  # when all addresses together have MAX_LOGIN_BURST attempts again
 
     def _scrypt(self, password: str) -> bytes:
         # RFC 7914; 16 MiB and about 50 ms per guess
@@ -11328,12 +11328,12 @@ class PasswordGate:
     def check(self, password: str, address: str, *, is_login: bool = True) -> None:
         """Raise Unauthorized for a wrong password, TooManyRequests for one that comes too soon.
 
-        Does not wait while another password is hashed. Failures elsewhere don't slow an address
-        that has logged in before. Only a login clears the failures of its address.
+        Refuses at once while another password is being hashed. Failures elsewhere don't slow an
+        address that has logged in before. Only a login clears the failures of its address.
         """
         network = _network_of(address)
         turn = self._checking[network in self._known]
-        if not turn.acquire(blocking=bool(self._right)):  # a check then takes microseconds
+        if not turn.acquire(blocking=bool(self._right)):  # once set, a check takes microseconds
             raise TooManyRequests("Busy checking another password. Try again.", retry_after_s=1)
         try:
             self._check(password, network, is_login=is_login)
@@ -11369,7 +11369,7 @@ class PasswordGate:
         return f"{session}.{self._sign(session)}"
 
     def person_of(self, cookie: str) -> str | None:
-        """Return the person's name, which may be empty, of a session; None if it is not valid."""
+        """Return the person's name in a session, perhaps empty; None if the session is invalid."""
         session, _, signature = cookie.rpartition(".")
         if not hmac.compare_digest(self._sign(session).encode(), signature.encode()):
             return None
@@ -11523,7 +11523,7 @@ def cookies_of(environ: Environ, name: str, value: str) -> list[str]:
 
 
 def checked_person(text: str) -> str:
-    """Return the name that a person gives at login, which may be empty."""
+    """Return the name given at login, perhaps empty; raise BadRequest if it can't be shown."""
     name = text.strip()
     if not (name.isprintable() and len(name) <= MAX_PERSON_CHARS):
         problem = f"name must be at most {MAX_PERSON_CHARS} printable characters"
@@ -11551,7 +11551,7 @@ def with_cookie(
 
 
 def is_navigation(environ: Environ) -> bool:
-    """Return whether a person opens a page, not a script or program that polls it."""
+    """Return whether a person opens a page, rather than a script or program polling it."""
     # Over plain http, browsers send the mode to localhost only. Our script always sends an ETag.
     is_poll = "HTTP_IF_NONE_MATCH" in environ or prefers_json(environ)
     return environ.get("HTTP_SEC_FETCH_MODE") in (None, "navigate") and not is_poll
@@ -11570,7 +11570,7 @@ def visit_of(environ: Environ, now_ms: int) -> tuple[int, int]:
 
 
 def has_etag(environ: Environ) -> bool:
-    """Return whether the answer gets an ETag: the list, errors and their JSON and Markdown."""
+    """Return whether the answer gets an ETag: lists, errors, and their JSON and Markdown."""
     is_reading = environ["REQUEST_METHOD"] in ("GET", "HEAD")
     paths = ("/errors", "/occurrences.json", "/projects.json", "/deploys.json")
     return is_reading and environ["PATH_INFO"].startswith(paths)
@@ -11824,8 +11824,8 @@ class Intake:
     def answer_to(self, delivery: Delivery) -> tuple[str, bytes]:
         """Return the status and the body of the answer; raise the refusal if nothing was stored.
 
-        A batch never raises: its answer lists the refusals. Those that are not raised are counted
-        here, because SDKs don't show them.
+        A batch never raises: its answer lists the refusals. Refusals that are not raised are
+        counted here, because SDKs don't show them.
         """
         form, refusals = delivery.sender.form, delivery.refusals
         if refusals:
@@ -11901,7 +11901,7 @@ class Address:
 
     @property
     def name(self) -> str:
-        """The name of its Target."""
+        """The name under which its Target is stored."""
         return f"{self.kind} {hashlib.sha256(self.url.encode()).hexdigest()[:16]}"
 
     @property
@@ -11922,7 +11922,7 @@ def addresses_of(config: Config) -> list[Address]:
 def sending_rows(
     addresses: Iterable[Address], targets: Mapping[str, Target]
 ) -> Iterator[tuple[int, str, str, int | None]]:
-    """Yield (count, where, state, time of the last) of each target for display."""
+    """Yield (count sent, where, state, time last sent) of each address for display."""
     for one in addresses:
         if (target := targets.get(one.name)) is not None:
             names = ", ".join(sorted(one.projects)) or "every project"
@@ -12078,7 +12078,7 @@ class Login(View):
 
 SNIPPETS: dict[str, dict[str, str]] = {
     "Python": {
-        "Record a program's errors: put miniapm.py beside it": """\
+        "Record a program's errors: put miniapm.py next to it": """\
 # pip install bottle
 import miniapm
 
@@ -12225,9 +12225,9 @@ curl -i @URL@/ingest/errors \\
 
 
 def snippets(language: str, url: str, key: str, dsn: str) -> dict[str, str]:
-    """Return the programs in a language that send a first report when pasted as they are, by title.
+    """Return programs in a language, by title; each sends a first report when pasted unchanged.
 
-    The values hold no quotes, $ or backslashes: the settings and Host can't have any.
+    The values need no escaping: no setting or Host can hold quotes, $ or backslashes.
     """
     given = {"@URL@": url, "@KEY@": key, "@DSN@": dsn}
     return {
@@ -12580,7 +12580,7 @@ class App:
         return answer
 
     def body_rule(self, environ: Environ) -> BodyRule:
-        """Return the rule for a request's body, or a rule that refuses it for its headers."""
+        """Return the rule for a request's body, or one that refuses it because of its headers."""
         self._set_path(environ)
         path, is_post = environ["PATH_INFO"], environ["REQUEST_METHOD"] == "POST"
         size = environ.get("CONTENT_LENGTH") or ""
@@ -12766,7 +12766,7 @@ def environ_of_asgi(scope: Mapping[str, Any], body: bytes) -> Environ:
 
 
 class Mount:
-    """Serves the dashboard under a prefix of a host program; each process makes it on first use."""
+    """Serves the dashboard under a prefix of a host program; each process makes its own App."""
 
     def __init__(
         self,
@@ -12877,7 +12877,7 @@ def _mount_for(at: str, password: str | None, allowed_hosts: Sequence[str]) -> M
 
 
 def mounted_wsgi(captured: Callable[..., Any], mount: Mount | None) -> Callable[..., Any]:
-    """Return a WSGI application that hands the dashboard's requests to `mount`."""
+    """Return a WSGI application that hands the dashboard's requests to `mount`, if there is one."""
     if mount is None:
         return captured
 
@@ -12895,7 +12895,7 @@ def wrap(
     password: str | None = None,
     allowed_hosts: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """Return an application that adds the current request to every error recorded during it.
+    """Return an application that records `app`'s errors and adds the request to all reports.
 
     `app` is a WSGI, ASGI, aiohttp or Tornado application. Errors that its framework answers itself
     are recorded too, unless the answer's status is below 500.
@@ -12993,7 +12993,7 @@ def _sentry_surroundings(occurrence: Occurrence, frames: Sequence[Frame]) -> Jso
     rest = {name: value for name, value in occurrence.extra.items() if name not in handled}
     found: Json = {name: rest.pop(name) for name in _TEXTS if isinstance(rest.get(name), str)}
     found |= {name: rest.pop(name) for name in _OBJECTS if isinstance(rest.get(name), dict)}
-    if "user" in found:  # the receiver would put our own address for {{auto}}
+    if "user" in found:  # the receiver would replace {{auto}} with our own address
         found["user"] = {name: v for name, v in found["user"].items() if v != "{{auto}}"}
     if isinstance(rest.get("sdk"), str):
         found["sdk"] = dict(zip(("name", "version"), rest.pop("sdk").split(" ", 1), strict=False))
@@ -13015,8 +13015,8 @@ def _sentry_surroundings(occurrence: Occurrence, frames: Sequence[Frame]) -> Jso
 def sentry_event(occurrence: Occurrence, occurrence_id: int, database_id: bytes) -> Json:
     """Return an occurrence as a Sentry event; report_of_event() reads the same facts from it.
 
-    An occurrence without an event id gets one that stays the same in this database. The
-    fingerprint makes the receiver group as we do.
+    An occurrence without an event id gets the same one each time it is sent from this database.
+    The fingerprint makes the receiver group as we do.
     """
     chain = chain_of(occurrence)
     frames = [frame for one in chain for frame in one.frames]
@@ -13068,7 +13068,7 @@ class Courier:
         self.peer = HttpPeer(address.url, keeps=address.kind == "forward")
         self._target = store.targets()[address.name]
         self._saved, self._saved_s = self._target, time.monotonic()
-        self._longest_ms = int(MAX_RETRY_AFTER_S * 1000)  # until retry_ms, unless the clock jumped
+        self._longest_ms = int(MAX_RETRY_AFTER_S * 1000)  # if retry_ms is later, the clock jumped
         self._is_stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="miniapm-courier", daemon=True)
 
@@ -13163,7 +13163,7 @@ def notice_fields(notice: Notice, error: ErrorGroup, url: str, now_ms: int) -> d
 
 
 def chat_message(fields: Mapping[str, str]) -> Json:
-    """Return the JSON that Slack and Mattermost (text) and Discord (content) show.
+    """Return a message as JSON; Slack and Mattermost show its `text`, Discord its `content`.
 
     Reported text is in a code block, where none of them reads markup. Slack needs <, > and &
     escaped.
@@ -13285,7 +13285,7 @@ class Forward(Courier):
     def _envelope(self, number: int, occurrence: Occurrence) -> bytes:
         event = sentry_event(occurrence, number, self._database_id)
         body = _COMPACT_JSON.encode(event).encode("utf-8", "replace")
-        for part in ("modules", "contexts", "extra", "breadcrumbs"):  # the receiver's limit
+        for part in ("modules", "contexts", "extra", "breadcrumbs"):  # to fit the receiver's limit
             if len(body) > MAX_EVENT_BYTES and event.pop(part, None):
                 body = _COMPACT_JSON.encode(event).encode("utf-8", "replace")
         header = {"event_id": event["event_id"], "sent_at": iso_time(self._store.now_ms())}
@@ -13309,7 +13309,7 @@ class Outgoing:
         """Start the threads; a new target gets only what happens from now on."""
         store, after_id = self._store, 0
         since_ms = store.now_ms() - MAX_NEWS_AGE_MS
-        while self._has_webhooks:  # before keep_targets(), so that a new webhook gets none of it
+        while self._has_webhooks:  # before keep_targets(), so that new webhooks get no old news
             after_id = store.post_notices(after_id, self._webhook_thresholds, since_ms)
             if not after_id:
                 break
@@ -13346,7 +13346,7 @@ class Outgoing:
             try:
                 newest = version if after_id else self._store.version()
                 if self._has_webhooks and (after_id or version != newest):
-                    version = newest  # as of the first step: a later change may be behind it
+                    version = newest  # of the first step: ids already passed may change after it
                     after_id = self._store.post_notices(after_id, self._webhook_thresholds)
             except MiniAPMError:  # the next round tries again
                 version = ""
@@ -13385,7 +13385,7 @@ class ServingLock:
     """Lets one process at a time serve a database; ends with the process.
 
     It takes SQLite's own lock on a file next to the database, which is portable. On Linux, where
-    flock is independent of SQLite's locks, it also locks the database, which may have two names.
+    flock is independent of SQLite's locks, it also locks the database: one file may have two names.
     Raises MiniAPMError if another process holds either lock.
     """
 
@@ -13421,7 +13421,7 @@ class ServingLock:
 
     def _refusal(self, path: str) -> MiniAPMError:
         server = "another process"
-        if os.path.exists(path + "-wal"):  # it may be next to another name of the same file
+        if os.path.exists(path + "-wal"):  # absent if the file is served by another name
             with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path)) as db:
                 if row := db.execute(SELECT_SETTING, {"name": "served_by"}).fetchone():
                     server = row["value"]
@@ -13466,7 +13466,7 @@ def url_of(listener: socket.socket) -> str:
 def _strict_parser_class() -> Any:
     """Return waitress's parser, extended to refuse three more kinds of request.
 
-    Requests that end elsewhere for other servers (RFC 9112, section 6.3); headers on which
+    Requests that other servers may end elsewhere (RFC 9112, section 6.3); headers on which
     waitress would hang up without an answer; endless chunk sizes and trailers, kept in memory.
     """
     import waitress.parser  # type: ignore[import-untyped]
@@ -13577,7 +13577,7 @@ def is_body_refused(request: Any) -> bool:
 def _parser_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
     """Return the strict parser with two changes.
 
-    A body is held in memory, only as much as its rule allows. A refused body is read to its end,
+    A body is held in memory, up to the limit of its rule. A refused body is read to its end,
     because most clients never see the answer if they are cut off.
     """
 
@@ -13683,7 +13683,7 @@ def _waiting_channel_class() -> Any:
 
 
 def _channel_class(rule_of: RuleOf, budget: BodyBudget) -> Any:
-    """Return a channel class that reads what the rule of a body keeps, and skips known headers."""
+    """Return a channel class that reads large pieces only of kept bodies, and uses KnownHeaders."""
 
     class Channel(_waiting_channel_class()):  # type: ignore[misc]
         known = KnownHeaders()  # learned by FastIngest
@@ -13725,7 +13725,7 @@ def fast_answer_head(status: str, size: int, now_s: int) -> bytes:
 
 
 class Lanes:
-    """Hands requests to threads; slow kinds have their own, so that no other request waits.
+    """Hands requests to threads; slow kinds have their own, so that the others don't wait.
 
     It relies on waitress's `task.ThreadedTaskDispatcher` and on what FastIngest names.
     """
@@ -13795,7 +13795,7 @@ class FastIngest:
         """Store and answer waiting requests, as many as one transaction may take."""
         read: list[tuple[Any, Delivery]] = []
         size = 0
-        wake, self._server.pull_trigger = self._server.pull_trigger, lambda: None  # it is awake
+        wake, self._server.pull_trigger = self._server.pull_trigger, lambda: None  # already awake
         try:
             while self._waiting and size < MAX_ROUND_BYTES:
                 channel = self._waiting.popleft()
@@ -14040,10 +14040,10 @@ class Server:
                 break
 
     def _close_longest_waiting(self) -> None:
-        """Close connections beyond the limit, first those whose request has not ended.
+        """Close connections beyond the limit, first those whose request is still arriving.
 
         Those that have waited less than MIN_PATIENCE_S stay. This runs between two rounds: within
-        one, a new connection could get the number and the events of a closed one.
+        one, a new connection could get the descriptor, and so the events, of a closed one.
         """
         channels, now_s = self._server.active_channels, time.monotonic()
         waiting = [
@@ -14379,8 +14379,8 @@ def run_import(arguments: Sequence[str], environ: Mapping[str, str], name: str) 
 
 
 # A shop's errors, two lines each: language, place, class and message <- cause | request, number of
-# occurrences, releases that have it and variables; then the source, with > before the failing line.
-# A run of # stands for digits.
+# occurrences, releases that have it (0 is the first), changes of status and variables; then the
+# source, with > before the failing line. A run of # stands for digits.
 DEMO_ERRORS = """\
 python shop/payment.py:118 charge PaymentError: order ##### could not be charged <- requests/adapters.py:507 send requests.exceptions.ConnectTimeout: api.payments.example: no connection within 5 s | POST /checkout/pay, 640, 0123 {"order": "<Order ##### 84.90 EUR>", "body": {"amount": 8490, "currency": "EUR"}}
         answer = session.post(f"{API}/charges", json=body, timeout=5)¦    except RequestException as error:¦>        raise PaymentError(f"order {order.id} could not be charged") from error
@@ -14600,7 +14600,7 @@ def run_demo(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
         print_line(f"{config.db}: the demo is there, {count}; {name} --remove removes it")
         try:
             ServingLock(store.path).release()
-            print_line(f"Look at it: python miniapm.py --db {shlex.quote(config.db)}")
+            print_line(f"Open it with: python miniapm.py --db {shlex.quote(config.db)}")
         except MiniAPMError:  # it is served
             print_line(f"Look at it: {store.setting('url')}/")
     return 0
@@ -14707,7 +14707,7 @@ class Terminal:
                 raise BrokenPipeError
 
     def summary(self, start: str, one: Json, where_cells: int = MAX_CLASS_CHARS) -> str:
-        """Return a line: a painted start, then class, message and location."""
+        """Return a line: `start`, then class, message and location, cut to the terminal's width."""
         name, where = on_one_line(one["exception_class"]), on_one_line(one["location"])
         what = f"{name}: {on_one_line(one['message'])}".removesuffix(": ")
         if self._is_terminal:
@@ -14809,8 +14809,8 @@ class Tracker:
         raise refusal
 
     def markdown(self, path: str) -> str:
-        """Return the Markdown of an error or occurrence; `path` has no ending."""
-        self.json(f"{path}.json", "error")  # raises the refusal
+        """Return the Markdown of an error or occurrence; `path` has no suffix."""
+        self.json(f"{path}.json", "error")  # raises MiniAPMError if there is none
         return _displayable(self._send(f"{path}.md", None)[2].decode("utf-8", "replace")).rstrip()
 
     def errors(self, limit: int, **query: Any) -> Json:
@@ -14835,7 +14835,7 @@ class Tracker:
         """Return a project's id, None without a name; raise MiniAPMError if it does not exist."""
         known = self.projects() if name else {}
         if name and name not in known:
-            there = f"there are: {', '.join(known)}" if known else "there is none"
+            there = f"the projects are: {', '.join(known)}" if known else "there is none"
             raise MiniAPMError(f"there is no project {clean(name, MAX_KEY_CHARS)}; {there}")
         return known[name] if name else None
 
@@ -15113,9 +15113,9 @@ TAIL_INTERVAL_S = 0.5
 
 
 def new_occurrences(tracker: Tracker, lines: int) -> Iterator[list[Json]]:
-    """Yield the newest occurrences, then again and again the new ones.
+    """Yield the newest occurrences, then each time those that have come in since.
 
-    It survives a server that does not answer for a while, and says so once.
+    While the server does not answer, it keeps trying, and says so once.
     """
     page = tracker.json(f"/occurrences.json?limit={lines or 1}", "occurrences")["occurrences"]
     last_id, is_away = page[-1]["id"] if page else 0, False
@@ -15130,7 +15130,7 @@ def new_occurrences(tracker: Tracker, lines: int) -> Iterator[list[Json]]:
                 raise
             is_away, problem = True, f"{refusal}; trying again"
         if is_away != was_away:
-            print_line(f"miniapm: {problem if is_away else 'it answers again'}", sys.stderr)
+            print_line(f"miniapm: {problem if is_away else 'the server answers again'}", sys.stderr)
         last_id = page[-1]["id"] if page else last_id
         yield page
 
@@ -15179,8 +15179,8 @@ def run_tail(arguments: Sequence[str], environ: Mapping[str, str], name: str) ->
     return 0
 
 
-# The Model Context Protocol, https://modelcontextprotocol.io/specification: JSON-RPC 2.0 in lines.
-MCP_VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # begin with initialize
+# Model Context Protocol (https://modelcontextprotocol.io/specification): JSON-RPC 2.0, line by line
+MCP_VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")  # sent with initialize
 MCP_STATELESS_VERSION = "2026-07-28"  # each request names its version
 _MCP_META = "io.modelcontextprotocol/"
 MAX_MCP_LINE_BYTES = _MEBIBYTE
@@ -15204,7 +15204,7 @@ class _RpcError(Exception):
 
 
 def _tool(what: str, *required: str, is_changing: bool = False, **properties: Json) -> Json:
-    """Return a tool's description, with its arguments and the names of the required ones."""
+    """Return a tool's description; `required` names those of its arguments that must be given."""
     schema = {"type": "object", "properties": properties, "required": [*required]}
     hints = {"readOnlyHint": not is_changing, "destructiveHint": False}
     return {
@@ -15374,7 +15374,7 @@ class McpServer:
         return {"content": content, "isError": is_error}
 
     def _text_of(self, name: str, given: Json) -> str:
-        """Return a tool's result."""
+        """Call a tool; return its result as text."""
         if name in ("list_errors", "search_errors"):
             return self._list({"status": "open" if name == "list_errors" else "all"} | given)
         path = f"/errors/{given['id']}"
@@ -15505,7 +15505,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, by default sys.argv, and return the exit status.
 
-    0: done; 1: refused; 2: a flag, variable or command is wrong.
+    0: done; 1: refused or failed; 2: a flag, variable or command is wrong.
 
     >>> status = main(["check", "--db", "errors.db"])
     """

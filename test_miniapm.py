@@ -11022,7 +11022,7 @@ def test_tail_outlasts_a_restart_of_the_server(tmp_path: Path) -> None:
         server = Server(tmp_path, "--port", str(server.port))
         server.report(message="after")
         assert "after" in line()
-        assert process.stderr.readline() == "miniapm: it answers again\n"
+        assert process.stderr.readline() == "miniapm: the server answers again\n"
         process.send_signal(signal.SIGINT)
         assert (process.wait(10), process.stderr.read()) == (0, "")
     server.stop()
