@@ -1125,6 +1125,9 @@ class _SecretNames:
         self.hints = _hints_of([*words, "bearer", "basic"])
 
 
+_USUAL_VARIABLES = frozenset(("pwd", "pass", "passwd", "pw", "token"))  # as a value: code
+
+
 class Scrubber:
     """Replaces secrets in texts and in JSON; `also` adds names to the built-in ones.
 
@@ -1326,7 +1329,7 @@ class Scrubber:
             return False
         word = found[1].lower()
         is_statement = is_spaced and (len(word) <= 2 or rest[found.end() :][:1] == ";")
-        if is_statement or word in (name.lower(), "pwd", "pass", "passwd", "pw", "token"):
+        if is_statement or word == name.lower() or word in _USUAL_VARIABLES:
             return True
         is_compound = "_" in word or found[1][1:] != word[1:]
         return is_compound and self.names_secret(found[1])
@@ -3410,7 +3413,10 @@ def _time_of(value: Any) -> str | None:
 
 def _breadcrumb_of(crumb: Json) -> Json:
     """Return a breadcrumb with its time in ISO 8601."""
-    time_text = _time_of(crumb.get("timestamp"))
+    at = crumb.get("timestamp")
+    if isinstance(at, str) and at.endswith("Z"):  # as most are; parsing takes ten times as long
+        return crumb
+    time_text = _time_of(at)
     return crumb | {"timestamp": time_text} if time_text else crumb
 
 
@@ -4525,7 +4531,8 @@ def _is_busy(error: Exception) -> bool:
 def _refusal_of(error: Exception) -> Exception:
     if _is_busy(error):
         return Unavailable("the database is locked by another process", retry_after_s=2)
-    if getattr(error, "sqlite_errorcode", 0) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return MiniAPMError(f"the database is damaged; restore a backup: {error}")
     is_sqlite = isinstance(error, sqlite3.Error)
     return MiniAPMError(f"the database refused: {error}") if is_sqlite else error
@@ -5016,8 +5023,8 @@ class Writer:
 
     def _files_refusal(self) -> MiniAPMError:
         return MiniAPMError(
-            f"{self._path} (with -wal and -shm) was deleted or replaced; stop, remove what is left"
-            " of the three, restore a backup and start again"
+            f"{self._path} (with -wal and -shm) was deleted or replaced; restart the server, and if"
+            " the database itself is gone, restore a backup first"
         )
 
     def _commit(self, jobs: list[_Job]) -> None:
@@ -12105,34 +12112,34 @@ export MINI_APM_API_KEY="@KEY@"
 echo 'raise RuntimeError("Hello from run")' > hello.py
 python miniapm.py run hello.py""",
         "Report without miniapm.py": """\
-import json, os, sys, traceback, urllib.request
+import json, os, re, sys, traceback, urllib.request
 
-def report_error(exception, context=None):
-    frames = traceback.extract_tb(exception.__traceback__)
-    # The innermost call of your own code. No line number: it changes with every edit.
-    here = [one for one in frames if os.path.abspath(one.filename).startswith(os.getcwd())]
-    own = [one for one in here if "site-packages" not in one.filename] or frames
-    place = f"{os.path.relpath(own[-1].filename)}:{own[-1].name}"
-    report = {
-        "exception_class": type(exception).__name__,
-        "message": str(exception),
-        "backtrace": traceback.format_exception(exception),
-        "fingerprint": f"{type(exception).__name__}:{place}",
-        "params": context or {},
-    }
-    request = urllib.request.Request(
-        "@URL@/ingest/errors",
-        data=json.dumps(report).encode(),
-        headers={"Authorization": "Bearer @KEY@", "Content-Type": "application/json"})
+def report_error(error, context=None):
     try:
+        frames = traceback.extract_tb(error.__traceback__)
+        # The innermost call of your own code. No line number: it changes with every edit.
+        library = re.compile(r"<|.*[/\\\\]lib[/\\\\]|.*-packages")
+        own = [one for one in frames if not library.match(one.filename)] or frames
+        places = [f"{one.filename.removeprefix(os.getcwd())}:{one.name}" for one in own]
+        report = {
+            "exception_class": type(error).__name__,
+            "message": str(error),
+            "backtrace": traceback.format_exception(error),
+            "fingerprint": ":".join([type(error).__name__, *places[-1:]]),
+            "params": context or {},
+        }
+        request = urllib.request.Request(
+            "@URL@/ingest/errors",
+            data=json.dumps(report, default=str).encode(),
+            headers={"Authorization": "Bearer @KEY@", "Content-Type": "application/json"})
         urllib.request.urlopen(request, timeout=5)
-    except OSError as problem:  # no answer, or a refusal
+    except Exception as problem:  # reporting must not harm the program
         print("miniapm:", problem, file=sys.stderr)
 
 try:
     raise RuntimeError("Hello from urllib")
-except Exception as exception:
-    report_error(exception, {"hello": "from Python"})""",
+except Exception as error:
+    report_error(error, {"hello": "from Python"})""",
     },
     "Ruby": {
         "Rails: the gem miniapm reads these variables": """\
@@ -12147,17 +12154,22 @@ def report_error(error, context = {})
   # The innermost call of your own code. No line number: it changes with every edit.
   places = lines.map { |line| line.delete_prefix(Dir.pwd + "/") }
   place = places.find { |line| !line.match?(%r{\\A[/<]|/gems/}) } || places.first.to_s
+  name = error.class.ancestors.find(&:name).name
   report = {
-    exception_class: error.class.to_s,
-    message: error.message,
+    exception_class: name,
+    message: error.message.dup.force_encoding("UTF-8").scrub,
     backtrace: lines,
-    fingerprint: "#{error.class}:#{place.gsub(/\\d+/, "0")}",
+    fingerprint: "#{name}:#{place.gsub(/\\d+/, "0")}",
     params: context,
   }
-  answer = Net::HTTP.post(URI("@URL@/ingest/errors"), report.to_json,
-    "Authorization" => "Bearer @KEY@", "Content-Type" => "application/json")
+  uri = URI("@URL@/ingest/errors")
+  headers = {"Authorization" => "Bearer @KEY@", "Content-Type" => "application/json"}
+  options = {use_ssl: uri.scheme == "https", open_timeout: 5, read_timeout: 5}
+  answer = Net::HTTP.start(uri.hostname, uri.port, **options) do |http|
+    http.post(uri.path, report.to_json, headers)
+  end
   warn "miniapm: #{answer.code} #{answer.body}" unless answer.code == "202"
-rescue SystemCallError, IOError, Timeout::Error => problem
+rescue StandardError => problem  # reporting must not harm the program
   warn "miniapm: #{problem.message}"
 end
 
@@ -12174,36 +12186,38 @@ end""",
 // The innermost call of your own code. Lines, columns and hashes in file names are left out:
 // they change with every build.
 function placeOf(error) {
-  const lines = (error.stack ?? "").split("\\n");
+  const lines = error.stack.split("\\n");
   const frames = lines.filter((line) => /(^\\s*at |@).*:\\d+:\\d+\\)?$/.test(line));
   const own = frames.find((line) => !/node_modules|[( ]node:/.test(line));
   const place = (own ?? frames[0] ?? error.message).trim();
-  return place.replace(/\\?[^:]*|[.-]\\w{8,}(?=\\.m?js)/g, "").replace(/\\d+/g, "0");
+  const build = /\\?[^:]*|[.-](?=[\\w-]*[\\dA-Z])[\\w-]{8,}?(?=\\.(?:\\w+\\.)?m?js)/g;
+  return place.replace(build, "").replace(/\\d+/g, "0");
 }
 
-async function reportError(error, context = {}) {
-  const report = {
-    exception_class: error.name,
-    message: error.message,
-    backtrace: error.stack?.split("\\n") ?? [],
-    fingerprint: `${error.name}:${placeOf(error)}`,
-    params: context,
-  };
+async function sendError(error, context = {}) {
   try {
+    if (typeof error?.stack !== "string") error = new Error(String(error?.message ?? error));
     const answer = await fetch("@URL@/ingest/errors", {
       method: "POST",
       headers: {"Authorization": "Bearer @KEY@", "Content-Type": "application/json"},
-      body: JSON.stringify(report),
+      body: JSON.stringify({
+        exception_class: String(error.name),
+        message: String(error.message),
+        backtrace: error.stack.split("\\n"),
+        fingerprint: `${error.name}:${placeOf(error)}`,
+        params: context,
+      }),
+      signal: AbortSignal.timeout(5000),
     });
     if (!answer.ok) console.warn("miniapm:", answer.status, await answer.text());
-  } catch (problem) {
+  } catch (problem) {  // reporting must not harm the program
     console.warn("miniapm:", problem);
   }
 }
 
-// In a page: addEventListener("error", (event) => reportError(event.error));
+// In a page: addEventListener("error", (event) => sendError(event.error ?? event.message));
 
-reportError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
+sendError(new TypeError("Hello from JavaScript"), {hello: "from JavaScript"});""",
     },
     "Sentry SDK": {
         "Any language: a program that starts a Sentry SDK reports here with this variable": """\
@@ -12326,7 +12340,8 @@ class Dashboard(View):
         environ, demo_id = bottle.request.environ, self._store.setting("demo")
         url, query = url_of_request(environ), read_query(environ)
         projects = [one for one in self._store.projects() if one.keys or one.id != demo_id]
-        language = one_of(query, "language", SNIPPETS)
+        languages = {name.lower(): name for name in SNIPPETS}
+        language = languages.get(query.get("language", "").lower(), next(iter(SNIPPETS)))
         with_key = [one for one in projects if one.keys]
         wanted = [one for one in with_key if str(one.id) == query.get("project")]
         chosen, ways = next(iter(wanted or with_key), None), {}
@@ -14093,9 +14108,10 @@ def welcome(url: str, path: str, project: Project, config: Config) -> str:
         lines.append(f"  Listening  {listening}, behind the reverse proxy")
     if not config.is_local:
         port = listening.rpartition(":")[2]
-        hosts = [f"http://{name}:{port}" for name in config.allowed_hosts]
-        names = " and ".join(hosts) or f"{config.host} only; see {flag_of('allowed_hosts')}"
-        lines.append(f"  Open to    other machines, with a password, as {names}")
+        names = sorted(known_hosts(config) - {"0.0.0.0", "::"})
+        urls = [f"http://{f'[{name}]' if ':' in name else name}:{port}" for name in names]
+        shown = " and ".join(urls) or f"under no name yet; see {flag_of('allowed_hosts')}"
+        lines.append(f"  Open to    other machines, with a password: {shown}")
     if not project.keys:
         lines.append("  API key    none; make one: python miniapm.py keys create default")
         return "\n".join(lines)
@@ -14119,8 +14135,8 @@ def serve(config: Config) -> int:
         listener = cleanup.enter_context(listen(config))
         url = url_of(listener)
         path = os.path.realpath(config.db)
-        cleanup.callback(ServingLock(path).release)
         is_new = not os.path.exists(path)
+        cleanup.callback(ServingLock(path).release)
         store = Store(path)
         cleanup.callback(store.close)
         store.set_setting("url", config.public_url or url)

@@ -5758,7 +5758,10 @@ def test_recording_does_not_recurse(recorder: Recorder) -> None:
             return "chatty"
 
     recorder.init(with_locals="repr")
-    assert recorder.frames(caught(failing_with, Chatty()))[0]["locals"] == {"value": "chatty"}
+    assert recorder.frames(caught(failing_with, Chatty()))[0]["locals"] == {
+        "value": "chatty",
+        "more": "()",
+    }
 
 
 def test_before_send_changes_and_drops(recorder: Recorder, capsys: Any) -> None:
@@ -7799,7 +7802,8 @@ def test_empty_tracker_shows_how_to_report(client: Client) -> None:
         page = html.unescape(client.get(f"/errors?language={language}").text)
         assert "Waiting for the first error" in page
         assert text in page
-    assert client.get("/setup?language=Cobol").status == 400
+    assert "miniapm.init" in client.get("/setup?language=Cobol").text
+    assert "Net::HTTP" in client.get("/setup?language=ruby").text
 
 
 def test_setup_shows_every_project_s_key_and_each_snippet_once(
@@ -15248,7 +15252,7 @@ end
 
 @pytest.mark.parametrize(("language", "title"), [one for one in SNIPPETS if one[1] in OWN_CALLS])
 def test_setup_snippet_groups_by_the_reporter_s_own_code(
-    start: Callable[..., Server], tmp_path: Path, language: str, title: str
+    start: Start, tmp_path: Path, language: str, title: str
 ) -> None:
     server = start()
     text = miniapm.snippets(language, server.url, server.key, "")[title]
@@ -15261,11 +15265,37 @@ def test_setup_snippet_groups_by_the_reporter_s_own_code(
     assert sorted(error["occurrences"] for error in server.errors()) == [2, 4]
 
 
+ODD_CALLS = {
+    "Report without miniapm.py": """
+report_error(ValueError("never raised"), {"at": object()})
+""",
+    "Report from any Ruby program": """
+report_error(StandardError.new("\\xff".b))
+report_error(Class.new(StandardError).new("x"))
+""",
+    "Report from Node.js or a page": """
+for (const one of [null, undefined, "text", {code: 1}, {stack: 5}]) sendError(one);
+""",
+}
+
+
+@pytest.mark.parametrize(("language", "title"), [one for one in SNIPPETS if one[1] in ODD_CALLS])
+def test_setup_snippet_reports_whatever_is_given(start: Start, language: str, title: str) -> None:
+    server = start()
+    text = miniapm.snippets(language, server.url, server.key, "")[title]
+    definition = re.split(r"^(?:try:|begin|sendError.*)$", text, flags=re.MULTILINE)[0]
+    (program, *flags), _ = RUNNERS[language]
+    command = [need(program), *flags, definition + ODD_CALLS[title]]
+    done = subprocess.run(command, timeout=60, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert server.errors() != []
+
+
 @pytest.mark.parametrize(
     ("language", "title"), [one for one in SNIPPETS if "Report" in one[1] and one[0] != "curl"]
 )
 def test_setup_snippet_says_what_went_wrong_and_does_no_harm(
-    start: Callable[..., Server], tmp_path: Path, language: str, title: str
+    start: Start, tmp_path: Path, language: str, title: str
 ) -> None:
     server = start()
     for url, problem in ((server.url, "401"), ("http://127.0.0.1:9", "[Rr]efused|failed")):
@@ -17323,6 +17353,17 @@ def test_readme_s_dockerfile_starts_an_open_tracker_with_a_password(tmp_path: Pa
     answer = requests.get(server.url, headers={"Host": "127.0.0.1:3000"}, timeout=10)
     assert "/login" in answer.url
     server.stop()
+
+
+def test_start_says_whether_the_database_is_new_and_where_it_is_open(start: Start) -> None:
+    for arguments, place in (
+        ((), "under no name yet; see --allowed-hosts"),
+        (("--allowed-hosts", "[fd00::1],my.name"), "http://[fd00::1]:{0} and http://my.name:{0}"),
+    ):
+        server = start("--host", "0.0.0.0", *arguments, MINI_APM_PASSWORD="open sesame")
+        assert ("miniapm.db (new)\n" in server.banner) == (not arguments)
+        assert f"with a password: {place.format(server.port)}\n" in server.banner
+        server.stop()
 
 
 def test_readme_s_unit_starts_the_tracker_in_its_folder(tmp_path: Path) -> None:
