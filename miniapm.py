@@ -4289,7 +4289,7 @@ def _duration(duration_ms: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Snooze:
-    """How long an error stays ignored: for a time, a number of occurrences, or for ever."""
+    """How long an error stays ignored: a time, a number of occurrences, or forever."""
 
     for_ms: int | None = None
     count: int | None = None
@@ -4359,7 +4359,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What a webhook announces: a new or regressed error, and the number of others."""
+    """The content of one webhook message: a new or regressed error, and how many others."""
 
     last_id: int  # the newest stored notice that this one covers
     what: str
@@ -4637,7 +4637,7 @@ def back_up(source: sqlite3.Connection, target: str) -> None:
             os.close(handle)
             with contextlib.closing(_connect(part)) as copy:
                 source.backup(copy, pages=1_000, progress=show_copied)
-                copy.execute("PRAGMA journal_mode = DELETE")  # no -wal file beside the copy
+                copy.execute("PRAGMA journal_mode = DELETE")  # or the copy would have a -wal file
                 copy.set_progress_handler(lambda: show_progress("checking the copy"), 100_000)
                 found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
             show_progress("")
@@ -5162,7 +5162,7 @@ def bucket_hour(hour: int, now_hour: int) -> int:
 
 @dataclass(slots=True)
 class _KnownError:
-    """What the recorder remembers of an error."""
+    """The values of an error that the recorder keeps in memory."""
 
     id: int
     sample: bytes  # the report that compresses the others
@@ -6854,7 +6854,7 @@ def is_application_file(file: str) -> bool:
 
 
 def project_root_of(caller: types.FrameType | None) -> str:
-    """Return the folder of the application's own files, for the code that called init().
+    """Return the folder of the application's own files; `caller` is the code that called init().
 
     It is the current folder, unless that is / or does not contain the code. Then it is the folder
     that contains the code, or its top-level package.
@@ -7654,7 +7654,7 @@ class HttpDestination:
     before_fork = after_fork = reset_in_child = close = sweep = give_up = has_reports = _nothing
 
     def how_to_read(self) -> str:
-        """Return where the errors can be read, for a line on stderr."""
+        """Return the words that tell a person where to read the errors."""
         return f"errors are on {self._base}/"
 
 
@@ -8759,7 +8759,7 @@ def bars_path(series: Sequence[tuple[int, int]]) -> tuple[str, int]:
 
 
 def span_of(series: Sequence[tuple[int, int]]) -> str:
-    """Return the start of a trend's first bar and the length of a bar in ms, for the script."""
+    """Return the start of a trend's first bar and the length of a bar, in ms, for the script."""
     return f"{series[0][0]} {series[1][0] - series[0][0]}"
 
 
